@@ -1,0 +1,207 @@
+"""Files that are either whole or not there: everything is written to a temporary name and renamed."""
+
+import contextlib
+import gzip
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from artifacts.errors import UserError
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` survive a power cut (not possible on every file system)."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside ``path``; renamed to it when the block ends well, removed when it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder beside ``path`` that takes its place when the block ends well.
+
+    An older folder of that name stays valid until the new one is complete.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        _sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def finite(value: Any) -> Any:
+    """``value`` with every non-finite float replaced by ``None``: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # numpy and torch scalars
+        return finite(value.item())
+    if hasattr(value, "tolist"):
+        return finite(value.tolist())
+    return value
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON atomically, two spaces of indentation, non-finite numbers as ``null``."""
+    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        UserError: the file is missing or is not JSON; names the file and the line.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from None
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    """Write one JSON object a line, atomically."""
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as out:
+        for row in rows:
+            out.write(json.dumps(finite(row), ensure_ascii=False, default=str) + "\n")
+
+
+def append_jsonl(path: str | Path, row: dict) -> None:
+    """Append one line and bring it to the disk before returning.
+
+    A line torn by a crash is closed first, so that the new one starts on its own line.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as out:
+        if out.tell() > 0:
+            out.seek(-1, os.SEEK_END)
+            if out.read(1) != b"\n":
+                out.write(b"\n")
+        out.write(json.dumps(finite(row), ensure_ascii=False, default=str).encode() + b"\n")
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """Read one JSON object a line (``.gz`` too). A torn *last* line, as a crash leaves it, is dropped.
+
+    Raises:
+        UserError: any other line is not JSON; names file and line.
+    """
+    path = Path(path)
+    opener = gzip.open if path.suffix == ".gz" else open
+    rows, torn = [], None
+    with opener(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            if torn is not None:
+                raise UserError(f"{path}, line {torn}: not valid JSON.")
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                torn = number
+    return rows
+
+
+def write_parquet(path: str | Path, rows: Any) -> None:
+    """Write rows (a ``datasets.Dataset``, a list of dicts or a dict of columns) as Parquet, atomically."""
+    from datasets import Dataset
+
+    if isinstance(rows, list):
+        rows = Dataset.from_list(rows)
+    elif isinstance(rows, dict):
+        rows = Dataset.from_dict(rows)
+    with atomic_path(path) as temporary:
+        rows.to_parquet(str(temporary))
+
+
+def read_parquet(path: str | Path, columns: list[str] | None = None):
+    """Read Parquet into an in-memory ``datasets.Dataset`` (no copy is left in a cache folder).
+
+    Raises:
+        UserError: the file is missing, truncated, or lacks one of ``columns``.
+    """
+    import pyarrow
+    import pyarrow.parquet
+    from datasets import Dataset
+
+    try:
+        table = pyarrow.parquet.read_table(str(path))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist. Run the stage that writes it first.") from None
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(
+            f"{path} is not a complete Parquet file ({error}). Delete it and run its stage again."
+        ) from None
+    missing = [column for column in columns or () if column not in table.column_names]
+    if missing:
+        raise UserError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.column_names)}.")
+    return Dataset(table)
+
+
+def sha256_of(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON (keys sorted), as 64 hex digits."""
+    canonical = json.dumps(finite(value), sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def fingerprint_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, or of the sorted (name, content) list of a folder."""
+    path = Path(path)
+    digest = hashlib.sha256()
+    members = [path] if path.is_file() else sorted(item for item in path.rglob("*") if item.is_file())
+    for member in members:
+        if member != path:
+            digest.update(member.relative_to(path).as_posix().encode() + b"\0")
+        with member.open("rb") as content:
+            for block in iter(lambda: content.read(1 << 20), b""):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,66 @@
+"""A stage's section of the configuration: its own keys, and the fields of the argument class it passes through to."""
+
+import dataclasses
+import difflib
+from typing import Any, TypeVar
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from artifacts.errors import UserError
+
+Own = TypeVar("Own")
+
+# Set by the stage itself; a user who sets them would break resuming or the run folder's layout.
+RESERVED = frozenset({"output_dir", "logging_dir", "seed", "data_seed"})
+
+
+def field_names(cls: type) -> list[str]:
+    """Names of a dataclass's fields that its constructor takes."""
+    return [field.name for field in dataclasses.fields(cls) if field.init]
+
+
+def nearest(name: str, valid: list[str]) -> str:
+    """``" Did you mean x?"``, or nothing where no valid name is near."""
+    matches = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+    return f" Did you mean {matches[0]}?" if matches else ""
+
+
+def unknown_keys(section: dict[str, Any], own: type, args: type | None, where: str) -> list[str]:
+    """One sentence for each key of ``section`` that neither class has."""
+    valid = [*field_names(own), *(field_names(args) if args else [])]
+    return [f"{where}.{key}: no such key.{nearest(key, valid)}" for key in section if key not in valid]
+
+
+def split(section: dict[str, Any], own: type[Own], args: type | None = None, where: str = "") -> tuple[Own, dict]:
+    """Split a stage's section into its own settings and keyword arguments for the argument class.
+
+    Args:
+        section: the stage's section as a plain dict.
+        own: a dataclass with the stage's own keys; values are checked against its types.
+        args: the argument class the other keys belong to (``trl.SFTConfig`` and the like).
+        where: the section's name, for messages.
+
+    Returns:
+        An instance of ``own``, and the remaining keys as a dict.
+
+    Raises:
+        UserError: unknown keys (all of them, each with the nearest valid name), missing values, wrong types.
+    """
+    where = where or own.__name__
+    problems = unknown_keys(section, own, args, where)
+    mine = {key: value for key, value in section.items() if key in field_names(own)}
+    passed = {key: value for key, value in section.items() if key not in mine}
+    problems += [f"{where}.{key}: set by the stage itself; remove it." for key in passed if key in RESERVED]
+    try:
+        settings = OmegaConf.merge(OmegaConf.structured(own), mine)
+        missing = sorted(OmegaConf.missing_keys(settings))
+        problems += [f"{where}.{key}: required, and not set." for key in missing]
+        if not problems:
+            return OmegaConf.to_object(settings), passed
+    except OmegaConfBaseException as error:
+        problems.append(f"{where}.{error.full_key or ''}: {error.msg or error}".splitlines()[0])
+    raise UserError("\n  ".join(["the configuration has errors:", *problems]))
+
+
+__all__ = ["MISSING", "RESERVED", "field_names", "nearest", "split", "unknown_keys"]

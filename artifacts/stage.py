@@ -1,0 +1,129 @@
+"""The frame around every stage: arguments, context, and what happens to errors, Ctrl-C and a full disk."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from artifacts.errors import UserError, explain_os_error
+from artifacts.files import write_json
+from artifacts.run import RunFolder, point_name
+
+
+class StageContext:
+    """What a stage is given.
+
+    Attributes:
+        run: the run folder.
+        stage: ``"ppo"``; the section of the configuration.
+        name: ``"ppo"``, or ``"ppo,kl_coef=0.0"`` at a point of a sweep.
+        point: ``{}``, or ``{"kl_coef": 0.0}``.
+        dir: where this stage writes.
+        config: the stage's section as a plain dict, the point applied, without the key ``sweep``.
+        seed: the run's seed.
+    """
+
+    def __init__(
+        self, run: RunFolder, stage: str, point: dict[str, Any] | None = None, fingerprint: str | None = None
+    ):
+        self.run, self.stage, self.point = run, stage, point or {}
+        self.name = point_name(stage, self.point)
+        self.dir = run.stage_dir(self.name)
+        self.fingerprint = fingerprint
+        section = run.config.get(stage)
+        self.config: dict[str, Any] = OmegaConf.to_container(section, resolve=True) if section is not None else {}
+        self.config.pop("sweep", None)
+        unknown = [key for key in self.point if key not in self.config]
+        if unknown:
+            raise UserError(f"--point {unknown[0]}: {stage} has no such key in {run.path('config.yaml')}.")
+        self.config.update(self.point)
+        self.seed = int(run.config.get("seed", 0))
+        self._started = time.monotonic()
+        self._last_progress = 0.0
+
+    @property
+    def is_main_process(self) -> bool:
+        """True on the rank that writes."""
+        return int(os.environ.get("RANK", "0")) == 0
+
+    def progress(self, done: float, total: float, note: str = "") -> None:
+        """Tell the overview how far this stage is, at most five times a second."""
+        now = time.monotonic()
+        if not self.is_main_process or (now - self._last_progress < 0.2 and done < total):
+            return
+        self._last_progress = now
+        write_json(self.dir / "progress.json", {"done": done, "total": total, "note": note})
+
+    def finish(self, **figures: Any) -> None:
+        """Write ``done.json`` with the stage's figures. Call it last."""
+        if self.is_main_process:
+            self.run.finish(self.name, self.fingerprint, time.monotonic() - self._started, figures)
+
+
+def parse_point(text: str) -> dict[str, Any]:
+    """``"kl_coef=0.0,lam=1"`` -> ``{"kl_coef": 0.0, "lam": 1}``, values read as YAML."""
+    return OmegaConf.to_container(OmegaConf.from_dotlist(text.split(",")))
+
+
+def stage_main(
+    stage: str,
+    run_stage: Callable[[StageContext], None],
+    argv: list[str] | None = None,
+    choices: dict[str, Callable[[StageContext], None]] | None = None,
+) -> None:
+    """Run a stage from the command line: ``python -m <stage> RUN [--point key=value]``.
+
+    Args:
+        stage: its name, and its section in the configuration.
+        run_stage: the stage.
+        argv: arguments instead of ``sys.argv[1:]``.
+        choices: a room with several steps offers them as ``--step``; then ``stage`` names the room only.
+
+    Exit codes: 0 done, 2 the user can mend it, 130 interrupted (the same command goes on), 1 a defect.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {stage}", description=sys.modules[run_stage.__module__].__doc__)
+    parser.add_argument("run", help="the run folder (holds config.yaml)")
+    if choices:
+        parser.add_argument("--step", choices=sorted(choices), required=True, help="which step of this room")
+    else:
+        parser.add_argument("--point", default="", help="a point of a sweep, e.g. kl_coef=0.0")
+    parser.add_argument("--fingerprint", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    try:
+        run = RunFolder(arguments.run)
+        if choices:
+            stage, run_stage, point = arguments.step, choices[arguments.step], {}
+        else:
+            point = parse_point(arguments.point) if arguments.point else {}
+        context = StageContext(run, stage, point, arguments.fingerprint)
+        Path(context.dir).mkdir(parents=True, exist_ok=True)
+        run_stage(context)
+    except UserError as error:
+        sys.stderr.write(f"\nerror in stage {stage}: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\nstage {stage} interrupted; the same command goes on from its last checkpoint.\n")
+        sys.exit(130)
+    except OSError as error:
+        explained = explain_os_error(error)
+        if explained is None:
+            raise
+        sys.stderr.write(f"\nerror in stage {stage}: {explained}\n")
+        sys.exit(2)
+    finally:
+        _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    """End a distributed run in order: without this, about one in eight two-rank runs aborts at exit."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    if sys.exc_info()[0] is None:
+        torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,1 @@
+"""What a model is: loading, prompts, generation, log-probabilities, values and scores."""

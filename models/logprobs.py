@@ -1,0 +1,206 @@
+"""Log-probabilities, entropies, exact KL, values and scores of given tokens.
+
+One layout everywhere: prompts left-padded, responses right-padded, so that the response stands in the same columns of
+every row and logits are computed at response positions only. Masks, never pad ids, decide what is real.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from models.loading import score_head
+
+# Rows of logits turned into log-probabilities at once: bounds the extra memory to ROWS x vocabulary.
+ROWS = 1024
+
+
+@dataclass
+class Batch:
+    """Prompts and responses as tensors.
+
+    Attributes:
+        input_ids: ``(B, P + R)``.
+        attention_mask: ``(B, P + R)``, 1 where real.
+        position_ids: ``(B, P + R)``.
+        response_ids: ``(B, R)``.
+        response_mask: ``(B, R)`` bool, True where real.
+        prompt_length: ``P``, padding included.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    response_ids: torch.Tensor
+    response_mask: torch.Tensor
+    prompt_length: int
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.__dict__.items()}
+        return Batch(**moved)
+
+
+def pad_batch(
+    prompt_ids: Sequence[Sequence[int]],
+    response_ids: Sequence[Sequence[int]],
+    pad_id: int,
+    device: torch.device | str = "cpu",
+) -> Batch:
+    """Put prompts (left-padded) and responses (right-padded) side by side.
+
+    Args:
+        prompt_ids: ``B`` prompts, none empty.
+        response_ids: ``B`` responses; empty ones give a row without real response tokens.
+        pad_id: fills the gaps; any token will do, also EOS.
+    """
+    longest_prompt = max(map(len, prompt_ids))
+    longest_response = max(1, *map(len, response_ids))
+    ids, mask, response, response_mask = [], [], [], []
+    for prompt, answer in zip(prompt_ids, response_ids, strict=True):
+        before, after = longest_prompt - len(prompt), longest_response - len(answer)
+        padded = [*answer, *[pad_id] * after]
+        real = [1] * len(answer) + [0] * after
+        ids.append([*[pad_id] * before, *prompt, *padded])
+        mask.append([0] * before + [1] * len(prompt) + real)
+        response.append(padded)
+        response_mask.append(real)
+    attention_mask = torch.tensor(mask, device=device)
+    return Batch(
+        input_ids=torch.tensor(ids, device=device),
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(-1) - 1).clamp_min(0),
+        response_ids=torch.tensor(response, device=device),
+        response_mask=torch.tensor(response_mask, device=device, dtype=torch.bool),
+        prompt_length=longest_prompt,
+    )
+
+
+def response_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Logits ``(B, R, V)`` that predict each response token; no others are computed."""
+    length = batch.response_ids.shape[1]
+    logits = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        logits_to_keep=length + 1,
+        use_cache=False,
+    ).logits
+    return logits[:, -length - 1 : -1]
+
+
+def _rows_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float, with_entropy: bool):
+    """Log-probability of ``tokens`` ``(N,)`` under ``logits`` ``(N, V)``, and the entropy ``(N,)``, in fp32."""
+    scaled = logits.float() / temperature
+    normaliser = scaled.logsumexp(-1)
+    logprobs = scaled.gather(-1, tokens[:, None]).squeeze(-1) - normaliser
+    if not with_entropy:
+        return logprobs, logprobs.new_zeros(())
+    # H = log Z - E[logit]
+    return logprobs, normaliser - (scaled.softmax(-1) * scaled).sum(-1)
+
+
+def response_logprobs(
+    model: PreTrainedModel, batch: Batch, temperature: float = 1.0, with_entropy: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probabilities (and entropies) of the response tokens at a sampling temperature.
+
+    Args:
+        model: a causal language model.
+        batch: from `pad_batch`.
+        temperature: logits are divided by it, so that these are the probabilities the tokens were drawn with.
+        with_entropy: also the entropy of each next-token distribution, in nats.
+
+    Returns:
+        ``(logprobs, entropy)``, each ``(B, R)`` fp32, 0 at padding; entropy is ``None`` unless asked for.
+    """
+    logits = response_logits(model, batch)
+    mask = batch.response_mask
+    rows, tokens = logits[mask], batch.response_ids[mask]
+    pieces = []
+    for start in range(0, len(tokens), ROWS):
+        piece = (rows[start : start + ROWS], tokens[start : start + ROWS], temperature, with_entropy)
+        if torch.is_grad_enabled() and len(tokens) > ROWS:
+            # Recomputed in the backward pass: the fp32 copy of the logits is never kept.
+            pieces.append(checkpoint(_rows_logprobs, *piece, use_reentrant=False))
+        else:
+            pieces.append(_rows_logprobs(*piece))
+    zeros = torch.zeros(mask.shape, device=mask.device, dtype=torch.float32)
+    if not pieces:
+        return zeros, zeros.clone() if with_entropy else None
+    logprobs = zeros.masked_scatter(mask, torch.cat([piece[0] for piece in pieces]))
+    if not with_entropy:
+        return logprobs, None
+    return logprobs, zeros.masked_scatter(mask, torch.cat([piece[1] for piece in pieces]))
+
+
+@torch.no_grad()
+def full_kl(
+    model: PreTrainedModel, reference: PreTrainedModel, batch: Batch, temperature: float = 1.0
+) -> torch.Tensor:
+    """Exact KL(policy || reference) of every next-token distribution along the response, ``(B, R)`` in nats.
+
+    Its sum over a sampled response is an unbiased estimate of the sequence KL (chain rule, papers.md 3.1.9), with the
+    sum over the vocabulary done exactly at each sampled prefix. 0 at padding.
+    """
+    mask = batch.response_mask
+    ours, theirs = response_logits(model, batch)[mask], response_logits(reference, batch)[mask]
+    pieces = []
+    for start in range(0, len(ours), ROWS):
+        p = (ours[start : start + ROWS].float() / temperature).log_softmax(-1)
+        q = (theirs[start : start + ROWS].float() / temperature).log_softmax(-1)
+        pieces.append((p.exp() * (p - q)).sum(-1))
+    zeros = torch.zeros(mask.shape, device=mask.device, dtype=torch.float32)
+    return zeros.masked_scatter(mask, torch.cat(pieces)) if pieces else zeros
+
+
+def backbone(model: PreTrainedModel) -> torch.nn.Module:
+    """The transformer without its head (through a PEFT wrapper too)."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(inner, inner.base_model_prefix)
+
+
+def hidden_states(
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
+) -> torch.Tensor:
+    """Last hidden states ``(B, L, d)`` of the backbone."""
+    return backbone(model)(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+    ).last_hidden_state
+
+
+def response_values(value_model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Values ``(B, R)`` of the states before each response token, s_t = (prompt, response[:t]); 0 at padding."""
+    length = batch.response_ids.shape[1]
+    states = hidden_states(value_model, batch.input_ids, batch.attention_mask, batch.position_ids)
+    inner = value_model.get_base_model() if hasattr(value_model, "get_base_model") else value_model
+    values = score_head_of(inner)(states[:, -length - 1 : -1]).squeeze(-1).float()
+    return values.masked_fill(~batch.response_mask, 0.0)
+
+
+def score_head_of(model: torch.nn.Module) -> torch.nn.Module:
+    """The scalar head, also where PEFT has wrapped it in ``ModulesToSaveWrapper``."""
+    head = getattr(model, "score", None)
+    return head if head is not None else score_head(model)
+
+
+def sequence_scores(
+    reward_model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """The scalar head read at the last real token of each row, ``(B,)`` fp32; either padding side.
+
+    Which tokens are real is the mask's word, so that a padding token equal to EOS changes nothing
+    (Huang et al. 2024, detail 12). Equal for left and right padding up to rounding.
+    """
+    positions = (attention_mask.cumsum(-1) - 1).clamp_min(0)
+    states = hidden_states(reward_model, input_ids, attention_mask, positions)
+    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = (attention_mask * columns).argmax(-1)
+    inner = reward_model.get_base_model() if hasattr(reward_model, "get_base_model") else reward_model
+    picked = states[torch.arange(len(states), device=states.device), last]
+    return score_head_of(inner)(picked).squeeze(-1).float()
