@@ -43,7 +43,7 @@ class SamplingConfig:
 
     @property
     def changes_distribution(self) -> bool:
-        """Whether top-k or top-p make the sampled policy another one than the model: its KL is then not the model's."""
+        """Whether top-k or top-p sample from another policy than the model, whose KL is then not the model's."""
         return self.top_k > 0 or self.top_p < 1
 
 

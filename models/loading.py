@@ -12,11 +12,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from artifacts.errors import UserError
 from models.config import ModelConfig
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "spiece.model")
 
 
 def _check_local(path: str) -> None:
@@ -170,8 +169,6 @@ def load_value_or_reward(
     From a causal language model's folder the backbone is taken and the head is new: its weights are drawn from
     N(0, 1/sqrt(d+1)) (Huang et al. 2024, detail 11), so seed torch first. An adapter folder is merged into its base.
     """
-    from trl.trainer.reward_trainer import suppress_seqcls_warning
-
     config = config or ModelConfig()
     path = str(path)
     if is_adapter(path):
@@ -181,7 +178,10 @@ def load_value_or_reward(
             AutoPeftModelForSequenceClassification.from_pretrained, path, "an adapter", num_labels=1, **_kwargs(config)
         )
         return _prepare(model.merge_and_unload(), trainable)
-    with suppress_seqcls_warning():
+    # A new head on an old backbone is what is asked for here: transformers need not warn of it.
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
         model, report = _load(
             AutoModelForSequenceClassification.from_pretrained,
             path,
@@ -191,18 +191,12 @@ def load_value_or_reward(
             output_loading_info=True,
             **_kwargs(config),
         )
-    if any(key.startswith("score.") for key in report["missing_keys"]) or not _has_score(path):
-        head = score_head(model)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    head = score_head(model)
+    if any(key.split(".")[0] in ("score", "classifier") for key in report["missing_keys"]):
         torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
     return _prepare(model, trainable)
-
-
-def _has_score(path: str) -> bool:
-    """Whether the folder was saved with a scalar head. transformers reports no missing head key when told to ignore it."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return "SequenceClassification" in str(getattr(AutoConfig.from_pretrained(path), "architectures", ""))
-    return "SequenceClassification" in (folder / "config.json").read_text(encoding="utf-8")
 
 
 def score_head(model: torch.nn.Module) -> torch.nn.Linear:
@@ -246,14 +240,14 @@ def check_same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -
     Raises:
         UserError: the sizes differ.
     """
-    sizes = [model.get_input_embeddings().weight.shape[0] for model in (policy, reference)]
+    sizes = [model.config.get_text_config().vocab_size for model in (policy, reference)]
     sizes = [
         getattr(m.config, "vocab_size", s) if s == 0 else s for m, s in zip((policy, reference), sizes, strict=True)
     ]
     if sizes[0] != sizes[1]:
         raise UserError(
-            f"the policy has {sizes[0]} tokens and the reference {sizes[1]}: KL and the DPO loss compare probabilities "
-            f"of the same tokens. Use a policy and a reference with the same tokenizer."
+            f"the policy has {sizes[0]} tokens and the reference {sizes[1]}: KL and the DPO loss compare "
+            f"probabilities of the same tokens. Use a policy and a reference with the same tokenizer."
         )
 
 
@@ -276,5 +270,6 @@ def check_response_budget(model: PreTrainedModel, max_prompt: int, max_new_token
     if limit is not None and max_prompt + max_new_tokens > limit:
         raise UserError(
             f"{where}: a prompt of {max_prompt} tokens and a response budget of {max_new_tokens} need "
-            f"{max_prompt + max_new_tokens} positions, and the model has {limit}. Lower the budget or the prompt length."
+            f"{max_prompt + max_new_tokens} positions, and the model has {limit}. "
+            f"Lower the budget or the prompt length."
         )

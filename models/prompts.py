@@ -24,7 +24,7 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
-    """The text that the policy continues: the prompt itself, or the rendered conversation with the generation header."""
+    """The text that the policy continues: the prompt itself, or the conversation with the generation header."""
     if isinstance(prompt, str):
         return prompt
     require_chat_template(tokenizer)
@@ -32,7 +32,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Token ids that the policy continues. Text gets the tokenizer's own special tokens, a conversation its template's.
+    """Token ids that the policy continues: with the tokenizer's own special tokens, or the chat template's.
 
     Raises:
         UserError: an empty prompt, or a conversation without a chat template.

@@ -1,0 +1,71 @@
+"""Shared by all tests: one thread, no network, a tiny model and tokenizer built on the spot, the real data."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with real HH and AlpacaEval files; tests that need it skip where it is missing."""
+    folder = Path(os.environ.get("RLHF_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"real data not found in {folder} (set RLHF_REAL_DATA)")
+    return folder
+
+
+WORDS = ["the", "film", "was", "good", "bad", "and", "dull", "bright", "very", "not", "plot", "cast", "a", "story"]
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer():
+    """A word-level tokenizer of 20 tokens with distinct <pad>, <s>, </s>, <unk> and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>", *WORDS]
+    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} "
+        "{% if m['role'] == 'assistant' %}</s> {% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+    )
+    return fast
+
+
+@pytest.fixture
+def tiny_llama(word_tokenizer):
+    """A function that builds a Llama of about 10 thousand parameters: ``tiny_llama(seed=0, **config)``."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def build(seed: int = 0, **overrides):
+        torch.manual_seed(seed)
+        settings = {
+            "vocab_size": len(word_tokenizer),
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.5,
+            "bos_token_id": word_tokenizer.bos_token_id,
+            "eos_token_id": word_tokenizer.eos_token_id,
+            "pad_token_id": word_tokenizer.pad_token_id,
+        }
+        return LlamaForCausalLM(LlamaConfig(**{**settings, **overrides})).eval()
+
+    return build
