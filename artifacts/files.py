@@ -115,15 +115,17 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
 def append_jsonl(path: str | Path, row: dict) -> None:
     """Append one line and bring it to the disk before returning.
 
-    A line torn by a crash is closed first, so that the new one starts on its own line.
+    A line torn by a crash is cut off first: it was never finished, and whoever resumes writes it again.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as out:
-        if out.tell() > 0:
-            out.seek(-1, os.SEEK_END)
+        end = out.seek(0, os.SEEK_END)
+        if end > 0:
+            out.seek(end - 1)
             if out.read(1) != b"\n":
-                out.write(b"\n")
+                out.seek(0)
+                out.truncate(out.read().rfind(b"\n") + 1)
         out.write(json.dumps(finite(row), ensure_ascii=False, default=str).encode() + b"\n")
         out.flush()
         os.fsync(out.fileno())

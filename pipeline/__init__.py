@@ -1,0 +1,1 @@
+"""The command: configuration, stages in order, the run folder, launching."""

@@ -1,0 +1,121 @@
+"""The frame around a stage: settings, points, done.json, exit codes."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+
+import pytest
+
+from artifacts.errors import UserError
+from artifacts.run import RunFolder, point_name
+from artifacts.settings import MISSING, split
+from artifacts.stage import StageContext, parse_point
+
+
+@dataclass
+class Own:
+    size: int = 3
+    needed: str = MISSING
+
+
+@dataclass
+class Arguments:
+    learning_rate: float = 0.1
+    seed: int = 0
+
+
+def test_split_gives_each_its_own():
+    own, passed = split({"size": 4, "needed": "x", "learning_rate": 0.5}, Own, Arguments, "sft")
+    assert own == Own(4, "x")
+    assert passed == {"learning_rate": 0.5}
+
+
+def test_split_says_everything_that_is_wrong_at_once():
+    with pytest.raises(UserError) as error:
+        split({"sise": 4, "learning_rat": 0.5, "seed": 1}, Own, Arguments, "sft")
+    text = str(error.value)
+    assert "sft.sise: no such key. Did you mean size?" in text
+    assert "sft.learning_rat: no such key. Did you mean learning_rate?" in text
+    assert "sft.seed: set by the stage itself" in text
+    assert "sft.needed: required" in text
+    with pytest.raises(UserError, match=r"sft.size.*'many'"):
+        split({"size": "many", "needed": "x"}, Own, Arguments, "sft")
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 5\nppo:\n  kl_coef: 0.1\n  sweep:\n    kl_coef: [0.0]\n")
+    return tmp_path
+
+
+def test_context_applies_a_point(run):
+    context = StageContext(RunFolder(run), "ppo", {"kl_coef": 0.0})
+    assert context.config == {"kl_coef": 0.0}
+    assert context.seed == 5
+    assert context.dir == run / "sweep" / "ppo,kl_coef=0.0"
+    with pytest.raises(UserError, match="beta"):
+        StageContext(RunFolder(run), "ppo", {"beta": 1})
+
+
+def test_points_read_back_as_written():
+    assert parse_point("kl_coef=0.0,n=3,name=x") == {"kl_coef": 0.0, "n": 3, "name": "x"}
+    assert point_name("ppo", {"b": 1, "a": 0.5}) == "ppo,a=0.5,b=1"
+
+
+STAGE = """
+    import errno
+    from artifacts.errors import UserError
+    from artifacts.stage import stage_main
+
+    def run_stage(context):
+        what = context.config["do"]
+        if what == "user":
+            raise UserError("the pairs file has no column chosen")
+        if what == "interrupt":
+            raise KeyboardInterrupt
+        if what == "disk":
+            raise OSError(errno.ENOSPC, "No space left on device", "weights")
+        if what == "defect":
+            raise RuntimeError("a defect")
+        context.finish(accuracy=0.75)
+
+    stage_main("toy", run_stage)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "words"),
+    [
+        ("finish", 0, ""),
+        ("user", 2, "error in stage toy: the pairs file has no column chosen"),
+        ("interrupt", 130, "goes on from its last checkpoint"),
+        ("disk", 2, "the disk is full"),
+        ("defect", 1, "RuntimeError: a defect"),
+    ],
+)
+def test_exit_codes_and_words(tmp_path, what, code, words):
+    (tmp_path / "config.yaml").write_text(f"toy:\n  do: {what}\n")
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(STAGE), str(tmp_path), "--fingerprint", "abc"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code
+    assert words in done.stderr
+    assert ("Traceback" in done.stderr) == (what == "defect")
+    assert (tmp_path / "toy" / "done.json").exists() == (what == "finish")
+    if what == "finish":
+        written = json.loads((tmp_path / "toy" / "done.json").read_text())
+        assert written["figures"] == {"accuracy": 0.75}
+        assert written["fingerprint"] == "abc"
+
+
+def test_a_folder_without_a_configuration_is_not_a_run(tmp_path):
+    with pytest.raises(UserError, match="not a run folder"):
+        RunFolder(tmp_path)
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    with pytest.raises(UserError, match=r"stage sft of .* has not finished"):
+        RunFolder(tmp_path).require("sft")
