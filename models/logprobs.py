@@ -1,7 +1,8 @@
 """Log-probabilities, entropies, exact KL, values and scores of given tokens.
 
 One layout everywhere: prompts left-padded, responses right-padded, so that the response stands in the same columns of
-every row and logits are computed at response positions only. Masks, never pad ids, decide what is real.
+every row and logits are computed at response positions only. Masks, never pad ids, decide what is real. Where the
+model allows it the rows go through packed, without padding (`models.packed`).
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from models.loading import score_head
+from models.packed import can_pack, forward_packed, pack
 
 # Rows of logits turned into log-probabilities at once: bounds the extra memory to ROWS x vocabulary.
 ROWS = 1024
@@ -82,7 +84,12 @@ def pad_batch(
 
 
 def response_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Logits ``(B, R, V)`` that predict each response token; no others are computed."""
+    """Logits ``(N, V)`` that predict the ``N`` real response tokens, row by row; no others are computed."""
+    if can_pack(model):
+        packing = pack(batch.attention_mask)
+        before = _positions_before_response(batch, packing.starts, packing.lengths)
+        logits = forward_packed(model, model, packing, batch.input_ids, logits_to_keep=before).logits
+        return logits[0]
     length = batch.response_ids.shape[1]
     logits = model(
         input_ids=batch.input_ids,
@@ -91,7 +98,15 @@ def response_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         logits_to_keep=length + 1,
         use_cache=False,
     ).logits
-    return logits[:, -length - 1 : -1]
+    return logits[:, -length - 1 : -1][batch.response_mask]
+
+
+def _positions_before_response(batch: Batch, starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """``(N,)`` packed position of the token before each real response token, row by row."""
+    answers = batch.response_mask.sum(-1)
+    first = starts + lengths - answers - 1
+    offsets = batch.response_mask.long().cumsum(-1) - 1
+    return (first[:, None] + offsets)[batch.response_mask]
 
 
 def _rows_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float, with_entropy: bool):
@@ -119,9 +134,8 @@ def response_logprobs(
     Returns:
         ``(logprobs, entropy)``, each ``(B, R)`` fp32, 0 at padding; entropy is ``None`` unless asked for.
     """
-    logits = response_logits(model, batch)
     mask = batch.response_mask
-    rows, tokens = logits[mask], batch.response_ids[mask]
+    rows, tokens = response_logits(model, batch), batch.response_ids[mask]
     pieces = []
     for start in range(0, len(tokens), ROWS):
         piece = (rows[start : start + ROWS], tokens[start : start + ROWS], temperature, with_entropy)
@@ -149,7 +163,7 @@ def full_kl(
     sum over the vocabulary done exactly at each sampled prefix. 0 at padding.
     """
     mask = batch.response_mask
-    ours, theirs = response_logits(model, batch)[mask], response_logits(reference, batch)[mask]
+    ours, theirs = response_logits(model, batch), response_logits(reference, batch)
     pieces = []
     for start in range(0, len(ours), ROWS):
         p = (ours[start : start + ROWS].float() / temperature).log_softmax(-1)
@@ -165,28 +179,29 @@ def backbone(model: PreTrainedModel) -> torch.nn.Module:
     return getattr(inner, inner.base_model_prefix)
 
 
-def hidden_states(
-    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
-) -> torch.Tensor:
-    """Last hidden states ``(B, L, d)`` of the backbone."""
-    return backbone(model)(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-    ).last_hidden_state
-
-
-def response_values(value_model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Values ``(B, R)`` of the states before each response token, s_t = (prompt, response[:t]); 0 at padding."""
-    length = batch.response_ids.shape[1]
-    states = hidden_states(value_model, batch.input_ids, batch.attention_mask, batch.position_ids)
-    inner = value_model.get_base_model() if hasattr(value_model, "get_base_model") else value_model
-    values = score_head_of(inner)(states[:, -length - 1 : -1]).squeeze(-1).float()
-    return values.masked_fill(~batch.response_mask, 0.0)
+def base(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def score_head_of(model: torch.nn.Module) -> torch.nn.Module:
     """The scalar head, also where PEFT has wrapped it in ``ModulesToSaveWrapper``."""
     head = getattr(model, "score", None)
     return head if head is not None else score_head(model)
+
+
+def response_values(value_model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Values ``(B, R)`` of the states before each response token, s_t = (prompt, response[:t]); 0 at padding."""
+    mask = batch.response_mask
+    if can_pack(value_model):
+        packing = pack(batch.attention_mask)
+        states = forward_packed(backbone(value_model), base(value_model), packing, batch.input_ids).last_hidden_state
+        states = states[0, _positions_before_response(batch, packing.starts, packing.lengths)]
+    else:
+        length = batch.response_ids.shape[1]
+        states = _padded_states(value_model, batch.input_ids, batch.attention_mask)[:, -length - 1 : -1][mask]
+    values = score_head_of(base(value_model))(states).squeeze(-1).float()
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def sequence_scores(
@@ -197,10 +212,21 @@ def sequence_scores(
     Which tokens are real is the mask's word, so that a padding token equal to EOS changes nothing
     (Huang et al. 2024, detail 12). Equal for left and right padding up to rounding.
     """
+    if can_pack(reward_model):
+        packing = pack(attention_mask)
+        states = forward_packed(backbone(reward_model), base(reward_model), packing, input_ids).last_hidden_state
+        picked = states[0, packing.starts + packing.lengths - 1]
+    else:
+        columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        last = (attention_mask * columns).argmax(-1)
+        states = _padded_states(reward_model, input_ids, attention_mask)
+        picked = states[torch.arange(len(states), device=states.device), last]
+    return score_head_of(base(reward_model))(picked).squeeze(-1).float()
+
+
+def _padded_states(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Last hidden states ``(B, L, d)`` of the backbone on padded rows."""
     positions = (attention_mask.cumsum(-1) - 1).clamp_min(0)
-    states = hidden_states(reward_model, input_ids, attention_mask, positions)
-    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    last = (attention_mask * columns).argmax(-1)
-    inner = reward_model.get_base_model() if hasattr(reward_model, "get_base_model") else reward_model
-    picked = states[torch.arange(len(states), device=states.device), last]
-    return score_head_of(inner)(picked).squeeze(-1).float()
+    return backbone(model)(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
+    ).last_hidden_state
