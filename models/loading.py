@@ -18,19 +18,20 @@ from artifacts.errors import UserError
 from models.config import ModelConfig
 
 
-def _check_local(path: str) -> None:
+def _check_local(path: str, what: str) -> None:
     """A path that looks local and is not there is the user's slip, not a question for the Hub."""
     local = Path(path)
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not local.exists():
         raise UserError(f"model folder {path} does not exist (model.path). Give a folder or a name on the Hub.")
-    if local.is_dir() and not any((local / name).exists() for name in ("config.json", "adapter_config.json")):
+    needed = ("tokenizer_config.json",) if what == "a tokenizer" else ("config.json", "adapter_config.json")
+    if local.is_dir() and not any((local / name).exists() for name in needed):
         found = ", ".join(sorted(item.name for item in local.iterdir())[:6]) or "nothing"
-        raise UserError(f"{path} is not a model folder: it has no config.json (found: {found}).")
+        raise UserError(f"{path} does not hold {what}: it has no {needed[0]} (found: {found}).")
 
 
 def _load(loader: Any, path: str, what: str, **kwargs: Any) -> Any:
-    _check_local(path)
+    _check_local(path, what)
     try:
         return loader(path, **kwargs)
     except (OSError, ValueError) as error:
