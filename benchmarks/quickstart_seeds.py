@@ -1,0 +1,144 @@
+"""The quickstart on several seeds, held against its bars.
+
+    python -m benchmarks.quickstart_seeds --seeds 1 2 3 4 5 --markdown docs/quickstart-seeds.md
+
+Prints a row for each seed and a line for each bar; ends with exit code 1 where a bar was missed.
+"""
+
+import argparse
+import itertools
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from artifacts.files import read_json, write_text
+
+COLUMNS = (
+    "seed",
+    "seconds",
+    "RM accuracy",
+    "ceiling",
+    "share",
+    "PPO win",
+    "PPO KL",
+    "PPO EOS",
+    "DPO win",
+    "DPO KL",
+    "DPO EOS",
+    "best-of-16 win",
+    "SFT vs SFT",
+    "proxy at 0",
+    "gold at 0",
+)
+
+
+def run_seed(seed: int, output_dir: str) -> tuple[Path, float]:
+    """Run one seed (a finished run is reused); return its folder and the seconds it took."""
+    start = time.monotonic()
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.cli",
+        "experiment=quickstart",
+        f"seed={seed}",
+        f"output_dir={output_dir}",
+    ]
+    subprocess.run(command, check=True)
+    return Path(output_dir) / f"quickstart-seed{seed}", time.monotonic() - start
+
+
+def win(report: dict, policy: str, versus: str = "sft", judge: str = "gold") -> dict:
+    """The entry of ``win_rates`` for a pair and a judge."""
+    return next(
+        row for row in report["win_rates"] if (row["policy"], row["versus"], row["judge"]) == (policy, versus, judge)
+    )
+
+
+def spread(row: dict) -> str:
+    """``.85 [.83, .88]``."""
+    low, high = row["ci"]
+    return f"{row['win_rate']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def judge_seed(report: dict) -> tuple[dict[str, str], dict[str, bool]]:
+    """Figures and bars of one seed's report."""
+    model, policies = report["reward_model"], report["policies"]
+    share = (model["accuracy"] - 0.5) / (model["ceiling"] - 0.5)
+    wins = {name: win(report, name) for name in ("ppo", "dpo", "best_of_16")}
+    control = win(report, "sft", "sft")
+    zero = next(policy for name, policy in policies.items() if name.startswith("ppo") and name.endswith("kl_coef=0.0"))
+    frontier = report["frontier"]
+    kls = [
+        point["kl"] for point in sorted((p for p in frontier if p["method"] == "ppo"), key=lambda p: p["coefficient"])
+    ]
+    figures = {
+        "RM accuracy": f"{model['accuracy']:.3f}",
+        "ceiling": f"{model['ceiling']:.3f}",
+        "share": f"{share:.2f}",
+        "PPO win": spread(wins["ppo"]),
+        "DPO win": spread(wins["dpo"]),
+        "best-of-16 win": spread(wins["best_of_16"]),
+        "SFT vs SFT": spread(control),
+        "proxy at 0": f"{zero['proxy_reward']:.2f} (main {policies['ppo']['proxy_reward']:.2f})",
+        "gold at 0": f"{zero['gold_reward']:.2f} (main {policies['ppo']['gold_reward']:.2f})",
+    }
+    for name in ("ppo", "dpo"):
+        figures[f"{name.upper()} KL"] = f"{policies[name]['kl']['mean']:.2f}"
+        figures[f"{name.upper()} EOS"] = f"{policies[name]['eos_rate']:.3f}"
+    bars = {
+        "RM share of the way from chance to the ceiling >= 0.75": share >= 0.75,
+        "n >= 512 held-out prompts": wins["ppo"]["n"] >= 512,
+        "PPO beats SFT, lower end >= 0.60": wins["ppo"]["ci"][0] >= 0.60,
+        "DPO beats SFT, lower end >= 0.60": wins["dpo"]["ci"][0] >= 0.60,
+        "best-of-16 beats SFT, lower end >= 0.70": wins["best_of_16"]["ci"][0] >= 0.70,
+        "KL of PPO and DPO in 0.5 to 15 nats": all(0.5 <= policies[n]["kl"]["mean"] <= 15 for n in ("ppo", "dpo")),
+        "EOS rate of PPO and DPO >= 0.95": all(policies[n]["eos_rate"] >= 0.95 for n in ("ppo", "dpo")),
+        "SFT against SFT: 0.5 inside its interval": control["ci"][0] <= 0.5 <= control["ci"][1],
+        "PPO's KL falls as its coefficient rises": all(a > b for a, b in itertools.pairwise(kls)),
+        "at KL coefficient 0: proxy >= main - 0.05": zero["proxy_reward"] >= policies["ppo"]["proxy_reward"] - 0.05,
+        "at KL coefficient 0: gold <= main - 0.5": zero["gold_reward"] <= policies["ppo"]["gold_reward"] - 0.5,
+        "3 points each for PPO, DPO, best-of-n": all(
+            sum(point["method"] == method for point in frontier) >= 3 for method in ("ppo", "dpo", "best_of_n")
+        ),
+        "one pair set in both branches": bool(report["pair_set"]["hash"]),
+    }
+    return figures, bars
+
+
+def main() -> int:
+    """Run, print, judge."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--output-dir", default="runs")
+    parser.add_argument("--markdown", type=Path, help="write the table there as well")
+    arguments = parser.parse_args()
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    missed: dict[str, list[int]] = {}
+    for seed in arguments.seeds:
+        folder, seconds = run_seed(seed, arguments.output_dir)
+        figures, bars = judge_seed(read_json(folder / "compare" / "report.json"))
+        figures |= {"seed": str(seed), "seconds": f"{seconds:.0f}"}
+        lines.append("| " + " | ".join(figures[column] for column in COLUMNS) + " |")
+        for bar, met in bars.items():
+            missed.setdefault(bar, [])
+            if not met:
+                missed[bar].append(seed)
+    table = "\n".join(lines)
+    verdicts = "\n".join(
+        f"- {bar}: " + (f"MISSED on seeds {seeds}" if seeds else f"met on seeds {arguments.seeds}")
+        for bar, seeds in missed.items()
+    )
+    sys.stdout.write(f"{table}\n\n{verdicts}\n")
+    if arguments.markdown:
+        command = f"python -m benchmarks.quickstart_seeds --seeds {' '.join(map(str, arguments.seeds))}"
+        write_text(
+            arguments.markdown,
+            f"# The quickstart on {len(arguments.seeds)} seeds\n\n"
+            f"Printed by `{command}`. Win rates are against SFT by the gold judge.\n\n{table}\n\n{verdicts}\n",
+        )
+    return 1 if any(missed.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
