@@ -155,14 +155,16 @@ def read_jsonl(path: str | Path) -> list[dict]:
 
 def write_parquet(path: str | Path, rows: Any) -> None:
     """Write rows (a ``datasets.Dataset``, a list of dicts or a dict of columns) as Parquet, atomically."""
+    import pyarrow.parquet
     from datasets import Dataset
 
     if isinstance(rows, list):
         rows = Dataset.from_list(rows)
     elif isinstance(rows, dict):
         rows = Dataset.from_dict(rows)
-    with atomic_path(path) as temporary:
-        rows.to_parquet(str(temporary))
+    with atomic_path(path) as temporary, pyarrow.parquet.ParquetWriter(temporary, rows.features.arrow_schema) as out:
+        for batch in rows.with_format("arrow").iter(batch_size=10_000):
+            out.write_table(batch.cast(rows.features.arrow_schema))
 
 
 def read_parquet(path: str | Path, columns: list[str] | None = None):
