@@ -1,0 +1,36 @@
+"""Preferences from known rewards: the Bradley-Terry model (Bradley & Terry 1952), labels and what they allow."""
+
+import numpy as np
+from scipy.special import expit
+
+
+def preference_probability(first, second) -> np.ndarray:
+    """P(first preferred to second) = sigma(r_1 - r_2).
+
+    Args:
+        first: (N,) rewards of the first completions.
+        second: (N,) rewards of the second ones.
+
+    Returns:
+        (N,) probabilities.
+    """
+    return expit(np.asarray(first, dtype=float) - np.asarray(second, dtype=float))
+
+
+def draw_labels(probability, rng: np.random.Generator) -> np.ndarray:
+    """(N,) booleans, True where the first is chosen: Bernoulli draws of (N,) probabilities."""
+    probability = np.asarray(probability, dtype=float)
+    return rng.random(probability.shape) < probability
+
+
+def accuracy_ceiling(probability) -> float:
+    """E[max(p, 1-p)]: the accuracy of a model that knows the true rewards; none can expect more on such labels."""
+    probability = np.asarray(probability, dtype=float)
+    return float(np.maximum(probability, 1.0 - probability).mean())
+
+
+def label_entropy(probability) -> float:
+    """Mean entropy of the labels in nats: the least population value of the Bradley-Terry loss."""
+    probability = np.clip(np.asarray(probability, dtype=float), 1e-300, 1.0)
+    rest = np.clip(1.0 - probability, 1e-300, 1.0)
+    return float(-(probability * np.log(probability) + rest * np.log(rest)).mean())

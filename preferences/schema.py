@@ -1,0 +1,54 @@
+"""The one schema: what a prompt, a pair and a pair set are, and how each is identified.
+
+A pair is TRL's explicit-prompt preference format: ``prompt``, ``chosen``, ``rejected``, all strings (standard) or all
+lists of ``{"role", "content"}`` messages (conversational), with ``prompt_id`` and ``pair_id`` and, where the source
+has them, ``margin``, ``chosen_score`` and ``rejected_score``.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+from artifacts.files import sha256_of
+
+Text = str | list[dict[str, str]]
+
+REQUIRED = ("prompt", "chosen", "rejected")
+OPTIONAL_NUMBERS = ("margin", "chosen_score", "rejected_score")
+
+
+def prompt_id(prompt: Text) -> str:
+    """SHA-256 of a prompt's canonical JSON, 16 hex digits."""
+    return sha256_of(prompt)[:16]
+
+
+def pair_id(prompt: Text, chosen: Text, rejected: Text) -> str:
+    """SHA-256 of a pair's canonical JSON, 16 hex digits. The order of the two sides matters."""
+    return sha256_of([prompt, chosen, rejected])[:16]
+
+
+def text_of(value: Text) -> str:
+    """The text of a prompt or response; messages are joined by blank lines."""
+    return value if isinstance(value, str) else "\n\n".join(message["content"] for message in value)
+
+
+def pair_set_hash(pair_ids: dict[str, Iterable[str]]) -> str:
+    """Identity of a pair set: SHA-256 over its (split, pair) entries, whatever their order.
+
+    Args:
+        pair_ids: split name -> pair ids; `pair_id` covers prompt, chosen and rejected.
+    """
+    entries = sorted(f"{split}:{identity}" for split, ids in pair_ids.items() for identity in ids)
+    return hashlib.sha256("\n".join(entries).encode()).hexdigest()
+
+
+def make_pair(prompt: Text, chosen: Text, rejected: Text, **extra: Any) -> dict[str, Any]:
+    """A row of the schema, ids filled in; ``extra`` are further columns."""
+    return {
+        "prompt": prompt,
+        "chosen": chosen,
+        "rejected": rejected,
+        "prompt_id": prompt_id(prompt),
+        "pair_id": pair_id(prompt, chosen, rejected),
+        **extra,
+    }

@@ -1,0 +1,86 @@
+"""Runs and small trained policies for the tests of the data room."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from artifacts.files import write_json
+from artifacts.run import RunFolder
+from artifacts.stage import StageContext
+from preferences.__main__ import run_data, run_pairs
+from preferences.testbed.grammar import reviews
+from preferences.testbed.tokenizer import build_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_run(folder: Path, data: dict, **sections) -> Path:
+    """A run folder with a configuration and nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create({"seed": 1, "data": data, **sections}), folder / "config.yaml")
+    return folder
+
+
+def run_step(folder: Path, step: str, **kwargs) -> subprocess.CompletedProcess:
+    """``python -m preferences RUN --step STEP`` as the pipeline starts it."""
+    command = [sys.executable, "-m", "preferences", str(folder), "--step", step]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def run_here(folder: Path, step: str) -> None:
+    """The same step in this process: no five seconds of imports."""
+    {"data": run_data, "pairs": run_pairs}[step](StageContext(RunFolder(folder), step))
+
+
+@pytest.fixture(scope="session")
+def testbed_policy(tmp_path_factory) -> Path:
+    """A policy that has learned to write reviews, more or less: 150 steps on the grammar."""
+    folder = tmp_path_factory.mktemp("policy")
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+            initializer_range=0.05,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    texts = [
+        tokenizer(prompt + completion)["input_ids"] + [tokenizer.eos_token_id]
+        for prompt, completion in reviews(0, 2400)
+    ]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    rng = random.Random(0)
+    for _ in range(150):
+        batch = [torch.tensor(ids) for ids in rng.sample(texts, 32)]
+        input_ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=tokenizer.pad_token_id)
+        labels = input_ids.masked_fill(input_ids == tokenizer.pad_token_id, -100)
+        loss = model(input_ids=input_ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def with_policy(run: Path, policy: Path) -> Path:
+    """Put a trained policy where the stage ``sft`` leaves it."""
+    (run / "sft").mkdir(exist_ok=True)
+    (run / "sft" / "model").symlink_to(policy, target_is_directory=True)
+    write_json(run / "sft" / "done.json", {"stage": "sft", "figures": {}})
+    return run
