@@ -1,0 +1,246 @@
+"""Settings of PPO. Each default cites its evidence; names are TRL's where TRL had one.
+
+Papers: Ziegler 2019 (1909.08593), Stiennon 2020 (2009.01325), InstructGPT (2203.02155), N+ = Huang et al. 2024
+(2403.17031), Xu 2024 (2404.10719), Llama 2 (2307.09288), Schulman 2017 (1707.06347).
+"""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from transformers import TrainingArguments
+
+from artifacts.errors import UserError
+from artifacts.settings import field_names, nearest
+from models.config import LoraSettings
+from models.generation import SamplingConfig
+
+
+class Conventions(NamedTuple):
+    """What implementations do differently.
+
+    Attributes:
+        score_after_last: the score lands one position after the last token, and values count one longer.
+        unbiased: Bessel's correction in whitening.
+        temperature_offset: added to the temperature of log-probabilities.
+        missing_eos: what a missing EOS does, whatever ``missing_eos`` says.
+    """
+
+    score_after_last: bool = False
+    unbiased: bool = False
+    temperature_offset: float = 0.0
+    missing_eos: str | None = None
+
+
+# TRL 1.12, trl/experimental/ppo/ppo_trainer.py; summarize_from_feedback_details/ppo.py (vwxyzjn).
+CONVENTIONS = {
+    None: Conventions(),
+    "trl-1.12": Conventions(True, True, 1e-7, "subtract"),
+    "summarize-from-feedback": Conventions(True, False, 1e-7, "replace"),
+}
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata=_help(text))
+
+
+@dataclass
+class PPOConfig(TrainingArguments):
+    """Arguments of `ppo.trainer.PPOTrainer`: those of `transformers.TrainingArguments`, and PPO's own.
+
+    One *update* is: sample a rollout, then ``num_ppo_epochs`` passes over it in ``num_mini_batches`` minibatches. All
+    of the Trainer's steps (``max_steps``, ``logging_steps``, ``eval_steps``, ``save_steps``, warm-up) count updates.
+    """
+
+    # -- from TrainingArguments, with other defaults
+    learning_rate: float = _option(3e-6, "Of the policy. N+ table: 3e-6 for every stage.")
+    adam_epsilon: float = _option(1e-5, "N+ (AdamW eps 1e-5); Llama 2 PPO (eps 1e-5).")
+    logging_steps: float = _option(1, "In updates. An update is minutes of work; each is worth a line.")
+    remove_unused_columns: bool | None = _option(False, "Columns of the data set are handed to the reward functions.")
+    metric_for_best_model: str | None = _option("eval_objective", "reward - kl_coef * KL on held-out prompts.")
+    greater_is_better: bool | None = _option(True, "The objective is maximised.")
+
+    # -- the rollout
+    rollout_batch_size: int | None = _option(
+        None,
+        "Responses per update over all ranks. Default: per_device_train_batch_size x gradient_accumulation_steps x "
+        "ranks, as in TRL. N+, Stiennon, Ziegler, InstructGPT and Llama 2 use 512; Xu Table 3: larger is better.",
+    )
+    total_episodes: int | None = _option(None, "Responses in all; instead of max_steps or num_train_epochs (TRL).")
+    response_length: int = _option(53, "Response budget in tokens, EOS included. N+ table: 53.")
+    max_prompt_length: int | None = _option(
+        None, "Longer prompts are an error unless truncate_prompts. Default: what the context leaves."
+    )
+    truncate_prompts: bool = _option(False, "Cut over-long prompts from the left instead of stopping.")
+    temperature: float = _option(
+        1.0,
+        "Of sampling. InstructGPT and Xu: 1.0, so that the KL is the policy's own; N+ and TRL: 0.7, and their KL is "
+        "that of the sharpened policies.",
+    )
+    top_k: int = _option(0, "0 samples from the policy itself; else the KL estimate is biased, and a warning says so.")
+    top_p: float = _option(1.0, "1 samples from the policy itself.")
+    generation_kwargs: dict | str | None = field(
+        default=None,
+        metadata=_help(
+            "More sampling settings (fields of models.generation.SamplingConfig); they win over the fields above."
+        ),
+    )
+    stop_strings: list[str] | None = field(
+        default=None, metadata=_help("A response also ends where one of these appears.")
+    )
+    local_rollout_forward_batch_size: int = _option(64, "Rows per forward pass without gradients, per rank (TRL: 64).")
+    ds3_gather_for_generation: bool = _option(True, "ZeRO-3: gather the weights once per rollout (TRL).")
+
+    # -- the reward
+    reward_weights: list[float] | None = field(
+        default=None, metadata=_help("One per reward (model first, then functions). Default: 1.")
+    )
+    kl_coef: float = _option(0.05, "beta. N+ table and Stiennon: 0.05.")
+    kl_estimator: Literal["k1", "k2", "k3"] = _option(
+        "k1", "k1 in the reward is what Ziegler, Stiennon, N+ and TRL use: unbiased, its gradient is KL(pi||ref)'s."
+    )
+    kl_in: Literal["reward", "loss"] = _option(
+        "reward", "Where the penalty acts. In the loss, k2 has the gradient of KL(pi||ref), k3 of KL(ref||pi)."
+    )
+    kl_controller: Literal["fixed", "adaptive"] = _option(
+        "fixed", "Fixed in Stiennon, InstructGPT, N+, Xu, Llama 2; adaptive in Ziegler and Coste."
+    )
+    kl_target: float = _option(6.0, "Target sequence KL of the adaptive controller, nats (Ziegler: 6).")
+    kl_horizon: float = _option(10_000, "Episodes over which the coefficient may move by 20 % (Ziegler: 10,000).")
+    missing_eos_penalty: float | None = _option(
+        1.0, "For a response that does not end (N+ detail 23: a score of -1). None: no penalty."
+    )
+    missing_eos: Literal["replace", "subtract"] = _option(
+        "replace", "replace: the score becomes -penalty (N+, Stiennon); subtract: score - penalty (TRL)."
+    )
+    score_bias: float | str = _option(
+        0.0,
+        "Subtracted from scores. 'auto': the mean score of the reference completions (column `completion`, else "
+        "samples "
+        "of the reference), so that these average 0 (N+ detail 15). A reward model of this project has it built in.",
+    )
+    score_bias_samples: int = _option(256, "Prompts that 'auto' looks at.")
+    score_clip: float | None = _option(
+        None, "Clip scores to +- this. Xu 20, DeepSpeed-Chat 5; off in N+ and InstructGPT, and off here."
+    )
+    whiten_rewards: bool = _option(False, "N+ ran its final policies without (whiten_rewards=False).")
+
+    # -- advantages
+    gamma: float = _option(1.0, "N+, Ziegler, Stiennon, Xu: 1.")
+    lam: float = _option(0.95, "N+, Ziegler, Stiennon: 0.95.")
+    whiten_advantages: bool = _option(True, "Xu Table 3: APPS pass@5 18.0 -> 38.1 by this alone; N+ detail 25.")
+
+    # -- the update
+    num_ppo_epochs: int = _option(4, "Passes over a rollout. Ziegler, Stiennon, N+: 4 (InstructGPT: 1).")
+    num_mini_batches: int = _option(1, "Optimizer steps per pass. N+: 1; Xu: 4; InstructGPT and Llama 2: 8.")
+    cliprange: float = _option(0.2, "Schulman 2017; every paper above.")
+    cliprange_value: float | None = _option(0.2, "N+, Ziegler: 0.2. In units of the reward. None: no clipping.")
+    vf_coef: float = _option(0.1, "N+, Ziegler: 0.1.")
+    value_learning_rate: float | None = _option(
+        None, "Of the value model. Default: the policy's (N+: one optimizer). InstructGPT 9e-6, Xu 5e-6 beside 1e-5."
+    )
+    value_warmup_updates: int = _option(0, "Updates at the start that train the value model only (OpenRLHF, verl).")
+    entropy_coef: float = _option(0.0, "Entropy bonus; no RLHF paper above uses one.")
+    early_stop_kl: float | None = _option(
+        None, "End an update when a minibatch's approx-KL to the sampling policy exceeds this (Spinning Up: 0.015)."
+    )
+    ptx_coef: float = _option(0.0, "Weight of the pretraining loss (InstructGPT: 27.8); needs ptx_dataset.")
+    ptx_batch_size: int | None = _option(None, "Pretraining texts per minibatch. Default: the minibatch size.")
+    ptx_max_length: int = _option(512, "Tokens of a pretraining text.")
+    sync_ref_model: bool = _option(False, "Let the reference follow the policy (Xu: EMA reference). TRL's name.")
+    ref_model_mixup_alpha: float = _option(0.001, "ref <- alpha policy + (1 - alpha) ref. ReaLHF (Xu): 0.001.")
+    ref_model_sync_steps: int = _option(1, "Every so many updates.")
+
+    # -- watching
+    num_eval_samples: int = _option(8, "Completions shown side by side with the reference's at each evaluation.")
+    check_first_ratio: bool = _option(True, "Stop when the ratio is not 1 on the first pass (N+: it must be).")
+    diagnose: bool = _option(True, "Warn in words when a run goes bad.")
+    parity: Literal["trl-1.12", "summarize-from-feedback"] | None = _option(
+        None, "Conventions of another implementation, for comparison: docs/ppo.md names each."
+    )
+
+    def sampling(self) -> SamplingConfig:
+        """How rollouts are sampled: the fields above, then ``generation_kwargs``."""
+        extra = self.generation_kwargs or {}
+        unknown = [key for key in extra if key not in field_names(SamplingConfig)]
+        if unknown:
+            hint = nearest(unknown[0], field_names(SamplingConfig))
+            raise UserError(f"ppo.generation_kwargs.{unknown[0]}: no such key.{hint}")
+        mine = {
+            "max_new_tokens": self.response_length,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "stop_strings": list(self.stop_strings or []),
+        }
+        return SamplingConfig(**{**mine, **extra})
+
+    def __post_init__(self):
+        if isinstance(self.generation_kwargs, str):
+            self.generation_kwargs = json.loads(self.generation_kwargs)
+        super().__post_init__()
+        for problem in self._problems():
+            raise UserError(problem)
+
+    def _problems(self):
+        """One sentence for each setting that cannot be meant."""
+        positive = (
+            "response_length",
+            "num_ppo_epochs",
+            "num_mini_batches",
+            "local_rollout_forward_batch_size",
+            "ref_model_sync_steps",
+        )
+        for name in positive:
+            if getattr(self, name) < 1:
+                yield f"ppo.{name} is {getattr(self, name)}; it must be at least 1."
+        for name in ("gamma", "lam", "ref_model_mixup_alpha", "top_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                yield f"ppo.{name} is {getattr(self, name)}; it must lie in [0, 1]."
+        for name in ("kl_coef", "ptx_coef", "vf_coef", "value_warmup_updates"):
+            if getattr(self, name) < 0:
+                yield f"ppo.{name} is {getattr(self, name)}; it must not be negative."
+        if self.temperature <= 0:
+            yield f"ppo.temperature is {self.temperature}; PPO explores by sampling, so it must be positive."
+        choices = {
+            "kl_estimator": ("k1", "k2", "k3"),
+            "kl_in": ("reward", "loss"),
+            "kl_controller": ("fixed", "adaptive"),
+            "missing_eos": ("replace", "subtract"),
+            "parity": (None, "trl-1.12", "summarize-from-feedback"),
+        }
+        for name, valid in choices.items():
+            if getattr(self, name) not in valid:
+                yield f"ppo.{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(str, valid))}."
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            yield (
+                "ppo.kl_in=loss with kl_estimator=k1: as a loss its expected gradient is 0, so it would restrain "
+                "nothing (docs/ppo.md, KL). Use k2 or k3 in the loss, or k1 in the reward."
+            )
+        if self.missing_eos_penalty is not None and self.missing_eos_penalty < 0:
+            yield f"ppo.missing_eos_penalty is {self.missing_eos_penalty}; give the positive size of the penalty."
+        if not isinstance(self.score_bias, int | float) and self.score_bias != "auto":
+            yield f"ppo.score_bias is {self.score_bias!r}; it must be a number or 'auto'."
+
+
+@dataclass
+class PPOStage:
+    """Keys of the ``ppo`` section that belong to the stage, not to `PPOConfig`.
+
+    Attributes:
+        lora: train adapters instead of all weights (policy and value model); null trains everything.
+        validation_prompts: training prompts set aside for the evaluation during training; the held-out prompts of the
+            verdict are never seen here.
+        value_from: ``reward_model`` (N+ detail 22) or ``policy``: what the value model starts from.
+        gold_reward: optimise the run's known gold reward (``data.gold``) instead of the reward model (DPO paper's
+            PPO-GT).
+    """
+
+    lora: LoraSettings | None = None
+    validation_prompts: int = 128
+    value_from: str = "reward_model"
+    gold_reward: bool = False

@@ -1,0 +1,231 @@
+"""Where scores come from: a reward model, with any tokenizer; Python functions; or a weighted mix of them."""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from artifacts.errors import UserError
+from models.loading import load_tokenizer
+from models.logprobs import sequence_scores
+from models.prompts import render_prompt
+from ppo.roles import as_value_or_reward
+
+RewardFunction = Callable[..., Sequence[float]]
+
+
+class RewardError(UserError):
+    """A reward that cannot be used; carries the row of the sample."""
+
+    def __init__(self, message: str, row: int | None = None):
+        super().__init__(message)
+        self.row = row
+
+
+class ModelReward:
+    """Scores of a sequence-classification model with one label, read at the last real token.
+
+    Where the model's tokenizer is the policy's, the sampled token ids are scored as they are. Else prompt and
+    completion are decoded and tokenised again, with the model's own EOS after a completion that ended by itself.
+
+    Args:
+        model: the reward model.
+        tokenizer: the policy's.
+        own_tokenizer: the reward model's, where it differs.
+        batch_size: rows per forward pass.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        own_tokenizer: PreTrainedTokenizerBase | None = None,
+        batch_size: int = 64,
+    ):
+        model.requires_grad_(False)
+        self.model, self.tokenizer, self.own_tokenizer = model.eval(), tokenizer, own_tokenizer
+        self.batch_size = batch_size
+        self.name = f"reward model {getattr(model, 'name_or_path', '') or type(model).__name__}"
+
+    def encode(self, prompts, completions, prompt_ids, response_ids, finished) -> list[list[int]]:
+        """Token ids of prompt + completion for the reward model."""
+        if self.own_tokenizer is None:
+            return [[*p, *r] for p, r in zip(prompt_ids, response_ids, strict=True)]
+        rows = []
+        for prompt, completion, ended in zip(prompts, completions, finished, strict=True):
+            conversational = isinstance(prompt, list)
+            text = render_prompt(self.own_tokenizer, prompt) + completion
+            # A chat template writes its own special tokens; plain text gets the tokenizer's.
+            ids = self.own_tokenizer(text, add_special_tokens=not conversational)["input_ids"]
+            eos = self.own_tokenizer.eos_token_id
+            ids = ids[:-1] if ids and ids[-1] == eos else ids
+            rows.append([*ids, eos] if ended else ids)
+        return rows
+
+    @torch.no_grad()
+    def __call__(self, prompts, completions, prompt_ids, response_ids, finished, **columns) -> list[float]:
+        rows = self.encode(prompts, completions, prompt_ids, response_ids, finished)
+        device = next(self.model.parameters()).device
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        scores = [0.0] * len(rows)
+        for start in range(0, len(order), self.batch_size):
+            group = order[start : start + self.batch_size]
+            longest = max(len(rows[i]) for i in group)
+            ids = torch.tensor([rows[i] + [0] * (longest - len(rows[i])) for i in group], device=device)
+            mask = torch.tensor([[1] * len(rows[i]) + [0] * (longest - len(rows[i])) for i in group], device=device)
+            for i, score in zip(group, sequence_scores(self.model, ids, mask).tolist(), strict=True):
+                scores[i] = score
+        return scores
+
+
+class ScorerReward:
+    """A scorer with ``score(prompts, completions, finished) -> list[float]``, as `reward_model.scorer.RewardScorer`
+    is."""
+
+    def __init__(self, scorer: Any):
+        self.scorer = scorer
+        self.name = f"reward model {getattr(scorer, 'name', '') or type(scorer).__name__}"
+
+    def __call__(self, prompts, completions, prompt_ids, response_ids, finished, **columns) -> list[float]:
+        return list(self.scorer.score(prompts, completions, finished))
+
+
+class FunctionReward:
+    """A Python function ``f(prompts, completions, **columns) -> list[float]``.
+
+    Columns are those of the data set, and ``finished`` (list of bool); a function without ``**kwargs`` gets the ones
+    it names.
+    """
+
+    def __init__(self, function: RewardFunction):
+        self.function = function
+        self.name = f"reward function {getattr(function, '__name__', type(function).__name__)}"
+        parameters = inspect.signature(function).parameters.values()
+        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self.names = {p.name for p in parameters}
+
+    def __call__(self, prompts, completions, prompt_ids, response_ids, finished, **columns) -> list[float]:
+        columns = {"finished": finished, **columns}
+        if not self.takes_all:
+            columns = {k: v for k, v in columns.items() if k in self.names}
+        try:
+            return self.function(prompts=prompts, completions=completions, **columns)
+        except Exception as error:
+            row = self._culprit(prompts, completions, columns)
+            where = (
+                ""
+                if row is None
+                else f" for sample {row} (prompt {_short(prompts[row])}, completion {_short(completions[row])})"
+            )
+            raise RewardError(f"{self.name} raised {type(error).__name__}: {error}{where}.", row) from error
+
+    def _culprit(self, prompts, completions, columns) -> int | None:
+        """The first sample that raises by itself."""
+        for row in range(len(prompts)):
+            try:
+                self.function(
+                    prompts=[prompts[row]],
+                    completions=[completions[row]],
+                    **{k: [v[row]] for k, v in columns.items()},
+                )
+            except Exception:
+                return row
+        return None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+class Rewards:
+    """A weighted sum of rewards; with one part, that part.
+
+    Args:
+        parts: at least one.
+        weights: one each; 1 by default.
+
+    Raises:
+        UserError: no part, or another number of weights.
+    """
+
+    def __init__(self, parts: list[Any], weights: list[float] | None = None):
+        if not parts:
+            raise UserError("PPO needs a reward: pass reward_model, reward_funcs, or both.")
+        weights = [1.0] * len(parts) if weights is None else list(weights)
+        if len(weights) != len(parts):
+            raise UserError(f"reward_weights has {len(weights)} entries for {len(parts)} rewards; give one each.")
+        self.parts, self.weights = parts, weights
+
+    def __call__(self, prompts, completions, prompt_ids, response_ids, finished, **columns) -> list[float]:
+        """Scores of ``N`` completions.
+
+        Raises:
+            RewardError: a part raised, gave another number of scores, or one that is not a finite number.
+        """
+        total = [0.0] * len(prompts)
+        for part, weight in zip(self.parts, self.weights, strict=True):
+            scores = part(prompts, completions, prompt_ids, response_ids, finished, **columns)
+            scores = scores.tolist() if hasattr(scores, "tolist") else list(scores)
+            if len(scores) != len(prompts):
+                raise RewardError(
+                    f"{part.name} returned {len(scores)} scores for {len(prompts)} completions (samples 0 to "
+                    f"{len(prompts) - 1}); it must return one each."
+                )
+            for row, score in enumerate(scores):
+                if not isinstance(score, int | float) or not math.isfinite(score):
+                    raise RewardError(
+                        f"{part.name} returned {score!r} for sample {row} (prompt {_short(prompts[row])}, completion "
+                        f"{_short(completions[row])}); it must be a finite number.",
+                        row,
+                    )
+                total[row] += weight * score
+        return total
+
+
+def make_rewards(
+    reward_model: Any,
+    reward_funcs: RewardFunction | list[RewardFunction] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    own_tokenizer: PreTrainedTokenizerBase | None,
+    weights: list[float] | None,
+    batch_size: int,
+) -> Rewards:
+    """Put the rewards of a trainer together.
+
+    Args:
+        reward_model: a model, its name, a scorer, or ``None``.
+        reward_funcs: a function or several.
+        tokenizer: the policy's.
+        own_tokenizer: the reward model's; for a name it is loaded with the model.
+        weights: model first, then functions.
+        batch_size: rows per forward pass of the model.
+    """
+    parts: list[Any] = []
+    if isinstance(reward_model, str):
+        own_tokenizer = own_tokenizer or load_tokenizer(reward_model)
+        reward_model = as_value_or_reward(reward_model, trainable=False)
+    if isinstance(reward_model, torch.nn.Module):
+        reward_model = as_value_or_reward(reward_model, trainable=False)
+        if own_tokenizer is not None and same_tokenizer(tokenizer, own_tokenizer):
+            own_tokenizer = None
+        parts.append(ModelReward(reward_model, tokenizer, own_tokenizer, batch_size))
+    elif hasattr(reward_model, "score"):
+        parts.append(ScorerReward(reward_model))
+    elif callable(reward_model):
+        parts.append(FunctionReward(reward_model))
+    elif reward_model is not None:
+        raise UserError(
+            f"reward_model is a {type(reward_model).__name__}; give a model, a name, a scorer or a function."
+        )
+    functions = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    parts.extend(FunctionReward(function) for function in functions if function is not None)
+    return Rewards(parts, weights)
+
+
+def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers give the same ids to the same text (same vocabulary, same rendering of conversations)."""
+    return a is b or (a.get_vocab() == b.get_vocab() and a.chat_template == b.chat_template)
