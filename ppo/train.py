@@ -1,4 +1,7 @@
-"""The stage ppo: from the run's SFT policy and reward model to a policy that PPO has trained."""
+"""The stage ppo: from the run's SFT policy and reward model to a policy that PPO has trained.
+
+Reads ``sft/model``, ``reward_model/model`` and ``data/prompts_train.parquet``; writes ``ppo/model``.
+"""
 
 import importlib
 import shutil
@@ -14,7 +17,6 @@ from artifacts.errors import UserError
 from artifacts.files import atomic_folder, read_parquet
 from artifacts.settings import split
 from artifacts.stage import StageContext
-from models.config import ModelConfig
 from models.loading import load_policy, load_tokenizer, load_value_or_reward
 from models.training import model_settings, training_arguments
 from ppo.checkpoint import last_checkpoint
@@ -29,318 +31,29 @@ def split_prompts(prompts: Dataset, validation: int, seed: int) -> tuple[Dataset
     The prompts of the verdict (``data/prompts_heldout.parquet``) choose nothing here: neither weights nor checkpoints.
     The choice goes by prompt, so that a prompt that occurs twice is on one side only.
 
+    Args:
+        prompts: with a column ``prompt``, and ``prompt_id`` where there is one.
+        validation: how many different prompts to set aside; 0 for none.
+        seed: of the choice.
+
+    Returns:
+        ``(training prompts, validation prompts or None)``.
+
     Raises:
-        UserError: fewer prompts than that.
+        UserError: there are no more prompts than that.
     """
     if validation <= 0:
         return prompts, None
-    ids = [str(value) for value in (prompts["prompt_id"] if "prompt_id" in prompts.column_names else
-    prompts["prompt"])]
+    column = "prompt_id" if "prompt_id" in prompts.column_names else "prompt"
+    ids = [str(value) for value in prompts[column]]
     unique = sorted(set(ids))
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-    if
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-    len(unique)
-  
-  
-    
-      
-        
-          
-            
-              
-                
-                  
-                    
-                      
-                        
-                          
-                            
-                              
-                                
-                                  
-                                    
-                                      
-                                        
-                                          
-                                            
-                                              
-                                                
-                                                  
-                                                       <=
-       
-          
-           
-               
-               
-                   
-                       
-                           
-                               
-                                   
-                                       
-                                           
-                                               
-                                                   
-                                                       
-                                                           
-                                                               
-                                                                  
-                                                                   
-                                                                      
-                                                                       
-                                                                          
-                                                                           
-                                                                              
-                                                                               
-                                                                                  
-                                                                                   
-                                                                                      
-                                                                                       
-                                                                                         
-                                                                                          
-                                                                                           
-                                                                                             
-                                                                                              
-                                                                                               
-                                                                                                 
-                                                                                                  
-                                                                                                   
-                                                                                                        validation: raise UserError( f"ppo.validation_prompts
-               
-               
-               
-               
-               
-               
-               
-               
-               
-               
-               
-               
-               
-               
-               
-               
-               
-               
-               
-               
-               
-               
-                is
-              
-               
-                
-                 
-                  
-                   
-                    
-                     
-                      
-                       
-                        
-                         
-                          
-                           
-                            
-                             
-                              
-                               
-                                
-                                 
-                                  
-                                   
-                                    
-                                     
-                                      
-                                         {validation}, and there are {len(unique)} different
-           
-           
-           
-          
-           
-            
-              
-              
-              
-              
-              
-              
-              
-              
-              
-              
-              
-              
-              
-              
-              
-              
-              
-              
-              
-              
-               training
-           
-           
-          
-           
-          
-           
-          
-           
-          
-           
-          
-           
-          
-           
-          
-           
-          
-           
-          
-           
-          
-           
-          
-           
-            prompts:
-            none " f"would be " f"left to train on. Lower " f"" " " " "" "
-            "" " "
-            """
-            """
-            ""
-            ""
-            """
-            ""
-            ""
-            ""
-            """
-            ""
-            ""
-            ""
-            ""
-            ""
-            ""
-            ""
-            ""
-            "" "" ""
-            ""
-            ""
-            ""
-            ""
-            ""
-            ""
-            ""
-            ""
-            ""
-            ""
-            ""
-            ""
-            ""
-            ""
-            ""
-            ""
-            ""
-            "f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f""
-            f"f"it."
-       
-       
-     
-         
-        
-          
-        
-          
-            
-              
-                
-                  
-                    
-                      
-                        
-                          
-                               )
-    generator = torch.Generator().manual_seed(seed)
-    chosen = {unique[i] for i in torch.randperm(len(unique), generator=generator)[:validation].tolist()}
+    if len(unique) <= validation:
+        raise UserError(
+            f"ppo.validation_prompts is {validation}, and there are {len(unique)} different training prompts: none "
+            f"would be left to train on. Lower it."
+        )
+    order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed))
+    chosen = {unique[i] for i in order[:validation].tolist()}
     first: dict[str, int] = {}
     for row, prompt in enumerate(ids):
         if prompt in chosen:
@@ -350,68 +63,10 @@ def split_prompts(prompts: Dataset, validation: int, seed: int) -> tuple[Dataset
 
 
 def gold_reward(context: StageContext):
-   
-  
-   
-   
-  
-   
-    """The run's known gold
-    reward, a function
+    """The run's known gold reward, a function named in ``data.gold``.
 
-  
-      
-          
-              
-                  
-                      
-                          
-                              
-                                       named in ``data.gold``.
-
-   
-   
-      
-       
-          
-           
-              
-               
-                  
-                   
-                      
-                       
-                          
-                           
-                              
-                               
-                                  
-                                   
-                                        Raises: UserError:
-           
-           
-           
-           
-           
-           
-           
-            there
-           
-          
-            
-            
-            
-            
-            
-            
-             is none,
-          
-            
-            
-            
-            
-            
-             or it cannot be imported.
+    Raises:
+        UserError: there is none, or it cannot be imported.
     """
     name = OmegaConf.select(context.run.config, "data.gold")
     if not name:
@@ -423,71 +78,52 @@ def gold_reward(context: StageContext):
         raise UserError(f"data.gold is {name!r}, which cannot be imported: {error}") from error
 
 
-def reward_of(context: StageContext, config: ModelConfig, args: PPOConfig):
-   
-   
-   
-   
-   
-   
-   
-   
-   
-   
-    """The reward model's scorer."""
-    from reward_model.scorer import RewardScorer
-
-    folder = context.run.path("reward_model", "model")
-    scorer = RewardScorer.load(folder, config, batch_size=args.local_rollout_forward_batch_size)
-    scorer.name = str(folder)
-    return scorer
-
-
-def run(context: StageContext) -> None:
+def run_stage(context: StageContext) -> None:
     """Train, or go on from the last checkpoint, and leave ``model/`` and ``done.json`` behind."""
-    own, settings = split(context.config, PPOStage, PPOConfig, where="ppo")
-    set_seed(context.seed)
-    checkpoints = context.dir / "checkpoints"
-    args = training_arguments(PPOConfig, context, settings)
+    own, passed = split(context.config, PPOStage, PPOConfig, where="ppo")
+    if own.value_from not in ("reward_model", "policy"):
+        raise UserError(f"ppo.value_from is {own.value_from!r}; it must be reward_model or policy.")
     config = model_settings(context)
+    args = training_arguments(PPOConfig, context, passed)
+    set_seed(context.seed)
+
+    # 1. The models. The reference is made from the policy: a copy, or the policy without its adapters.
     context.run.require("sft")
     sft = context.run.path("sft", "model")
     tokenizer = load_tokenizer(sft, config)
     policy = load_policy(sft, config, trainable=True)
-    lora = own.lora.peft_config("CAUSAL_LM") if own.lora is not None else None
-
-    functions, reward = None, None
+    reward, function, value_model = None, None, None
     if own.gold_reward:
-        functions = gold_reward(context)
+        function = gold_reward(context)
     else:
-        context.run.require("reward_model")
-        reward = reward_of(context, config, args)
-    if own.value_from == "reward_model" and not own.gold_reward:
-        value_model = load_value_or_reward(context.run.path("reward_model", "model"), config, trainable=True)
-    elif own.value_from in ("policy", "reward_model"):
-        value_model = None
-    else:
-        raise UserError(f"ppo.value_from is {own.value_from!r}; it must be reward_model or policy.")
+        from reward_model.scorer import RewardScorer
 
+        context.run.require("reward_model")
+        folder = context.run.path("reward_model", "model")
+        reward = RewardScorer.load(folder, config, batch_size=args.local_rollout_forward_batch_size)
+        if own.value_from == "reward_model":
+            value_model = load_value_or_reward(folder, config, trainable=True)
+
+    # 2. The prompts.
     prompts = read_parquet(context.run.path("data", "prompts_train.parquet"), columns=["prompt"])
     train, validation = split_prompts(prompts, own.validation_prompts, context.seed)
+
+    # 3. Train and save.
     trainer = PPOTrainer(
         model=policy,
         reward_model=reward,
-        reward_funcs=functions,
-        # With adapters the reference is the policy without them; else a copy is made.
-        ref_model=None,
+        reward_funcs=function,
         value_model=value_model,
         args=args,
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
-        peft_config=lora,
+        peft_config=own.lora.peft_config("CAUSAL_LM") if own.lora is not None else None,
         callbacks=[RunCallback(context)],
     )
     # One line a log is in metrics.jsonl and on the progress bar: no second printout.
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     save_final(trainer, context)
     history = trainer.state.log_history
     last = next((row for row in reversed(history) if "objective/kl" in row), {})
@@ -507,45 +143,25 @@ def run(context: StageContext) -> None:
 
 
 def save_final(trainer: PPOTrainer, context: StageContext) -> None:
-    """Write ``model/``: a plain folder for ``from_pretrained``, adapters merged, with the tokenizer."""
+    """Write ``model/``: a plain folder for ``from_pretrained`` with the tokenizer; adapters are merged.
+
+    With adapters, ``adapter/`` holds them too. All processes must call this.
+    """
+    target = context.dir / "model"
     if trainer.is_deepspeed_enabled:
-        # All ranks take part in gathering the weights.
+        # A collective: the shards meet on the main process.
         temporary = context.dir / ".model.tmp"
         trainer.save_model(str(temporary), _internal_call=True)
         if trainer.is_world_process_zero():
-            shutil.rmtree(context.dir / "model", ignore_errors=True)
-            temporary.rename(context.dir / "model")
-        return
-    if trainer.is_world_process_zero():
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+    elif trainer.is_world_process_zero():
         policy = trainer.policy
         if is_peft(policy):
+            with atomic_folder(context.dir / "adapter") as folder:
+                policy.save_pretrained(folder)
             policy = policy.merge_and_unload()
-        with atomic_folder(context.dir / "model") as folder:
+        with atomic_folder(target) as folder:
             policy.save_pretrained(folder)
             trainer.processing_class.save_pretrained(folder)
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
+    trainer.accelerator.wait_for_everyone()
