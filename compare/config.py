@@ -1,0 +1,45 @@
+"""The ``compare`` section of the configuration."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class CompareStage:
+    """How the policies of a run are compared.
+
+    Attributes:
+        n_prompts: held-out prompts, at most; the first ones of ``data/prompts_heldout.parquet``.
+        max_new_tokens: response budget of every policy, EOS included.
+        temperature: of sampling *and* of the KL (papers.md 3.5.4: they must agree).
+        other_temperatures: further temperatures at which each trained policy is sampled once; 0 is greedy.
+        top_k: 0 samples from the whole distribution; anything else samples another policy, and KL is then flagged.
+        top_p: 1 samples from the whole distribution; see ``top_k``.
+        batch_size: completions decoded at once.
+        workers: policies that draw at the same time, each in a process of its own (CPU only); changes no figure.
+        samples: draws a prompt from each trained policy.
+        baseline_draws: draws a prompt from the reference (sft), shared by no other estimate.
+        pool_size: further draws a prompt from the reference: best-of-n selects from these, the control uses them.
+        best_of_n: values of n; each at most ``pool_size``.
+        policies: further policies: ``{name: {path: MODEL}}`` or ``{name: {completions: FILE}}``.
+        judges: further judges; see ``docs/compare.md``. The gold function and the reward model are always asked.
+        resamples: bootstrap resamples and random sign flips.
+        confidence: of all intervals.
+    """
+
+    n_prompts: int = 512
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    other_temperatures: list[float] = field(default_factory=list)
+    top_k: int = 0
+    top_p: float = 1.0
+    batch_size: int = 512
+    workers: int = 1
+    samples: int = 1
+    baseline_draws: int = 4
+    pool_size: int = 20
+    best_of_n: list[int] = field(default_factory=lambda: [2, 4, 16])
+    policies: dict[str, Any] = field(default_factory=dict)
+    judges: list[Any] = field(default_factory=list)
+    resamples: int = 2000
+    confidence: float = 0.95

@@ -1,0 +1,114 @@
+"""Contenders: a policy as seen by judges, a weighted set of draws for each prompt. Best-of-n is one of them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from compare.best_of_n import beirami_kl, kl_bound, pool_weights
+from compare.completions import Draws
+from compare.config import CompareStage
+from compare.judges.scores import preference_by_score
+from compare.policies import REFERENCE, Policy
+
+PROXY = "reward_model"
+
+
+@dataclass
+class Contender:
+    """A policy with its draws; all figures are weighted means over draws, then means over prompts.
+
+    Attributes:
+        name: as in the report.
+        method: ``sft``, ``ppo``, ``dpo``, ``best_of_n`` or ``other``.
+        point: coefficient of the sweep, ``{"n": 16}`` for best-of-n.
+        draws: completions with scores.
+        weights: ``(P, D)``, rows sum to 1.
+        kl_note: where the KL is not a measurement, what it is.
+    """
+
+    name: str
+    method: str
+    draws: Draws
+    weights: np.ndarray
+    point: dict[str, Any] = field(default_factory=dict)
+    n: int | None = None
+
+    def per_prompt(self, values: np.ndarray) -> np.ndarray:
+        """``(P, D)`` values as ``(P,)`` weighted means."""
+        return (self.weights * values).sum(axis=1)
+
+    def score(self, judge: str) -> np.ndarray | None:
+        """``(P,)`` mean scores of a scoring judge, or ``None`` where it was not asked."""
+        return self.per_prompt(self.draws.scores[judge]) if judge in self.draws.scores else None
+
+    def length(self) -> np.ndarray:
+        """``(P,)`` tokens, the end of sequence included."""
+        return self.per_prompt(self.draws.tokens)
+
+    def eos_rate(self) -> np.ndarray:
+        """``(P,)`` share of completions that ended by themselves."""
+        return self.per_prompt(self.draws.finished)
+
+    def kl(self, measure: str = "kl") -> np.ndarray | None:
+        """``(P,)`` KL to the reference in nats by one estimate, or ``None`` where it was not measured."""
+        if self.method == "best_of_n" or not np.isfinite(self.draws.measures[measure]).all():
+            return None
+        return self.per_prompt(self.draws.measures[measure])
+
+
+def uniform(draws: Draws) -> np.ndarray:
+    """Equal weights on all draws of a prompt."""
+    return np.full(draws.shape, 1 / draws.shape[1])
+
+
+def contenders_of(policies: list[Policy], draws: list[Draws], settings: CompareStage) -> list[Contender]:
+    """The contenders at the main temperature: reference, trained policies, best-of-n."""
+    by_role = {(d.policy, d.role): d for d in draws if d.temperature == settings.temperature}
+    found = []
+    for policy in policies:
+        own = by_role[policy.name, "baseline" if policy.name == REFERENCE else "sample"]
+        found.append(Contender(policy.name, policy.method, own, uniform(own), policy.point))
+    pool = by_role.get((REFERENCE, "pool"))
+    if pool is not None and PROXY in pool.scores:
+        found += [best_of(pool, n) for n in settings.best_of_n]
+    return found
+
+
+def best_of(pool: Draws, n: int, columns: slice = slice(None)) -> Contender:
+    """Best-of-n over (some columns of) the pool, selected by the reward model."""
+    weights = np.zeros(pool.shape)
+    weights[:, columns] = pool_weights(pool.scores[PROXY][:, columns], n)
+    return Contender(f"best_of_{n}", "best_of_n", pool, weights, {"n": n}, n)
+
+
+def pair_preference(ours: Contender, theirs: Contender, judge: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Expected preference and ties on every prompt, the two contenders' draws independent.
+
+    Two best-of-n of one pool are put on disjoint parts of it; ``None`` where the pool is too small for both.
+    """
+    if ours.draws is theirs.draws:
+        if ours.n is None or theirs.n is None:
+            return None
+        first, size = ours.n, ours.draws.shape[1]
+        if first + theirs.n > size:
+            return None
+        spare = size - first - theirs.n
+        cut = first + round(spare * first / (first + theirs.n))
+        ours, theirs = best_of(ours.draws, ours.n, slice(0, cut)), best_of(theirs.draws, theirs.n, slice(cut, None))
+    return preference_by_score(ours.draws.scores[judge], theirs.draws.scores[judge], ours.weights, theirs.weights)
+
+
+def realised_best(pool: Draws, n: int) -> np.ndarray:
+    """``(P,)`` column of the best of the first ``n`` of the pool: one plain draw of best-of-n."""
+    return pool.scores[PROXY][:, :n].argmax(axis=1)
+
+
+def best_of_n_kl(contender: Contender, log_probability: np.ndarray) -> dict[str, Any]:
+    """What can be said of the KL of best-of-n: the bound, and Beirami's estimate ``(P,)``.
+
+    Args:
+        contender: a best-of-n.
+        log_probability: ``(P,)`` under the reference of one realised best-of-n completion a prompt.
+    """
+    return {"bound": kl_bound(contender.n), "estimate": beirami_kl(log_probability, contender.n)}

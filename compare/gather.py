@@ -1,0 +1,140 @@
+"""All completions of a comparison: what is on disk is kept, the rest is drawn, several policies at a time if asked."""
+
+import concurrent.futures
+import multiprocessing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from artifacts.run import RunFolder
+from artifacts.stage import StageContext
+from compare.completions import Draws, Reference, completions_key, completions_path, draw, load_or_draw
+from compare.config import CompareStage
+from compare.policies import REFERENCE, Policy, Prompts
+from models.config import ModelConfig
+
+
+def model_config_of(run: RunFolder) -> ModelConfig:
+    """The ``model`` section as `ModelConfig`."""
+    from omegaconf import OmegaConf
+
+    section = OmegaConf.to_container(run.config.get("model") or OmegaConf.create({}), resolve=True)
+    return ModelConfig(**{key: section[key] for key in ModelConfig.__dataclass_fields__ if key in section})
+
+
+class Gatherer:
+    """Draws, or finds on disk, the completions of every policy of a run."""
+
+    def __init__(self, context: StageContext, settings: CompareStage, prompts: Prompts):
+        self.context, self.settings, self.prompts = context, settings, prompts
+        self.folder = Path(context.dir) / "completions"
+        self.model_config = model_config_of(context.run)
+        done = context.run.require(REFERENCE)
+        self.reference_identity = [done.get("fingerprint"), done.get("finished")]
+        self._reference: Reference | None = None
+
+    @property
+    def reference(self) -> Reference:
+        """The reference policy, loaded when first needed."""
+        if self._reference is None:
+            folder = self.context.run.stage_dir(REFERENCE) / "model"
+            self._reference = Reference(folder, self.prompts, self.settings, self.model_config)
+        return self._reference
+
+    def key(self, policy: Policy) -> str:
+        """What the policy's completions depend on, hashed."""
+        return completions_key(policy, self.prompts, self.settings, self.context.seed, self.reference_identity)
+
+    def is_done(self, policy: Policy) -> bool:
+        """Whether the policy's completions are on disk."""
+        return completions_path(self.folder, policy, self.key(policy)).is_file()
+
+    def one(self, policy: Policy, report_progress: bool = True) -> tuple[pa.Table, bool]:
+        """One policy's completions, and whether they were drawn now."""
+
+        def make() -> pa.Table:
+            def progress(done: int, total: int) -> None:
+                if report_progress:
+                    self.context.progress(done, total, f"completions of {policy.name}")
+
+            return draw(policy, self.reference, self.settings, self.context.seed, progress)
+
+        return load_or_draw(policy, self.folder, self.key(policy), make)
+
+    def all(self, policies: list[Policy]) -> list[pa.Table]:
+        """Completions of every policy, in order."""
+        missing = [policy for policy in policies if not self.is_done(policy)]
+        if len(missing) > 1 and may_fork(self.settings.workers):
+            # The reference has most to draw: it goes first.
+            ordered = sorted(missing, key=lambda policy: policy.name != REFERENCE)
+            for number, policy in in_processes(self._draw, ordered, self.settings.workers):
+                self.context.progress(80 * (number + 1) / len(ordered), 100, f"completions of {policy.name}")
+        tables = []
+        for number, policy in enumerate(policies):
+            tables.append(self.one(policy, report_progress=False)[0])
+            self.context.progress(80 * (number + 1) / len(policies), 100, f"completions of {policy.name}")
+        return tables
+
+    def _draw(self, policy: Policy) -> None:
+        self.one(policy, report_progress=False)
+
+
+def may_fork(workers: int) -> bool:
+    """Whether work is shared between forked processes: asked for, and no GPU (which survives no fork)."""
+    return workers > 1 and not torch.cuda.is_available() and "fork" in multiprocessing.get_all_start_methods()
+
+
+def in_processes(function: Callable[[Any], Any], items: Sequence[Any], workers: int):
+    """Call ``function`` on every item in forked processes; yields ``(number of items done before, item)``.
+
+    Forked, because importing torch again would take as long as the work. Results come back by files or by `score_all`.
+    """
+    context = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        running = {pool.submit(function, item): item for item in items}
+        for number, future in enumerate(concurrent.futures.as_completed(running)):
+            future.result()
+            yield number, running[future]
+
+
+# Rows scored at once by one process; fixed, so that the number of processes changes no figure.
+SCORING_ROWS = 2048
+
+
+def score_all(judge: Any, draws: list[Draws], prompts: Prompts, workers: int) -> None:
+    """Let one scoring judge score every completion; fills ``draws[i].scores[judge.name]``."""
+    asked, texts, finished = [], [], []
+    for one in draws:
+        asked += [prompt for prompt in prompts.prompts for _ in range(one.shape[1])]
+        texts += one.texts
+        finished += one.finished.ravel().tolist()
+    starts = range(0, len(texts), SCORING_ROWS)
+
+    def part(start: int) -> np.ndarray:
+        rows = slice(start, start + SCORING_ROWS)
+        return judge.score(asked[rows], texts[rows], finished[rows])
+
+    if judge.heavy and len(starts) > 1 and may_fork(workers):
+        global _scoring
+        _scoring = part
+        context = multiprocessing.get_context("fork")
+        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+            scores = np.concatenate(list(pool.map(_score_part, starts)))
+    else:
+        scores = np.concatenate([part(start) for start in starts])
+    before = 0
+    for one in draws:
+        one.scores[judge.name] = scores[before : before + one.finished.size].reshape(one.shape)
+        before += one.finished.size
+
+
+# What a forked process scores with: inherited by the fork, since a closure cannot be sent.
+_scoring: Callable[[int], np.ndarray] | None = None
+
+
+def _score_part(start: int) -> np.ndarray:
+    return _scoring(start)

@@ -1,0 +1,1 @@
+"""Judges: whatever says which of two completions is better. All give the same typed judgement."""
