@@ -1,5 +1,6 @@
 """Runs and small trained policies for the tests of the data room."""
 
+import os
 import random
 import subprocess
 import sys
@@ -8,7 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from artifacts.files import write_json
 from artifacts.run import RunFolder
@@ -84,3 +92,57 @@ def with_policy(run: Path, policy: Path) -> Path:
     (run / "sft" / "model").symlink_to(policy, target_is_directory=True)
     write_json(run / "sft" / "done.json", {"stage": "sft", "figures": {}})
     return run
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def byte_model(tmp_path_factory) -> Path:
+    """A small Llama with random weights and a tokenizer of single bytes that takes any text and any conversation."""
+    folder = tmp_path_factory.mktemp("bytes")
+    torch.manual_seed(0)
+    words = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
+    )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=4096,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plain_model(byte_model, tmp_path_factory) -> Path:
+    """The same model without a chat template."""
+    folder = tmp_path_factory.mktemp("plain")
+    AutoModelForCausalLM.from_pretrained(byte_model).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(byte_model)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with real HH and AlpacaEval files."""
+    folder = Path(os.environ.get("RLHF_REAL_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} does not exist (RLHF_REAL_DATA names another folder)")
+    return folder
