@@ -35,9 +35,9 @@ class Evaluator:
         return [row_seed(self.trainer.args.seed, "evaluation", row) for row in rows]
 
     def _of_reference(self, prompts: PromptSet):
-        """The reference's responses and scores, drawn once (it changes only with ``sync_ref_model``)."""
+        """The reference's responses and scores; drawn once, but for a reference that moves (``sync_ref_model``)."""
         trainer = self.trainer
-        if self._reference is None or self._reference[0] is not prompts:
+        if self._reference is None or self._reference[0] is not prompts or trainer.args.sync_ref_model:
             rows = self._share(len(prompts))
             generated = trainer.sample([prompts.ids[row] for row in rows], self._seeds(rows), reference=True)
             self._reference = (prompts, generated, trainer.score(rows, generated, prompts))

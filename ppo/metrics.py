@@ -67,7 +67,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(global_max(torch.tensor([float(flag)], device=device)).item())
 
 
-def rollout_metrics(rollout: Rollout, kl_coef: float, kl_in_reward: bool) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, kl_coef: float) -> dict[str, float]:
     """Figures of the whole, gathered rollout (the same on every rank).
 
     ``objective/kl`` is the mean over responses of the *sum* over tokens of k1, in nats: an unbiased estimate of the
@@ -83,6 +83,7 @@ def rollout_metrics(rollout: Rollout, kl_coef: float, kl_in_reward: bool) -> dic
     spread = sequence_kl.std() if n > 1 else kl.new_zeros(())
     lengths = rollout.lengths().float()
     score_spread = rollout.scores.std() if n > 1 else kl.new_zeros(())
+    mean_score = rollout.final_scores.mean()
     figures = {
         "objective/kl": kl,
         "objective/kl_se": spread / n**0.5,
@@ -91,20 +92,16 @@ def rollout_metrics(rollout: Rollout, kl_coef: float, kl_in_reward: bool) -> dic
         "objective/entropy": torch.where(mask, rollout.entropy, 0).sum(1).mean(),
         "objective/scores": rollout.scores.mean(),
         "objective/scores_std": score_spread,
-        "objective/final_scores": rollout.final_scores.mean(),
+        "objective/final_scores": mean_score,
         "objective/non_score_reward": -kl_coef * kl,
-        "objective/rlhf_reward": rollout.final_scores.mean() - kl_coef * kl,
-        "objective/kl_coef": torch.tensor(kl_coef),
+        "objective/rlhf_reward": mean_score - kl_coef * kl,
+        "objective/kl_coef": kl_coef,
         "policy/entropy": masked_mean(rollout.entropy, mask),
-        "val/explained_variance": _explained(rollout),
+        # Every rank holds the whole rollout: summing over ranks once more cancels in the ratio.
+        "val/explained_variance": explained_variance(rollout.values, rollout.returns, rollout.value_mask),
         "val/mean": masked_mean(rollout.values, rollout.value_mask),
         "response/eos_rate": rollout.finished.float().mean(),
         "response/length": lengths.mean(),
         "response/length_max": lengths.max(),
     }
     return {name: float(value) for name, value in figures.items()}
-
-
-def _explained(rollout: Rollout) -> torch.Tensor:
-    """Explained variance on a gathered rollout: every rank holds the same rows, and summing them again cancels."""
-    return explained_variance(rollout.values, rollout.returns, rollout.value_mask)

@@ -176,7 +176,9 @@ class Persistence:
 
     def load_best(self) -> None:
         """Put the weights of the best checkpoint (by ``metric_for_best_model``) into policy and value model."""
-        folder = Path(self.state.best_model_checkpoint)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        if not self.state.best_global_step or not folder.is_dir():
+            return
         if self.is_deepspeed_enabled:
             self.model_wrapped.load_checkpoint(
                 str(folder / "deepspeed"), load_optimizer_states=False, load_lr_scheduler_states=False

@@ -40,7 +40,7 @@ class PromptSet:
         if "prompt" in columns:
             self.prompts = list(dataset["prompt"])
         elif "input_ids" in columns:
-            self.prompts = tokenizer.batch_decode(dataset["input_ids"], skip_special_tokens=True)
+            self.prompts = tokenizer.batch_decode(list(dataset["input_ids"]), skip_special_tokens=True)
         else:
             raise UserError(f"{name} has no column prompt (nor input_ids); it has {', '.join(columns)}.")
         self.ids: list[list[int]] = []

@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from artifacts.errors import UserError
 from models.loading import load_tokenizer
-from models.logprobs import sequence_scores
-from models.prompts import render_prompt
 from ppo.roles import as_value_or_reward
+from reward_model.scorer import BIAS_KEY, RewardScorer
 
 RewardFunction = Callable[..., Sequence[float]]
 
@@ -26,64 +25,40 @@ class RewardError(UserError):
 
 
 class ModelReward:
-    """Scores of a sequence-classification model with one label, read at the last real token.
+    """Scores of a reward model (`reward_model.scorer.RewardScorer`), read at the last real token.
 
-    Where the model's tokenizer is the policy's, the sampled token ids are scored as they are. Else prompt and
-    completion are decoded and tokenised again, with the model's own EOS after a completion that ended by itself.
+    Where its tokenizer is the policy's, the sampled token ids are scored as they are. Else prompt and completion are
+    tokenised again by the reward model's own tokenizer, with its own EOS after a completion that ended by itself.
 
     Args:
-        model: the reward model.
+        scorer: the reward model with its tokenizer.
         tokenizer: the policy's.
-        own_tokenizer: the reward model's, where it differs.
-        batch_size: rows per forward pass.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        own_tokenizer: PreTrainedTokenizerBase | None = None,
-        batch_size: int = 64,
-    ):
-        model.requires_grad_(False)
-        self.model, self.tokenizer, self.own_tokenizer = model.eval(), tokenizer, own_tokenizer
-        self.batch_size = batch_size
-        self.name = f"reward model {getattr(model, 'name_or_path', '') or type(model).__name__}"
+    def __init__(self, scorer: RewardScorer, tokenizer: PreTrainedTokenizerBase):
+        scorer.model.requires_grad_(False)
+        self.scorer = scorer
+        self.same_tokens = same_tokenizer(scorer.tokenizer, tokenizer)
+        self.name = f"reward model {getattr(scorer.model, 'name_or_path', '') or type(scorer.model).__name__}"
 
-    def encode(self, prompts, completions, prompt_ids, response_ids, finished) -> list[list[int]]:
-        """Token ids of prompt + completion for the reward model."""
-        if self.own_tokenizer is None:
-            return [[*p, *r] for p, r in zip(prompt_ids, response_ids, strict=True)]
-        rows = []
-        for prompt, completion, ended in zip(prompts, completions, finished, strict=True):
-            conversational = isinstance(prompt, list)
-            text = render_prompt(self.own_tokenizer, prompt) + completion
-            # A chat template writes its own special tokens; plain text gets the tokenizer's.
-            ids = self.own_tokenizer(text, add_special_tokens=not conversational)["input_ids"]
-            eos = self.own_tokenizer.eos_token_id
-            ids = ids[:-1] if ids and ids[-1] == eos else ids
-            rows.append([*ids, eos] if ended else ids)
-        return rows
+    @property
+    def model(self) -> torch.nn.Module:
+        """The reward model, for the trainer to place or shard."""
+        return self.scorer.model
 
-    @torch.no_grad()
+    @model.setter
+    def model(self, model: torch.nn.Module) -> None:
+        # A DeepSpeed engine works by hooks on the module inside it.
+        self.scorer.model = getattr(model, "module", model)
+
     def __call__(self, prompts, completions, prompt_ids, response_ids, finished, **columns) -> list[float]:
-        rows = self.encode(prompts, completions, prompt_ids, response_ids, finished)
-        device = next(self.model.parameters()).device
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        scores = [0.0] * len(rows)
-        for start in range(0, len(order), self.batch_size):
-            group = order[start : start + self.batch_size]
-            longest = max(len(rows[i]) for i in group)
-            ids = torch.tensor([rows[i] + [0] * (longest - len(rows[i])) for i in group], device=device)
-            mask = torch.tensor([[1] * len(rows[i]) + [0] * (longest - len(rows[i])) for i in group], device=device)
-            for i, score in zip(group, sequence_scores(self.model, ids, mask).tolist(), strict=True):
-                scores[i] = score
-        return scores
+        if self.same_tokens:
+            return self.scorer.score_sequences([[*p, *r] for p, r in zip(prompt_ids, response_ids, strict=True)])
+        return self.scorer.score(prompts, completions, finished)
 
 
 class ScorerReward:
-    """A scorer with ``score(prompts, completions, finished) -> list[float]``, as `reward_model.scorer.RewardScorer`
-    is."""
+    """Any other object with ``score(prompts, completions, finished) -> list[float]``."""
 
     def __init__(self, scorer: Any):
         self.scorer = scorer
@@ -209,10 +184,11 @@ def make_rewards(
         own_tokenizer = own_tokenizer or load_tokenizer(reward_model)
         reward_model = as_value_or_reward(reward_model, trainable=False)
     if isinstance(reward_model, torch.nn.Module):
-        reward_model = as_value_or_reward(reward_model, trainable=False)
-        if own_tokenizer is not None and same_tokenizer(tokenizer, own_tokenizer):
-            own_tokenizer = None
-        parts.append(ModelReward(reward_model, tokenizer, own_tokenizer, batch_size))
+        model = as_value_or_reward(reward_model, trainable=False)
+        bias = float(getattr(model.config, BIAS_KEY, 0.0))
+        reward_model = RewardScorer(model, own_tokenizer or tokenizer, bias, batch_size)
+    if isinstance(reward_model, RewardScorer):
+        parts.append(ModelReward(reward_model, tokenizer))
     elif hasattr(reward_model, "score"):
         parts.append(ScorerReward(reward_model))
     elif callable(reward_model):

@@ -23,6 +23,7 @@ from ppo.checkpoint import last_checkpoint
 from ppo.config import PPOConfig, PPOStage
 from ppo.roles import is_peft
 from ppo.trainer import PPOTrainer
+from reward_model.scorer import RewardScorer
 
 
 def split_prompts(prompts: Dataset, validation: int, seed: int) -> tuple[Dataset, Dataset | None]:
@@ -96,8 +97,6 @@ def run_stage(context: StageContext) -> None:
     if own.gold_reward:
         function = gold_reward(context)
     else:
-        from reward_model.scorer import RewardScorer
-
         context.run.require("reward_model")
         folder = context.run.path("reward_model", "model")
         reward = RewardScorer.load(folder, config, batch_size=args.local_rollout_forward_batch_size)

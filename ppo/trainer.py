@@ -266,10 +266,11 @@ class PPOTrainer(Collection, Persistence, Trainer):
         self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
         self.is_in_train = True
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
-        if args.eval_on_start and self.state.global_step == 0 and self.eval_prompts is not None:
-            self.evaluate()
         if self.score_bias is None:
             self.score_bias = self.evaluator.mean_reference_score(args.score_bias_samples)
+        if args.eval_on_start and self.state.global_step == 0 and self.eval_prompts is not None:
+            self.evaluate()
+        metrics: dict[str, float] = {}
         started = time.monotonic()
 
         while self.state.global_step < self.num_updates:
@@ -296,11 +297,13 @@ class PPOTrainer(Collection, Persistence, Trainer):
                 break
 
         self.is_in_train = False
-        if args.load_best_model_at_end and self.state.best_model_checkpoint:
+        if args.load_best_model_at_end:
             self.load_best()
         seconds = time.monotonic() - started
         self.control = self.callback_handler.on_train_end(args, self.state, self.control)
-        return TrainOutput(self.state.global_step, 0.0, {"train_runtime": seconds})
+        return TrainOutput(
+            self.state.global_step, metrics.get("loss/policy_avg", 0.0), {**metrics, "train_runtime": seconds}
+        )
 
     def _update(self, rollout: Rollout, update: int) -> Update:
         """Step 7, and the check that the ratio is 1 before the first optimizer step."""
@@ -326,10 +329,9 @@ class PPOTrainer(Collection, Persistence, Trainer):
         except NonFinite as error:
             where = self.save_rollout(rollout, "nonfinite")
             raise UserError(
-                f"{error} is not finite. The weights are those before it, and the rollout is in {where}. Usual "
-                f"causes: a "
-                f"learning rate too high ({args.learning_rate:g}), fp16 overflow (use bf16), a reward of huge size "
-                f"(score_clip)."
+                f"{error} is not finite. The weights are those before it, and the rollout is in {where}. "
+                f"Usual causes: a learning rate too high ({args.learning_rate:g}), fp16 overflow (use bf16), "
+                f"rewards of huge size (score_clip)."
             ) from error
         if args.check_first_ratio and not value_only:
             self._check_first_ratio(done, rollout)
@@ -342,17 +344,15 @@ class PPOTrainer(Collection, Persistence, Trainer):
         if seen > allowed:
             where = self.save_rollout(rollout, "ratio")
             raise UserError(
-                f"on the first pass over the rollout of update {self.state.global_step + 1} the log ratio differs "
-                f"from 0 "
-                f"by {seen:.2g} (allowed {allowed:g}); the ratio must be 1 there. The update would be wrong. Usual "
-                f"causes: "
-                f"dropout that is still on, a model that answers differently in training and evaluation, another "
-                f"precision. The rollout is in {where}; check_first_ratio=false goes on regardless."
+                f"on the first pass over the rollout of update {self.state.global_step + 1} the log ratio is off by "
+                f"{seen:.2g} (allowed {allowed:g}), and the ratio must be 1 there. The policy that trains is not the "
+                f"one that sampled. Usual causes: dropout that is still on, a model that answers differently in "
+                f"training and evaluation. The rollout is in {where}; check_first_ratio=false goes on regardless."
             )
 
     def _figures(self, rollout: Rollout, done: Update, clock: Clock) -> dict[str, float]:
         """Everything the log says about one update."""
-        metrics = rollout_metrics(rollout, self.kl.coef, self.args.kl_in == "reward")
+        metrics = rollout_metrics(rollout, self.kl.coef)
         metrics.update(done.metrics)
         metrics["val/first_ratio_deviation"] = done.first_deviation
         metrics["policy/stopped_early"] = float(done.stopped_early)
@@ -370,8 +370,14 @@ class PPOTrainer(Collection, Persistence, Trainer):
         if self.control.should_log:
             self.log(metrics)
             self.control.should_log = False
-        if self.control.should_evaluate and self.eval_prompts is not None:
-            self._determine_best_metric(self.evaluate(), trial=None)
+        if (
+            self.control.should_evaluate
+            and self.eval_prompts is not None
+            and self._determine_best_metric(self.evaluate(), trial=None)
+            and args.save_strategy != "no"
+        ):
+            # The best policy so far is kept whether or not a checkpoint is due.
+            self.control.should_save = True
         self.control.should_evaluate = False
         if self.control.should_save:
             self._save_checkpoint(self.model_wrapped, trial=None)

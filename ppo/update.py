@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType
 from models.logprobs import Batch
 from ppo.algorithm import global_sum, kl_estimate, masked_mean, policy_loss, value_loss
 from ppo.config import PPOConfig
-from ppo.metrics import Averages, any_rank, global_max
+from ppo.metrics import Averages, any_rank
 from ppo.ptx import PretrainingText
 from ppo.rollout import Rollout
 
@@ -214,6 +214,3 @@ def _clip(accelerator: Accelerator, model: torch.nn.Module, max_norm: float | No
     if norm is None and hasattr(model, "get_global_grad_norm"):
         norm = model.get_global_grad_norm()
     return None if norm is None else torch.as_tensor(norm).float().cpu()
-
-
-__all__ = ["NonFinite", "Update", "global_max", "run_update"]
