@@ -1,9 +1,10 @@
 """From a source's rows to a staged table of valid pairs: mapped, checked, measured, in one pass of bounded memory."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,7 @@ from preferences.validation import Checker, Report
 
 _CHUNK = 1_000
 PLACE = ("place", pa.string())
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -29,9 +31,6 @@ class TokenLimits:
 
     def exceeded(self, rows: list[dict[str, Any]]) -> Iterator[str | None]:
         """What is too long in each row, or ``None``."""
-        if self.tokenizer is None or (self.prompt is None and self.response is None):
-            yield from (None for _ in rows)
-            return
         texts: list[str] = []
         for row in rows:
             texts.append(render_prompt(self.tokenizer, row["prompt"]))
@@ -74,6 +73,26 @@ def mapped(
             yield place, checked
 
 
+def within_limits(
+    valid: Iterable[tuple[str, dict[str, Any]]], limits: TokenLimits, checker: Checker
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Pairs that are not too long, or that are kept although they are; tokenised a chunk at a time."""
+    if limits.tokenizer is None or (limits.prompt is None and limits.response is None):
+        yield from valid
+        return
+    for chunk in batched(valid, _CHUNK):
+        for (place, row), long in zip(chunk, limits.exceeded([row for _, row in chunk]), strict=True):
+            if long is None or not checker.drops("truncated", place, long):
+                yield place, row
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of up to ``size`` items (``itertools.batched`` of Python 3.12)."""
+    iterator = iter(items)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk
+
+
 def stage_pairs(
     rows: Iterable[Placed],
     out: Path,
@@ -95,7 +114,7 @@ def stage_pairs(
         options: of the mapping.
         format: name of the mapping, or ``auto``.
         limits: token limits.
-        max_pairs: stop after so many.
+        max_pairs: stop reading after so many.
         progress: called with the number of rows read.
 
     Returns:
@@ -111,28 +130,15 @@ def stage_pairs(
     conversational = first is not None and isinstance(first[1]["prompt"], list)
     if conversational and limits.tokenizer is not None:
         _check_template(limits.tokenizer, *first)
+    everything = itertools.chain([first] if first is not None else [], valid)
+    kept = itertools.islice(within_limits(everything, limits, checker), max_pairs)
     written = 0
     with TableWriter(out, pair_schema(conversational, PLACE)) as table:
-        buffer: list[tuple[str, dict[str, Any]]] = [] if first is None else [first]
-        done = first is None
-        while not done:
-            entry = next(valid, None)
-            done = entry is None
-            if entry is not None:
-                buffer.append(entry)
-            if len(buffer) < _CHUNK and not done and (max_pairs is None or written + len(buffer) < max_pairs):
-                continue
-            for (place, row), long in zip(buffer, limits.exceeded([row for _, row in buffer]), strict=True):
-                if long is not None and checker.drops("truncated", place, long):
-                    continue
-                if max_pairs is not None and written >= max_pairs:
-                    break
-                checker.statistics.add(row)
-                table.write({**row, "place": place})
-                written += 1
-            buffer = []
-            done = done or (max_pairs is not None and written >= max_pairs)
-            if progress is not None:
+        for place, row in kept:
+            checker.statistics.add(row)
+            table.write({**row, "place": place})
+            written += 1
+            if progress is not None and written % _CHUNK == 0:
                 progress(report.rows)
     return written
 

@@ -7,7 +7,6 @@ should be and `FilteredError` for one that is fine and not wanted (a tie, a weak
 
 import contextlib
 import json
-import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -278,7 +277,7 @@ def safe_rlhf(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
 def alpaca_eval(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
     """AlpacaEval annotations: ``preference`` in [1, 2] is the weight of output 2; 0 and 1.5 are ties.
 
-    The margin is the log-odds of the verdict, clipped at +-10.
+    The scores are the judge's probabilities of the two answers.
     """
     preference = value_of(row, "preference", (int, float))
     if preference in (0, 1.5):
@@ -286,11 +285,10 @@ def alpaca_eval(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
     if not 1 <= preference <= 2:
         raise UnmappableError("wrong_type", f"preference is {preference}, it must be between 1 and 2 (or 0 for a tie)")
     share = preference - 1
-    log_odds = math.log(share / (1 - share)) if 0 < share < 1 else math.copysign(10.0, share - 0.5)
     order = (2, 1) if share > 0.5 else (1, 2)
     texts = [value_of(row, f"output_{number}") for number in order]
-    margin = min(abs(log_odds), 10.0)
-    return {"prompt": value_of(row, "instruction"), "chosen": texts[0], "rejected": texts[1], "margin": margin}
+    scores = {"chosen_score": max(share, 1 - share), "rejected_score": min(share, 1 - share)}
+    return {"prompt": value_of(row, "instruction"), "chosen": texts[0], "rejected": texts[1], **scores}
 
 
 MAPPINGS: dict[str, Mapping] = {

@@ -1,7 +1,5 @@
 """Each source's real shape, mapped to the schema."""
 
-import math
-
 import pytest
 
 from artifacts.errors import UserError
@@ -173,9 +171,9 @@ def alpaca(preference):
 def test_alpaca_eval_preference_is_the_weight_of_output_two():
     pair = mapped(alpaca(1.8))
     assert (pair["chosen"], pair["rejected"]) == ("Model.", "Baseline.")
-    assert pair["margin"] == pytest.approx(math.log(0.8 / 0.2), abs=1e-12)
+    assert (pair["chosen_score"], pair["rejected_score"]) == pytest.approx((0.8, 0.2), abs=1e-12)
     assert mapped(alpaca(1.2))["chosen"] == "Baseline."
-    assert mapped(alpaca(1.0))["margin"] == 10
+    assert mapped(alpaca(1.0))["rejected_score"] == 0
     for tie in (0, 1.5):
         with pytest.raises(FilteredError, match="tie"):
             mapped(alpaca(tie))
