@@ -1,0 +1,129 @@
+"""The branch without a reward model: DPO (TRL's ``DPOTrainer``) on the pairs that the reward model learns from.
+
+Reads ``sft/model`` (where training starts, and the reference) and ``pairs/``; writes ``dpo/model``.
+"""
+
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from trl.trainer.dpo_config import DPOConfig
+
+from artifacts.files import fingerprint_file, read_parquet
+from artifacts.settings import split
+from artifacts.stage import StageContext
+from dpo.config import DPOStage, smoothed_loss
+from dpo.data import dpo_dataset
+from dpo.trainer import PairTrainer
+from models.config import LoraSettings
+from models.loading import check_same_vocabulary, context_length, load_policy, load_tokenizer
+from models.training import callbacks, model_settings, save_model, train, training_arguments
+
+PAIR_COLUMNS = ["prompt", "chosen", "rejected"]
+
+
+def build_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    args: DPOConfig,
+    reference: PreTrainedModel | None = None,
+    lora: LoraSettings | None = None,
+    test: Dataset | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+    reference_cache: Path | None = None,
+    reference_id: str = "",
+) -> PairTrainer:
+    """A trainer on models and data in memory.
+
+    Args:
+        model: the policy, where training starts.
+        tokenizer: its tokenizer.
+        dataset: pairs from `dpo.data.dpo_dataset`, or texts in TRL's preference format.
+        args: arguments; see `dpo.config.smoothed_loss` for cDPO.
+        reference: another model than ``model``; ``None`` takes ``model`` as it is now: its log-probabilities are computed
+            before the first step (``precompute_ref_log_probs`` is needed), or, with LoRA, with adapters off.
+        lora: train adapters.
+        test: pairs to evaluate on, in the same form.
+        callbacks: more callbacks.
+        reference_cache: a folder that keeps reference log-probabilities between runs.
+        reference_id: names the reference in that folder.
+
+    Raises:
+        UserError: policy and reference have different vocabularies.
+    """
+    if reference is not None:
+        check_same_vocabulary(model, reference)
+    elif lora is None:
+        args.precompute_ref_log_probs = True
+    return PairTrainer(
+        model=model,
+        ref_model=reference,
+        args=args,
+        train_dataset=dataset,
+        eval_dataset=test,
+        processing_class=tokenizer,
+        peft_config=lora.peft_config("CAUSAL_LM") if lora else None,
+        callbacks=callbacks,
+        reference_cache=reference_cache,
+        reference_id=reference_id,
+    )
+
+
+def run_stage(context: StageContext) -> None:
+    """Run the stage."""
+    settings, passed = split(context.config, DPOStage, DPOConfig, where="dpo")
+    context.run.require("sft")
+    pair_figures = context.run.require("pairs")["figures"]
+    args = training_arguments(DPOConfig, context, smoothed_loss(passed))
+    model_config = model_settings(context)
+
+    # 1. Policy and reference.
+    folder = context.run.path("sft", "model")
+    set_seed(context.seed)
+    tokenizer = load_tokenizer(folder)
+    model = load_policy(folder, model_config, trainable=True)
+    elsewhere = settings.reference_path
+    reference = load_policy(elsewhere, model_config) if elsewhere or not args.precompute_ref_log_probs else None
+    if elsewhere is None and settings.lora:
+        reference = None
+
+    # 2. The pair set.
+    pairs = read_parquet(context.run.path("pairs", "train.parquet"), PAIR_COLUMNS)
+    dataset = dpo_dataset(pairs, tokenizer, args.max_length, context_length(model))
+    test_pairs = read_parquet(context.run.path("pairs", "test.parquet"), PAIR_COLUMNS)
+    test_pairs = test_pairs.select(range(min(len(test_pairs), settings.test_pairs or len(test_pairs))))
+    test = dpo_dataset(test_pairs, tokenizer, args.max_length, context_length(model))
+
+    # 3. Train.
+    trainer = build_trainer(
+        model,
+        tokenizer,
+        dataset,
+        args,
+        reference=reference,
+        lora=settings.lora,
+        test=test,
+        callbacks=callbacks(context),
+        reference_cache=context.run.path("pairs", "reference_logprobs"),
+        reference_id=fingerprint_file(elsewhere or folder),
+    )
+    summary = train(trainer, context)
+
+    # 4. How well its implicit reward beta log(pi/ref) orders pairs it has not seen.
+    held_out = trainer.evaluate()
+    save_model(trainer, context, tokenizer, settings.merge_lora)
+    context.finish(
+        pair_set=pair_figures.get("pair_set"),
+        pairs=len(dataset),
+        left_out=len(pairs) - len(dataset),
+        beta=args.beta,
+        loss_type=list(args.loss_type),
+        steps=trainer.state.global_step,
+        train_loss=summary["train_loss"],
+        test_pairs=len(test),
+        test_loss=held_out["eval_loss"],
+        implicit_accuracy=held_out["eval_rewards/accuracies"],
+        implicit_margin=held_out["eval_rewards/margins"],
+        test_logprobs={side: held_out[f"eval_logps/{side}"] for side in ("chosen", "rejected")},
+    )

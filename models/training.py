@@ -1,0 +1,218 @@
+"""What the three stages built on TRL share: arguments, resuming, and saving."""
+
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging as transformers_logging
+
+from artifacts.callbacks import RunCallback
+from artifacts.errors import UserError
+from artifacts.files import atomic_folder
+from artifacts.settings import field_names, nearest
+from artifacts.stage import StageContext
+from models.config import ModelConfig
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
+
+
+def training_arguments(cls: type[Arguments], context: StageContext, passed: dict[str, Any]) -> Arguments:
+    """TRL's argument class from the keys that the user passed through, with what the run folder asks for.
+
+    Where the user says nothing: no bfloat16 and no gradient checkpointing on a CPU (TRL turns both on), TensorBoard
+    files in the stage's folder, a progress bar on terminals only, pinned memory with an accelerator only.
+
+    Raises:
+        UserError: a value that the class refuses.
+    """
+    accelerator = torch.accelerator.is_available() and not passed.get("use_cpu", False)
+    defaults = {
+        "use_cpu": not accelerator,
+        "bf16": accelerator and not passed.get("fp16", False),
+        "gradient_checkpointing": accelerator,
+        "dataloader_pin_memory": accelerator,
+        "report_to": "tensorboard",
+        "disable_tqdm": not sys.stderr.isatty(),
+        "save_total_limit": 2,
+    }
+    fixed = {"output_dir": str(context.dir / "checkpoints"), "seed": context.seed, "data_seed": context.seed}
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(context.dir / "tensorboard")
+    try:
+        args = cls(**{**defaults, **passed, **fixed})
+    except TypeError as error:
+        match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        hint = nearest(match.group(1), field_names(cls)) if match else ""
+        raise UserError(f"{context.stage}: {error}.{hint}") from error
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"{context.stage}: {str(error).strip().splitlines()[0]}") from error
+    if args.disable_tqdm:
+        os.environ["TQDM_DISABLE"] = "1"
+        datasets.disable_progress_bars()
+        transformers_logging.disable_progress_bar()
+    return args
+
+
+def model_settings(context: StageContext) -> ModelConfig:
+    """The run's ``model`` section.
+
+    Raises:
+        UserError: an unknown key or a wrong type.
+    """
+    section = context.run.config.get("model") or {}
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), section))
+    except OmegaConfBaseException as error:
+        raise UserError(f"model.{error.full_key or ''}: {str(error.msg or error).splitlines()[0]}") from error
+
+
+class LogBeforeSaving(TrainerCallback):
+    """Logs at every checkpoint, and counts tokens on after a resume.
+
+    A log line averages over the steps since the last one; if a checkpoint lay between two lines, a resumed run would
+    average over fewer steps than one that was never interrupted.
+    """
+
+    def __init__(self):
+        self.trainer: Trainer | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        counted = [row["num_tokens"] for row in state.log_history if "num_tokens" in row]
+        if counted:
+            self.trainer._total_train_tokens = int(counted[-1])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:
+            control.should_log = True
+        return control
+
+    on_epoch_end = on_step_end
+
+
+class StopOnDivergence(TrainerCallback):
+    """Ends a run whose loss is no longer a number, with an explanation."""
+
+    def __init__(self, stage: str):
+        self.stage = stage
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite((logs or {}).get(name, 0.0)):
+                raise UserError(
+                    f"training diverged: {name} is {logs[name]} at step {state.global_step}. Lower "
+                    f"{self.stage}.learning_rate (now {args.learning_rate}) or {self.stage}.max_grad_norm, then "
+                    f"start the same command again."
+                )
+
+
+def callbacks(context: StageContext) -> list[TrainerCallback]:
+    """The callbacks of every stage: metrics and progress, logs at checkpoints, an end to diverged runs."""
+    return [LogBeforeSaving(), RunCallback(context), StopOnDivergence(context.stage)]
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest *complete* checkpoint, or ``None``.
+
+    The Trainer writes ``trainer_state.json`` last; a checkpoint without it (or with half of it) was being written when
+    the process died.
+    """
+    found = sorted(
+        (path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()),
+        key=lambda path: int(path.name.split("-")[-1]),
+        reverse=True,
+    )
+    for path in found:
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            continue
+        return path
+    return None
+
+
+def train(trainer: Trainer, context: StageContext) -> dict[str, float]:
+    """Train, from the last checkpoint where there is one.
+
+    Returns:
+        The Trainer's summary (``train_loss``, ``train_runtime``, ...).
+
+    Raises:
+        UserError: the checkpoint is of another model.
+    """
+    checkpoint = last_checkpoint(Path(trainer.args.output_dir))
+    # One line a log is written by the progress bar where there is one, by metrics.jsonl always: no second printout.
+    trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, LogBeforeSaving):
+            callback.trainer = trainer
+    if checkpoint is not None:
+        sys.stderr.write(f"going on from {checkpoint}\n")
+    try:
+        return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+    except (RuntimeError, ValueError) as error:
+        if checkpoint is None or not re.search(r"size mismatch|Missing key|parameter group", str(error)):
+            raise
+        raise UserError(
+            f"{checkpoint} is a checkpoint of another model ({str(error).strip().splitlines()[-1].strip()}). "
+            f"Remove {trainer.args.output_dir} to start this stage anew."
+        ) from error
+
+
+def save_model(
+    trainer: Trainer,
+    context: StageContext,
+    tokenizer: PreTrainedTokenizerBase,
+    merge: bool = True,
+    config_updates: dict[str, Any] | None = None,
+) -> Path:
+    """Save the trained model and its tokenizer as ``<stage>/model``, whole or not at all.
+
+    Args:
+        trainer: after training; its model may be wrapped (DDP, DeepSpeed, PEFT).
+        context: the stage.
+        tokenizer: saved beside the model.
+        merge: LoRA only: ``model`` is the merged model and ``adapter`` holds the adapter; else ``model`` is the adapter.
+        config_updates: further entries of the model's ``config.json``.
+
+    Returns:
+        The model's folder. Written by the main process; all processes must call this.
+    """
+    target = context.dir / "model"
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    for key, value in (config_updates or {}).items():
+        setattr(model.config, key, value)
+    is_peft = hasattr(model, "merge_and_unload")
+    first = context.dir / "adapter" if is_peft and merge else target
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        # A collective: the shards meet on the main process.
+        _save_sharded(trainer, first, tokenizer)
+    elif trainer.args.should_save:
+        with atomic_folder(first) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    if is_peft and merge and trainer.args.should_save:
+        merged = model.merge_and_unload()
+        with atomic_folder(target) as folder:
+            merged.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    trainer.accelerator.wait_for_everyone()
+    return target
+
+
+def _save_sharded(trainer: Trainer, target: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.args.should_save:
+        return
+    with atomic_folder(target) as folder:
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)

@@ -1,0 +1,42 @@
+"""Settings of the reward-model stage; every other key of its section is a field of ``trl.RewardConfig``."""
+
+from dataclasses import dataclass
+
+from artifacts.errors import UserError
+from models.config import LoraSettings
+
+
+@dataclass
+class RewardModelStage:
+    """The stage's own keys.
+
+    Attributes:
+        head_init: ``zero``, or ``normal`` for N(0, 1/sqrt(d+1)) (Huang et al. 2024, detail 11).
+        use_margin: train with the pairs' ``margin`` in the loss, -log sigma(delta - margin) (Llama 2, eq. 2).
+        lora: train adapters (and the head) instead of all weights.
+        merge_lora: save the merged model (and the adapter beside it); else the adapter alone.
+        samples: SFT samples that the scores are centred on.
+        sample_max_new_tokens: their budget, EOS included.
+        scoring_batch_size: sequences scored at once.
+        test_pairs: at most so many test pairs in the report, and as many training pairs; ``None`` takes all test pairs.
+        label_noise: share of labels believed wrong, where no gold reward tells the ceiling (0.3 for HH).
+    """
+
+    head_init: str = "zero"
+    use_margin: bool = False
+    lora: LoraSettings | None = None
+    merge_lora: bool = True
+    samples: int = 512
+    sample_max_new_tokens: int = 64
+    scoring_batch_size: int = 128
+    test_pairs: int | None = None
+    label_noise: float | None = None
+
+    def __post_init__(self):
+        if self.head_init not in ("zero", "normal"):
+            raise UserError(f"reward_model.head_init is {self.head_init!r}; it must be zero or normal.")
+        if self.label_noise is not None and not 0 <= self.label_noise < 0.5:
+            raise UserError(f"reward_model.label_noise is {self.label_noise}; it must be in [0, 0.5).")
+        for name in ("samples", "sample_max_new_tokens", "scoring_batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"reward_model.{name} is {getattr(self, name)}; it must be at least 1.")

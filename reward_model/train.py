@@ -1,0 +1,149 @@
+"""Stage 1: the reward model (TRL's ``RewardTrainer``) on ``pairs/train.parquet``, from the SFT policy's weights.
+
+Reads ``sft/model``, ``pairs/`` and ``data/prompts_train.parquet``; writes ``reward_model/model`` (with the bias that
+centres scores on SFT samples) and ``reward_model/report.json``.
+"""
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from trl.trainer.reward_config import RewardConfig
+from trl.trainer.reward_trainer import RewardTrainer
+
+from artifacts.files import read_parquet
+from artifacts.settings import split
+from artifacts.stage import StageContext
+from models.config import LoraSettings
+from models.encoding import encode_prompts
+from models.generation import SamplingConfig, generate, row_seed
+from models.loading import context_length, eos_token_ids, load_policy, load_tokenizer, load_value_or_reward, score_head
+from models.prompts import decode_completion
+from models.training import callbacks, model_settings, save_model, train, training_arguments
+from models.unpadded import score_at_last_token
+from reward_model.config import RewardModelStage
+from reward_model.data import reward_dataset
+from reward_model.report import write_report
+from reward_model.scorer import RewardScorer, store_bias
+
+PAIR_COLUMNS = ["prompt", "chosen", "rejected"]
+
+
+def initial_model(path, config, head_init: str, seed: int) -> PreTrainedModel:
+    """The SFT policy's backbone under a new scalar head.
+
+    With ``zero`` every score is 0 before the first step and the loss is log 2 exactly.
+    """
+    set_seed(seed)
+    model = load_value_or_reward(path, config, trainable=True)
+    if head_init == "zero":
+        torch.nn.init.zeros_(score_head(model).weight)
+    return model
+
+
+def build_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    args: RewardConfig,
+    lora: LoraSettings | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+) -> RewardTrainer:
+    """TRL's trainer on a data set from `reward_model.data.reward_dataset`.
+
+    The score is read at the last real token by the mask, also where padding is the end-of-sequence token.
+    """
+    trainer = RewardTrainer(
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=lora.peft_config("SEQ_CLS") if lora else None,
+        callbacks=callbacks,
+    )
+    score_at_last_token(trainer.model)
+    return trainer
+
+
+def sft_samples(context: StageContext, settings: RewardModelStage) -> dict[str, list]:
+    """Samples of the SFT policy on training prompts: ``prompts``, ``completions``, ``finished``.
+
+    They are drawn by the run's seed and the prompt's number, so a resumed stage draws the same.
+    """
+    folder = context.run.path("sft", "model")
+    model, tokenizer = load_policy(folder, model_settings(context)), load_tokenizer(folder)
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    prompts = read_parquet(context.run.path("data", "prompts_train.parquet"), ["prompt"])["prompt"][: settings.samples]
+    limit = context_length(model)
+    room = None if limit is None else limit - settings.sample_max_new_tokens
+    ids = encode_prompts(tokenizer, prompts)
+    kept = [row for row, prompt in enumerate(ids) if room is None or len(prompt) <= room]
+    sampling = SamplingConfig(max_new_tokens=settings.sample_max_new_tokens, batch_size=settings.scoring_batch_size)
+    drawn = generate(
+        model,
+        [ids[row] for row in kept],
+        sampling,
+        eos_token_ids=eos_token_ids(model, tokenizer),
+        seeds=[row_seed(context.seed, "reward_model", row) for row in kept],
+        progress=lambda done, total: context.progress(done, total, "sampling"),
+    )
+    return {
+        "prompts": [prompts[row] for row in kept],
+        "completions": [decode_completion(tokenizer, sample.token_ids) for sample in drawn],
+        "finished": [sample.finished for sample in drawn],
+    }
+
+
+def run_stage(context: StageContext) -> None:
+    """Run the stage."""
+    settings, passed = split(context.config, RewardModelStage, RewardConfig, where="reward_model")
+    context.run.require("sft")
+    pair_figures = context.run.require("pairs")["figures"]
+    args = training_arguments(RewardConfig, context, passed)
+    model_config = model_settings(context)
+
+    # 1. Where it starts: the SFT policy's weights, a head that knows nothing.
+    folder = context.run.path("sft", "model")
+    tokenizer = load_tokenizer(folder)
+    model = initial_model(folder, model_config, settings.head_init, context.seed)
+
+    # 2. Train on the pair set.
+    pairs = read_parquet(context.run.path("pairs", "train.parquet"), PAIR_COLUMNS)
+    dataset = reward_dataset(pairs, tokenizer, args.max_length, context_length(model), settings.use_margin)
+    trainer = build_trainer(model, tokenizer, dataset, args, settings.lora, callbacks(context))
+    summary = train(trainer, context)
+    saved = save_model(trainer, context, tokenizer, settings.merge_lora)
+    if not context.is_main_process:
+        return
+
+    # 3. Centre its scores on what the SFT policy writes (Huang et al. 2024, detail 15).
+    samples = sft_samples(context, settings)
+    scorer = RewardScorer.load(saved, model_config, settings.scoring_batch_size)
+    raw = scorer.score(samples["prompts"], samples["completions"], samples["finished"])
+    scorer.bias = sum(raw) / len(raw)
+    store_bias(saved, scorer.bias)
+    if settings.lora and settings.merge_lora:
+        store_bias(context.dir / "adapter", scorer.bias)
+
+    # 4. Say how good it is, before PPO trusts it.
+    test = read_parquet(context.run.path("pairs", "test.parquet"), PAIR_COLUMNS)
+    report = write_report(
+        context.dir,
+        scorer,
+        train=pairs,
+        test=test,
+        samples={**samples, "scores": [score - scorer.bias for score in raw]},
+        labels_from_gold="label_ceiling" in pair_figures,
+        label_noise=settings.label_noise,
+        limit=settings.test_pairs,
+        max_length=args.max_length,
+    )
+    context.finish(
+        pair_set=pair_figures.get("pair_set"),
+        pairs=len(dataset),
+        left_out=len(pairs) - len(dataset),
+        steps=trainer.state.global_step,
+        train_loss=summary["train_loss"],
+        score_bias=scorer.bias,
+        **{key: report[key] for key in ("accuracy", "ceiling", "ece", "brier", "warnings")},
+    )

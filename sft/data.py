@@ -1,0 +1,62 @@
+"""What SFT learns from: ``data/sft_train.parquet`` as token ids with the loss on the answer."""
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from artifacts.errors import UserError
+from models.encoding import drop_long, encode_completions, encode_prompts
+from models.prompts import is_conversational, require_chat_template
+
+# What TRL's SFTTrainer takes; the first match decides.
+FORMATS = (("prompt", "completion"), ("messages",), ("text",))
+
+
+def sft_dataset(
+    examples: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    completion_only_loss: bool | None,
+    max_length: int | None,
+    context: int | None,
+) -> Dataset:
+    """Examples in a form that ``trl.SFTTrainer`` trains on.
+
+    Plain ``prompt`` and ``completion`` are turned into ``input_ids`` and ``labels`` here, by the rules that sampling and
+    scoring use too (`models.encoding`). ``messages`` and ``text`` are left to TRL.
+
+    Args:
+        examples: columns of one of `FORMATS`.
+        tokenizer: of the model.
+        completion_only_loss: no loss on the prompt (the default for prompt and completion).
+        max_length: longer examples are left out.
+        context: the model's context length.
+
+    Raises:
+        UserError: no known columns, an empty data set, chat data without a chat template, rows that do not fit.
+    """
+    columns = next((format for format in FORMATS if set(format) <= set(examples.column_names)), None)
+    if columns is None:
+        raise UserError(
+            f"data/sft_train.parquet has the columns {', '.join(examples.column_names)}; SFT needs prompt and "
+            f"completion, or messages, or text."
+        )
+    if len(examples) == 0:
+        raise UserError("data/sft_train.parquet has no rows: there is nothing to learn from.")
+    if columns != ("prompt", "completion"):
+        if columns == ("messages",):
+            require_chat_template(tokenizer)
+        return examples.select_columns(list(columns))
+    if any(is_conversational(prompt) for prompt in examples["prompt"][:]):
+        require_chat_template(tokenizer)
+    prompts = encode_prompts(tokenizer, examples["prompt"][:])
+    completions = encode_completions(tokenizer, examples["completion"][:])
+    hidden = completion_only_loss is not False
+    rows = Dataset.from_dict(
+        {
+            "input_ids": [prompt + answer for prompt, answer in zip(prompts, completions, strict=True)],
+            "labels": [
+                ([-100] * len(prompt) if hidden else prompt) + answer
+                for prompt, answer in zip(prompts, completions, strict=True)
+            ],
+        }
+    )
+    return drop_long(rows, [len(ids) for ids in rows["input_ids"][:]], max_length, context, "sft")

@@ -1,0 +1,90 @@
+"""Stage 0: the reference policy, by supervised fine-tuning (TRL's ``SFTTrainer``).
+
+Reads ``data/sft_train.parquet``; writes ``sft/model``, where the reward model, PPO and DPO all start.
+"""
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from artifacts.errors import UserError
+from artifacts.files import atomic_folder, read_parquet
+from artifacts.settings import split
+from artifacts.stage import StageContext
+from models.config import LoraSettings, ModelConfig
+from models.loading import build_policy, context_length, load_policy, load_tokenizer
+from models.training import callbacks, model_settings, save_model, train, training_arguments
+from models.unpadded import skip_padding
+from sft.config import SFTStage
+from sft.data import sft_dataset
+
+
+def initial_policy(
+    context: StageContext, config: ModelConfig, trainable: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that the run starts from and its tokenizer: ``model.path``, or the architecture with new weights."""
+    if config.path is None:
+        tokenizer = load_tokenizer(context.run.path("data", "tokenizer"), config)
+        set_seed(context.seed)
+        return build_policy(config, tokenizer), tokenizer
+    return load_policy(config.path, config, trainable=trainable), load_tokenizer(config.path, config)
+
+
+def build_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    args: SFTConfig,
+    lora: LoraSettings | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+) -> SFTTrainer:
+    """TRL's trainer on a data set from `sft.data.sft_dataset`; padding is skipped where the model allows it."""
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=lora.peft_config("CAUSAL_LM") if lora else None,
+        callbacks=callbacks,
+    )
+    if not trainer.padding_free:
+        skip_padding(trainer.model)
+    return trainer
+
+
+def run_stage(context: StageContext) -> None:
+    """Run the stage."""
+    settings, passed = split(context.config, SFTStage, SFTConfig, where="sft")
+    model_config = model_settings(context)
+    args = training_arguments(SFTConfig, context, passed)
+
+    # 1. Where it starts.
+    if settings.skip_training and model_config.path is None:
+        raise UserError("sft.skip_training needs a trained model in model.path; there is only an architecture.")
+    model, tokenizer = initial_policy(context, model_config, trainable=not settings.skip_training)
+    if settings.skip_training:
+        if context.is_main_process:
+            with atomic_folder(context.dir / "model") as folder:
+                model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+        context.finish(trained=False, parameters=model.num_parameters())
+        return
+
+    # 2. What it learns from.
+    examples = read_parquet(context.run.path("data", "sft_train.parquet"))
+    dataset = sft_dataset(examples, tokenizer, args.completion_only_loss, args.max_length, context_length(model))
+
+    # 3. Train and save.
+    trainer = build_trainer(model, tokenizer, dataset, args, settings.lora, callbacks(context))
+    summary = train(trainer, context)
+    save_model(trainer, context, tokenizer, settings.merge_lora)
+    context.finish(
+        trained=True,
+        examples=len(dataset),
+        left_out=len(examples) - len(dataset),
+        steps=trainer.state.global_step,
+        train_loss=summary["train_loss"],
+        parameters=model.num_parameters(),
+        trainable_parameters=model.num_parameters(only_trainable=True),
+    )
