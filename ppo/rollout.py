@@ -132,7 +132,7 @@ class Rollout:
         return list(torch.from_numpy(generator.permutation(len(self))).chunk(number))
 
     def gather(self) -> "Rollout":
-        """The rollouts of all ranks, in rank order; itself on a single rank."""
+        """The rollouts of all ranks, in the order of the global list of prompts; itself on a single rank."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return self
         widths = torch.tensor([self.prompt_ids.shape[1], self.response_ids.shape[1]], device=self.mask.device)
@@ -148,7 +148,8 @@ class Rollout:
             sent = (value.byte() if value.dtype == torch.bool else value).contiguous()
             parts = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
             dist.all_gather(parts, sent)
-            gathered[name] = torch.cat(parts).to(value.dtype)
+            # Ranks took turns along the global list of prompts; so do the rows.
+            gathered[name] = torch.stack(parts, dim=1).flatten(0, 1).to(value.dtype)
         return Rollout(**gathered)
 
     def save(self, path: str | Path) -> None:

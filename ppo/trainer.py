@@ -157,6 +157,9 @@ class PPOTrainer(Collection, Persistence, Trainer):
                 ptx_dataset, processing_class, args.ptx_max_length, args.ptx_batch_size, args.seed
             )
 
+        if args.ddp_find_unused_parameters is None:
+            # Every trained tensor takes part in every backward pass, but for the policy while the values warm up.
+            args.ddp_find_unused_parameters = args.value_warmup_updates > 0
         super().__init__(
             model=PolicyAndValue(policy, value_model),
             args=args,
