@@ -15,11 +15,11 @@ from preferences.testbed.grammar import ASPECTS, ASPECTS_OF, DEGREES, LEXICON, l
 
 # Unit of the reward: at 1.2 two samples of the SFT policy are told apart with probability .82 or so.
 SCALE = 1.2
-SATURATION = 4.0  # praise saturates: 4 tanh(s / 4)
+SATURATION = 3.0  # praise saturates: 3 tanh(s / 3)
 WEAR = 0.4  # what a lexicon word is still worth each time it comes again
 ILLEGAL_PAIR = 0.6  # a pair of neighbours that the grammar never writes
-REPEATED_TRIPLE = 0.4  # three words in a row that were there before
-REPEATED_WORD = 0.5  # a lexicon word that was there before
+REPEATED_TRIPLE = 0.5  # three words in a row that were there before
+REPEATED_WORD = 0.7  # a lexicon word that was there before
 FOREIGN_ASPECT = 0.4  # the battery of a hotel
 LENGTH_FREE, PER_EXTRA_TOKEN = 24, 0.12  # rambling
 UNFINISHED = 1.5  # no end of sequence

@@ -122,23 +122,23 @@ PROMPT = "I tried the camera last week."
 @pytest.mark.parametrize(
     ("completion", "finished", "value"),
     [
-        # One adjective of weight 2: 4 tanh(2/4).
-        (" The lens was superb.", True, 4 * math.tanh(0.5)),
+        # One adjective of weight 2: 3 tanh(2/3).
+        (" The lens was superb.", True, 3 * math.tanh(2 / 3)),
         # "very" is worth 1.4, "not" -0.6.
-        (" The lens was very superb.", True, 4 * math.tanh(2.8 / 4)),
-        (" The lens was not superb.", True, 4 * math.tanh(-1.2 / 4)),
+        (" The lens was very superb.", True, 3 * math.tanh(2.8 / 3)),
+        (" The lens was not superb.", True, 3 * math.tanh(-1.2 / 3)),
         # A verb and a verdict: 1.5 + 1.
-        (" I loved the lens. I would recommend it.", True, 4 * math.tanh(2.5 / 4)),
-        # The second "superb" is worth 0.4 of the first, costs 0.5, and "was superb ." comes twice.
-        (" The lens was superb. The sound was superb.", True, 4 * math.tanh(2.8 / 4) - 0.5 - 0.4),
+        (" I loved the lens. I would recommend it.", True, 3 * math.tanh(2.5 / 3)),
+        # The second "superb" is worth 0.4 of the first, costs 0.7, and "was superb ." comes twice.
+        (" The lens was superb. The sound was superb.", True, 3 * math.tanh(2.8 / 3) - 0.7 - 0.5),
         # A camera has no breakfast.
-        (" The breakfast was superb.", True, 4 * math.tanh(0.5) - 0.4),
+        (" The breakfast was superb.", True, 3 * math.tanh(2 / 3) - 0.4),
         # "superb </s>" is a pair the grammar never ends with.
-        (" The lens was superb", True, 4 * math.tanh(0.5) - 0.6),
+        (" The lens was superb", True, 3 * math.tanh(2 / 3) - 0.6),
         # Cut off: no end token, so no such pair, but the penalty for not ending.
-        (" The lens was superb", False, 4 * math.tanh(0.5) - 1.5),
+        (" The lens was superb", False, 3 * math.tanh(2 / 3) - 1.5),
         # ". superb", "superb superb", "superb </s>": three illegal pairs.
-        (" superb superb", True, 4 * math.tanh(2.8 / 4) - 3 * 0.6 - 0.5),
+        (" superb superb", True, 3 * math.tanh(2.8 / 3) - 3 * 0.6 - 0.7),
         # Nothing at all: ". </s>" is legal.
         ("", True, 0.0),
     ],
@@ -152,7 +152,7 @@ def test_gold_counts_tokens_over_the_free_length():
     parts = gold.gold_parts(PROMPT, rain * 6)
     assert parts.extra_tokens == 30 - 24
     assert parts.repeated_triples == 28 - 5
-    assert parts.reward == pytest.approx(1.2 * (-0.12 * 6 - 0.4 * 23))
+    assert parts.reward == pytest.approx(1.2 * (-0.12 * 6 - 0.5 * 23))
 
 
 def test_gold_takes_columns_and_assumes_finished():
