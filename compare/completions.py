@@ -1,19 +1,24 @@
 """Completions of every policy on the held-out prompts: drawn once, kept as Parquet, reused by every judge."""
 
-from collections.abc import Callable
+import glob
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
+from transformers import PreTrainedModel
 
 from artifacts.errors import UserError
-from artifacts.files import read_parquet, sha256_of, write_parquet
+from artifacts.files import read_json, read_parquet, sha256_of, write_json, write_parquet
 from compare.config import CompareStage
 from compare.kl import sequence_kl
 from compare.policies import REFERENCE, Policy, Prompts
 from models.config import ModelConfig
+from models.encoding import encode_prompts
 from models.generation import SamplingConfig, generate, row_seed
 from models.loading import (
     check_response_budget,
@@ -22,10 +27,10 @@ from models.loading import (
     load_policy,
     load_tokenizer,
 )
-from models.prompts import decode_completion, encode_prompt
+from models.prompts import decode_completion, encode_completion
 
 # Bumped when the meaning of a column changes: older files are then drawn again.
-LAYOUT = 1
+LAYOUT = 2
 MEASURES = ("kl", "k1", "k3", "logprob", "reference_logprob")
 
 
@@ -88,15 +93,27 @@ def plan(policy: Policy, settings: CompareStage) -> list[DrawPlan]:
     return plans + [DrawPlan("sample", 1, t, t > 0) for t in settings.other_temperatures if t != main]
 
 
+def on_device(model: PreTrainedModel) -> PreTrainedModel:
+    """The model on the accelerator, where there is one."""
+    return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
+
+
 class Reference:
     """The reference policy, loaded once, with its tokenizer and the encoded prompts."""
 
-    def __init__(self, folder: str | Path, prompts: Prompts, settings: CompareStage, model_config: ModelConfig):
-        self.folder, self.model_config = str(folder), model_config
+    def __init__(
+        self,
+        folder: str | Path,
+        prompts: Prompts,
+        settings: CompareStage,
+        model_config: ModelConfig,
+        pairs: Sequence[dict[str, Any]] = (),
+    ):
+        self.folder, self.model_config, self.pairs = str(folder), model_config, pairs
         self.tokenizer = load_tokenizer(folder, model_config)
-        self.model = load_policy(folder, model_config)
+        self.model = on_device(load_policy(folder, model_config))
         self.prompts = prompts
-        self.prompt_ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts.prompts]
+        self.prompt_ids = encode_prompts(self.tokenizer, prompts.prompts)
         longest = max(map(len, self.prompt_ids))
         check_response_budget(self.model, longest, settings.max_new_tokens, "compare.max_new_tokens")
 
@@ -120,80 +137,130 @@ def draw(
     settings: CompareStage,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
-) -> pa.Table:
+) -> tuple[pa.Table, dict[str, Any]]:
     """Draw and measure all completions of one policy.
 
     Every row has its own stream, named by policy, role, draw, temperature and prompt: policies never share random
     numbers (their win rate is between *independent* draws), and batch size changes nothing.
 
+    Returns:
+        One row a completion, and what else was learned while the model was loaded (`displacement`, cost).
+
     Raises:
         UserError: another vocabulary than the reference's.
     """
+    started = time.monotonic()
     if policy.name == REFERENCE:
         model, tokenizer = reference.model, reference.tokenizer
     else:
-        model = load_policy(policy.model, reference.model_config)
+        model = on_device(load_policy(policy.model, reference.model_config))
         tokenizer = load_tokenizer(policy.model, reference.model_config)
     measurable = _same_tokens(policy, model, tokenizer, reference)
-    prompt_ids = (
-        reference.prompt_ids if measurable else [encode_prompt(tokenizer, p) for p in reference.prompts.prompts]
-    )
+    prompt_ids = reference.prompt_ids if measurable else encode_prompts(tokenizer, reference.prompts.prompts)
     plans = plan(policy, settings)
     total = sum(p.draws for p in plans) * len(prompt_ids)
     tables, before = [], 0
     for part in plans:
-        sampling = SamplingConfig(
-            max_new_tokens=settings.max_new_tokens,
-            temperature=part.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            batch_size=settings.batch_size,
+        report_progress = None
+        if progress is not None:
+
+            def report_progress(done: int, _: int, start: int = before) -> None:
+                progress(start + done, total)
+
+        table = draw_part(
+            policy.name, part, model, tokenizer, prompt_ids, reference, measurable, settings, seed, report_progress
         )
-        slots = [(draw, row) for draw in range(part.draws) for row in range(len(prompt_ids))]
-        generated = generate(
+        before += len(table)
+        tables.append(table)
+    table = pa.concat_tables(tables)
+    extra = {
+        "measurable": measurable,
+        "displacement": displacement(model, reference, seed) if measurable else None,
+        "tokens_generated": int(np.sum(table["tokens"].to_numpy())),
+        "seconds": round(time.monotonic() - started, 3),
+        "parameters": model.num_parameters(),
+    }
+    return table, extra
+
+
+def draw_part(
+    name: str,
+    part: DrawPlan,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompt_ids: list[list[int]],
+    reference: Reference,
+    measurable: bool,
+    settings: CompareStage,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> pa.Table:
+    """Draw one role at one temperature; a row a completion, draw by draw."""
+    sampling = SamplingConfig(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=part.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        batch_size=settings.batch_size,
+    )
+    ids = reference.prompts.ids
+    slots = [(draw, row) for draw in range(part.draws) for row in range(len(prompt_ids))]
+    generated = generate(
+        model,
+        [prompt_ids[row] for _, row in slots],
+        sampling,
+        eos_token_ids=eos_token_ids(model, tokenizer),
+        seeds=[row_seed(seed, "compare", name, part.role, part.temperature, draw, ids[row]) for draw, row in slots],
+        progress=progress,
+    )
+    n = len(slots)
+    measures = {measure: np.full(n, np.nan) for measure in MEASURES}
+    if part.measure and measurable:
+        found = sequence_kl(
             model,
+            reference.model,
             [prompt_ids[row] for _, row in slots],
-            sampling,
-            eos_token_ids=eos_token_ids(model, tokenizer),
-            seeds=[
-                row_seed(seed, "compare", policy.name, part.role, part.temperature, draw, reference.prompts.ids[row])
-                for draw, row in slots
-            ],
-            progress=lambda done, _, start=before: progress and progress(start + done, total),
+            [sample.token_ids for sample in generated],
+            reference.tokenizer.pad_token_id,
+            temperature=part.temperature,
         )
-        before += len(slots)
-        measures = {name: np.full(len(slots), np.nan) for name in MEASURES}
-        if part.measure and measurable:
-            found = sequence_kl(
-                model,
-                reference.model,
-                [prompt_ids[row] for _, row in slots],
-                [sample.token_ids for sample in generated],
-                reference.tokenizer.pad_token_id,
-                temperature=part.temperature,
-            )
-            measures = dict(
-                zip(MEASURES, (found.exact, found.k1, found.k3, found.logprob, found.reference_logprob), strict=True)
-            )
-        n = len(slots)
-        tables.append(
-            pa.table(
-                {
-                    "policy": [policy.name] * n,
-                    "role": [part.role] * n,
-                    "temperature": np.full(n, float(part.temperature)),
-                    "draw": np.array([draw for draw, _ in slots], dtype=np.int32),
-                    "row": np.array([row for _, row in slots], dtype=np.int32),
-                    "prompt_id": [reference.prompts.ids[row] for _, row in slots],
-                    "completion": [decode_completion(tokenizer, sample.token_ids) for sample in generated],
-                    "finished": np.array([sample.finished for sample in generated]),
-                    "tokens": np.array([len(sample.token_ids) for sample in generated], dtype=np.int32),
-                    "token_ids": pa.array([sample.token_ids for sample in generated], type=pa.list_(pa.int32())),
-                    **measures,
-                }
-            )
-        )
-    return pa.concat_tables(tables)
+        values = (found.exact, found.k1, found.k3, found.logprob, found.reference_logprob)
+        measures = dict(zip(MEASURES, values, strict=True))
+    return pa.table(
+        {
+            "policy": [name] * n,
+            "role": [part.role] * n,
+            "temperature": np.full(n, float(part.temperature)),
+            "draw": np.array([draw for draw, _ in slots], dtype=np.int32),
+            "row": np.array([row for _, row in slots], dtype=np.int32),
+            "prompt_id": [ids[row] for _, row in slots],
+            "completion": [decode_completion(tokenizer, sample.token_ids) for sample in generated],
+            "finished": np.array([sample.finished for sample in generated]),
+            "tokens": np.array([len(sample.token_ids) for sample in generated], dtype=np.int32),
+            "token_ids": pa.array([sample.token_ids for sample in generated], type=pa.list_(pa.int32())),
+            **measures,
+        }
+    )
+
+
+def displacement(model: PreTrainedModel, reference: Reference, seed: int, limit: int = 128) -> dict[str, Any] | None:
+    """How log-probabilities of held-out chosen and rejected responses moved from the reference, in nats.
+
+    DPO widens the margin often by pushing *both* down (Rafailov et al. 2024; DPO's most asked question): then both
+    changes are negative and the margin is not.
+    """
+    if not reference.pairs:
+        return None
+    rows = np.random.default_rng([seed, 5]).permutation(len(reference.pairs))[:limit]
+    pairs = [reference.pairs[int(row)] for row in rows]
+    prompt_ids = encode_prompts(reference.tokenizer, [pair["prompt"] for pair in pairs])
+    change = {}
+    for side in ("chosen", "rejected"):
+        answers = [encode_completion(reference.tokenizer, pair[side]) for pair in pairs]
+        found = sequence_kl(model, reference.model, prompt_ids, answers, reference.tokenizer.pad_token_id)
+        change[side] = float(found.k1.mean())
+        change[f"{side}_reference"] = float(found.reference_logprob.mean())
+    return {**change, "margin": change["chosen"] - change["rejected"], "n_pairs": len(pairs)}
 
 
 def _same_tokens(policy: Policy, model: Any, tokenizer: Any, reference: Reference) -> bool:
@@ -211,27 +278,30 @@ def load_or_draw(
     policy: Policy,
     folder: Path,
     key: str,
-    make: Callable[[], pa.Table],
-) -> tuple[pa.Table, bool]:
-    """The policy's completions from their file, or drawn now and written.
+    make: Callable[[], tuple[pa.Table, dict[str, Any]]],
+) -> tuple[pa.Table, dict[str, Any]]:
+    """The policy's completions and what was learned with them, from their files, or drawn now and written.
 
-    Returns:
-        The table, and whether it was drawn now. Files of the same policy under another key are removed.
+    Files of the same policy under another key are removed.
     """
     from datasets import Dataset
 
     path = completions_path(folder, policy, key)
     if path.is_file():
         try:
-            return read_parquet(path, ["completion", "role", "row"]).data.table, False
+            table = read_parquet(path, ["completion", "role", "row"]).data.table
+            return table, read_json(path.with_suffix(".json"))
         except UserError:
-            path.unlink()  # truncated by a crash of the machine: drawn again below
-    table = make()
+            path.unlink()  # truncated, or without its companion: drawn again below
+    table, extra = make()
+    # The companion first: a Parquet file that is there is complete.
+    write_json(path.with_suffix(".json"), extra)
     write_parquet(path, Dataset(table))
-    for old in folder.glob(f"{path.name[: -len(key) - len('.parquet') - 1]}-????????????????.parquet"):
-        if old != path:
+    stem = path.stem[: -len(key)]
+    for old in folder.glob(f"{glob.escape(stem)}{'?' * len(key)}.*"):
+        if old.stem != path.stem:
             old.unlink()
-    return table, True
+    return table, extra
 
 
 def split_draws(table: pa.Table, n_prompts: int) -> list[Draws]:

@@ -104,6 +104,13 @@ def realised_best(pool: Draws, n: int) -> np.ndarray:
     return pool.scores[PROXY][:, :n].argmax(axis=1)
 
 
+def shown_columns(contender: Contender) -> np.ndarray:
+    """``(P,)`` the draw of each prompt that is shown and read: the first, or the realised best of n."""
+    if contender.n is None:
+        return np.zeros(len(contender.weights), dtype=int)
+    return realised_best(contender.draws, contender.n)
+
+
 def best_of_n_kl(contender: Contender, log_probability: np.ndarray) -> dict[str, Any]:
     """What can be said of the KL of best-of-n: the bound, and Beirami's estimate ``(P,)``.
 

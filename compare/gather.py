@@ -10,10 +10,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from artifacts.files import read_parquet
 from artifacts.run import RunFolder
 from artifacts.stage import StageContext
 from compare.completions import Draws, Reference, completions_key, completions_path, draw, load_or_draw
 from compare.config import CompareStage
+from compare.elsewhere import completions_elsewhere
 from compare.policies import REFERENCE, Policy, Prompts
 from models.config import ModelConfig
 
@@ -42,7 +44,9 @@ class Gatherer:
         """The reference policy, loaded when first needed."""
         if self._reference is None:
             folder = self.context.run.stage_dir(REFERENCE) / "model"
-            self._reference = Reference(folder, self.prompts, self.settings, self.model_config)
+            test = self.context.run.path("pairs", "test.parquet")
+            pairs = read_parquet(test, ["prompt", "chosen", "rejected"]) if test.is_file() else ()
+            self._reference = Reference(folder, self.prompts, self.settings, self.model_config, pairs)
         return self._reference
 
     def key(self, policy: Policy) -> str:
@@ -53,31 +57,33 @@ class Gatherer:
         """Whether the policy's completions are on disk."""
         return completions_path(self.folder, policy, self.key(policy)).is_file()
 
-    def one(self, policy: Policy, report_progress: bool = True) -> tuple[pa.Table, bool]:
-        """One policy's completions, and whether they were drawn now."""
+    def one(self, policy: Policy, report_progress: bool = True) -> tuple[pa.Table, dict[str, Any]]:
+        """One policy's completions, and what was learned with them."""
 
-        def make() -> pa.Table:
+        def make() -> tuple[pa.Table, dict[str, Any]]:
             def progress(done: int, total: int) -> None:
                 if report_progress:
                     self.context.progress(done, total, f"completions of {policy.name}")
 
+            if policy.completions is not None:
+                return completions_elsewhere(policy, self.reference, self.settings)
             return draw(policy, self.reference, self.settings, self.context.seed, progress)
 
         return load_or_draw(policy, self.folder, self.key(policy), make)
 
-    def all(self, policies: list[Policy]) -> list[pa.Table]:
-        """Completions of every policy, in order."""
+    def all(self, policies: list[Policy]) -> list[tuple[pa.Table, dict[str, Any]]]:
+        """Completions of every policy, in order, and what was learned with each."""
         missing = [policy for policy in policies if not self.is_done(policy)]
         if len(missing) > 1 and may_fork(self.settings.workers):
             # The reference has most to draw: it goes first.
             ordered = sorted(missing, key=lambda policy: policy.name != REFERENCE)
             for number, policy in in_processes(self._draw, ordered, self.settings.workers):
                 self.context.progress(80 * (number + 1) / len(ordered), 100, f"completions of {policy.name}")
-        tables = []
+        found = []
         for number, policy in enumerate(policies):
-            tables.append(self.one(policy, report_progress=False)[0])
+            found.append(self.one(policy, report_progress=False))
             self.context.progress(80 * (number + 1) / len(policies), 100, f"completions of {policy.name}")
-        return tables
+        return found
 
     def _draw(self, policy: Policy) -> None:
         self.one(policy, report_progress=False)
@@ -85,7 +91,7 @@ class Gatherer:
 
 def may_fork(workers: int) -> bool:
     """Whether work is shared between forked processes: asked for, and no GPU (which survives no fork)."""
-    return workers > 1 and not torch.cuda.is_available() and "fork" in multiprocessing.get_all_start_methods()
+    return workers > 1 and not torch.accelerator.is_available() and "fork" in multiprocessing.get_all_start_methods()
 
 
 def in_processes(function: Callable[[Any], Any], items: Sequence[Any], workers: int):

@@ -10,6 +10,7 @@ from compare.completions import Draws
 from compare.contenders import PROXY, Contender, best_of_n_kl, pair_preference, uniform
 from compare.frontier import curve, matched_win_rate, over_optimised
 from compare.judges.scores import preference_by_score
+from compare.length_control import length_controlled
 from compare.policies import REFERENCE
 from compare.statistics import (
     detectable_gap,
@@ -125,10 +126,19 @@ def judge_pairs(contenders: list[Contender], judge: str) -> PairTable:
     return PairTable(pairs, np.stack(preferences, axis=1), np.stack(ties, axis=1))
 
 
-def win_rates(table: PairTable, judge: str, settings: Settings) -> list[dict[str, Any]]:
-    """Both directions of every pair: they add up to 1 exactly."""
+def win_rates(
+    table: PairTable, judge: str, settings: Settings, lengths: dict[str, np.ndarray] | None = None
+) -> list[dict[str, Any]]:
+    """Both directions of every pair: they add up to 1 exactly.
+
+    Args:
+        table: preferences of the unordered pairs.
+        judge: who judged.
+        settings: of the intervals.
+        lengths: policy -> mean length ``(P,)``; with it, length-controlled win rates are added.
+    """
     interval = win_rate_interval(table.preferences, **settings.kwargs())
-    p_values = permutation_test(table.preferences, resamples=settings.resamples * 2 - 1, seed=settings.seed)
+    p_values = permutation_test(table.preferences, resamples=settings.resamples * 5 - 1, seed=settings.seed)
     corrected = holm(p_values)
     n = len(table.preferences)
     entries = []
@@ -144,27 +154,48 @@ def win_rates(table: PairTable, judge: str, settings: Settings) -> list[dict[str
             "p_holm": float(corrected[column]),
             "p_sign": sign_test(preference),
         }
-        entries.append(
-            {
-                "policy": policy,
-                "versus": versus,
-                "win_rate": win_rate,
-                "ci": [low, high],
-                "wilson": [wilson_low, wilson_high],
-                **shared,
-            }
-        )
-        entries.append(
-            {
-                "policy": versus,
-                "versus": policy,
-                "win_rate": 1.0 - win_rate,
-                "ci": [1.0 - high, 1.0 - low],
-                "wilson": [1.0 - wilson_high, 1.0 - wilson_low],
-                **shared,
-            }
-        )
+        entry = {
+            "policy": policy,
+            "versus": versus,
+            "win_rate": win_rate,
+            "ci": [low, high],
+            "wilson": [wilson_low, wilson_high],
+            "length_controlled": None,
+            **shared,
+        }
+        if lengths is not None:
+            entry["length_controlled"] = _controlled(preference, lengths[policy] - lengths[versus], settings)
+        entries += [entry, reverse(entry)]
     return entries
+
+
+def reverse(entry: dict[str, Any]) -> dict[str, Any]:
+    """The same comparison seen from the other side."""
+
+    def swap(interval: list[float]) -> list[float]:
+        return [1.0 - interval[1], 1.0 - interval[0]]
+
+    controlled = entry["length_controlled"]
+    if controlled is not None:
+        controlled = {"win_rate": 1.0 - controlled["win_rate"], "ci": swap(controlled["ci"])}
+    return {
+        **entry,
+        "policy": entry["versus"],
+        "versus": entry["policy"],
+        "win_rate": 1.0 - entry["win_rate"],
+        "ci": swap(entry["ci"]),
+        "wilson": swap(entry["wilson"]),
+        "length_controlled": controlled,
+    }
+
+
+def _controlled(preference: np.ndarray, difference: np.ndarray, settings: Settings) -> dict[str, Any] | None:
+    """The length-controlled win rate, or ``None`` where it cannot be fitted."""
+    try:
+        fit = length_controlled(preference, difference, confidence=settings.confidence)
+    except ValueError:
+        return None
+    return {"win_rate": fit.win_rate, "ci": list(fit.ci)}
 
 
 def control(baseline: Draws, pool: Draws | None, judge: str, settings: Settings) -> dict[str, Any] | None:

@@ -9,9 +9,9 @@ import numpy as np
 from markupsafe import Markup
 
 from artifacts.files import finite, write_json, write_text
-from compare.contenders import Contender, realised_best
+from compare.contenders import Contender, shown_columns
 from compare.plots import frontier_plot, write_figure
-from compare.policies import Prompts
+from compare.policies import REFERENCE, Prompts
 from compare.verdict import label, main_judge, percent
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -57,13 +57,15 @@ def json_for_script(value: Any) -> Markup:
     return Markup(text)
 
 
-def write_report(folder: Path, report: dict[str, Any], contenders: list[Contender], prompts: Prompts) -> None:
+def write_report(
+    folder: Path, report: dict[str, Any], contenders: list[Contender], prompts: Prompts, title: str
+) -> None:
     """Write all four forms of the report."""
     samples = sample_table(contenders, prompts, list(report["judges"]))
-    write_pages(folder, report, samples)
+    write_pages(folder, report, samples, title)
 
 
-def write_pages(folder: Path, report: dict[str, Any], samples: dict[str, Any]) -> None:
+def write_pages(folder: Path, report: dict[str, Any], samples: dict[str, Any], title: str) -> None:
     """Write ``report.json``, ``figures/``, ``report.md`` and ``report.html``."""
     write_json(folder / "report.json", report)
     charts = {}
@@ -71,15 +73,25 @@ def write_pages(folder: Path, report: dict[str, Any], samples: dict[str, Any]) -
         figure = frontier_plot(report)
         charts["frontier"] = Markup(write_figure(figure, folder / "figures", "frontier"))
     write_text(folder / "report.md", render_markdown(report))
-    write_text(folder / "report.html", render_html(report, samples, charts))
+    write_text(folder / "report.html", render_html(report, samples, charts, title))
 
 
-def render_html(report: dict[str, Any], samples: dict[str, Any], charts: dict[str, Markup]) -> str:
+def render_html(report: dict[str, Any], samples: dict[str, Any], charts: dict[str, Markup], title: str = "") -> str:
     """The self-contained page."""
+    judge = main_judge(report)
+    policies = report["policies"].values()
     template = environment().get_template("report.html.j2")
     return template.render(
         report=finite(report),
-        first_judge=main_judge(report),
+        title=title or "a comparison",
+        first_judge=judge,
+        has_gold=any(policy["gold_reward"] is not None for policy in policies),
+        has_proxy=any(policy["proxy_reward"] is not None for policy in policies),
+        over={point["policy"] for point in report["frontier"] if point.get("over_optimised")},
+        against_sft={e["policy"]: e for e in report["win_rates"] if e["versus"] == REFERENCE and e["judge"] == judge},
+        n_pairs=sum(e["judge"] == judge and e["policy"] != e["versus"] for e in report["win_rates"]) // 2,
+        ranking=report["ranking"].get(judge, {}).get("entries", []),
+        cost=report["cost"].get("methods", {}),
         matrices=json_for_script(matrices(report)),
         samples=json_for_script(samples),
         charts=charts,
@@ -96,12 +108,20 @@ def render_markdown(report: dict[str, Any]) -> str:
 
 
 def matrices(report: dict[str, Any]) -> dict[str, Any]:
-    """Win rates by judge, for the matrix: ``{judge: {policy: {versus: [win_rate, low, high, p_holm, ties]}}}``."""
-    found: dict[str, Any] = {}
+    """Win rates by judge as the page's matrix reads them."""
+    judges: dict[str, Any] = {}
     for entry in report["win_rates"]:
-        row = found.setdefault(entry["judge"], {}).setdefault(entry["policy"], {})
-        row[entry["versus"]] = [entry["win_rate"], *entry["ci"], entry.get("p_holm"), entry["ties"]]
-    return found
+        controlled = entry.get("length_controlled") or {"win_rate": None, "ci": None}
+        judges.setdefault(entry["judge"], {}).setdefault(entry["policy"], {})[entry["versus"]] = {
+            "wr": entry["win_rate"],
+            "ci": entry["ci"],
+            "lc": controlled["win_rate"],
+            "lc_ci": controlled["ci"],
+            "p": entry.get("p_holm"),
+            "ties": entry["ties"],
+        }
+    names = list(report["policies"])
+    return {"judges": judges, "names": names, "labels": {name: label(name) for name in names}}
 
 
 def sample_table(contenders: list[Contender], prompts: Prompts, judges: list[str]) -> dict[str, Any]:
@@ -114,7 +134,7 @@ def sample_table(contenders: list[Contender], prompts: Prompts, judges: list[str
     for contender in contenders:
         draws = contender.draws
         per = draws.shape[1]
-        columns = realised_best(draws, contender.n) if contender.n else np.zeros(len(prompts), dtype=int)
+        columns = shown_columns(contender)
         policies.append(
             {
                 "name": contender.name,

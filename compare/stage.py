@@ -9,29 +9,48 @@ import numpy as np
 from artifacts.files import read_json, write_parquet
 from artifacts.settings import split
 from artifacts.stage import StageContext
+from compare.agreement import agreement
 from compare.completions import Draws, split_draws
 from compare.config import CompareStage
-from compare.contenders import Contender, contenders_of, realised_best
+from compare.contenders import Contender, contenders_of, realised_best, shown_columns, uniform
 from compare.gather import Gatherer, model_config_of, score_all
-from compare.judges.scores import FunctionJudge, RewardModelJudge
+from compare.judges.scores import FunctionJudge, RewardModelJudge, preference_by_score
 from compare.kl import sequence_kl
 from compare.measure import (
     PairTable,
     Settings,
     control,
     describe,
+    describe_kl,
     frontier,
     judge_pairs,
     matched_kl,
     power_line,
     win_rates,
 )
-from compare.policies import Prompts, check_pair_set, heldout_prompts, policies_of
+from compare.policies import REFERENCE, Prompts, check_pair_set, heldout_prompts, policies_of
+from compare.quality import quality
+from compare.ranking import ranking
 from compare.report import write_report
+from compare.statistics import mean_interval, win_rate_interval
 from compare.verdict import main_judge, sentences, warnings
 
 # Version of report.json; docs/compare.md describes the fields.
 SCHEMA_VERSION = 1
+
+TRAINED = ("sft", "reward_model", "ppo", "dpo")
+# What a method needs trained after SFT: the price of "which is better".
+METHOD_STAGES = {"ppo": ("reward_model", "ppo"), "dpo": ("dpo",), "best_of_n": ("reward_model",)}
+# Figures of a stage's done.json that are costs.
+COST_FIGURES = (
+    "episodes",
+    "steps",
+    "updates",
+    "tokens_generated",
+    "peak_memory_mb",
+    "gpu_peak_memory_mb",
+    "total_flos",
+)
 
 
 def run_compare(context: StageContext) -> None:
@@ -46,7 +65,9 @@ def run_compare(context: StageContext) -> None:
         notes.append(f"{prompts.trained_on} held-out prompts had been trained on in this run and were left out.")
     # 2. Completions of every policy, with their KL to the reference.
     gatherer = Gatherer(context, settings, prompts)
-    draws = [one for table in gatherer.all(policies) for one in split_draws(table, len(prompts))]
+    gathered = gatherer.all(policies)
+    draws = [one for table, _ in gathered for one in split_draws(table, len(prompts))]
+    learned = {policy.name: extra for policy, (_, extra) in zip(policies, gathered, strict=True)}
     # 3. Scores.
     judges = scoring_judges(context)
     for number, judge in enumerate(judges):
@@ -67,17 +88,17 @@ def run_compare(context: StageContext) -> None:
         | {"n_prompts": len(prompts)},
         "pair_set": pair_set,
         "judges": {judge.name: {**judge.identity(), "in_sample": judge.in_sample} for judge in judges},
-        **figures(contenders, draws, tables, gatherer, settings, context.seed),
+        **figures(contenders, draws, tables, gatherer, settings, context.seed, learned),
         "reward_model": reward_model_figures(context),
     }
     report["warnings"] = notes + warnings(report)
     report["verdict"] = sentences(report)
-    report["cost"] = cost(context, started)
+    report["cost"] = cost(context, learned, started)
     # 5. Files.
     context.progress(95, 100, "report")
     write_completions(context, draws, prompts)
     write_judgements(context, tables, prompts)
-    write_report(context.dir, report, contenders, prompts)
+    write_report(context.dir, report, contenders, prompts, context.run.root.name)
     context.finish(verdict=report["verdict"], n_prompts=len(prompts), pair_set=pair_set["hash"])
 
 
@@ -100,6 +121,7 @@ def figures(
     gatherer: Gatherer,
     settings: CompareStage,
     seed: int,
+    learned: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """Everything in the report that is computed from draws and judgements."""
     how = Settings(settings.resamples, seed, settings.confidence)
@@ -108,8 +130,12 @@ def figures(
     baseline = next(one for one in draws if one.role == "baseline")
     logprobs = best_of_n_logprobs([c.n for c in contenders if c.n is not None], pool, gatherer)
     policies = {c.name: describe(c, judges, how, logprobs.get(c.n)) for c in contenders}
+    for contender in contenders:
+        policies[contender.name]["quality"] = quality(contender, shown_columns(contender))
+        policies[contender.name]["displacement"] = learned.get(contender.name, {}).get("displacement")
     controls = [found for judge in judges if (found := control(baseline, pool, judge, how))]
-    win = [entry for judge in judges for entry in win_rates(tables[judge], judge, how)]
+    lengths = {c.name: c.length() for c in contenders}
+    win = [entry for judge in judges for entry in win_rates(tables[judge], judge, how, lengths)]
     first = main_judge({"judges": {name: {"in_sample": name == "reward_model"} for name in judges}})
     both = {"ppo", "dpo"} <= set(policies)
     return {
@@ -119,7 +145,73 @@ def figures(
         "power": power_line(tables[first], "ppo", "dpo", how) if both else None,
         "matched_kl": matched_kl(contenders, tables[first], "ppo", "dpo", how),
         "frontier": frontier(contenders, policies, how),
+        "ranking": {judge: ranking_of(tables[judge], contenders, how) for judge in judges},
+        "agreement": judge_agreement(tables),
+        "temperatures": temperatures(draws, baseline, settings, judges, how),
     }
+
+
+def ranking_of(table: PairTable, contenders: list[Contender], how: Settings) -> dict[str, Any]:
+    """Bradley-Terry ranking by one judge."""
+    return ranking(
+        table.pairs,
+        table.preferences,
+        [contender.name for contender in contenders],
+        resamples=min(how.resamples, 500),
+        seed=how.seed,
+        confidence=how.confidence,
+    )
+
+
+def judge_agreement(tables: dict[str, PairTable]) -> list[dict[str, Any]]:
+    """Agreement of every two judges over all pairs that both judged."""
+    found = []
+    for i, first in enumerate(tables):
+        for second in list(tables)[:i]:
+            shared = [pair for pair in tables[first].pairs if pair in tables[second].pairs]
+            if shared:
+                sides = [np.concatenate([tables[j].of(*pair) for pair in shared]) for j in (first, second)]
+                found.append({"judges": [first, second], **agreement(*sides)})
+    return found
+
+
+def temperatures(
+    draws: list[Draws], baseline: Draws, settings: CompareStage, judges: list[str], how: Settings
+) -> list[dict[str, Any]]:
+    """Every policy at the further temperatures, against the reference at the main one."""
+    found = []
+    for one in draws:
+        if one.temperature == settings.temperature:
+            continue
+        contender = Contender(one.policy, "other", one, uniform(one))
+        entry = {
+            "policy": one.policy,
+            "temperature": one.temperature,
+            "kl": describe_kl(contender, how, None),
+            "length": float(contender.length().mean()),
+            "eos_rate": float(contender.eos_rate().mean()),
+            "scores": {},
+            "win_rates": [],
+        }
+        for judge in (j for j in judges if j in one.scores):
+            score = mean_interval(contender.score(judge), **how.kwargs())
+            entry["scores"][judge] = {"mean": score.mean, "ci": score.ci()}
+            preference, ties = preference_by_score(
+                one.scores[judge], baseline.scores[judge], contender.weights, uniform(baseline)
+            )
+            interval = win_rate_interval(preference[:, None], **how.kwargs())
+            entry["win_rates"].append(
+                {
+                    "versus": f"{REFERENCE} at {settings.temperature}",
+                    "judge": judge,
+                    "n": len(preference),
+                    "win_rate": float(interval.mean[0]),
+                    "ci": interval.ci(0),
+                    "ties": float(ties.mean()),
+                }
+            )
+        found.append(entry)
+    return found
 
 
 def best_of_n_logprobs(ns: list[int], pool: Draws | None, gatherer: Gatherer) -> dict[int, np.ndarray]:
@@ -151,11 +243,32 @@ def reward_model_figures(context: StageContext) -> dict[str, Any] | None:
     return {key: found.get(key) for key in ("accuracy", "ceiling", "ece")}
 
 
-def cost(context: StageContext, started: float) -> dict[str, Any]:
-    """What each stage took; the only figures of the report that differ between two equal runs."""
-    stages = ("data", "sft", "pairs", "reward_model", "ppo", "dpo")
+def cost(context: StageContext, learned: dict[str, dict[str, Any]], started: float) -> dict[str, Any]:
+    """What each method took. The only part of the report that differs between two equal runs."""
+    run, methods = context.run, {}
+    seconds = {stage: (run.done(stage) or {}).get("seconds") for stage in TRAINED}
+    for method, stages in METHOD_STAGES.items():
+        known = [seconds[stage] for stage in stages if seconds[stage] is not None]
+        if len(known) == len(stages):
+            methods[method] = {"stages": list(stages), "seconds": round(sum(known), 3)}
+    for stage in TRAINED:
+        figures = (run.done(stage) or {}).get("figures") or {}
+        kept = {key: figures[key] for key in COST_FIGURES if isinstance(figures.get(key), int | float)}
+        methods.setdefault(stage, {}).update(kept)
+    generation = {
+        name: {
+            "tokens": extra["tokens_generated"],
+            "seconds": extra["seconds"],
+            # A forward pass costs about 2 FLOPs a parameter and token (Kaplan et al. 2020, section 2.1).
+            "flops": 2 * extra["parameters"] * extra["tokens_generated"],
+        }
+        for name, extra in learned.items()
+        if extra.get("tokens_generated")
+    }
     return {
-        "stage_seconds": {stage: (context.run.done(stage) or {}).get("seconds") for stage in stages},
+        "stage_seconds": seconds,
+        "methods": {name: figures for name, figures in methods.items() if figures},
+        "generation": generation,
         "compare_seconds": round(time.monotonic() - started, 3),
         "compare_peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }

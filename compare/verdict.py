@@ -32,8 +32,10 @@ def main_judge(report: dict[str, Any]) -> str:
 
 
 def label(name: str) -> str:
-    """``best_of_16`` -> ``best-of-16``, ``ppo`` -> ``PPO``."""
-    return {"ppo": "PPO", "dpo": "DPO", "sft": "SFT"}.get(name, name.replace("best_of_", "best-of-"))
+    """``ppo`` -> ``PPO``, ``ppo,kl_coef=0.0`` -> ``PPO kl_coef 0.0``, ``best_of_16`` -> ``best-of-16``."""
+    method, _, point = name.partition(",")
+    method = method.upper() if method in ("ppo", "dpo", "sft") else method.replace("best_of_", "best-of-")
+    return f"{method} {point.replace('=', ' ').replace(',', ', ')}" if point else method
 
 
 def _who_wins(entry: dict[str, Any]) -> str:

@@ -52,7 +52,7 @@ class RewardModelJudge:
         from reward_model.scorer import RewardScorer
 
         self.name, self.folder = name, str(folder)
-        self.scorer = RewardScorer.load(folder, model_config)
+        self.scorer = RewardScorer.load(folder, model_config, batch_size=256)
 
     def identity(self) -> dict[str, Any]:
         """What its verdicts depend on."""
