@@ -70,6 +70,7 @@ class GivenPairs:
         max_prompt_tokens: longer prompts count as truncated; null: no limit.
         max_response_tokens: longer responses count as truncated; null: no limit.
         sft: ``chosen`` makes SFT examples of the preferred responses (Preferred-FT); ``none`` makes none.
+        sft_path: SFT examples from a file or Hub set instead: ``prompt`` and ``completion``, or N+'s columns.
         gold: a known reward to judge by, ``package.module:function``, or null.
         on_problem: kind of problem -> ``error``, ``drop`` or ``keep``, over the defaults of the validation.
     """
@@ -98,6 +99,7 @@ class GivenPairs:
     max_prompt_tokens: int | None = None
     max_response_tokens: int | None = None
     sft: str = "chosen"
+    sft_path: str | None = None
     gold: str | None = None
     on_problem: dict[str, str] = field(default_factory=dict)
 
@@ -113,11 +115,167 @@ class GivenPairs:
             raise UserError("data.test_path and data.test_split: at most one of them.")
 
 
-SOURCES: dict[str, type] = {"testbed": ReviewTestbed, "pairs": GivenPairs}
+@dataclass
+class MadePairs:
+    """Where the prompts come from when the pairs are made from them; the base of the sources that make pairs.
+
+    Attributes:
+        source: which source.
+        prompts_path: ``testbed``; a finished run's folder (its prompts are used again); a file or a Hub name.
+        split: the Hub's split.
+        conversational: make messages of texts; null: as they are.
+        prefix_words: ``[2, 8]`` cuts prompts of so many words off the texts (IMDb); the rest is for SFT. ``[]``: off.
+        train_prompts: prompts to make training pairs from, and for PPO.
+        test_prompts: prompts to make test pairs from.
+        heldout_prompts: prompts that ``compare`` judges on.
+        sft_examples: testbed and ``prefix_words``: texts that the SFT policy learns from.
+        gold: a known reward, ``package.module:function``, or null.
+        max_new_tokens: budget of a response.
+        temperature: of the samples.
+        top_p: keep the smallest set of tokens with this mass.
+        generation_batch_size: responses drawn at once.
+    """
+
+    source: str = "rejection"
+    prompts_path: str = "testbed"
+    split: str = "train"
+    conversational: bool | None = None
+    prefix_words: list[int] = field(default_factory=list)
+    train_prompts: int = 1_000
+    test_prompts: int = 200
+    heldout_prompts: int = 512
+    sft_examples: int = 12_000
+    gold: str | None = None
+    max_new_tokens: int = 36
+    temperature: float = 1.0
+    top_p: float = 1.0
+    generation_batch_size: int = 512
+
+    def __post_init__(self):
+        for name in ("train_prompts", "heldout_prompts"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.prefix_words and (len(self.prefix_words) != 2 or not 0 < self.prefix_words[0] <= self.prefix_words[1]):
+            raise UserError(f"data.prefix_words is {list(self.prefix_words)}; it must be [least, most], e.g. [2, 8].")
+
+
+@dataclass
+class RejectionSampling(MadePairs):
+    """Pairs and SFT examples chosen among many samples of a policy by a scorer.
+
+    Attributes:
+        policy: a model folder or Hub name; null: the run's SFT policy.
+        reward_model: a reward model's folder or Hub name; null: ``gold`` scores.
+        scorer: how a reward model is loaded, ``package.module:class``; it has ``load(path).score(prompts, texts)``.
+        samples: n, samples for each prompt.
+        rule: ``best_vs_worst``, ``rso`` or ``bradley_terry``.
+        rso_beta: RSO: temperature of the acceptance exp((r - r_max) / beta).
+        pairs_per_prompt: RSO and Bradley-Terry: at most so many pairs of one prompt.
+        prompts_per_step: prompts sampled and scored before their samples are written down.
+    """
+
+    source: str = "rejection"
+    policy: str | None = None
+    reward_model: str | None = None
+    scorer: str = "reward_model.scorer:RewardScorer"
+    samples: int = 8
+    rule: str = "best_vs_worst"
+    rso_beta: float = 0.5
+    pairs_per_prompt: int = 1
+    prompts_per_step: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rule not in ("best_vs_worst", "rso", "bradley_terry"):
+            raise UserError(f"data.rule is {self.rule!r}; it must be best_vs_worst, rso or bradley_terry.")
+        if self.samples < 2:
+            raise UserError(f"data.samples is {self.samples}; a pair needs at least 2.")
+        if self.reward_model is None and self.gold is None:
+            raise UserError("data.reward_model or data.gold: one of them must score the samples.")
+        if self.rso_beta <= 0:
+            raise UserError(f"data.rso_beta is {self.rso_beta}; it must be positive.")
+
+
+@dataclass
+class Endpoint:
+    """A model that answers conversations.
+
+    Attributes:
+        kind: ``local``, ``openai`` (any OpenAI-compatible endpoint) or ``python``.
+        model: local: a folder or Hub name, null for the run's SFT policy; openai: the model's name there.
+        base_url: openai: address of the endpoint; null: the client's default.
+        api_key_env: openai: the environment variable that holds the key; the key itself is never written anywhere.
+        timeout: openai: seconds to wait for an answer.
+        retries: openai: further attempts, with growing pauses, where it is busy, slow or answers nonsense.
+        requests_at_once: openai: requests on their way at the same time.
+        function: python: ``package.module:factory`` of an object with ``answer`` and ``choose``.
+    """
+
+    kind: str = "local"
+    model: str | None = None
+    base_url: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+    timeout: float = 60.0
+    retries: int = 5
+    requests_at_once: int = 8
+    function: str | None = None
+
+    def __post_init__(self):
+        if self.kind not in ("local", "openai", "python"):
+            raise UserError(f"an endpoint's kind is {self.kind!r}; it must be local, openai or python.")
+        if self.kind == "openai" and not self.model:
+            raise UserError("an endpoint of kind openai needs model, the model's name there.")
+        if self.kind == "python" and not self.function:
+            raise UserError("an endpoint of kind python needs function, package.module:factory.")
+
+
+@dataclass
+class ConstitutionalPairs(MadePairs):
+    """Constitutional AI (Bai et al. 2022b): pairs from principles instead of people.
+
+    Attributes:
+        constitution: a YAML file of ours, a name in configs/constitution, or the paper's JSON file.
+        mode: ``revision`` (original against revision), ``feedback`` (a judge chooses between two samples) or ``both``.
+        rounds: critiques and revisions, one after the other.
+        few_shot: a JSON file with the paper's worked examples, shown before each critique; null: none.
+        helper: who answers.
+        critic: who criticises and revises.
+        judge: who chooses.
+        max_growth: a revision of more than so many times the original's words is a runaway.
+        batch: conversations answered before they are written down.
+    """
+
+    source: str = "constitution"
+    constitution: str = "default"
+    mode: str = "revision"
+    rounds: int = 2
+    few_shot: str | None = None
+    helper: Endpoint = field(default_factory=Endpoint)
+    critic: Endpoint = field(default_factory=Endpoint)
+    judge: Endpoint = field(default_factory=Endpoint)
+    max_growth: float = 4.0
+    batch: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.mode not in ("revision", "feedback", "both"):
+            raise UserError(f"data.mode is {self.mode!r}; it must be revision, feedback or both.")
+        if self.rounds < 1 or self.batch < 1:
+            raise UserError("data.rounds and data.batch must be at least 1.")
+
+
+SOURCES: dict[str, type] = {
+    "testbed": ReviewTestbed,
+    "pairs": GivenPairs,
+    "rejection": RejectionSampling,
+    "constitution": ConstitutionalPairs,
+}
 # Where each source's two steps are.
 _STEPS = {
     "testbed": {"data": "preferences.testbed.world", "pairs": "preferences.testbed.pairs"},
     "pairs": {"data": "preferences.given", "pairs": "preferences.given"},
+    "rejection": {"data": "preferences.prompting", "pairs": "preferences.rejection.step"},
+    "constitution": {"data": "preferences.prompting", "pairs": "preferences.constitution.step"},
 }
 
 # Every key that any source has: what the root configuration may hold before the source is looked at.

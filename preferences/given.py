@@ -14,7 +14,7 @@ from models.training import model_settings
 from preferences.config import GivenPairs
 from preferences.importing import TokenLimits, stage_pairs
 from preferences.mappings import MappingOptions
-from preferences.prompts import read_prompts
+from preferences.prompts import read_examples, read_prompts
 from preferences.readers import Placed, from_columns, is_local, read_files, read_hub
 from preferences.schema import OPTIONAL_NUMBERS, pair_set_hash, prompt_id
 from preferences.tables import (
@@ -132,6 +132,8 @@ def data_step(context: StageContext, settings: GivenPairs) -> None:
     counts = _write_splits(context, settings, staging, checker, test_prompts)
     if settings.prompts_path is not None:
         counts |= _more_prompts(context, settings, checker)
+    if settings.sft_path is not None:
+        counts |= _sft_file(context, settings, checker)
     report.pairs = counts["train_pairs"] + counts["test_pairs"] + counts["heldout_pairs"]
     write_json(context.dir / "report.json", report.as_dict())
     shutil.rmtree(staging)
@@ -220,15 +222,31 @@ def _write_splits(
     }
 
 
+def _kept_out(folder: Path) -> set[str]:
+    """Ids of the prompts that no training file may hold."""
+    files = [folder / f"{name}.parquet" for name in ("prompts_heldout", "pairs_test")]
+    return {row["prompt_id"] for file in files for row in read_rows(file, ["prompt_id"])}
+
+
+def _sft_file(context: StageContext, settings: GivenPairs, checker: Checker) -> dict[str, int]:
+    """SFT examples of ``data.sft_path``, but those whose prompt is kept from training."""
+    chat = bool(checker.conversational)
+    kept_out = _kept_out(context.dir)
+    withheld = 0
+    with TableWriter(context.dir / "sft_train.parquet", example_schema(chat)) as out:
+        for prompt, completion in read_examples(settings.sft_path, settings.split, chat):
+            if prompt_id(prompt) in kept_out:
+                withheld += 1
+            else:
+                out.write({"prompt": prompt, "completion": completion})
+    return {"sft_examples": out.rows, "withheld_examples": withheld}
+
+
 def _more_prompts(context: StageContext, settings: GivenPairs, checker: Checker) -> dict[str, int]:
     """Add the prompts of ``data.prompts_path`` to the training prompts, but those that are kept from training."""
     folder = context.dir
     chat = bool(checker.conversational)
-    kept_out = {
-        row["prompt_id"]
-        for name in ("prompts_heldout", "pairs_test")
-        for row in read_rows(folder / f"{name}.parquet", ["prompt_id"])
-    }
+    kept_out = _kept_out(folder)
     known: set[str] = set()
     added = withheld = 0
     with TableWriter(folder / "prompts_train.parquet", prompt_schema(chat)) as out:

@@ -70,3 +70,30 @@ def read_prompts(
         if identity not in seen:
             seen.add(identity)
             yield prompt
+
+
+def read_examples(path: str, split: str = "train", conversational: bool = False) -> Iterator[tuple[Text, Text]]:
+    """SFT examples as (prompt, completion): of a file, a folder or a Hub set.
+
+    Columns ``prompt`` and ``completion``, or N+'s ``query`` and ``reference_response`` (without the end-of-text mark).
+
+    Raises:
+        UserError: the first row that cannot be read or lacks a column; names its place.
+    """
+    for place, row in read_files(path) if is_local(path) else read_hub(path, split):
+        if isinstance(row, Broken):
+            raise UserError(f"{place}: {row.detail}.")
+        try:
+            if "reference_response" in row:
+                prompt: Text = value_of(row, "query").strip()
+                completion: Text = " " + value_of(row, "reference_response").replace("<|endoftext|>", "").strip()
+            else:
+                prompt, completion = (value_of(row, name, (str, list)) for name in ("prompt", "completion"))
+        except UnmappableError as problem:
+            raise UserError(f"{place}: {problem} (data.sft_path).") from None
+        if conversational and isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt.strip()}]
+            completion = [{"role": "assistant", "content": str(completion).strip()}]
+        if not conversational and isinstance(prompt, list):
+            raise UserError(f"{place}: a conversation, where the pairs are plain text (data.sft_path).")
+        yield prompt, completion

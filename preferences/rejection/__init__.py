@@ -1,0 +1,1 @@
+"""Rejection sampling by a scorer: best-of-n, best against worst, statistical rejection sampling (RSO)."""

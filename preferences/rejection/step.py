@@ -1,0 +1,213 @@
+"""Step ``pairs`` of the source ``rejection``: sample, score, choose; pairs for DPO, best-of-n examples for SFT."""
+
+import dataclasses
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from artifacts.errors import UserError
+from artifacts.files import read_json
+from artifacts.stage import StageContext
+from models.generation import SamplingConfig, row_seed
+from models.training import model_settings
+from preferences.config import RejectionSampling
+from preferences.gold import load_gold
+from preferences.rejection.samples import Sampler, Scorer, sample_and_score
+from preferences.rejection.select import best_against_worst, bradley_terry_pairs, pick_best, rso_pairs
+from preferences.schema import OPTIONAL_NUMBERS, Text, make_pair, pair_set_hash
+from preferences.steplog import StepLog
+from preferences.tables import TableWriter, example_schema, pair_schema, read_rows, without_empty_columns
+
+
+def load_scorer(settings: RejectionSampling) -> Scorer:
+    """The reward model that ``data.reward_model`` names, or the gold function.
+
+    The class of reward models is named in the configuration, not imported: this room is below theirs.
+
+    Raises:
+        UserError: no such class or model.
+    """
+    if settings.reward_model is None:
+        gold = load_gold(settings.gold)
+        return lambda prompts, texts, finished: gold(list(prompts), list(texts), finished=list(finished))
+    module, _, name = settings.scorer.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"data.scorer={settings.scorer}: {error}. Give it as package.module:class.") from error
+    model = cls.load(settings.reward_model)
+
+    def score(prompts: Sequence[Text], texts: Sequence[str], finished: Sequence[bool]) -> list[float]:
+        answers = [_as_answer(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        return model.score(list(prompts), answers, finished=list(finished))
+
+    return score
+
+
+def _as_answer(prompt: Text, text: str) -> Text:
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def policy_path(context: StageContext, path: str | None) -> str:
+    """The policy to sample: the one named, or the run's SFT policy."""
+    if path is not None:
+        return path
+    context.run.require("sft")
+    return str(context.run.path("sft", "model"))
+
+
+def identity_of(context: StageContext, settings: Any, policy: str) -> dict[str, Any]:
+    """What the samples depend on: settings, seed, prompts and policy."""
+    sft = context.run.done("sft") or {}
+    data = context.run.done("data") or {}
+    config = Path(policy) / "config.json"
+    return {
+        "settings": dataclasses.asdict(settings),
+        "seed": context.seed,
+        "policy": [
+            policy,
+            read_json(config) if config.is_file() else None,
+            sft.get("fingerprint"),
+            sft.get("finished"),
+        ],
+        "prompts": [data.get("fingerprint"), data.get("finished")],
+    }
+
+
+def pairs_step(context: StageContext, settings: RejectionSampling) -> None:
+    """Write ``pairs/{train,test}.parquet``, ``pairs/best_of_n.parquet`` and the samples that they come from."""
+    context.run.require("data")
+    policy = policy_path(context, settings.policy)
+    identity = identity_of(context, settings, policy)
+    splits = [name for name in ("train", "test") if context.run.path("data", f"prompts_{name}.parquet").is_file()]
+    files = {name: context.run.path("data", f"prompts_{name}.parquet") for name in splits}
+    total = sum(1 for file in files.values() for _ in read_rows(file, ["prompt_id"]))
+    sampling = SamplingConfig(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        batch_size=settings.generation_batch_size,
+    )
+    # 1. Sample and score.
+    sampler = Sampler(policy, sampling, context.seed, model_settings(context))
+    scorer = load_scorer(settings)
+    logs = {name: StepLog(context.dir / f"samples_{name}.jsonl", [identity, name]) for name in splits}
+    before = 0
+    for name in splits:
+        sample_and_score(
+            read_rows(files[name]),
+            logs[name],
+            sampler,
+            scorer,
+            settings.samples,
+            settings.prompts_per_step,
+            lambda done, before=before: context.progress(before + done, total, f"{settings.samples} samples a prompt"),
+        )
+        before += sum(1 for _ in read_rows(files[name], ["prompt_id"]))
+    # 2. Choose and write.
+    counts = Counts()
+    ids = {name: _write_pairs(context, settings, name, logs[name], counts) for name in splits}
+    ids.setdefault("test", [])
+    if not ids["train"]:
+        raise UserError(
+            f"no pair for any of {counts.prompts} prompts: the samples of each were equal, equally scored or did not "
+            f"end within data.max_new_tokens={settings.max_new_tokens}. Raise it, or data.samples or data.temperature."
+        )
+    best = _write_best(context, logs["train"])
+    context.finish(
+        pair_set={"hash": pair_set_hash(ids), "n_train": len(ids["train"]), "n_test": len(ids["test"])},
+        rule=settings.rule,
+        samples=settings.samples,
+        policy=policy,
+        scorer=settings.reward_model or settings.gold,
+        best_of_n=best,
+        **dataclasses.asdict(counts),
+    )
+
+
+@dataclasses.dataclass
+class Counts:
+    """What became of the prompts and samples."""
+
+    prompts: int = 0
+    prompts_without_pair: int = 0
+    unfinished_samples: int = 0
+    repeated_samples: int = 0
+
+
+def candidates(row: dict[str, Any], counts: Counts | None = None) -> list[dict[str, Any]]:
+    """Different finished samples of a prompt, in the order of the draws."""
+    finished = [sample for sample in row["samples"] if sample["finished"] and sample["text"].strip()]
+    unique = list({sample["text"]: sample for sample in finished}.values())
+    if counts is not None:
+        counts.unfinished_samples += len(row["samples"]) - len(finished)
+        counts.repeated_samples += len(finished) - len(unique)
+    return unique
+
+
+def _write_pairs(
+    context: StageContext, settings: RejectionSampling, split: str, log: StepLog, counts: Counts
+) -> list[str]:
+    ids: list[str] = []
+    first = next(iter(log), None)
+    chat = first is not None and isinstance(first["prompt"], list)
+    path = context.dir / f"{split}.parquet"
+    with TableWriter(path, pair_schema(chat)) as out:
+        for row in log:
+            counts.prompts += 1
+            samples = candidates(row, counts)
+            scores = [sample["score"] for sample in samples]
+            # The prompt names the stream: choosing again after a crash chooses the same.
+            rng = np.random.default_rng(row_seed(context.seed, "choose", row["prompt_id"]))
+            chosen = choose(scores, settings, rng) if len(samples) > 1 else []
+            counts.prompts_without_pair += not chosen
+            for winner, loser in chosen:
+                pair = make_pair(
+                    row["prompt"],
+                    _as_answer(row["prompt"], samples[winner]["text"]),
+                    _as_answer(row["prompt"], samples[loser]["text"]),
+                    chosen_score=scores[winner],
+                    rejected_score=scores[loser],
+                )
+                out.write(pair)
+                ids.append(pair["pair_id"])
+    without_empty_columns(path, OPTIONAL_NUMBERS)
+    return ids
+
+
+def choose(scores: Sequence[float], settings: RejectionSampling, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Pairs (chosen, rejected) among scored samples by ``data.rule``."""
+    if settings.rule == "best_vs_worst":
+        return best_against_worst(scores, rng)
+    if settings.rule == "rso":
+        return rso_pairs(scores, settings.pairs_per_prompt, settings.rso_beta, rng)
+    return bradley_terry_pairs(scores, settings.pairs_per_prompt, rng)
+
+
+def _write_best(context: StageContext, log: StepLog) -> dict[str, float]:
+    """RAFT (Dong et al. 2023) and Llama 2's rejection sampling: the best sample of each prompt, to fine-tune on.
+
+    All finished draws count here, repeated ones too: that is what makes the law best-of-n.
+    """
+    first = next(iter(log), None)
+    chat = first is not None and isinstance(first["prompt"], list)
+    best_scores, mean_scores = [], []
+    with TableWriter(context.dir / "best_of_n.parquet", example_schema(chat)) as out:
+        for row in log:
+            samples = [sample for sample in row["samples"] if sample["finished"] and sample["text"].strip()]
+            if not samples:
+                continue
+            scores = [sample["score"] for sample in samples]
+            rng = np.random.default_rng(row_seed(context.seed, "best", row["prompt_id"]))
+            best = samples[pick_best(scores, rng)]
+            out.write({"prompt": row["prompt"], "completion": _as_answer(row["prompt"], best["text"])})
+            best_scores.append(best["score"])
+            mean_scores.append(float(np.mean(scores)))
+    return {
+        "examples": out.rows,
+        "mean_score": float(np.mean(best_scores)) if best_scores else 0.0,
+        "policy_mean_score": float(np.mean(mean_scores)) if mean_scores else 0.0,
+    }
