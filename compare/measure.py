@@ -1,6 +1,7 @@
 """From contenders and judges to the figures of the report: policies, win rates, control, frontier, matched KL."""
 
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,8 @@ class PairTable:
         pairs: names ``(policy, versus)``.
         preferences: ``(P, K)``.
         ties: ``(P, K)``.
+
+    A judge that reads may leave comparisons out: these are NaN.
     """
 
     pairs: list[tuple[str, str]]
@@ -111,6 +114,14 @@ class PairTable:
         if (policy, versus) in self.pairs:
             return self.preferences[:, self.pairs.index((policy, versus))]
         return 1.0 - self.preferences[:, self.pairs.index((versus, policy))]
+
+    def has(self, policy: str, versus: str) -> bool:
+        """Whether the pair was judged."""
+        return (policy, versus) in self.pairs or (versus, policy) in self.pairs
+
+    def complete(self) -> np.ndarray:
+        """Preferences ``(P', K)`` of the prompts on which every pair was judged."""
+        return self.preferences[np.isfinite(self.preferences).all(axis=1)]
 
 
 def judge_pairs(contenders: list[Contender], judge: str) -> PairTable:
@@ -137,6 +148,9 @@ def win_rates(
         settings: of the intervals.
         lengths: policy -> mean length ``(P,)``; with it, length-controlled win rates are added.
     """
+    known = np.isfinite(table.preferences)
+    if not known.all():
+        return _partial_win_rates(table, judge, settings, lengths)
     interval = win_rate_interval(table.preferences, **settings.kwargs())
     p_values = permutation_test(table.preferences, resamples=settings.resamples * 5 - 1, seed=settings.seed)
     corrected = holm(p_values)
@@ -166,6 +180,22 @@ def win_rates(
         if lengths is not None:
             entry["length_controlled"] = _controlled(preference, lengths[policy] - lengths[versus], settings)
         entries += [entry, reverse(entry)]
+    return entries
+
+
+def _partial_win_rates(
+    table: PairTable, judge: str, settings: Settings, lengths: dict[str, np.ndarray] | None
+) -> list[dict[str, Any]]:
+    """Pair by pair, each on the prompts that have a verdict; corrected for all pairs together."""
+    entries = []
+    for column, pair in enumerate(table.pairs):
+        rows = np.isfinite(table.preferences[:, column])
+        alone = PairTable([pair], table.preferences[rows][:, [column]], table.ties[rows][:, [column]])
+        of_rows = None if lengths is None else {name: lengths[name][rows] for name in pair}
+        entries += win_rates(alone, judge, settings, of_rows)
+    corrected = holm([entry["p"] for entry in entries[::2]])
+    for number, entry in enumerate(entries):
+        entry["p_holm"] = float(corrected[number // 2])
     return entries
 
 
@@ -222,6 +252,7 @@ def control(baseline: Draws, pool: Draws | None, judge: str, settings: Settings)
 def power_line(table: PairTable, policy: str, versus: str, settings: Settings) -> dict[str, Any]:
     """What this many prompts can show, and how many the observed gap would need."""
     preference = table.of(policy, versus)
+    preference = preference[np.isfinite(preference)]
     n, gap = len(preference), float(preference.mean() - 0.5)
     deviation = float(preference.std(ddof=1)) if n > 1 else 0.5
     return {
@@ -247,6 +278,10 @@ def matched_kl(contenders: list[Contender], table: PairTable, a: str, b: str, se
     by_name = {c.name: c for c in contenders}
     if a not in by_name or b not in by_name or by_name[a].kl() is None or by_name[b].kl() is None:
         return {"policy": a, "versus": b, "refused": "the KL of one of them was not measured"}
+    swept = [name for name in by_name if by_name[name].method in (REFERENCE, "ppo", "dpo")]
+    judged = all(table.has(one, two) for one, two in combinations(swept, 2))
+    if not judged or not np.isfinite(table.preferences).all():
+        return {"policy": a, "versus": b, "refused": "the judge did not judge every point of both sweeps"}
     start = [by_name[REFERENCE]]
     sides = [start + curve(contenders, by_name[name].method) for name in (a, b)]
     n = len(by_name[a].weights)

@@ -83,6 +83,8 @@ def ranking(
         finite strengths, ``entries`` is empty and ``note`` says why.
     """
     names = [name for name in names if any(name in pair for pair in pairs)]
+    if len(preferences) < 2:
+        return {"entries": [], "note": "fewer than two prompts have a verdict on every pair."}
     win_rates = preferences.mean(axis=0)
     if len(names) < 2 or not is_connected(pairs, win_rates, names):
         return {"entries": [], "note": "some policy wins or loses everything: its strength is not finite."}

@@ -23,12 +23,13 @@ def find(report: dict[str, Any], policy: str, versus: str, judge: str) -> dict[s
     return None
 
 
-def main_judge(report: dict[str, Any]) -> str:
+def main_judge(report: dict[str, Any]) -> str | None:
     """The judge the verdict quotes: gold where it is known, else the first that no policy was trained on."""
-    judges = report["judges"]
+    heard = {entry["judge"] for entry in report.get("win_rates", [])}
+    judges = {name: judge for name, judge in report["judges"].items() if "win_rates" not in report or name in heard}
     if "gold" in judges:
         return "gold"
-    return next((name for name, judge in judges.items() if not judge["in_sample"]), next(iter(judges)))
+    return next((name for name, judge in judges.items() if not judge["in_sample"]), next(iter(judges), None))
 
 
 def label(name: str) -> str:

@@ -1,0 +1,175 @@
+"""Everything in a report that is computed from draws and judgements."""
+
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from compare.agreement import agreement
+from compare.completions import Draws
+from compare.config import CompareStage
+from compare.contenders import PROXY, Contender, realised_best, shown_columns, uniform
+from compare.gather import Gatherer
+from compare.judges.scores import preference_by_score
+from compare.kl import sequence_kl
+from compare.measure import (
+    PairTable,
+    Settings,
+    control,
+    describe,
+    describe_kl,
+    frontier,
+    matched_kl,
+    power_line,
+    win_rates,
+)
+from compare.policies import REFERENCE
+from compare.quality import quality
+from compare.ranking import ranking
+from compare.statistics import mean_interval, win_rate_interval
+from compare.verdict import main_judge
+
+
+def figures(
+    contenders: list[Contender],
+    draws: list[Draws],
+    scored: dict[str, PairTable],
+    tables: dict[str, PairTable],
+    gatherer: Gatherer,
+    settings: CompareStage,
+    seed: int,
+    learned: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """All figures of the report.
+
+    Args:
+        contenders: the policies at the main temperature.
+        draws: all completions with their scores.
+        scored: pair tables of the judges that score every completion.
+        tables: those, and the tables of the judges that read.
+        gatherer: has the reference policy.
+        settings: of the stage.
+        seed: of all resampling.
+        learned: policy -> what was learned while its completions were drawn.
+    """
+    how = Settings(settings.resamples, seed, settings.confidence)
+    judges, all_judges = list(scored), list(tables)
+    pool = next((one for one in draws if one.role == "pool"), None)
+    baseline = next(one for one in draws if one.role == "baseline")
+    logprobs = best_of_n_logprobs([c.n for c in contenders if c.n is not None], pool, gatherer)
+    policies = {c.name: describe(c, judges, how, logprobs.get(c.n)) for c in contenders}
+    for contender in contenders:
+        policies[contender.name]["quality"] = quality(contender, shown_columns(contender))
+        policies[contender.name]["displacement"] = learned.get(contender.name, {}).get("displacement")
+    controls = [found for judge in judges if (found := control(baseline, pool, judge, how))]
+    lengths = {c.name: c.length() for c in contenders}
+    win = [entry for judge in all_judges for entry in win_rates(tables[judge], judge, how, lengths)]
+    first = main_judge({"judges": {name: {"in_sample": name == PROXY} for name in all_judges}})
+    judged = first is not None and tables[first].has("ppo", "dpo")
+    return {
+        "policies": policies,
+        "win_rates": win + controls,
+        "control": controls,
+        "power": power_line(tables[first], "ppo", "dpo", how) if judged else None,
+        "matched_kl": matched_kl(contenders, tables[first], "ppo", "dpo", how)
+        if judged
+        else {"policy": "ppo", "versus": "dpo", "refused": "no judge compared PPO with DPO"},
+        "frontier": frontier(contenders, policies, how),
+        "ranking": {judge: ranking_of(tables[judge], contenders, how) for judge in all_judges},
+        "agreement": judge_agreement(contenders, scored, tables),
+        "temperatures": temperatures(draws, baseline, settings, judges, how),
+    }
+
+
+def ranking_of(table: PairTable, contenders: list[Contender], how: Settings) -> dict[str, Any]:
+    """Bradley-Terry ranking by one judge."""
+    return ranking(
+        table.pairs,
+        table.complete(),
+        [contender.name for contender in contenders],
+        resamples=min(how.resamples, 500),
+        seed=how.seed,
+        confidence=how.confidence,
+    )
+
+
+def judge_agreement(
+    contenders: list[Contender], scored: dict[str, PairTable], tables: dict[str, PairTable]
+) -> list[dict[str, Any]]:
+    """Agreement of every two judges on the completions that are shown, over all pairs that both judged."""
+    shown = {judge: shown_table(contenders, judge) if judge in scored else table for judge, table in tables.items()}
+    found = []
+    for first, second in combinations(shown, 2):
+        shared = [pair for pair in shown[first].pairs if shown[second].has(*pair)]
+        if shared:
+            sides = [np.concatenate([shown[judge].of(*pair) for pair in shared]) for judge in (first, second)]
+            found.append({"judges": [first, second], **agreement(*sides)})
+    return found
+
+
+def shown_table(contenders: list[Contender], judge: str) -> PairTable:
+    """Verdicts 1, 1/2 or 0 of a judge that scores on the completions that are shown."""
+    rows = np.arange(len(contenders[0].weights))
+    scores = {c.name: c.draws.scores[judge][rows, shown_columns(c)] for c in contenders}
+    pairs = list(combinations(scores, 2))
+    verdicts = np.stack([(1 + np.sign(scores[one] - scores[two])) / 2 for one, two in pairs], axis=1)
+    return PairTable(pairs, verdicts, (verdicts == 0.5).astype(float))
+
+
+def temperatures(
+    draws: list[Draws], baseline: Draws, settings: CompareStage, judges: list[str], how: Settings
+) -> list[dict[str, Any]]:
+    """Every policy at the further temperatures, against the reference at the main one."""
+    found = []
+    for one in draws:
+        if one.temperature == settings.temperature:
+            continue
+        contender = Contender(one.policy, "other", one, uniform(one))
+        entry = {
+            "policy": one.policy,
+            "temperature": one.temperature,
+            "kl": describe_kl(contender, how, None),
+            "length": float(contender.length().mean()),
+            "eos_rate": float(contender.eos_rate().mean()),
+            "scores": {},
+            "win_rates": [],
+        }
+        for judge in (j for j in judges if j in one.scores):
+            score = mean_interval(contender.score(judge), **how.kwargs())
+            entry["scores"][judge] = {"mean": score.mean, "ci": score.ci()}
+            preference, ties = preference_by_score(
+                one.scores[judge], baseline.scores[judge], contender.weights, uniform(baseline)
+            )
+            interval = win_rate_interval(preference[:, None], **how.kwargs())
+            entry["win_rates"].append(
+                {
+                    "versus": f"{REFERENCE} at {settings.temperature}",
+                    "judge": judge,
+                    "n": len(preference),
+                    "win_rate": float(interval.mean[0]),
+                    "ci": interval.ci(0),
+                    "ties": float(ties.mean()),
+                }
+            )
+        found.append(entry)
+    return found
+
+
+def best_of_n_logprobs(ns: list[int], pool: Draws | None, gatherer: Gatherer) -> dict[int, np.ndarray]:
+    """n -> log-probability under the reference ``(P,)`` of one best-of-n completion a prompt."""
+    if pool is None or not ns:
+        return {}
+    chosen = {n: realised_best(pool, n) for n in ns}
+    prompts, per = pool.shape
+    slots = sorted({(row, int(column)) for columns in chosen.values() for row, column in enumerate(columns)})
+    reference = gatherer.reference
+    measured = sequence_kl(
+        reference.model,
+        reference.model,
+        [reference.prompt_ids[row] for row, _ in slots],
+        [pool.token_ids[row * per + column] for row, column in slots],
+        reference.tokenizer.pad_token_id,
+        temperature=pool.temperature,
+    )
+    of = dict(zip(slots, measured.logprob, strict=True))
+    return {n: np.array([of[row, int(columns[row])] for row in range(prompts)]) for n, columns in chosen.items()}
