@@ -216,13 +216,13 @@ def _implicit_prompt(chosen: str, rejected: str) -> dict[str, Any]:
     return {"prompt": shared, "chosen": chosen[len(shared) :], "rejected": rejected[len(shared) :]}
 
 
-_SCORES = {"chosen_score": "score_chosen", "rejected_score": "score_rejected", "margin": "margin"}
+_SCORES = {"chosen_score": "score_chosen", "rejected_score": "score_rejected"}
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
     found = {}
     for name in OPTIONAL_NUMBERS:
-        value = row.get(name, row.get(_SCORES[name]))
+        value = row.get(name, row.get(_SCORES.get(name, name)))
         if value is None or value == "":
             continue
         try:

@@ -2,7 +2,7 @@
 
 A pair is TRL's explicit-prompt preference format: ``prompt``, ``chosen``, ``rejected``, all strings (standard) or all
 lists of ``{"role", "content"}`` messages (conversational), with ``prompt_id`` and ``pair_id`` and, where the source
-has them, ``margin``, ``chosen_score`` and ``rejected_score``.
+has them, ``margin``, ``chosen_score``, ``rejected_score`` and ``soft_label`` (probability that chosen is better).
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from artifacts.files import sha256_of
 Text = str | list[dict[str, str]]
 
 REQUIRED = ("prompt", "chosen", "rejected")
-OPTIONAL_NUMBERS = ("margin", "chosen_score", "rejected_score")
+OPTIONAL_NUMBERS = ("margin", "chosen_score", "rejected_score", "soft_label")
 
 
 def prompt_id(prompt: Text) -> str:

@@ -81,6 +81,7 @@ def sample_and_score(
             {"prompt_id": row["prompt_id"], "prompt": row["prompt"], "samples": own}
             for row, own in zip(chunk, drawn, strict=True)
         )
+        log.sync()
 
     for row in prompts:
         if row["prompt_id"] in done:

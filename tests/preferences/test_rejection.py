@@ -127,7 +127,7 @@ class StepLogView(StepLog):
     """Reads a log without asking what it was made from."""
 
     def __init__(self, path):
-        self.path = path
+        self.path, self._file = path, None
 
 
 def test_a_log_of_other_settings_is_started_anew(tmp_path):

@@ -1,0 +1,269 @@
+"""Models that answer and choose: a local model, an OpenAI-compatible endpoint, or a Python object."""
+
+import math
+import os
+import random
+import re
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from artifacts.errors import UserError
+from models.config import ModelConfig
+from models.generation import SamplingConfig, generate
+from models.loading import context_length, eos_token_ids, load_policy, load_tokenizer
+from models.logprobs import pad_batch, response_logprobs
+from models.prompts import decode_completion, encode_prompt
+from preferences.config import Endpoint
+from preferences.gold import load_gold
+from preferences.mappings import dialogue_text
+from preferences.schema import Text
+
+# What the judge's answer starts with, so that the next token is the letter (Bai et al. 2022b, section 4.1).
+PREFILL = "The answer is ("
+# A judge without log-probabilities says A or B; that is taken as these log-odds, not as certainty.
+HARD_LOGIT = 3.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversation to answer, or a plain text to continue, with the seed of its own random stream."""
+
+    conversation: Text
+    seed: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A text, and whether it ended by itself."""
+
+    text: str
+    finished: bool
+
+
+class Model(Protocol):
+    """What helper, critic and judge must be able to do. Results come as they are ready, with their number."""
+
+    def answer(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+        """Answers to conversations."""
+
+    def choose(self, questions: Sequence[Request]) -> Iterator[tuple[int, float]]:
+        """Log-odds of (A) against (B) for questions that end by asking for one of the two letters."""
+
+
+class EndpointError(UserError):
+    """A model that does not answer; what was finished is kept."""
+
+
+class LocalModel:
+    """A local causal language model, through the project's generation engine.
+
+    A tokenizer without a chat template gets the dialogue as plain text (a base model continues it).
+    """
+
+    def __init__(self, path: str, sampling: SamplingConfig, config: ModelConfig | None = None):
+        self.model, self.tokenizer = load_policy(path, config), load_tokenizer(path, config)
+        if torch.accelerator.is_available():
+            self.model.to(torch.accelerator.current_accelerator())
+        self.eos = eos_token_ids(self.model, self.tokenizer)
+        self.sampling = sampling
+
+    def _encode(self, conversation: Text) -> list[int]:
+        if isinstance(conversation, list) and not self.tokenizer.chat_template:
+            conversation = dialogue_text(conversation)
+        return encode_prompt(self.tokenizer, conversation)
+
+    def answer(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+        """See `Model.answer`."""
+        stops = () if self.tokenizer.chat_template else ("\n\nHuman:",)
+        sampling = SamplingConfig(**{**vars(self.sampling), "stop_strings": list(stops)})
+        encoded = [self._encode(request.conversation) for request in requests]
+        limit = context_length(self.model)
+        fits = [n for n, ids in enumerate(encoded) if limit is None or len(ids) + sampling.max_new_tokens <= limit]
+        for number in set(range(len(requests))) - set(fits):
+            yield number, Answer("", False)  # too long to be answered: the pair's filter counts it as empty
+        generated = generate(
+            self.model,
+            [encoded[number] for number in fits],
+            sampling,
+            eos_token_ids=self.eos,
+            seeds=[requests[number].seed for number in fits],
+            tokenizer=self.tokenizer,
+        )
+        for number, sample in zip(fits, generated, strict=True):
+            request = requests[number]
+            text = decode_completion(self.tokenizer, sample.token_ids).split("\n\nHuman:")[0]
+            yield number, Answer(text if isinstance(request.conversation, str) else text.strip(), sample.finished)
+
+    def choose(self, questions: Sequence[Request]) -> Iterator[tuple[int, float]]:
+        """See `Model.choose`: from the log-probabilities of the two letters after `PREFILL`."""
+        letters = [self.tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in ("A", "B")]
+        if any(len(ids) != 1 for ids in letters):
+            raise UserError("the judge's tokenizer has no single tokens for the letters A and B; use another judge.")
+        prefill = self.tokenizer(PREFILL, add_special_tokens=False)["input_ids"]
+        for start in range(0, len(questions), self.sampling.batch_size):
+            some = questions[start : start + self.sampling.batch_size]
+            prompts = [self._encode(question.conversation) + prefill for question in some]
+            device = next(self.model.parameters()).device
+            scores = []
+            with torch.no_grad():
+                for ids in letters:
+                    batch = pad_batch(prompts, [ids] * len(prompts), self.tokenizer.pad_token_id).to(device)
+                    scores.append(response_logprobs(self.model, batch)[0][:, 0].double())
+            yield from enumerate((scores[0] - scores[1]).tolist(), start=start)
+
+
+class OpenAIModel:
+    """Any OpenAI-compatible endpoint, by the ``openai`` client.
+
+    The key is read from the environment when it is needed and taken out of every message that leaves this class.
+    """
+
+    def __init__(self, settings: Endpoint, max_tokens: int, temperature: float, top_p: float):
+        try:
+            from openai import OpenAI
+        except ImportError as error:
+            raise UserError("an endpoint of kind openai needs the client: pip install 'ppo-vs-dpo[judge]'.") from error
+        self._key = os.environ.get(settings.api_key_env, "")
+        if not self._key:
+            raise UserError(f"{settings.api_key_env} is not set: the endpoint of {settings.model} needs a key there.")
+        # The client's own retries are off: one place decides what is tried again and how long it takes.
+        self.client = OpenAI(api_key=self._key, base_url=settings.base_url, timeout=settings.timeout, max_retries=0)
+        self.settings, self.max_tokens, self.temperature, self.top_p = settings, max_tokens, temperature, top_p
+        self.pause = 0.5
+
+    def answer(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+        """See `Model.answer`."""
+        yield from self._all(requests, self._answer)
+
+    def choose(self, questions: Sequence[Request]) -> Iterator[tuple[int, float]]:
+        """See `Model.choose`."""
+        yield from self._all(questions, self._choose)
+
+    def _all(self, requests: Sequence[Request], ask) -> Iterator[tuple[int, Any]]:
+        with ThreadPoolExecutor(self.settings.requests_at_once) as pool:
+            futures = {pool.submit(self._patiently, ask, request): number for number, request in enumerate(requests)}
+            failure: EndpointError | None = None
+            for future in as_completed(futures):
+                if future.cancelled():
+                    continue
+                try:
+                    yield futures[future], future.result()
+                except EndpointError as error:
+                    # Requests that are on their way may still come back and are kept; no new ones are sent.
+                    failure = failure or error
+                    for other in futures:
+                        other.cancel()
+            if failure is not None:
+                raise failure
+
+    def _patiently(self, ask, request: Request) -> Any:
+        """Ask, and ask again with growing pauses where that may help."""
+        import openai
+
+        reason = ""
+        for attempt in range(self.settings.retries + 1):
+            if attempt:
+                time.sleep(self.pause * 2 ** (attempt - 1) * (0.75 + 0.5 * random.random()))
+            try:
+                return ask(request)
+            except openai.APITimeoutError:
+                reason = f"no answer within {self.settings.timeout:g} seconds"
+            except openai.APIConnectionError as error:
+                reason = f"could not be reached ({error.__cause__ or error})"
+            except openai.APIStatusError as error:
+                reason = f"status {error.status_code}: {_first_line(error.message)}"
+                if error.status_code not in (408, 409, 429) and error.status_code < 500:
+                    break
+            except (_GarbageError, openai.APIError, ValueError, AttributeError, TypeError) as error:
+                reason = f"an answer that makes no sense ({_first_line(str(error))})"
+        where = f"{self.settings.model} at {self.client.base_url}"
+        raise EndpointError(
+            f"{where}: {reason}, {attempt + 1} times. Finished steps are kept: the same command goes on.".replace(
+                self._key, "***"
+            )
+        ) from None
+
+    def _messages(self, conversation: Text) -> list[dict[str, str]]:
+        return [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
+
+    def _answer(self, request: Request) -> Answer:
+        reply = self.client.chat.completions.create(
+            model=self.settings.model,
+            messages=self._messages(request.conversation),
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=request.seed % 2**31,
+        )
+        choice = reply.choices[0] if reply.choices else None
+        if choice is None or not isinstance(choice.message.content, str):
+            raise _GarbageError("no text")
+        return Answer(choice.message.content.strip(), choice.finish_reason == "stop")
+
+    def _choose(self, request: Request) -> float:
+        reply = self.client.chat.completions.create(
+            model=self.settings.model,
+            messages=self._messages(request.conversation),
+            max_tokens=8,
+            temperature=0.0,
+            logprobs=True,
+            top_logprobs=20,
+        )
+        choice = reply.choices[0] if reply.choices else None
+        if choice is None:
+            raise _GarbageError("no choice")
+        log_odds = _log_odds(choice)
+        if log_odds is not None:
+            return log_odds
+        letter = re.search(r"\b([AB])\b", choice.message.content or "")
+        if letter is None:
+            raise _GarbageError(f"neither A nor B in {choice.message.content!r}")
+        return HARD_LOGIT if letter[1] == "A" else -HARD_LOGIT
+
+
+class _GarbageError(Exception):
+    """A reply that is not what was asked for."""
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0][:200] if text.strip() else "no message"
+
+
+def _log_odds(choice: Any) -> float | None:
+    """log p(A) - log p(B) at the first token that is one of the letters; ``None`` without log-probabilities."""
+    for token in getattr(choice.logprobs, "content", None) or []:
+        letters: dict[str, float] = {}
+        for option in token.top_logprobs:
+            letter = option.token.strip(" ()\n")
+            if letter in ("A", "B"):
+                # " A", "(A" and "A" are the same answer.
+                letters[letter] = float(torch.tensor([letters.get(letter, -math.inf), option.logprob]).logsumexp(0))
+        if token.token.strip(" ()\n") in ("A", "B") and letters:
+            # A letter that is not among the 20 most likely is less likely than all of them.
+            floor = min(option.logprob for option in token.top_logprobs)
+            return letters.get("A", floor) - letters.get("B", floor)
+    return None
+
+
+def load_model(settings: Endpoint, sampling: SamplingConfig, policy: str, config: ModelConfig | None = None) -> Model:
+    """The model that an endpoint's settings describe.
+
+    Args:
+        settings: helper, critic or judge of the configuration.
+        sampling: budget, temperature and batch size.
+        policy: the model where ``settings.model`` is null.
+        config: how local models are loaded.
+
+    Raises:
+        UserError: it cannot be loaded, or its key is missing.
+    """
+    if settings.kind == "python":
+        return load_gold(settings.function)()
+    if settings.kind == "openai":
+        return OpenAIModel(settings, sampling.max_new_tokens, sampling.temperature, sampling.top_p)
+    return LocalModel(settings.model or policy, sampling, config)
