@@ -47,7 +47,8 @@ def smoothed_loss(passed: dict[str, Any]) -> dict[str, Any]:
     uses_it = {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"}
     if not uses_it & set(losses):
         raise UserError(
-            f"dpo.label_smoothing has no effect on the loss {', '.join(losses)}; it belongs to {', '.join(sorted(uses_it))}."
+            f"dpo.label_smoothing has no effect on the loss {', '.join(losses)}; "
+            f"it belongs to {', '.join(sorted(uses_it))}."
         )
     if "sigmoid" not in losses:
         return passed

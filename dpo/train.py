@@ -41,8 +41,8 @@ def build_trainer(
         tokenizer: its tokenizer.
         dataset: pairs from `dpo.data.dpo_dataset`, or texts in TRL's preference format.
         args: arguments; see `dpo.config.smoothed_loss` for cDPO.
-        reference: another model than ``model``; ``None`` takes ``model`` as it is now: its log-probabilities are computed
-            before the first step (``precompute_ref_log_probs`` is needed), or, with LoRA, with adapters off.
+        reference: another model than ``model``; ``None`` takes ``model`` as it is now: its log-probabilities are
+            computed before the first step, or, with LoRA, with adapters off.
         lora: train adapters.
         test: pairs to evaluate on, in the same form.
         callbacks: more callbacks.
@@ -84,9 +84,9 @@ def run_stage(context: StageContext) -> None:
     tokenizer = load_tokenizer(folder)
     model = load_policy(folder, model_config, trainable=True)
     elsewhere = settings.reference_path
-    reference = load_policy(elsewhere, model_config) if elsewhere or not args.precompute_ref_log_probs else None
-    if elsewhere is None and settings.lora:
-        reference = None
+    # The model itself is the reference where its log-probabilities are taken beforehand, or with adapters off.
+    needs_its_own = elsewhere is not None or not (args.precompute_ref_log_probs or settings.lora)
+    reference = load_policy(elsewhere or folder, model_config) if needs_its_own else None
 
     # 2. The pair set.
     pairs = read_parquet(context.run.path("pairs", "train.parquet"), PAIR_COLUMNS)

@@ -1,8 +1,8 @@
 """Whole data sets as token ids, by the rules of `models.prompts`, in batches.
 
-Why not TRL's own tokenisation: it renders a conversation whole, and many chat templates put a line break after the token
-that ends the answer; the reward would be trained at that line break, which no rollout contains. Here a sequence is what
-the policy sees and writes: the prompt with the header of the answer, the answer, EOS.
+Why not TRL's own tokenisation: it renders a conversation whole, and many chat templates put a line break after the
+token that ends the answer; the reward would be trained at that line break, which no rollout contains. Here a sequence
+is what the policy sees and writes: the prompt with the header of the answer, the answer, EOS.
 """
 
 from collections.abc import Iterable, Sequence

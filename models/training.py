@@ -5,6 +5,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,7 +50,10 @@ def training_arguments(cls: type[Arguments], context: StageContext, passed: dict
     fixed = {"output_dir": str(context.dir / "checkpoints"), "seed": context.seed, "data_seed": context.seed}
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(context.dir / "tensorboard")
     try:
-        args = cls(**{**defaults, **passed, **fixed})
+        with warnings.catch_warnings():
+            # TRL still sets the old name of a setting that transformers renamed; nothing for the user to do.
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing. is deprecated")
+            args = cls(**{**defaults, **passed, **fixed})
     except TypeError as error:
         match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         hint = nearest(match.group(1), field_names(cls)) if match else ""
@@ -173,7 +177,6 @@ def save_model(
     context: StageContext,
     tokenizer: PreTrainedTokenizerBase,
     merge: bool = True,
-    config_updates: dict[str, Any] | None = None,
 ) -> Path:
     """Save the trained model and its tokenizer as ``<stage>/model``, whole or not at all.
 
@@ -181,16 +184,13 @@ def save_model(
         trainer: after training; its model may be wrapped (DDP, DeepSpeed, PEFT).
         context: the stage.
         tokenizer: saved beside the model.
-        merge: LoRA only: ``model`` is the merged model and ``adapter`` holds the adapter; else ``model`` is the adapter.
-        config_updates: further entries of the model's ``config.json``.
+        merge: LoRA only: ``model`` is the merged model, ``adapter`` the adapter; else ``model`` is the adapter.
 
     Returns:
         The model's folder. Written by the main process; all processes must call this.
     """
     target = context.dir / "model"
     model = trainer.accelerator.unwrap_model(trainer.model)
-    for key, value in (config_updates or {}).items():
-        setattr(model.config, key, value)
     is_peft = hasattr(model, "merge_and_unload")
     first = context.dir / "adapter" if is_peft and merge else target
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:

@@ -1,10 +1,10 @@
 """TRL's trainers without the padding: the model is taught to skip it by itself.
 
-TRL hands padded rows to the model. `skip_padding` changes what happens behind that call, on the instance only (its class,
-its config and what is saved stay as they are): everything but attention runs on the real tokens, laid end to end;
-attention runs on a few groups of rows of similar length, padded on the right, where a causal mask needs nothing else; the
-language-model head sees only the positions that carry loss, and a scalar head only the last token of each row.
-Equal to the padded pass up to rounding; docs/performance.md has what it saves.
+TRL hands padded rows to the model. `skip_padding` changes what happens behind that call, on the instance only (its
+class, its config and what is saved stay as they are): everything but attention runs on the real tokens, laid end to
+end; attention runs on a few groups of rows of similar length, padded on the right, where a causal mask needs nothing
+else; the language-model head sees only the positions that carry loss, and a scalar head only the last token of each
+row. Equal to the padded pass up to rounding (tests/models/test_unpadded.py).
 """
 
 import functools
@@ -137,14 +137,14 @@ _IGNORED = {"use_cache", "position_ids", "return_dict"}
 
 
 def _teach_backbone(owner: PreTrainedModel) -> None:
-    """The backbone of ``owner`` takes ``keep``, flat positions of the padded rows, and gives their states ``(1, N, d)``."""
+    """The backbone takes ``keep``, flat positions of the padded rows, and gives their states ``(1, N, d)``."""
     inner = backbone(owner)
     plain = inner.forward
 
     @functools.wraps(plain)
     def forward(input_ids=None, attention_mask=None, keep=None, **kwargs):
         padded = input_ids is not None and attention_mask is not None and attention_mask.dim() == 2
-        others = {key for key, value in kwargs.items() if value not in (None, False)} - _IGNORED
+        others = {key for key, value in kwargs.items() if value is not None and value is not False} - _IGNORED
         if keep is None and (not padded or kwargs.get("use_cache") or others):
             return plain(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         order, groups, positions = group_rows(attention_mask)
@@ -217,8 +217,8 @@ def skip_padding(model: PreTrainedModel) -> bool:
 def score_at_last_token(model: PreTrainedModel) -> None:
     """Let a sequence-classification model read its score at the last real token by the mask, without padding.
 
-    transformers finds that token by comparing with the pad id: where padding is the end-of-sequence token, it reads one
-    token too early and the score of a finished response is never trained (Huang et al. 2024, detail 12).
+    transformers finds that token by comparing with the pad id: where padding is the end-of-sequence token, it reads
+    one token too early and the score of a finished response is never trained (Huang et al. 2024, detail 12).
     """
     owner = base(model)
     packable = can_pack(owner)

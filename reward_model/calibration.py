@@ -1,6 +1,6 @@
 """How good a pairwise scorer is: accuracy, calibration, and what its scores go along with. Pure functions on arrays.
 
-``delta`` is score(chosen) - score(rejected), ``(N,)``. A Bradley-Terry reward model claims P(chosen wins) = sigma(delta).
+``delta`` is score(chosen) - score(rejected), ``(N,)``. A Bradley-Terry model claims P(chosen wins) = sigma(delta).
 """
 
 from dataclasses import asdict, dataclass
@@ -71,7 +71,7 @@ def brier(delta: np.ndarray) -> float:
 
 
 def log_loss(delta: np.ndarray) -> float:
-    """Mean -log sigma(delta), the training loss; its population minimum is the mean label entropy (papers.md 3.6.3)."""
+    """Mean -log sigma(delta), the training loss; its population minimum is the mean label entropy."""
     return float(-log_expit(delta).mean())
 
 

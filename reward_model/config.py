@@ -18,7 +18,7 @@ class RewardModelStage:
         samples: SFT samples that the scores are centred on.
         sample_max_new_tokens: their budget, EOS included.
         scoring_batch_size: sequences scored at once.
-        test_pairs: at most so many test pairs in the report, and as many training pairs; ``None`` takes all test pairs.
+        test_pairs: at most so many test pairs in the report, and as many training pairs; ``None`` takes all.
         label_noise: share of labels believed wrong, where no gold reward tells the ceiling (0.3 for HH).
     """
 

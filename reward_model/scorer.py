@@ -1,4 +1,4 @@
-"""The trained reward model as a function from prompts and completions to scores: what other stages use of this room."""
+"""The trained reward model as a function from prompts and completions to scores: what other stages use."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -35,8 +35,8 @@ def store_bias(path: str | Path, bias: float) -> None:
 class RewardScorer:
     """Scores r(prompt, completion) of a reward model; the mean over SFT samples is 0.
 
-    The score is read at the last real token, found by the attention mask: at EOS for a finished completion. That is where
-    training read it (Huang et al. 2024, details 12 and 15).
+    The score is read at the last real token, found by the attention mask: at EOS for a finished completion. That is
+    where training read it (Huang et al. 2024, details 12 and 15).
 
     Args:
         model: a sequence-classification model with one label.

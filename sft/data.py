@@ -20,7 +20,7 @@ def sft_dataset(
 ) -> Dataset:
     """Examples in a form that ``trl.SFTTrainer`` trains on.
 
-    Plain ``prompt`` and ``completion`` are turned into ``input_ids`` and ``labels`` here, by the rules that sampling and
+    ``prompt`` and ``completion`` are turned into ``input_ids`` and ``labels`` here, by the rules that sampling and
     scoring use too (`models.encoding`). ``messages`` and ``text`` are left to TRL.
 
     Args:

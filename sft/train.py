@@ -77,6 +77,10 @@ def run_stage(context: StageContext) -> None:
 
     # 3. Train and save.
     trainer = build_trainer(model, tokenizer, dataset, args, settings.lora, callbacks(context))
+    parameters = {
+        "parameters": trainer.model.num_parameters(),
+        "trainable_parameters": trainer.get_num_trainable_parameters(),
+    }
     summary = train(trainer, context)
     save_model(trainer, context, tokenizer, settings.merge_lora)
     context.finish(
@@ -85,6 +89,5 @@ def run_stage(context: StageContext) -> None:
         left_out=len(examples) - len(dataset),
         steps=trainer.state.global_step,
         train_loss=summary["train_loss"],
-        parameters=model.num_parameters(),
-        trainable_parameters=model.num_parameters(only_trainable=True),
+        **parameters,
     )

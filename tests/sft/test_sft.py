@@ -1,0 +1,200 @@
+"""SFT: what it learns from, where it starts, what it leaves behind, and that an interrupted run ends the same."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+import sft.train
+from artifacts.errors import UserError
+from artifacts.files import read_json, read_jsonl, write_parquet
+from models.loading import load_policy
+from models.training import callbacks
+from sft.data import sft_dataset
+from sft.train import run_stage
+from tests.sft.tiny_run import ARCHITECTURE, context_of, make_run, weights
+
+TEXTS = Dataset.from_dict({"prompt": ["the film was", "a story"], "completion": [" very good", " dull and bad"]})
+
+
+def same_as_trl(tokenizer, tiny_llama, tmp_path, completion_only_loss):
+    args = SFTConfig(
+        str(tmp_path), completion_only_loss=completion_only_loss, use_cpu=True, bf16=False, report_to="none"
+    )
+    trainer = SFTTrainer(tiny_llama(), args, train_dataset=TEXTS, processing_class=tokenizer)
+    return trainer.train_dataset
+
+
+@pytest.mark.parametrize("completion_only_loss", [True, False])
+def test_tokens_and_labels_are_those_of_trl(word_tokenizer, tiny_llama, tmp_path, completion_only_loss):
+    ours = sft_dataset(TEXTS, word_tokenizer, completion_only_loss, None, None)
+    theirs = same_as_trl(word_tokenizer, tiny_llama, tmp_path, completion_only_loss)
+    # TRL appends the text of EOS; the word tokenizer of these tests splits at spaces only, so it must be its own word.
+    spaced = [
+        word_tokenizer(f"{p}{c} </s>")["input_ids"] for p, c in zip(TEXTS["prompt"], TEXTS["completion"], strict=True)
+    ]
+    assert ours["input_ids"][:] == spaced
+    for mine, other, prompt in zip(ours["labels"][:], theirs["labels"][:], TEXTS["prompt"][:], strict=True):
+        length = len(word_tokenizer(prompt)["input_ids"])
+        assert (mine[:length] == [-100] * length) is completion_only_loss
+        assert (other[:length] == [-100] * length) is completion_only_loss
+        assert mine[-1] == word_tokenizer.eos_token_id
+
+
+def test_a_tiny_policy_is_trained_from_scratch(word_tokenizer, tmp_path):
+    run = make_run(tmp_path, word_tokenizer, sft={"max_steps": 30, "learning_rate": 1e-2})
+    run_stage(context_of(run, "sft"))
+    rows = [row for row in read_jsonl(tmp_path / "sft" / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 31))
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+    figures = read_json(tmp_path / "sft" / "done.json")["figures"]
+    assert (figures["examples"], figures["left_out"], figures["steps"]) == (32, 0, 30)
+    # What is saved is a plain model: nothing of how it was trained remains in its config.
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "sft" / "model")
+    assert model.config._attn_implementation == "sdpa"
+    assert "grouped" not in (tmp_path / "sft" / "model" / "config.json").read_text()
+    assert AutoTokenizer.from_pretrained(tmp_path / "sft" / "model").eos_token == "</s>"
+    assert {p.name for p in (tmp_path / "sft" / "checkpoints").glob("checkpoint-*")} == {
+        "checkpoint-28",
+        "checkpoint-30",
+    }
+
+
+class InterruptAt(TrainerCallback):
+    """Ctrl-C at the end of a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def without_time(rows):
+    timed = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+    return [{key: value for key, value in row.items() if key not in timed} for row in rows]
+
+
+def test_an_interrupted_run_ends_bit_for_bit_as_if_it_had_not_been(word_tokenizer, tmp_path, monkeypatch):
+    whole = make_run(tmp_path / "whole", word_tokenizer)
+    run_stage(context_of(whole, "sft"))
+    cut = make_run(tmp_path / "cut", word_tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(sft.train, "callbacks", lambda context: [*callbacks(context), InterruptAt(5)])
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(context_of(cut, "sft"))
+    # The newest checkpoint was half written: it is passed over, and step 3 is done again.
+    newest = cut.path("sft", "checkpoints", "checkpoint-4")
+    (newest / "trainer_state.json").write_text("{")
+    run_stage(context_of(cut, "sft"))
+    assert weights(cut.path("sft", "model")) == weights(whole.path("sft", "model"))
+    logs = [without_time(read_jsonl(run.path("sft", "metrics.jsonl"))) for run in (whole, cut)]
+    # The summary averages over the steps of the process; every step's own line is the same.
+    assert logs[0][:-1] == logs[1][:-1]
+    assert [row["num_tokens"] for row in logs[1][:-1]] == sorted(row["num_tokens"] for row in logs[1][:-1])
+
+
+def test_lora_is_merged_into_a_plain_model(word_tokenizer, tmp_path, tiny_llama):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    word_tokenizer.save_pretrained(tmp_path / "base")
+    lora = {"r": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"]}
+    run = make_run(tmp_path / "run", word_tokenizer, model={"path": str(tmp_path / "base")}, sft={"lora": lora})
+    run_stage(context_of(run, "sft"))
+    ids = torch.tensor([[5, 7, 9, 11]])
+    merged = AutoModelForCausalLM.from_pretrained(run.path("sft", "model"))
+    adapter = AutoPeftModelForCausalLM.from_pretrained(run.path("sft", "adapter"))
+    base = load_policy(tmp_path / "base")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, adapter(ids).logits, atol=1e-5, rtol=0)
+        assert (merged(ids).logits - base(ids).logits).abs().max() > 1e-3
+    figures = run.done("sft")["figures"]
+    assert figures["trainable_parameters"] == 2 * 2 * 2 * (16 + 16)
+
+
+def test_an_adapter_alone(word_tokenizer, tmp_path, tiny_llama):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    word_tokenizer.save_pretrained(tmp_path / "base")
+    run = make_run(
+        tmp_path / "run",
+        word_tokenizer,
+        model={"path": str(tmp_path / "base")},
+        sft={"lora": {"r": 2}, "merge_lora": False},
+    )
+    run_stage(context_of(run, "sft"))
+    assert (run.path("sft", "model") / "adapter_config.json").is_file()
+    assert not run.path("sft", "adapter").exists()
+    assert load_policy(run.path("sft", "model")).num_parameters() == tiny_llama().num_parameters()
+
+
+def test_a_trained_model_may_be_taken_as_it_is(word_tokenizer, tmp_path, tiny_llama):
+    tiny_llama(seed=3).save_pretrained(tmp_path / "base")
+    word_tokenizer.save_pretrained(tmp_path / "base")
+    run = make_run(
+        tmp_path / "run", word_tokenizer, model={"path": str(tmp_path / "base")}, sft={"skip_training": True}
+    )
+    run_stage(context_of(run, "sft"))
+    assert weights(run.path("sft", "model")) == weights(tmp_path / "base")
+    assert run.done("sft")["figures"]["trained"] is False
+
+
+def test_conversations(word_tokenizer, tmp_path):
+    """Prompt and completion as messages, and whole conversations, both learn."""
+    run = make_run(tmp_path / "pairs", word_tokenizer, conversational=True)
+    run_stage(context_of(run, "sft"))
+    assert run.done("sft")["figures"]["examples"] == 32
+    run = make_run(tmp_path / "messages", word_tokenizer)
+    talk = [{"role": "user", "content": "the film"}, {"role": "assistant", "content": "was good"}]
+    write_parquet(run.path("data", "sft_train.parquet"), [{"messages": talk}] * 16)
+    run_stage(context_of(run, "sft"))
+    assert run.done("sft")["figures"]["examples"] == 16
+
+
+def fails(run, stage_function, message, stage="sft"):
+    with pytest.raises(UserError) as caught:
+        stage_function(context_of(run, stage))
+    assert message in str(caught.value)
+    assert not (run.path(stage) / "done.json").exists()
+
+
+def test_messages_for_bad_input(word_tokenizer, tmp_path):
+    make = lambda name, **sft: make_run(tmp_path / name, word_tokenizer, sft=sft)  # noqa: E731
+    fails(make("key", learning_rte=1), run_stage, "sft.learning_rte: no such key. Did you mean learning_rate?")
+    fails(make("value", lr_scheduler_type="linar"), run_stage, "sft: linar is not a valid SchedulerType")
+    fails(make("skip", skip_training=True), run_stage, "sft.skip_training needs a trained model in model.path")
+    fails(make("short", max_length=2), run_stage, "Raise sft.max_length")
+    run = make("columns")
+    write_parquet(run.path("data", "sft_train.parquet"), [{"question": "a", "answer": "b"}])
+    fails(run, run_stage, "SFT needs prompt and completion, or messages, or text")
+    run = make("long", max_length=500)
+    write_parquet(run.path("data", "sft_train.parquet"), [{"prompt": "the", "completion": " good" * 90}])
+    fails(run, run_stage, "row 0 has 92 tokens and the model takes 64")
+    run = make("diverge", learning_rate=1e38, max_grad_norm=0)
+    fails(run, run_stage, "training diverged")
+
+
+def test_chat_data_needs_a_chat_template(word_tokenizer, tmp_path):
+    import copy
+
+    mute = copy.deepcopy(word_tokenizer)
+    mute.chat_template = None
+    run = make_run(tmp_path, mute, conversational=True)
+    fails(run, run_stage, "has no chat template")
+
+
+def test_a_checkpoint_of_another_model_is_not_loaded(word_tokenizer, tmp_path):
+    run_stage(context_of(make_run(tmp_path, word_tokenizer), "sft"))
+    (tmp_path / "sft" / "done.json").unlink()
+    larger = {**ARCHITECTURE, "hidden_size": 32}
+    run = make_run(tmp_path, word_tokenizer, model={"path": None, "architecture": larger})
+    fails(run, run_stage, "is a checkpoint of another model")
+
+
+def test_progress_is_written(word_tokenizer, tmp_path):
+    run_stage(context_of(make_run(tmp_path, word_tokenizer), "sft"))
+    assert json.loads((tmp_path / "sft" / "progress.json").read_text())["total"] == 6
