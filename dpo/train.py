@@ -91,9 +91,12 @@ def run_stage(context: StageContext) -> None:
     # 2. The pair set.
     pairs = read_parquet(context.run.path("pairs", "train.parquet"), PAIR_COLUMNS)
     dataset = dpo_dataset(pairs, tokenizer, args.max_length, context_length(model))
-    test_pairs = read_parquet(context.run.path("pairs", "test.parquet"), PAIR_COLUMNS)
-    test_pairs = test_pairs.select(range(min(len(test_pairs), settings.test_pairs or len(test_pairs))))
-    test = dpo_dataset(test_pairs, tokenizer, args.max_length, context_length(model))
+    test = None
+    if context.run.path("pairs", "test.parquet").is_file():
+        test_pairs = read_parquet(context.run.path("pairs", "test.parquet"), PAIR_COLUMNS)
+        test_pairs = test_pairs.select(range(min(len(test_pairs), settings.test_pairs or len(test_pairs))))
+        if len(test_pairs) > 0:
+            test = dpo_dataset(test_pairs, tokenizer, args.max_length, context_length(model))
 
     # 3. Train.
     trainer = build_trainer(
@@ -111,7 +114,7 @@ def run_stage(context: StageContext) -> None:
     summary = train(trainer, context)
 
     # 4. How well its implicit reward beta log(pi/ref) orders pairs it has not seen.
-    held_out = trainer.evaluate()
+    held_out = trainer.evaluate() if test is not None else {}
     save_model(trainer, context, tokenizer, settings.merge_lora)
     context.finish(
         pair_set=pair_figures.get("pair_set"),
@@ -121,9 +124,9 @@ def run_stage(context: StageContext) -> None:
         loss_type=list(args.loss_type),
         steps=trainer.state.global_step,
         train_loss=summary["train_loss"],
-        test_pairs=len(test),
-        test_loss=held_out["eval_loss"],
-        implicit_accuracy=held_out["eval_rewards/accuracies"],
-        implicit_margin=held_out["eval_rewards/margins"],
-        test_logprobs={side: held_out[f"eval_logps/{side}"] for side in ("chosen", "rejected")},
+        test_pairs=len(test) if test is not None else 0,
+        test_loss=held_out.get("eval_loss"),
+        implicit_accuracy=held_out.get("eval_rewards/accuracies"),
+        implicit_margin=held_out.get("eval_rewards/margins"),
+        test_logprobs={side: held_out.get(f"eval_logps/{side}") for side in ("chosen", "rejected")},
     )

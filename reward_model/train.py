@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
+from artifacts.errors import UserError
 from artifacts.files import read_parquet
 from artifacts.settings import split
 from artifacts.stage import StageContext
@@ -102,6 +103,13 @@ def run_stage(context: StageContext) -> None:
     args = training_arguments(RewardConfig, context, passed)
     model_config = model_settings(context)
 
+    test = read_parquet(context.run.path("pairs", "test.parquet"), PAIR_COLUMNS)
+    if len(test) == 0:
+        raise UserError(
+            "pairs/test.parquet has no rows, and the reward model must be judged on pairs it has not seen. Hold some "
+            "out (the data section's test split)."
+        )
+
     # 1. Where it starts: the SFT policy's weights, a head that knows nothing.
     folder = context.run.path("sft", "model")
     tokenizer = load_tokenizer(folder)
@@ -126,7 +134,6 @@ def run_stage(context: StageContext) -> None:
         store_bias(context.dir / "adapter", scorer.bias)
 
     # 4. Say how good it is, before PPO trusts it.
-    test = read_parquet(context.run.path("pairs", "test.parquet"), PAIR_COLUMNS)
     report = write_report(
         context.dir,
         scorer,

@@ -333,6 +333,13 @@ def test_lora_on_conversations(word_tokenizer, tiny_llama, tmp_path):
         torch.testing.assert_close(merged(ids).logits, adapter(ids).logits, atol=1e-5, rtol=0)
 
 
+def test_without_test_pairs_nothing_is_evaluated(word_tokenizer, tiny_llama, tmp_path):
+    run = make_run(tmp_path, word_tokenizer, tiny_llama(), dpo={"max_steps": 1})
+    run.path("pairs", "test.parquet").unlink()
+    run_stage(context_of(run, "dpo"))
+    assert run.done("dpo")["figures"]["implicit_accuracy"] is None
+
+
 def test_messages_for_bad_input(word_tokenizer, tiny_llama, tmp_path):
     make = lambda name, **keys: make_run(tmp_path / name, word_tokenizer, tiny_llama(), dpo=keys)  # noqa: E731
     fails(make("beta", beta=0.0), run_stage, "dpo.beta is 0.0; it must be above 0", "dpo")
