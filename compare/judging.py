@@ -45,7 +45,7 @@ def make_judges(
         if not isinstance(entry, dict) or entry.get("kind") not in KINDS:
             kind = entry.get("kind") if isinstance(entry, dict) else entry
             raise UserError(
-                f"{where}: kind is {kind!r}; it must be {', '.join(KINDS)}.{nearest(str(kind), list(KINDS))}"
+                f"{where}: kind is {kind!r}; it must be one of {', '.join(KINDS)}.{nearest(str(kind), list(KINDS))}"
             )
         name = str(entry.get("name", entry["kind"]))
         if name in taken:

@@ -125,7 +125,8 @@ def length_controlled(
     at_equal = design.copy()
     at_equal[:, 1] = 0.0
     win_rates = expit(at_equal @ coefficients)
-    mean = float(win_rates.mean())
+    # Within rounding of 0 or 1 the logit scale ends.
+    mean = float(np.clip(win_rates.mean(), 1e-9, 1 - 1e-9))
     gradient = (at_equal * (win_rates * (1 - win_rates))[:, None]).mean(axis=0)
     error = float(np.sqrt(gradient @ covariance @ gradient)) / max(mean * (1 - mean), 1e-12)
     z = stats.norm.ppf(0.5 + confidence / 2)

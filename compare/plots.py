@@ -98,7 +98,8 @@ def write_figure(figure: Figure, folder: Path, name: str) -> str:
     """
     buffer = io.StringIO()
     with matplotlib.rc_context(RC):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        # Without metadata: no date in the bytes, no address in the page.
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         with atomic_path(folder / f"{name}.png") as temporary:
             figure.savefig(temporary, format="png", dpi=160)
     plt.close(figure)

@@ -243,7 +243,6 @@ class LLMJudge:
                     try:
                         found[running[future]] = future.result()
                     except EndpointDown as error:
-                        halt.set()
                         stopped = stopped or str(error)
                     if progress is not None:
                         progress(done, len(tasks))
@@ -299,7 +298,11 @@ class LLMJudge:
             return kept
         if halt.is_set():
             return None
-        reply = self.backend.ask(messages, self.template.max_tokens, temperature, seed=attempt)
+        try:
+            reply = self.backend.ask(messages, self.template.max_tokens, temperature, seed=attempt)
+        except EndpointDown:
+            halt.set()  # at once: no other request goes out
+            raise
         self.cache.put(key, reply)
         with self._lock:
             self.usage.requests += 1

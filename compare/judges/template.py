@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
 from jinja2.sandbox import SandboxedEnvironment
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -95,7 +96,7 @@ def load_template(name: str) -> JudgeTemplate:
         )
     try:
         content: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except (OmegaConfBaseException, ValueError, OSError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
         raise UserError(f"{path}: not readable YAML ({str(error).splitlines()[0]}).") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: keys {', '.join(KEYS)} are needed.")

@@ -1,0 +1,401 @@
+"""LLM judges: templates, parsing, both orders, and an OpenAI-compatible server that behaves and one that does not."""
+
+import json
+import math
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+from artifacts.errors import UserError
+from artifacts.files import read_jsonl
+from compare.agreement import agreement, position_bias
+from compare.judges.backends import RateLimit, Reply
+from compare.judges.llm import Cache, Comparison, LLMJudge, LLMJudgeConfig, preference_from_tokens
+from compare.judges.template import TEMPLATES, load_template
+from compare.judging import table_of
+from compare.policies import Prompts
+
+KEY = "sk-very-secret-key"
+
+
+def comparisons(n, ours="a longer and good answer", theirs="short"):
+    return [Comparison("ppo", "dpo", f"id{i}", f"Question {i}?", f"{ours} {i}", f"{theirs} {i}") for i in range(n)]
+
+
+class Server:
+    """A chat-completions endpoint on loopback; ``answer(question, number)`` gives text, a status code or raw bytes."""
+
+    def __init__(self, answer, logprobs=None):
+        self.answer, self.logprobs, self.requests, self.headers = answer, logprobs, [], []
+        lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    outer.requests.append(body)
+                    outer.headers.append({key.lower(): value for key, value in self.headers.items()})
+                    number = len(outer.requests)
+                found = outer.answer(body["messages"][-1]["content"], number)
+                if isinstance(found, int):
+                    found = (found, "no")
+                status, payload = found if isinstance(found, tuple) else (200, found)
+                if status != 200:
+                    payload = json.dumps({"error": {"message": payload}}).encode()
+                if isinstance(payload, str):
+                    choice = {
+                        "index": 0,
+                        "finish_reason": "stop",
+                        "message": {"role": "assistant", "content": payload},
+                    }
+                    if outer.logprobs and body.get("logprobs"):
+                        choice["logprobs"] = {"content": outer.logprobs}
+                    usage = {"prompt_tokens": 50, "completion_tokens": 3, "total_tokens": 53}
+                    content = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+                    payload = json.dumps({**content, "usage": usage}).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(payload)))
+                self.end_headers()
+                self.wfile.write(payload)
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+    def close(self):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Start servers that are stopped at the end."""
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    started = []
+
+    def start(answer, **options):
+        started.append(Server(answer, **options))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.close()
+
+
+def judge_at(server, cache=None, **settings):
+    config = {"model": "m", "base_url": server.url, "api_key_env": "JUDGE_KEY", "retries": 1, "timeout": 5.0}
+    return LLMJudge(LLMJudgeConfig(**{**config, **settings}), cache=cache or Cache(None))
+
+
+def answers_of(question):
+    """The two texts that a question holds, in the order shown."""
+    first = question.split("=== Reply A ===")[1].split("===")[0].strip()
+    return first, question.split("=== Reply B ===")[1].split("===")[0].strip()
+
+
+def prefers_longer(question, number=0):
+    first, second = answers_of(question)
+    return f"One says more than the other.\n{'A' if len(first) > len(second) else 'B'}"
+
+
+# --- templates -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("path", sorted(TEMPLATES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_template_loads_and_puts_texts_in_as_they_are(path):
+    template = load_template(path.stem)
+    text = template.messages("{{ 7 * 7 }} <b>", "{% raw %}", "second & last")[-1]["content"]
+    assert "{{ 7 * 7 }} <b>" in text
+    assert "{% raw %}" in text
+    assert text.index("{% raw %}") < text.index("second & last")
+    assert template.parse(template.answers["first"]) == 1.0
+    assert template.parse(template.answers["second"]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ("Both are fine, A is clearer.\nA", 1.0),
+        ("Reasons.\n\n**B**\n", 0.0),
+        ("The better reply is: (A)", 1.0),
+        ("Verdict: B.", 0.0),
+        ("Neither helps.\nTIE", 0.5),
+        ("the better one is A", 1.0),
+        ("A tie.", None),
+        ("A is shorter than B", None),
+        ("A or B", None),
+        ("B is worse, so A is better", None),
+        ("I cannot say.", None),
+        ("", None),
+        ("\n \n", None),
+        ("Answer", None),
+        ("a", None),
+    ],
+)
+def test_nothing_is_guessed_from_a_reply(reply, expected):
+    assert load_template("hh_helpfulness").parse(reply) == expected
+
+
+def test_one_word_templates():
+    template = load_template("alpaca_eval")
+    assert [template.parse(reply) for reply in ("m", " M.", '"m"', "Model m", "")] == [1.0, 0.0, 1.0, None, None]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("user: '{{ prompt }}'\nanswers: {first: A, second: B}", "first }} is not in it"),
+        ("user: x\nanswer: {}", "Did you mean answers"),
+        ("user: '{{ prompt }}{{ first }}{{ second }}'\nanswers: {first: A}", "first and second are needed"),
+        ("- a", "keys source, system"),
+    ],
+)
+def test_broken_templates_are_explained(tmp_path, content, message):
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_template(str(tmp_path / "mine.yaml"))
+
+
+def test_unknown_template_names_the_nearest():
+    with pytest.raises(UserError, match="Did you mean tldr"):
+        load_template("tdlr")
+
+
+# --- a server that behaves -------------------------------------------------------------------------------
+def test_both_orders_and_a_fair_judge(serve):
+    server = serve(prefers_longer)
+    judge = judge_at(server, logprobs=False)
+    found, stopped = judge.judge(comparisons(10))
+    assert stopped is None
+    assert len(found) == 20
+    assert [one.order for one in found[:4]] == ["forward", "swapped"] * 2
+    assert all(one.preference == 1.0 for one in found)
+    assert len(server.requests) == 20
+    assert judge.counted()["prompt_tokens"] == 20 * 50
+    table, figures = table_of(found, Prompts([""] * 10, [f"id{i}" for i in range(10)]))
+    assert table.preferences[:, 0].tolist() == [1.0] * 10
+    assert figures["position_bias"] == {"n": 10, "bias": 0.0, "consistent": 1.0}
+
+
+def test_always_a_gives_one_half_and_position_bias_one(serve):
+    judge = judge_at(serve(lambda question, number: "A"), logprobs=False)
+    found, _ = judge.judge(comparisons(8))
+    table, figures = table_of(found, Prompts([""] * 8, [f"id{i}" for i in range(8)]))
+    assert table.preferences[:, 0].tolist() == [0.5] * 8
+    assert figures["position_bias"] == {"n": 8, "bias": 1.0, "consistent": 0.0}
+
+
+def test_cached_by_content(serve, tmp_path):
+    server = serve(prefers_longer)
+    first = judge_at(server, Cache(tmp_path / "cache.jsonl")).judge(comparisons(5))
+    again = judge_at(server, Cache(tmp_path / "cache.jsonl"))
+    assert again.estimate(comparisons(5))["requests"] == 0
+    assert again.judge(comparisons(5)) == first
+    assert len(server.requests) == 10
+    assert again.usage.cached == 10
+    # Another question, another temperature: not the same content.
+    assert again.estimate(comparisons(6))["requests"] == 2
+    assert (
+        judge_at(server, Cache(tmp_path / "cache.jsonl"), temperature=0.3).estimate(comparisons(5))["requests"] == 10
+    )
+
+
+def test_verdicts_weighted_by_log_probabilities(serve):
+    def token(first, second):
+        top = [{"token": "A", "logprob": math.log(first)}, {"token": " B", "logprob": math.log(second)}]
+        return [{"token": "A", "logprob": math.log(first), "top_logprobs": top}]
+
+    judge = judge_at(serve(lambda question, number: "A", logprobs=token(0.6, 0.2)))
+    found, _ = judge.judge(comparisons(1))
+    assert found[0].preference == pytest.approx(0.75)
+    assert found[1].preference == pytest.approx(0.25)
+    assert judge.usage.weighted == 2
+
+
+def test_log_probabilities_of_something_else_are_not_used():
+    template = load_template("hh_helpfulness")
+    reply = Reply("x", [{"A": -0.1, "B": -3.0}, {"quick": -0.1, "A": -4.0}])
+    assert preference_from_tokens(template, reply) == pytest.approx(1 / (1 + math.exp(-2.9)))
+    assert preference_from_tokens(template, Reply("x", [{"quick": -0.1}])) is None
+    assert preference_from_tokens(template, Reply("x")) is None
+
+
+def test_an_endpoint_without_log_probabilities_is_asked_without(serve):
+    def answer(question, number):
+        return (400, "logprobs are not supported") if server.requests[-1].get("logprobs") else prefers_longer(question)
+
+    server = serve(answer)
+    judge = judge_at(server, concurrency=1)
+    found, stopped = judge.judge(comparisons(3))
+    assert stopped is None
+    assert [one.preference for one in found] == [1.0] * 6
+    assert len(server.requests) == 7
+
+
+def test_a_request_that_is_refused_says_why(serve):
+    found, stopped = judge_at(serve(lambda question, number: (400, "context too long"))).judge(comparisons(1))
+    assert found == []
+    assert "refuses a request" in stopped
+    assert "context too long" in stopped
+
+
+# --- a server that does not ------------------------------------------------------------------------------
+def test_unparseable_replies_are_asked_again_then_left_out(serve):
+    def answer(question, number):
+        if "Question 0?" in question:
+            return "I would rather not say."
+        return prefers_longer(question)
+
+    server = serve(answer)
+    judge = judge_at(server, logprobs=False, reasks=2)
+    found, stopped = judge.judge(comparisons(4))
+    assert stopped is None
+    assert [one.preference for one in found] == [None, None, *[1.0] * 6]
+    assert found[0].attempts == 3
+    assert found[0].raw == "I would rather not say."
+    assert len(server.requests) == 6 + 2 * 3
+    # A greedy judge would only repeat itself: later tries sample.
+    assert {r["temperature"] for r in server.requests if "Question 0?" in r["messages"][-1]["content"]} == {0.0, 0.7}
+    table, figures = table_of(found, Prompts([""] * 4, [f"id{i}" for i in range(4)]))
+    assert np.isnan(table.preferences[0, 0])
+    assert figures["excluded"] == 1
+    assert figures["judged"] == 3
+
+
+def test_a_reply_that_improves_on_asking_again(serve):
+    judge = judge_at(serve(lambda question, number: "hm" if number == 1 else prefers_longer(question)), concurrency=1)
+    found, _ = judge.judge(comparisons(1))
+    assert [(one.preference, one.attempts) for one in found] == [(1.0, 2), (1.0, 1)]
+
+
+def test_down_mid_way_loses_nothing(serve, tmp_path):
+    down = threading.Event()
+
+    def answer(question, number):
+        return 503 if number > 7 or down.is_set() else prefers_longer(question)
+
+    server = serve(answer)
+    judge = judge_at(server, Cache(tmp_path / "cache.jsonl"), concurrency=1, retries=0)
+    found, stopped = judge.judge(comparisons(10))
+    assert "does not answer" in stopped
+    assert len(found) == 7
+    assert len(read_jsonl(tmp_path / "cache.jsonl")) == 7
+    # It is asked no further: one failure, not thirteen.
+    assert len(server.requests) == 8
+    server.answer = lambda question, number: prefers_longer(question)
+    found, stopped = judge_at(server, Cache(tmp_path / "cache.jsonl"), concurrency=1).judge(comparisons(10))
+    assert stopped is None
+    assert len(found) == 20
+    assert len(server.requests) == 8 + 13
+
+
+def test_rate_limited_then_fine(serve):
+    server = serve(lambda question, number: 429 if number == 1 else prefers_longer(question))
+    found, stopped = judge_at(server, concurrency=1, retries=2).judge(comparisons(1))
+    assert stopped is None
+    assert [one.preference for one in found] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("body", [b"<html>gateway</html>", b'{"choices": []}', b'{"choices": [{"message": {}}]}'])
+def test_bodies_that_are_no_answers(serve, body):
+    judge = judge_at(serve(lambda question, number: body), reasks=0, retries=0)
+    found, stopped = judge.judge(comparisons(1))
+    assert (stopped is not None) or all(one.preference is None for one in found)
+
+
+def test_a_wrong_key_or_model_is_the_users_to_mend(serve):
+    for status in (401, 404):
+        with pytest.raises(UserError, match="refuses m"):
+            judge_at(serve(lambda question, number, status=status: status)).judge(comparisons(1))
+
+
+def test_no_server_at_all():
+    config = LLMJudgeConfig(model="m", base_url="http://127.0.0.1:9/v1", retries=0)
+    found, stopped = LLMJudge(config).judge(comparisons(2))
+    assert found == []
+    assert "does not answer" in stopped
+
+
+def test_time_out(serve):
+    def slow(question, number):
+        time.sleep(1.0)
+        return "A"
+
+    _, stopped = judge_at(serve(slow), timeout=0.2, retries=0).judge(comparisons(1))
+    assert "does not answer" in stopped
+
+
+# --- money, secrets, limits ------------------------------------------------------------------------------
+def test_estimate_covers_what_is_counted_and_stops_before_it_costs(serve):
+    server = serve(prefers_longer)
+    judge = judge_at(server, price_in=10.0, price_out=30.0)
+    estimate = judge.estimate(comparisons(4))
+    judge.judge(comparisons(4))
+    assert estimate["requests"] == judge.usage.requests == 8
+    assert estimate["cost"] >= judge.counted()["cost"] > 0
+    with pytest.raises(UserError, match="more than max_cost"):
+        judge_at(server, price_in=10.0, price_out=30.0, max_cost=0.0001).judge(comparisons(4))
+    assert len(server.requests) == 8
+
+
+def test_the_key_is_sent_and_written_nowhere(serve, tmp_path):
+    server = serve(prefers_longer)
+    judge = judge_at(server, Cache(tmp_path / "cache.jsonl"))
+    judge.judge(comparisons(2))
+    assert server.headers[0]["authorization"] == f"Bearer {KEY}"
+    assert KEY not in (tmp_path / "cache.jsonl").read_text()
+    assert KEY not in json.dumps(judge.identity())
+    assert KEY not in repr(judge.config)
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(UserError, match="NOT_SET_ANYWHERE"):
+        LLMJudge(LLMJudgeConfig(model="m", api_key_env="NOT_SET_ANYWHERE"))
+
+
+def test_concurrency(serve):
+    running, most, lock = 0, 0, threading.Lock()
+
+    def answer(question, number):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.05)
+        with lock:
+            running -= 1
+        return "A"
+
+    judge_at(serve(answer), concurrency=3, logprobs=False).judge(comparisons(6))
+    assert 2 <= most <= 3
+
+
+def test_rate_limit_spreads_calls():
+    limit = RateLimit(per_minute=1200)
+    started = time.monotonic()
+    for _ in range(5):
+        limit.wait()
+    assert 0.19 <= time.monotonic() - started < 0.6
+
+
+# --- agreement -------------------------------------------------------------------------------------------
+def test_kappa_and_position_bias():
+    one = np.array([1.0, 1.0, 0.0, 0.0, 0.5, np.nan])
+    assert agreement(one, one)["kappa"] == pytest.approx(1.0)
+    rng = np.random.default_rng(0)
+    random = agreement(rng.integers(0, 2, 20_000).astype(float), rng.integers(0, 2, 20_000).astype(float))
+    assert random["kappa"] == pytest.approx(0.0, abs=0.03)
+    # Hand-worked: 20 + 15 of 50 agree, chance agreement 0.5 (Cohen 1960's shape).
+    a = np.array([1.0] * 25 + [0.0] * 25)
+    b = np.array([1.0] * 20 + [0.0] * 5 + [1.0] * 10 + [0.0] * 15)
+    assert agreement(a, b) == {"n": 50, "agreement": 0.7, "kappa": pytest.approx(0.4)}
+    assert agreement(np.ones(5), np.ones(5))["kappa"] is None
+    assert position_bias(np.full(4, 0.0), np.full(4, 1.0))["bias"] == -1.0
