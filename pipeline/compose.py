@@ -16,7 +16,9 @@ from omegaconf.errors import OmegaConfBaseException
 from artifacts.errors import UserError
 from artifacts.run import STAGES
 from artifacts.settings import RESERVED, nearest
+from models.config import ModelConfig
 from pipeline.schema import CONFIGS, PIPELINE_KEYS, SECTIONS, load_class, root_keys, section_keys
+from preferences.config import data_class
 
 GROUPS = ("experiment", "model", "data", "sft", "reward_model", "dpo", "ppo", "compare", "judge", "deepspeed")
 
@@ -146,9 +148,17 @@ def check(config: DictConfig, check_missing: bool = True) -> None:
     problems = []
     if check_missing:
         missing = sorted(OmegaConf.missing_keys(config))
+        # OmegaConf lets a typed default stand where a file says ???, so the model's path is looked at by hand.
+        if not config.model.get("path") and not config.model.get("architecture"):
+            missing = sorted({*missing, "model.path"})
         problems += [f"{key}: required, and not set." for key in missing]
     known = [*root_keys(), *SECTIONS, "experiment", "deepspeed"]
     problems += [f"{key}: no such key.{nearest(key, known)}" for key in config if key not in known]
+    try:
+        if not OmegaConf.missing_keys(config.model):
+            OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), config.model))
+    except UserError as error:
+        problems.append(str(error))
     for section, (own, _) in SECTIONS.items():
         problems += check_section(section, config.get(section) or {}, own)
     stages = list(config.get("stages") or [])
@@ -162,7 +172,10 @@ def check_section(section: str, values: DictConfig | dict, own: str) -> list[str
     valid = section_keys(section)
     problems = [f"{section}.{key}: no such key.{nearest(key, valid)}" for key in values if key not in valid]
     problems += [f"{section}.{key}: set by the stage itself; remove it." for key in values if key in RESERVED]
-    own_class = load_class(own)
+    try:
+        own_class = data_class(values) if section == "data" else load_class(own)
+    except UserError as error:
+        return [*problems, str(error)]
     own_names = set(own_class.__dataclass_fields__)
     mine: dict[str, Any] = {
         key: values._get_node(key) if isinstance(values, DictConfig) else values[key]

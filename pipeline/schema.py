@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import importlib
 import importlib.util
 from dataclasses import dataclass, field
@@ -113,6 +114,7 @@ def _resolve(module: str, name: str, imported: dict[str, tuple[str, str]]) -> tu
     return source, original
 
 
+@functools.cache
 def section_keys(section: str) -> list[str]:
     """Every valid key of a section, sorted."""
     own, arguments = SECTIONS[section]
