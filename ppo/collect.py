@@ -4,7 +4,6 @@ import time
 from typing import Any
 
 import torch
-from trl.models.utils import unwrap_model_for_generation
 
 from artifacts.errors import UserError
 from models.generation import Generated, generate, row_seed
@@ -106,6 +105,11 @@ class Collection:
         kwargs = {"eos_token_ids": self.eos_ids, "seeds": seeds, "tokenizer": self.processing_class}
         if reference:
             return generate(self.reference.module, prompt_ids, self.sampling, **kwargs)
+        if not self.is_deepspeed_enabled:
+            return generate(self.policy, prompt_ids, self.sampling, **kwargs)
+        # ZeRO-3: the weights are gathered once for the whole rollout, their hooks out of the way.
+        from trl.models.utils import unwrap_model_for_generation
+
         with unwrap_model_for_generation(
             self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
         ) as unwrapped:

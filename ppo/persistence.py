@@ -45,9 +45,8 @@ class Persistence:
 
     def _trained(self) -> dict[str, torch.Tensor]:
         """The trained tensors of policy and value model (tied ones once), and their buffers."""
-        model = self.accelerator.unwrap_model(self.model)
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        named.update((name, b) for name, b in model.named_buffers() if b.is_floating_point())
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        named.update((name, b) for name, b in self.model.named_buffers() if b.is_floating_point())
         return named
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:

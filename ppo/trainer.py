@@ -208,12 +208,12 @@ class PPOTrainer(Collection, Persistence, Trainer):
     @property
     def policy(self) -> PreTrainedModel:
         """The policy, unwrapped."""
-        return self.accelerator.unwrap_model(self.model).policy
+        return self.model.policy
 
     @property
     def value_model(self) -> PreTrainedModel:
         """The value model, unwrapped."""
-        return self.accelerator.unwrap_model(self.model).value_model
+        return self.model.value_model
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """One optimizer of ``args.optim``; policy and value model in groups of their own, with their learning
