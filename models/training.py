@@ -24,6 +24,8 @@ from artifacts.files import atomic_folder
 from artifacts.settings import field_names, nearest
 from artifacts.stage import StageContext
 from models.config import ModelConfig
+from models.loading import load_policy, load_value_or_reward
+from models.sharding import deepspeed_settings, explain, held_bytes, start_deepspeed, unsharded_loading
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
@@ -31,8 +33,9 @@ Arguments = TypeVar("Arguments", bound=TrainingArguments)
 def training_arguments(cls: type[Arguments], context: StageContext, passed: dict[str, Any]) -> Arguments:
     """TRL's argument class from the keys that the user passed through, with what the run folder asks for.
 
-    Where the user says nothing: no bfloat16 and no gradient checkpointing on a CPU (TRL turns both on), TensorBoard
-    files in the stage's folder, a progress bar on terminals only, pinned memory with an accelerator only.
+    The run's ``deepspeed`` section shards the models (`models.sharding`). Where the user says nothing: no bfloat16 and
+    no gradient checkpointing on a CPU (TRL turns both on), TensorBoard files in the stage's folder, a progress bar on
+    terminals only, pinned memory with an accelerator only.
 
     Raises:
         UserError: a value that the class refuses.
@@ -46,7 +49,12 @@ def training_arguments(cls: type[Arguments], context: StageContext, passed: dict
         "report_to": "tensorboard",
         "disable_tqdm": not sys.stderr.isatty(),
         "save_total_limit": 2,
+        "ddp_find_unused_parameters": False,
     }
+    sharding = deepspeed_settings(context)
+    if sharding is not None:
+        defaults["deepspeed"] = sharding
+        start_deepspeed(use_cpu=not accelerator)
     fixed = {"output_dir": str(context.dir / "checkpoints"), "seed": context.seed, "data_seed": context.seed}
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(context.dir / "tensorboard")
     try:
@@ -59,6 +67,9 @@ def training_arguments(cls: type[Arguments], context: StageContext, passed: dict
         hint = nearest(match.group(1), field_names(cls)) if match else ""
         raise UserError(f"{context.stage}: {error}.{hint}") from error
     except (ValueError, NotImplementedError) as error:
+        explained = explain(error, context.stage)
+        if explained is not None:
+            raise explained from error
         raise UserError(f"{context.stage}: {str(error).strip().splitlines()[0]}") from error
     if args.disable_tqdm:
         os.environ["TQDM_DISABLE"] = "1"
@@ -153,6 +164,11 @@ def train(trainer: Trainer, context: StageContext) -> dict[str, float]:
     Raises:
         UserError: the checkpoint is of another model.
     """
+    rows, ranks = len(trainer.train_dataset), trainer.args.world_size
+    if rows < ranks:
+        raise UserError(
+            f"{context.stage}: {rows} rows for {ranks} processes. Start at most {rows} (launch.processes)."
+        )
     checkpoint = last_checkpoint(Path(trainer.args.output_dir))
     # One line a log is written by the progress bar where there is one, by metrics.jsonl always: no second printout.
     trainer.remove_callback(PrinterCallback)
@@ -162,14 +178,36 @@ def train(trainer: Trainer, context: StageContext) -> dict[str, float]:
     if checkpoint is not None:
         sys.stderr.write(f"going on from {checkpoint}\n")
     try:
-        return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+        summary = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+        if trainer.is_deepspeed_enabled:
+            _tell_held_bytes(trainer)
+        return summary
     except (RuntimeError, ValueError) as error:
+        explained = explain(error, context.stage)
+        if explained is not None:
+            raise explained from error
         if checkpoint is None or not re.search(r"size mismatch|Missing key|parameter group", str(error)):
             raise
         raise UserError(
             f"{checkpoint} is a checkpoint of another model ({str(error).strip().splitlines()[-1].strip()}). "
             f"Remove {trainer.args.output_dir} to start this stage anew."
         ) from error
+
+
+def _tell_held_bytes(trainer: Trainer) -> None:
+    roles = {"policy": trainer.model, "reference": getattr(trainer, "ref_model", None)}
+    held = {role: held_bytes(model) for role, model in roles.items() if model is not None}
+    text = ", ".join(f"{role} {size:,} bytes of weights" for role, size in held.items())
+    sys.stderr.write(f"rank {trainer.args.process_index} holds {text}\n")
+
+
+def parameter_counts(trainer: Trainer) -> dict[str, int]:
+    """``parameters`` and ``trainable_parameters`` of the model, shards of other ranks counted too."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in trainer.model.parameters()]
+    return {
+        "parameters": sum(size for size, _ in sizes),
+        "trainable_parameters": sum(size for size, trainable in sizes if trainable),
+    }
 
 
 def save_model(
@@ -201,7 +239,13 @@ def save_model(
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     if is_peft and merge and trainer.args.should_save:
-        merged = model.merge_and_unload()
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            # Merged from the files: the model in memory is in pieces.
+            load = load_value_or_reward if getattr(model.config, "num_labels", 2) == 1 else load_policy
+            with unsharded_loading():
+                merged = load(first, model_settings(context))
+        else:
+            merged = model.merge_and_unload()
         with atomic_folder(target) as folder:
             merged.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

@@ -4,6 +4,8 @@ Reads ``sft/model``, ``pairs/`` and ``data/prompts_train.parquet``; writes ``rew
 centres scores on SFT samples) and ``reward_model/report.json``.
 """
 
+from pathlib import Path
+
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
@@ -19,6 +21,7 @@ from models.encoding import encode_prompts
 from models.generation import SamplingConfig, generate, row_seed
 from models.loading import context_length, eos_token_ids, load_policy, load_tokenizer, load_value_or_reward, score_head
 from models.prompts import decode_completion
+from models.sharding import is_sharded, unsharded_loading, whole
 from models.training import callbacks, model_settings, save_model, train, training_arguments
 from models.unpadded import score_at_last_token
 from reward_model.config import RewardModelStage
@@ -36,8 +39,12 @@ def initial_model(path, config, head_init: str, seed: int) -> PreTrainedModel:
     """
     set_seed(seed)
     model = load_value_or_reward(path, config, trainable=True)
-    if head_init == "zero":
-        torch.nn.init.zeros_(score_head(model).weight)
+    head = score_head(model)
+    with whole([head.weight]):
+        if head_init == "zero":
+            torch.nn.init.zeros_(head.weight)
+        elif is_sharded(head.weight):
+            torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
     return model
 
 
@@ -95,6 +102,44 @@ def sft_samples(context: StageContext, settings: RewardModelStage) -> dict[str, 
     }
 
 
+def centre_and_report(
+    context: StageContext,
+    settings: RewardModelStage,
+    saved: Path,
+    pairs: Dataset,
+    test: Dataset,
+    max_length: int | None,
+    labels_from_gold: bool,
+) -> dict:
+    """What follows training, on one rank: the bias, put into the saved model, and the report.
+
+    Returns:
+        The report's figures and ``score_bias``.
+    """
+    # 1. Centre its scores on what the SFT policy writes (Huang et al. 2024, detail 15).
+    samples = sft_samples(context, settings)
+    scorer = RewardScorer.load(saved, model_settings(context), settings.scoring_batch_size)
+    raw = scorer.score(samples["prompts"], samples["completions"], samples["finished"])
+    scorer.bias = sum(raw) / len(raw)
+    store_bias(saved, scorer.bias)
+    if settings.lora and settings.merge_lora:
+        store_bias(context.dir / "adapter", scorer.bias)
+
+    # 2. Say how good it is, before PPO trusts it.
+    report = write_report(
+        context.dir,
+        scorer,
+        train=pairs,
+        test=test,
+        samples={**samples, "scores": [score - scorer.bias for score in raw]},
+        labels_from_gold=labels_from_gold,
+        label_noise=settings.label_noise,
+        limit=settings.test_pairs,
+        max_length=max_length,
+    )
+    return {**report, "score_bias": scorer.bias}
+
+
 def run_stage(context: StageContext) -> None:
     """Run the stage."""
     settings, passed = split(context.config, RewardModelStage, RewardConfig, where="reward_model")
@@ -124,33 +169,15 @@ def run_stage(context: StageContext) -> None:
     if not context.is_main_process:
         return
 
-    # 3. Centre its scores on what the SFT policy writes (Huang et al. 2024, detail 15).
-    samples = sft_samples(context, settings)
-    scorer = RewardScorer.load(saved, model_config, settings.scoring_batch_size)
-    raw = scorer.score(samples["prompts"], samples["completions"], samples["finished"])
-    scorer.bias = sum(raw) / len(raw)
-    store_bias(saved, scorer.bias)
-    if settings.lora and settings.merge_lora:
-        store_bias(context.dir / "adapter", scorer.bias)
-
-    # 4. Say how good it is, before PPO trusts it.
-    report = write_report(
-        context.dir,
-        scorer,
-        train=pairs,
-        test=test,
-        samples={**samples, "scores": [score - scorer.bias for score in raw]},
-        labels_from_gold="label_ceiling" in pair_figures,
-        label_noise=settings.label_noise,
-        limit=settings.test_pairs,
-        max_length=args.max_length,
-    )
+    # 3. Centre its scores, and say how good it is.
+    from_gold = "label_ceiling" in pair_figures
+    with unsharded_loading():
+        report = centre_and_report(context, settings, saved, pairs, test, args.max_length, from_gold)
     context.finish(
         pair_set=pair_figures.get("pair_set"),
         pairs=len(dataset),
         left_out=len(pairs) - len(dataset),
         steps=trainer.state.global_step,
         train_loss=summary["train_loss"],
-        score_bias=scorer.bias,
-        **{key: report[key] for key in ("accuracy", "ceiling", "ece", "brier", "warnings")},
+        **{key: report[key] for key in ("score_bias", "accuracy", "ceiling", "ece", "brier", "warnings")},
     )

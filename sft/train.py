@@ -14,7 +14,8 @@ from artifacts.settings import split
 from artifacts.stage import StageContext
 from models.config import LoraSettings, ModelConfig
 from models.loading import build_policy, context_length, load_policy, load_tokenizer
-from models.training import callbacks, model_settings, save_model, train, training_arguments
+from models.sharding import unsharded_loading
+from models.training import callbacks, model_settings, parameter_counts, save_model, train, training_arguments
 from models.unpadded import skip_padding
 from sft.config import SFTStage
 from sft.data import sft_dataset
@@ -27,7 +28,8 @@ def initial_policy(
     if config.path is None:
         tokenizer = load_tokenizer(context.run.path("data", "tokenizer"), config)
         set_seed(context.seed)
-        return build_policy(config, tokenizer), tokenizer
+        with unsharded_loading():
+            return build_policy(config, tokenizer), tokenizer
     return load_policy(config.path, config, trainable=trainable), load_tokenizer(config.path, config)
 
 
@@ -77,11 +79,8 @@ def run_stage(context: StageContext) -> None:
 
     # 3. Train and save.
     trainer = build_trainer(model, tokenizer, dataset, args, settings.lora, callbacks(context))
-    parameters = {
-        "parameters": trainer.model.num_parameters(),
-        "trainable_parameters": trainer.get_num_trainable_parameters(),
-    }
     summary = train(trainer, context)
+    parameters = parameter_counts(trainer)
     save_model(trainer, context, tokenizer, settings.merge_lora)
     context.finish(
         trained=True,

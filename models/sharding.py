@@ -1,0 +1,117 @@
+"""DeepSpeed: how a stage's models are split over ranks, without compiling anything on a CPU.
+
+The run's ``deepspeed`` section (configs/deepspeed/) is handed to transformers' Trainer. Three things need care: on a
+CPU DeepSpeed would compile a communication kernel at its first collective; its engine asks for mpi4py outside of a
+launcher; and ZeRO-3 shards whatever is loaded while its configuration is active, also what one rank loads alone.
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from artifacts.errors import UserError
+from artifacts.stage import StageContext
+
+
+def deepspeed_settings(context: StageContext) -> dict[str, Any] | None:
+    """The run's ``deepspeed`` section as DeepSpeed's configuration; ``None`` without one.
+
+    Raises:
+        UserError: no ZeRO stage, or one that does not exist.
+    """
+    section = context.run.config.get("deepspeed")
+    settings = OmegaConf.to_container(section, resolve=True) if section else None
+    if not settings:
+        return None
+    stage = settings.get("zero_optimization", {}).get("stage")
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"deepspeed.zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3.")
+    if stage < 3 and "offload_param" in settings["zero_optimization"]:
+        raise UserError(
+            f"deepspeed.zero_optimization.offload_param needs stage 3 (stage is {stage}): below it every rank holds "
+            f"all weights. Use deepspeed=zero3_offload, or drop offload_param."
+        )
+    return settings
+
+
+def start_deepspeed(use_cpu: bool) -> None:
+    """Join the ranks before any of TRL's argument classes asks for them.
+
+    On a CPU: gloo, and none of DeepSpeed's own kernels (they would be compiled at the first collective).
+
+    Raises:
+        UserError: DeepSpeed is not installed.
+    """
+    if use_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    if "RANK" not in os.environ:
+        os.environ.update({key: os.environ.get(key, value) for key, value in alone.items()})
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(f"the run asks for DeepSpeed, which cannot be imported: {error}") from error
+    if use_cpu:
+        # An internal name: where a later version drops it, DeepSpeed compiles its kernel once, and still works.
+        compatible = getattr(deepspeed.ops, "__compatible_ops__", {})
+        if "deepspeed_shm_comm" in compatible:
+            compatible["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo" if use_cpu else None, verbose=False)
+
+
+def is_sharded(parameter: torch.Tensor) -> bool:
+    """Whether ZeRO-3 holds this parameter in pieces."""
+    return hasattr(parameter, "ds_id")
+
+
+@contextlib.contextmanager
+def whole(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Parameters whole inside the block; what rank 0 writes into them is kept on all ranks."""
+    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0):
+        yield
+
+
+@contextlib.contextmanager
+def unsharded_loading() -> Iterator[None]:
+    """Models loaded inside the block are whole, on the rank that loads them, also while ZeRO-3 is configured."""
+    from transformers.integrations import deepspeed as integration
+
+    active = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = active
+
+
+def held_bytes(model: torch.nn.Module) -> int:
+    """Bytes of parameters that this rank holds by itself: a shard's size where ZeRO-3 has split a parameter."""
+    total = 0
+    for parameter in model.parameters():
+        piece = getattr(parameter, "ds_tensor", None)
+        total += (parameter if piece is None else piece).numel() * parameter.element_size()
+    return total
+
+
+def explain(error: Exception, stage: str) -> UserError | None:
+    """A sentence for an error of DeepSpeed's that a setting causes, or ``None``."""
+    text = str(error)
+    if "Please correct the following DeepSpeed config values" in text:
+        wrong = re.findall(r"- ds (\S+=\S+) vs hf (\S+=\S+)", text)
+        return UserError(
+            f"the deepspeed section contradicts the section {stage}: "
+            f"{'; '.join(f'deepspeed.{ours} against {stage}.{theirs}' for ours, theirs in wrong)}. "
+            f"Set the deepspeed value to auto: the stage's own key decides."
+        )
+    return None
