@@ -69,7 +69,7 @@ def write_pages(folder: Path, report: dict[str, Any], samples: dict[str, Any], t
     """Write ``report.json``, ``figures/``, ``report.md`` and ``report.html``."""
     write_json(folder / "report.json", report)
     charts = {}
-    if report["frontier"]:
+    if any(point["gold_reward"] is not None or point["proxy_reward"] is not None for point in report["frontier"]):
         figure = frontier_plot(report)
         charts["frontier"] = Markup(write_figure(figure, folder / "figures", "frontier"))
     write_text(folder / "report.md", render_markdown(report))
