@@ -6,10 +6,9 @@ has them, ``margin``, ``chosen_score``, ``rejected_score`` and ``soft_label`` (p
 """
 
 import hashlib
+import json
 from collections.abc import Iterable
 from typing import Any
-
-from artifacts.files import sha256_of
 
 Text = str | list[dict[str, str]]
 
@@ -17,14 +16,20 @@ REQUIRED = ("prompt", "chosen", "rejected")
 OPTIONAL_NUMBERS = ("margin", "chosen_score", "rejected_score", "soft_label")
 
 
+def _digest(value: Any) -> str:
+    """`artifacts.files.sha256_of` for texts and messages, without its care for numbers (a third of an import)."""
+    canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
 def prompt_id(prompt: Text) -> str:
     """SHA-256 of a prompt's canonical JSON, 16 hex digits."""
-    return sha256_of(prompt)[:16]
+    return _digest(prompt)[:16]
 
 
 def pair_id(prompt: Text, chosen: Text, rejected: Text) -> str:
     """SHA-256 of a pair's canonical JSON, 16 hex digits. The order of the two sides matters."""
-    return sha256_of([prompt, chosen, rejected])[:16]
+    return _digest([prompt, chosen, rejected])[:16]
 
 
 def text_of(value: Text) -> str:

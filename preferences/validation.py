@@ -9,7 +9,7 @@ import numpy as np
 
 from artifacts.errors import UserError
 from artifacts.settings import nearest
-from preferences.schema import OPTIONAL_NUMBERS, Text, make_pair, text_of
+from preferences.schema import OPTIONAL_NUMBERS, Text, make_pair, pair_id, text_of
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class Checker:
         if pair["chosen"] == pair["rejected"] and self.drops("equal", place, _short(pair["chosen"])):
             return None
         key = int(row["pair_id"], 16)
-        mirrored = make_pair(pair["prompt"], pair["rejected"], pair["chosen"])["pair_id"]
+        mirrored = pair_id(pair["prompt"], pair["rejected"], pair["chosen"])
         if key in self.seen and self.drops("duplicate", place, _short(pair["chosen"])):
             return None
         mirrored_before = row["pair_id"] != mirrored and int(mirrored, 16) in self.seen
@@ -235,6 +235,11 @@ class Checker:
         empty = [name for name in ("prompt", "chosen", "rejected") if not text_of(pair[name]).strip()]
         if empty:
             return "empty", f"{' and '.join(empty)} empty"
+        for name in ("prompt", "chosen", "rejected"):
+            try:
+                text_of(pair[name]).encode()
+            except UnicodeEncodeError as error:  # JSON can spell half of an emoji: "\\ud83e"
+                return "broken_utf8", f"character {error.start + 1} of {name} is half of a pair ({error.reason})"
         conversational = isinstance(pair["prompt"], list)
         if self.conversational is None:
             self.conversational = conversational

@@ -149,9 +149,40 @@ def test_more_prompts_never_bring_a_heldout_one_back(tmp_path, plain_model):
     assert not train & kept_out
 
 
+def test_sft_examples_from_a_file_of_their_own(tmp_path, plain_model, byte_model):
+    """N+'s SFT set beside its pairs; an example whose prompt is kept from training is left out."""
+    pairs = write_jsonl(tmp_path / "pairs.jsonl")
+    rows = [{"query": f"Question {i}?", "reference_response": f" Reference {i}.<|endoftext|>"} for i in range(70)]
+    sft = write_jsonl(tmp_path / "sft.jsonl", rows)
+    folder = given(tmp_path, plain_model, path=str(pairs), sft_path=str(sft))
+    figures, _ = steps(folder)
+    assert (figures["sft_examples"], figures["withheld_examples"]) == (58, 12)
+    examples = read_parquet(folder / "data" / "sft_train.parquet")
+    kept_out = {
+        *read_parquet(folder / "data" / "prompts_heldout.parquet")["prompt"],
+        *read_parquet(folder / "data" / "pairs_test.parquet")["prompt"],
+    }
+    assert not kept_out & set(examples["prompt"])
+    assert all(
+        row["completion"] == row["prompt"].replace("Question", " Reference").replace("?", ".") for row in examples
+    )
+    chat = given(tmp_path, byte_model, "chat", path=str(pairs), sft_path=str(sft), conversational=True)
+    steps(chat)
+    example = read_parquet(chat / "data" / "sft_train.parquet")[0]
+    assert (example["prompt"][0]["role"], example["completion"][0]["role"]) == ("user", "assistant")
+    wrong = write_jsonl(tmp_path / "wrong.jsonl", [{"prompt": "Q"}])
+    with pytest.raises(UserError, match=r"wrong\.jsonl, line 1: no completion.*data\.sft_path"):
+        run_here(given(tmp_path, plain_model, "wrong", path=str(pairs), sft_path=str(wrong)), "data")
+
+
 BROKEN = {
     "half a JSON line": (b'{"prompt": "Q", "chosen": "A", "rej', "broken_json", "line 3"),
     "broken UTF-8": (b'{"prompt": "Q\xff", "chosen": "A", "rejected": "B"}', "broken_utf8", "line 3"),
+    "half an emoji": (
+        b'{"prompt": "Q", "chosen": "A\\ud83e", "rejected": "B"}',
+        "broken_utf8",
+        "character 2 of chosen",
+    ),
     "a list, not an object": (b'["Q", "A", "B"]', "wrong_type", "line 3"),
     "a missing column": (b'{"prompt": "Q", "chosen": "A"}', "missing_field", "no rejected"),
     "a null": (b'{"prompt": "Q", "chosen": "A", "rejected": null}', "missing_field", "rejected is empty"),
