@@ -10,7 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from preferences.readers import explain_hub_error
+from artifacts.errors import UserError
+from preferences.readers import explain_hub_error, read_hub
 from tests.preferences.conftest import ROOT
 
 READ = """
@@ -78,6 +79,22 @@ def test_a_missing_set_asks_to_check_the_name(hub, tmp_path):
     said = read(url, HF_HOME=str(tmp_path))
     assert "not a data set on the Hub" in said
     assert "data.path" in said
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_a_data_set_one_at_a_time(tmp_path, monkeypatch, streaming):
+    """A folder stands in for the Hub: the same loader, with a copy in the cache or streamed."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(5)]
+    (tmp_path / "set").mkdir()
+    for split in ("train", "test"):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "set" / f"{split}.jsonl").write_text(lines)
+    found = list(read_hub(str(tmp_path / "set"), "test", streaming=streaming))
+    assert [row for _, row in found] == rows
+    assert found[2][0] == f"{tmp_path / 'set'}, test row 3"
+    with pytest.raises(UserError, match="tain"):
+        list(read_hub(str(tmp_path / "set"), "tain", streaming=streaming))
 
 
 def test_switched_off(tmp_path):

@@ -20,7 +20,7 @@ from preferences.schema import prompt_id
 from preferences.steplog import StepLog
 from preferences.testbed import grammar
 from preferences.testbed.gold import gold_reward
-from tests.preferences.conftest import ROOT, make_run, run_here, run_step, with_policy
+from tests.preferences.conftest import ROOT, make_run, run_here, with_policy
 
 GOLD = "preferences.testbed.gold:gold_reward"
 SMALL = {
@@ -47,8 +47,7 @@ def samples_of(run, split="train"):
 
 def test_best_against_worst_pairs_and_best_of_n_examples(tmp_path, testbed_policy):
     run = run_of(tmp_path / "run", testbed_policy)
-    done = run_step(run, "pairs")
-    assert done.returncode == 0, done.stderr
+    run_here(run, "pairs")
     figures = read_json(run / "pairs" / "done.json")["figures"]
     train = read_parquet(run / "pairs" / "train.parquet")
     samples = {row["prompt_id"]: row["samples"] for row in samples_of(run)}
@@ -94,6 +93,7 @@ def test_samples_do_not_depend_on_how_many_prompts_a_step_has(tmp_path, testbed_
     assert hashes[0] == hashes[1]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_without_repeating_or_losing_a_prompt(tmp_path, testbed_policy):
     whole = run_of(tmp_path / "whole", testbed_policy, prompts_per_step=4)
     run_here(whole, "pairs")
