@@ -14,7 +14,7 @@ from artifacts.run import RunFolder
 from artifacts.stage import StageContext, stage_main
 from compare.stage import run_compare
 from preferences.schema import prompt_id
-from tests.compare.helpers import PROMPTS, done, make_run, set_config, small_model
+from tests.compare.helpers import PROMPTS, done, make_run, set_config, small_model, write_prompts
 
 ROOT = Path(__file__).parents[2]
 
@@ -241,6 +241,16 @@ def test_settings_that_cannot_be_meant(run, change, message):
     shutil.rmtree(run / "compare" / "completions")
     with pytest.raises(UserError, match=message):
         compare(run)
+
+
+def test_conversations(run):
+    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS[:32]]
+    write_prompts(run / "data" / "prompts_heldout.parquet", chats)
+    report = compare(run)
+    assert report["settings"]["n_prompts"] == 32
+    assert "user: the film was very" in (run / "compare" / "report.html").read_text()
+    table = read_parquet(run / "compare" / "completions.parquet")
+    assert table["prompt"][0] == chats[0]
 
 
 def test_top_p_is_flagged(run):
