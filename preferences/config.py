@@ -121,7 +121,7 @@ class MadePairs:
 
     Attributes:
         source: which source.
-        prompts_path: ``testbed``; a finished run's folder (its prompts are used again); a file or a Hub name.
+        prompts_path: ``testbed``; a run's folder ``data`` (its prompts are used again); a file or a Hub name.
         split: the Hub's split.
         conversational: make messages of texts; null: as they are.
         prefix_words: ``[2, 8]`` cuts prompts of so many words off the texts (IMDb); the rest is for SFT. ``[]``: off.

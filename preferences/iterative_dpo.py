@@ -34,7 +34,7 @@ def command(start: RunFolder, round: int, rounds: int, overrides: list[str]) -> 
         "sft.skip_training": "true",
         "stages": f"[{stages}]",
         "seed": int(start.config.get("seed", 0)) + 1000 * round,
-        "data.prompts_path": start.root,
+        "data.prompts_path": start.path("data"),
         "data.reward_model": start.path("reward_model", "model"),
     }
     given = [item.split("=", 1)[0] for item in overrides]

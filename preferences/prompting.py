@@ -22,8 +22,8 @@ def data_step(context: StageContext, settings: MadePairs) -> None:
     """Write ``data/prompts_{train,test,heldout}.parquet``, and SFT examples and a tokenizer where there are any."""
     if settings.prompts_path == "testbed":
         figures = _testbed(context, settings)
-    elif (Path(settings.prompts_path) / "config.yaml").is_file():
-        figures = _earlier_run(context, settings)
+    elif (folder := run_folder(settings.prompts_path)) is not None:
+        figures = _earlier_run(context, settings, folder)
     else:
         figures = _texts(context, settings) if settings.prefix_words else _prompts(context, settings)
     context.finish(source=settings.source, prompts_path=settings.prompts_path, **figures)
@@ -45,13 +45,20 @@ def _testbed(context: StageContext, settings: MadePairs) -> dict[str, int]:
     return _write(context, prompts) | {"sft_examples": len(examples)}
 
 
-def _earlier_run(context: StageContext, settings: MadePairs) -> dict[str, int]:
+def run_folder(path: str) -> Path | None:
+    """The run that a path names, by its folder or by its folder ``data``; ``None`` where it is no run."""
+    for folder in (Path(path), Path(path).parent):
+        if (folder / "config.yaml").is_file() and (folder == Path(path) or Path(path).name == "data"):
+            return folder
+    return None
+
+
+def _earlier_run(context: StageContext, settings: MadePairs, folder: Path) -> dict[str, int]:
     """The prompts, SFT examples and tokenizer of another run: what was held out there stays held out here."""
-    folder = Path(settings.prompts_path)
-    for name in ("sft_train.parquet",):
-        if (folder / "data" / name).is_file():
-            with atomic_path(context.dir / name) as temporary:
-                shutil.copyfile(folder / "data" / name, temporary)
+    examples = folder / "data" / "sft_train.parquet"
+    if examples.is_file():
+        with atomic_path(context.dir / examples.name) as temporary:
+            shutil.copyfile(examples, temporary)
     if (folder / "data" / "tokenizer").is_dir():
         with atomic_folder(context.dir / "tokenizer") as target:
             shutil.copytree(folder / "data" / "tokenizer", target, dirs_exist_ok=True)

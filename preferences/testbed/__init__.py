@@ -1,0 +1,1 @@
+"""The controlled testbed: a small written world of reviews whose reward is known."""

@@ -157,7 +157,10 @@ def test_no_more_than_a_step_of_texts_is_held(tmp_path):
 def test_an_earlier_run_lends_its_prompts_and_keeps_its_heldout_ones(tmp_path, testbed_policy):
     first = run_of(tmp_path / "first", testbed_policy)
     second = run_of(tmp_path / "second", testbed_policy, prompts_path=str(first), train_prompts=30)
+    third = run_of(tmp_path / "third", testbed_policy, prompts_path=str(first / "data"), train_prompts=30)
     for name, count in (("train", 30), ("test", 20), ("heldout", 20)):
+        same = [read_parquet(run / "data" / f"prompts_{name}.parquet")["prompt"][:] for run in (second, third)]
+        assert same[0] == same[1]
         lent = read_parquet(first / "data" / f"prompts_{name}.parquet")["prompt"][:]
         assert read_parquet(second / "data" / f"prompts_{name}.parquet")["prompt"][:] == lent[:count]
     assert (second / "data" / "tokenizer" / "tokenizer.json").is_file()
