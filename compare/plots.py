@@ -22,6 +22,8 @@ STYLES = {
     "best_of_n": {"color": "#009E73", "marker": "^", "linestyle": ":"},
     "other": {"color": "#CC79A7", "marker": "D", "linestyle": "none"},
 }
+# Where a point's name stands, in points from it: the methods keep out of each other's way.
+LABEL_AT = {"ppo": (6, 5), "dpo": (6, -12), "best_of_n": (-7, 3), "other": (6, -3)}
 METHOD_LABELS = {"ppo": "PPO", "dpo": "DPO", "best_of_n": "best-of-n", "other": "others"}
 RC = {
     "svg.hashsalt": "ppo-vs-dpo",
@@ -73,7 +75,16 @@ def _draw(axis: Any, report: dict[str, Any], key: str) -> None:
             **style,
         )
         for point, at_x, at_y in zip(points, x, y, strict=True):
-            axis.annotate(point_label(point), (at_x, at_y), xytext=(5, -11), textcoords="offset points", fontsize=8)
+            left, below = LABEL_AT[method]
+            axis.annotate(
+                point_label(point),
+                (at_x, at_y),
+                xytext=(left, below),
+                textcoords="offset points",
+                ha="right" if left < 0 else "left",
+                fontsize=8,
+                color=style["color"],
+            )
             if point.get("over_optimised"):
                 axis.plot(at_x, at_y, marker="o", markersize=14, fillstyle="none", color="black", linewidth=0)
     axis.set_xlabel("√KL to SFT (√nats)")
