@@ -78,6 +78,9 @@ class Collection:
         with clock("time/forward"):
             self._forward(rollout)
 
+        # What follows may be summed over ranks, and some backends do so on the device only.
+        rollout = rollout.to(self.accelerator.device)
+
         # 5. rewards: the score on the last token, the KL penalty on each
         rollout.rewards = token_rewards(
             rollout.final_scores,

@@ -223,6 +223,8 @@ class PPOConfig(TrainingArguments):
             )
         if self.missing_eos_penalty is not None and self.missing_eos_penalty < 0:
             yield f"ppo.missing_eos_penalty is {self.missing_eos_penalty}; give the positive size of the penalty."
+        if self.load_best_model_at_end and self.save_only_model:
+            yield "ppo.load_best_model_at_end reads a checkpoint's whole state: set save_only_model=false."
         if not isinstance(self.score_bias, int | float) and self.score_bias != "auto":
             yield f"ppo.score_bias is {self.score_bias!r}; it must be a number or 'auto'."
 

@@ -5,10 +5,28 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from artifacts.errors import UserError
+from models.loading import context_length
 from models.prompts import encode_prompt, truncate_prompt
+
+
+def allowed_prompt_length(policy: PreTrainedModel, response_length: int, max_prompt_length: int | None) -> int | None:
+    """Tokens a prompt may have: ``max_prompt_length``, and what the response leaves of the context; ``None``: any.
+
+    Raises:
+        UserError: the response takes the whole context.
+    """
+    limit = context_length(policy)
+    if limit is not None and response_length >= limit:
+        raise UserError(
+            f"ppo.response_length is {response_length}, and the model's context has {limit} positions: no room is "
+            f"left "
+            f"for a prompt. Lower response_length."
+        )
+    given = [n for n in (max_prompt_length, None if limit is None else limit - response_length) if n is not None]
+    return min(given) if given else None
 
 
 class PromptSet:

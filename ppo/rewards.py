@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from artifacts.errors import UserError
 from models.loading import load_tokenizer
@@ -134,6 +134,11 @@ class Rewards:
         if len(weights) != len(parts):
             raise UserError(f"reward_weights has {len(weights)} entries for {len(parts)} rewards; give one each.")
         self.parts, self.weights = parts, weights
+
+    def shared_model(self) -> PreTrainedModel | None:
+        """The first reward model that reads the policy's own tokens: what a value model can start from."""
+        models = [part.model for part in self.parts if isinstance(part, ModelReward) and part.same_tokens]
+        return models[0] if models else None
 
     def __call__(self, prompts, completions, prompt_ids, response_ids, finished, **columns) -> list[float]:
         """Scores of ``N`` completions.

@@ -97,17 +97,17 @@ def as_value_or_reward(model: PreTrainedModel | str, trainable: bool, config: Mo
     return model
 
 
-def value_model_from(reward_model, policy: PreTrainedModel) -> PreTrainedModel | str:
-    """What the value model starts from: the reward model (N+ detail 22), or the policy's backbone with a head of
-    zeros.
+def value_model_from(reward_model: PreTrainedModel | None, policy: PreTrainedModel) -> PreTrainedModel:
+    """What the value model starts from: a copy of the reward model (N+ detail 22), or the policy with a head of zeros.
 
     With a head of zeros all values are 0 at first: advantages start as what the rewards themselves say.
+
+    Args:
+        reward_model: one that reads the policy's tokens, or ``None``.
+        policy: its backbone serves where there is no such reward model.
     """
-    if isinstance(reward_model, str):
-        return reward_model
-    if isinstance(reward_model, PreTrainedModel):
-        value_model = copy.deepcopy(reward_model)
-        return value_model.requires_grad_(True)
+    if reward_model is not None:
+        return copy.deepcopy(reward_model).requires_grad_(True)
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     value_model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)

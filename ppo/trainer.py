@@ -29,7 +29,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from artifacts.errors import UserError
-from models.loading import context_length, eos_token_ids, load_tokenizer
+from models.loading import eos_token_ids, load_tokenizer
 from ppo.algorithm import AdaptiveKL, FixedKL
 from ppo.collect import Clock, Collection
 from ppo.config import CONVENTIONS, PPOConfig
@@ -37,7 +37,7 @@ from ppo.diagnosis import Diagnosis
 from ppo.evaluation import Evaluator
 from ppo.metrics import rollout_metrics
 from ppo.persistence import Persistence
-from ppo.prompts import PromptSet
+from ppo.prompts import PromptSet, allowed_prompt_length
 from ppo.ptx import PretrainingText
 from ppo.rewards import RewardFunction, make_rewards
 from ppo.roles import (
@@ -108,21 +108,11 @@ class PPOTrainer(Collection, Persistence, Trainer):
         self.temperature = self.sampling.temperature + self.conventions.temperature_offset
         if self.sampling.changes_distribution:
             logger.warning(
-                "top_k or top_p make the sampled policy another one than the model: ratios stay right, but the KL "
-                "figures "
-                "are no longer estimates of KL(policy || reference) (papers: Schulman 2020)."
+                "top_k or top_p make the sampled policy another one than the model: the KL figures are then no longer "
+                "estimates of KL(policy || reference)."
             )
 
-        # The four roles. Value before reward: by default it is the reward model's copy.
-        if value_model is None:
-            value_model = value_model_from(reward_model, policy)
-        value_model = as_value_or_reward(value_model, trainable=True)
-        if value_model is reward_model or value_model is policy:
-            raise UserError("value_model must be a model of its own: it is trained. Pass a copy, or nothing.")
-        reference = as_policy(ref_model) if ref_model is not None else None
-        if peft_config is not None:
-            policy, value_model = add_adapters(policy, value_model, peft_config)
-        self.reference = Reference(reference, policy)
+        # The four roles: reward, value, policy, reference.
         self.rewards = make_rewards(
             reward_model,
             reward_funcs,
@@ -131,18 +121,17 @@ class PPOTrainer(Collection, Persistence, Trainer):
             args.reward_weights,
             args.local_rollout_forward_batch_size,
         )
+        if value_model is None:
+            value_model = value_model_from(self.rewards.shared_model(), policy)
+        value_model = as_value_or_reward(value_model, trainable=True)
+        if value_model is reward_model or value_model is policy:
+            raise UserError("value_model must be a model of its own: it is trained. Pass a copy, or nothing.")
+        reference = as_policy(ref_model) if ref_model is not None else None
+        if peft_config is not None:
+            policy, value_model = add_adapters(policy, value_model, peft_config)
+        self.reference = Reference(reference, policy)
 
-        # Prompts must leave room for the response.
-        limit = context_length(policy)
-        room = None if limit is None else limit - self.sampling.max_new_tokens
-        if room is not None and room < 1:
-            raise UserError(
-                f"ppo.response_length is {self.sampling.max_new_tokens}, and the model's context has {limit} "
-                f"positions: "
-                f"no room is left for a prompt. Lower response_length."
-            )
-        given = [n for n in (args.max_prompt_length, room) if n is not None]
-        max_length = min(given) if given else None
+        max_length = allowed_prompt_length(policy, self.sampling.max_new_tokens, args.max_prompt_length)
         self.prompts = PromptSet(train_dataset, processing_class, max_length, args.truncate_prompts)
         self.eval_prompts = (
             PromptSet(eval_dataset, processing_class, max_length, args.truncate_prompts, "eval_dataset")
@@ -197,8 +186,7 @@ class PPOTrainer(Collection, Persistence, Trainer):
         if size % (args.num_mini_batches * ranks):
             raise UserError(
                 f"a rollout of {size} responses (ppo.rollout_batch_size) cannot be cut into {args.num_mini_batches} "
-                f"equal "
-                f"minibatches on {ranks} ranks. Make it a multiple of {args.num_mini_batches * ranks}."
+                f"equal minibatches on {ranks} ranks. Make it a multiple of {args.num_mini_batches * ranks}."
             )
         if args.max_steps > 0:
             return size, args.max_steps
@@ -216,8 +204,7 @@ class PPOTrainer(Collection, Persistence, Trainer):
         return self.model.value_model
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """One optimizer of ``args.optim``; policy and value model in groups of their own, with their learning
-        rates."""
+        """One optimizer of ``args.optim``; policy and value model in groups with learning rates of their own."""
         if self.optimizer is None:
             args = self.args
             value_lr = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate

@@ -393,6 +393,8 @@ def test_reward_model_with_another_tokenizer(make_trainer, tiny_reward, word_tok
     )
     reward = tiny_reward(1)
     trainer = make_trainer({"reward_model": reward, "reward_processing_class": other})
+    # It cannot start the value model, which reads the policy's tokens.
+    assert not trainer.value_model.score.weight.any()
     trainer._prepare_once()
     rollout = trainer.collect(0)
     for row in range(len(rollout)):
