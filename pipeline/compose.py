@@ -21,6 +21,8 @@ from pipeline.schema import CONFIGS, PIPELINE_KEYS, SECTIONS, load_class, root_k
 from preferences.config import data_class
 
 GROUPS = ("experiment", "model", "data", "sft", "reward_model", "dpo", "ppo", "compare", "judge", "deepspeed")
+# Mappings whose keys are somebody else's: any name is taken.
+OPEN_SECTIONS = ("model.architecture.", "launch.expected_seconds.", "deepspeed.")
 
 
 def complaint(problems: list[str]) -> UserError:
@@ -56,10 +58,10 @@ def prepare_overrides(overrides: list[str]) -> list[str]:
             prepared.append(text if override.is_delete() else f"++{text}")
         else:
             valid = [*root_keys(), *SECTIONS, "experiment"]
-            known = key in valid or key.startswith(("model.architecture.", "launch.expected_seconds."))
+            known = key in valid or key.startswith(OPEN_SECTIONS)
             if not known:
                 problems.append(f"{key}: no such key.{nearest(key, valid)}")
-            prepared.append(f"++{text}" if key.startswith(("model.architecture.", "launch.expected")) else text)
+            prepared.append(f"++{text}" if key.startswith(OPEN_SECTIONS) else text)
     if problems:
         raise complaint(problems)
     return prepared
@@ -152,7 +154,7 @@ def check(config: DictConfig, check_missing: bool = True) -> None:
         if not config.model.get("path") and not config.model.get("architecture"):
             missing = sorted({*missing, "model.path"})
         problems += [f"{key}: required, and not set." for key in missing]
-    known = [*root_keys(), *SECTIONS, "experiment", "deepspeed"]
+    known = [*root_keys(), *SECTIONS, "experiment"]
     problems += [f"{key}: no such key.{nearest(key, known)}" for key in config if key not in known]
     try:
         if not OmegaConf.missing_keys(config.model):

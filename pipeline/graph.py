@@ -34,6 +34,12 @@ READS = {
 DISTRIBUTED = ("sft", "reward_model", "dpo", "ppo")
 # Keys that change how a result is made, not what it is.
 COSMETIC = ("report_to", "push_to_hub", "hub_model_id", "disable_tqdm", "logging_steps", "run_name")
+# Settings that may name a local file or folder, whose content then counts.
+INPUT_KEYS = (
+    "model.path",
+    *(f"data.{key}" for key in ("path", "test_path", "prompts_path", "sft_path", "constitution", "few_shot")),
+    *("data.policy", "data.reward_model", "dpo.reference_path"),
+)
 
 
 @dataclass
@@ -91,7 +97,7 @@ def build(run: RunFolder) -> list[Job]:
 def external_inputs(config: DictConfig) -> dict[str, str]:
     """Fingerprints of the local files that the configuration names: a changed file makes what read it stale."""
     found = {}
-    for key in ("model.path", "data.path", "data.test_path", "data.prompts_path"):
+    for key in INPUT_KEYS:
         value = OmegaConf.select(config, key)
         if isinstance(value, str) and Path(value).exists():
             found[key] = fingerprint_file(value)

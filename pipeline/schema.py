@@ -44,6 +44,7 @@ class Config:
     dpo: dict[str, Any] = field(default_factory=dict)
     ppo: dict[str, Any] = field(default_factory=dict)
     compare: dict[str, Any] = field(default_factory=dict)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
 
 
 ConfigStore.instance().store(name="schema", node=Config)

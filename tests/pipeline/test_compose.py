@@ -31,6 +31,13 @@ def test_overrides_reach_their_places():
     assert config.ppo.response_length == config.data.max_new_tokens  # interpolations are resolved
 
 
+def test_deepspeed_is_a_group_with_settings_of_its_own():
+    config = load(["experiment=quickstart", "deepspeed=zero2", "deepspeed.zero_optimization.reduce_bucket_size=7"])
+    assert config.deepspeed.zero_optimization.stage == 2
+    assert config.deepspeed.zero_optimization.reduce_bucket_size == 7
+    assert not load(["experiment=quickstart"]).deepspeed
+
+
 def test_all_problems_at_once_with_the_nearest_name():
     with pytest.raises(UserError) as error:
         load(["experiment=quickstart", "ppo.klcoef=1", "sft.learning_rat=1", "seeed=2", "dpo.bta=3"])
