@@ -30,7 +30,7 @@ quickstart: $(STAMP)
 	@$(BIN)/ppo-vs-dpo experiment=quickstart
 
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal --cov --cov-report=term $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup --cov --cov-report=term $(ARGS)
 
 test-slow: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)

@@ -27,7 +27,7 @@ Often used
   launch.workers=2          stages at once on this machine;  launch.processes=8: ranks of a training stage
   --config-dir DIR          experiments of your own: DIR/experiment/NAME.yaml
 
-Each stage alone: python -m reward_model RUN_FOLDER.   Sweeps on SLURM: docs/cluster.md
+Each stage alone: python -m reward_model RUN_FOLDER
 """
 
 

@@ -7,6 +7,9 @@ import pytest
 
 from tests.pipeline import mini
 
+# One run serves all tests here: they must meet in one worker.
+pytestmark = pytest.mark.xdist_group("quickstart")
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):

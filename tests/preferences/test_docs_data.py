@@ -35,7 +35,7 @@ def test_there_is_one_for_each_file():
 
 def test_the_settings_that_the_page_names_exist():
     known = {name for cls in SOURCES.values() for name in cls.__dataclass_fields__}
-    named = set(re.findall(r"data\.(\w+)(?=[=.`])", TEXT)) - {"md", "path"}
+    named = set(re.findall(r"data\.(\w+)(?=[=.`])", TEXT)) - {"md", "path", "py"}
     assert named <= known, named - known
 
 
