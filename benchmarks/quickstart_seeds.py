@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from artifacts.files import read_json, write_text
 
 COLUMNS = (
@@ -61,17 +63,17 @@ def spread(row: dict) -> str:
     return f"{row['win_rate']:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def judge_seed(report: dict) -> tuple[dict[str, str], dict[str, bool]]:
-    """Figures and bars of one seed's report."""
+def judge_seed(report: dict, main_kl_coef: float) -> tuple[dict[str, str], dict[str, bool]]:
+    """Figures and bars of one seed's report; ``main_kl_coef`` is the coefficient of the main PPO run."""
     model, policies = report["reward_model"], report["policies"]
     share = (model["accuracy"] - 0.5) / (model["ceiling"] - 0.5)
     wins = {name: win(report, name) for name in ("ppo", "dpo", "best_of_16")}
     control = win(report, "sft", "sft")
     zero = next(policy for name, policy in policies.items() if name.startswith("ppo") and name.endswith("kl_coef=0.0"))
     frontier = report["frontier"]
-    kls = [
-        point["kl"] for point in sorted((p for p in frontier if p["method"] == "ppo"), key=lambda p: p["coefficient"])
-    ]
+    ppo_points = [point for point in frontier if point["method"] == "ppo"]
+    ppo_points.sort(key=lambda point: point["point"].get("kl_coef", main_kl_coef))
+    kls = [point["kl"]["mean"] for point in ppo_points]
     figures = {
         "RM accuracy": f"{model['accuracy']:.3f}",
         "ceiling": f"{model['ceiling']:.3f}",
@@ -117,7 +119,9 @@ def main() -> int:
     missed: dict[str, list[int]] = {}
     for seed in arguments.seeds:
         folder, seconds = run_seed(seed, arguments.output_dir)
-        figures, bars = judge_seed(read_json(folder / "compare" / "report.json"))
+        figures, bars = judge_seed(
+            read_json(folder / "compare" / "report.json"), OmegaConf.load(folder / "config.yaml").ppo.kl_coef
+        )
         figures |= {"seed": str(seed), "seconds": f"{seconds:.0f}"}
         lines.append("| " + " | ".join(figures[column] for column in COLUMNS) + " |")
         for bar, met in bars.items():
