@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -199,7 +198,7 @@ def check_section(section: str, values: DictConfig | dict, own: str) -> list[str
     return problems
 
 
-def experiments(folders: list[Path] | None = None) -> list[str]:
+def experiments() -> list[str]:
     """Names of the experiments in configs/experiment, sorted."""
     root = CONFIGS / "experiment"
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))

@@ -86,7 +86,6 @@ def build(run: RunFolder) -> list[Job]:
         if stage == "compare":
             needs = (*needs, *(name for name, job in jobs.items() if job.point))
         for point in [{}, *points_of(run.config, stage)]:
-            # A need that this run does not plan to meet (stages=[...] without it) is met by what is in the folder.
             job = Job(point_name(stage, point), stage, point, needs)
             job.fingerprint, parts = fingerprint(run.config, job, jobs, inputs)
             _set_state(run, job, parts)
