@@ -6,6 +6,7 @@ launcher; and ZeRO-3 shards whatever is loaded while its configuration is active
 """
 
 import contextlib
+import copy
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -70,16 +71,63 @@ def is_sharded(parameter: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def whole(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
-    """Parameters whole inside the block; what rank 0 writes into them is kept on all ranks."""
+def whole(parameters: Iterable[torch.nn.Parameter], write: bool = True) -> Iterator[None]:
+    """Parameters whole inside the block; with ``write``, what rank 0 writes into them is kept on all ranks."""
     sharded = [parameter for parameter in parameters if is_sharded(parameter)]
     if not sharded:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0):
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None):
         yield
+
+
+def whole_copy(model: torch.nn.Module) -> torch.nn.Module:
+    """A deep copy that is whole on this rank, also where ZeRO-3 holds ``model`` in pieces."""
+    with whole(model.parameters(), write=False):
+        return copy.deepcopy(model)
+
+
+def whole_state(model: torch.nn.Module, keep: bool) -> dict[str, torch.Tensor]:
+    """The state dict of a model in pieces, on the CPU: parameters are gathered one at a time.
+
+    Args:
+        model: a module of this rank; all ranks must call this.
+        keep: whether this rank wants it. The others get an empty dict and never hold more than one parameter.
+    """
+    state: dict[str, torch.Tensor] = {}
+    seen: dict[int, torch.Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) not in seen:
+            with whole([parameter], write=False):
+                seen[id(parameter)] = parameter.detach().to("cpu", copy=True) if keep else torch.empty(0)
+        # Tied weights stay one tensor, as safetensors wants to know.
+        state[name] = seen[id(parameter)]
+    saved = model.state_dict().keys()
+    state.update((name, buffer.detach().cpu()) for name, buffer in model.named_buffers() if name in saved)
+    return state if keep else {}
+
+
+@contextlib.contextmanager
+def gathered(engine: torch.nn.Module, module: torch.nn.Module) -> Iterator[None]:
+    """The weights of ``module``, a part of ``engine``, whole inside the block: for generation.
+
+    ZeRO-3 gathers a layer whenever it runs, on all ranks at once: decoding would gather every layer for every token,
+    and ranks whose responses end early would leave the others waiting. Here all is gathered once, and the engine's
+    hooks are out of the way until the block ends (as in TRL's ``unwrap_model_for_generation``).
+    """
+    if not any(is_sharded(parameter) for parameter in module.parameters()):
+        yield
+        return
+    from trl.models.utils import add_hooks, remove_hooks
+
+    with whole(module.parameters(), write=False):
+        remove_hooks(engine)
+        try:
+            yield
+        finally:
+            add_hooks(engine)
 
 
 @contextlib.contextmanager

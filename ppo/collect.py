@@ -1,5 +1,6 @@
 """Steps 1 to 6 of an update: prompts, responses, scores, log-probabilities and values, rewards, advantages."""
 
+import contextlib
 import time
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from artifacts.errors import UserError
 from models.generation import Generated, generate, row_seed
 from models.prompts import decode_completion
+from models.sharding import gathered
 from ppo.algorithm import gae, token_rewards, whiten
 from ppo.metrics import any_rank
 from ppo.prompts import PromptSet
@@ -106,17 +108,14 @@ class Collection:
     def sample(self, prompt_ids: list[list[int]], seeds: list[int], reference: bool = False) -> list[Generated]:
         """Responses of the policy (or of the reference) to some prompts, one seed each."""
         kwargs = {"eos_token_ids": self.eos_ids, "seeds": seeds, "tokenizer": self.processing_class}
-        if reference:
-            return generate(self.reference.module, prompt_ids, self.sampling, **kwargs)
+        model = self.reference.module if reference else self.policy
         if not self.is_deepspeed_enabled:
-            return generate(self.policy, prompt_ids, self.sampling, **kwargs)
-        # ZeRO-3: the weights are gathered once for the whole rollout, their hooks out of the way.
-        from trl.models.utils import unwrap_model_for_generation
-
-        with unwrap_model_for_generation(
-            self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
-        ) as unwrapped:
-            return generate(unwrapped.policy, prompt_ids, self.sampling, **kwargs)
+            return generate(model, prompt_ids, self.sampling, **kwargs)
+        engine = self.model_wrapped
+        whole = self.reference.generating(engine) if reference else gathered(engine, self.policy)
+        # ZeRO-3: the weights are gathered once for the whole rollout.
+        with whole if self.args.ds3_gather_for_generation else contextlib.nullcontext():
+            return generate(model, prompt_ids, self.sampling, **kwargs)
 
     def score(self, rows: list[int], generated: list[Generated], prompts: PromptSet, rollout: Rollout | None = None):
         """Scores ``(N,)`` of responses to the prompts ``rows``.

@@ -27,9 +27,12 @@ class Evaluator:
         self._reference: tuple[PromptSet, list, torch.Tensor] | None = None
 
     def _share(self, n: int) -> list[int]:
-        """Rows of this rank."""
-        accelerator = self.trainer.accelerator
-        return list(range(accelerator.process_index, n, accelerator.num_processes))
+        """Rows of this rank. All ranks have as many: under ZeRO-3 each forward pass is everybody's.
+
+        Where ``n`` does not divide, the last ones repeat row 0, which `_gather` leaves out again.
+        """
+        rank, ranks = self.trainer.accelerator.process_index, self.trainer.accelerator.num_processes
+        return [row if row < n else 0 for row in range(rank, rank + -(-n // ranks) * ranks, ranks)]
 
     def _seeds(self, rows: list[int]) -> list[int]:
         return [row_seed(self.trainer.args.seed, "evaluation", row) for row in rows]
@@ -97,16 +100,14 @@ class Evaluator:
         return torch.cat(pieces) if pieces else torch.zeros(0)
 
     def _gather(self, table: torch.Tensor, total: int) -> torch.Tensor:
-        """Rows of all ranks; shares may differ by one row."""
-        accelerator = self.trainer.accelerator
-        if accelerator.num_processes == 1:
-            return table.cpu()
-        widest = -(-total // accelerator.num_processes)
-        padded = torch.full((widest, table.shape[1] + 1), 0.0, device=table.device)
-        padded[: len(table), :-1] = table
-        padded[: len(table), -1] = 1
-        everything = accelerator.gather(padded).cpu()
-        return everything[everything[:, -1] > 0, :-1]
+        """Rows of all ranks, in the order of the prompts, without those that only filled up a share."""
+        return (
+            self.trainer.accelerator.gather(table)
+            .cpu()
+            .unflatten(0, (-1, len(table)))
+            .transpose(0, 1)
+            .flatten(0, 1)[:total]
+        )
 
     def _write_samples(self, prompts, rows, generated, scores, ref_generated, ref_scores) -> None:
         """A few completions beside the reference's: ``samples/update-N.json``, the same file again after a resume."""

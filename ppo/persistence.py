@@ -9,6 +9,8 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
 from artifacts.errors import UserError
+from models.sharded_state import INDEX, load_trained, save_trained
+from models.sharding import whole, whole_state
 from ppo.checkpoint import (
     STATE,
     barrier,
@@ -93,14 +95,14 @@ class Persistence:
             "diagnosis": self.diagnosis.state_dict(),
         }
         if self.is_deepspeed_enabled:
-            self.model_wrapped.save_checkpoint(str(folder / "deepspeed"))
+            save_trained(self.model_wrapped, folder, self.args.process_index, self.args.world_size)
         else:
             state["model"] = self._trained()
             state["optimizer"] = self.optimizer.state_dict()
             if self.accelerator.scaler is not None:
                 state["scaler"] = self.accelerator.scaler.state_dict()
         if self.args.sync_ref_model:
-            state["reference"] = dict(self.reference.model.named_parameters())
+            state["reference"] = whole_state(self.reference.module, keep=self.args.should_save)
         if self.args.should_save:
             save_state(folder, STATE, state)
         save_state(folder, f"rng_{self.args.process_index}", rng_state())
@@ -122,19 +124,27 @@ class Persistence:
         if not (folder / f"{STATE}.json").is_file():
             raise UserError(f"{folder} is not a checkpoint of ppo that can be resumed: it has no {STATE}.json.")
         state = load_state(folder, STATE)
+        if (folder / INDEX).is_file() != self.is_deepspeed_enabled:
+            here, there = ("with", "without") if self.is_deepspeed_enabled else ("without", "with")
+            raise UserError(
+                f"{folder} was written {there} DeepSpeed and this run is {here} it. Set deepspeed as it was (stages "
+                f"2 and 3, and any number of processes, go on from each other)."
+            )
         check_settings(state["settings"], self.settings(), str(folder))
         self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
         self.state.compute_steps(self.args, self.num_updates)
         self._load_callback_state()
         if self.is_deepspeed_enabled:
-            self.model_wrapped.load_checkpoint(str(folder / "deepspeed"))
+            load_trained(self.model_wrapped, folder)
         else:
             self._copy(self._trained(), state["model"], folder)
             self.optimizer.load_state_dict(state["optimizer"])
             if "scaler" in state and self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         if "reference" in state:
-            self._copy(dict(self.reference.model.named_parameters()), state["reference"], folder)
+            mine = dict(self.reference.module.named_parameters())
+            with whole(mine.values()):
+                self._copy(mine, {name: state["reference"][name] for name in mine}, folder)
         self.lr_scheduler.load_state_dict(state["scheduler"])
         self.kl.load_state_dict(state["kl"])
         self.score_bias = state["score_bias"]
@@ -163,9 +173,8 @@ class Persistence:
         output_dir = output_dir or self.args.output_dir
         weights = None
         if self.is_deepspeed_enabled:
-            gathered = self.accelerator.get_state_dict(self.model_wrapped)
-            if gathered is not None:
-                weights = {k.removeprefix("policy."): v for k, v in gathered.items() if k.startswith("policy.")}
+            # A collective: one parameter at a time meets on the rank that writes.
+            weights = whole_state(self.policy, keep=self.args.should_save)
         if self.args.should_save:
             self.policy.save_pretrained(output_dir, state_dict=weights)
             if self.processing_class is not None:
@@ -179,9 +188,7 @@ class Persistence:
         if not self.state.best_global_step or not folder.is_dir():
             return
         if self.is_deepspeed_enabled:
-            self.model_wrapped.load_checkpoint(
-                str(folder / "deepspeed"), load_optimizer_states=False, load_lr_scheduler_states=False
-            )
+            load_trained(self.model_wrapped, folder, optimizer_too=False)
         else:
             self._copy(self._trained(), load_state(folder, STATE)["model"], folder)
 

@@ -1,5 +1,6 @@
 """The four models of PPO: policy and value in one trained module, reference and reward frozen beside it."""
 
+import contextlib
 import copy
 import dataclasses
 
@@ -12,6 +13,7 @@ from artifacts.errors import UserError
 from models.config import ModelConfig
 from models.loading import check_same_vocabulary, disable_dropout, load_policy, load_value_or_reward, score_head
 from models.logprobs import Batch, response_logprobs, response_values
+from models.sharding import gathered, unsharded_loading, whole, whole_copy, whole_state
 
 
 class PolicyAndValue(nn.Module):
@@ -107,12 +109,13 @@ def value_model_from(reward_model: PreTrainedModel | None, policy: PreTrainedMod
         policy: its backbone serves where there is no such reward model.
     """
     if reward_model is not None:
-        return copy.deepcopy(reward_model).requires_grad_(True)
+        return whole_copy(reward_model).requires_grad_(True)
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
-    value_model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
+    with unsharded_loading():
+        value_model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
     inner = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    theirs = getattr(inner, inner.base_model_prefix).state_dict()
+    theirs = whole_state(getattr(inner, inner.base_model_prefix), keep=True)
     # A PEFT policy names its wrapped layers otherwise; the plain weights are under the same names less the wrapper's
     # part.
     theirs = {k.replace(".base_layer", ""): v for k, v in theirs.items() if ".lora_" not in k}
@@ -176,7 +179,7 @@ class Reference:
         if model is policy:
             raise UserError("ref_model is the policy itself: the KL would always be 0. Pass a copy, or nothing.")
         if model is None and not is_peft(policy):
-            model = copy.deepcopy(policy)
+            model = whole_copy(policy)
         if model is not None:
             check_same_vocabulary(policy, model)
             disable_dropout(model)
@@ -211,8 +214,13 @@ class Reference:
                 "adapters. "
                 "Pass ref_model, or switch sync_ref_model off."
             )
-        for mine, theirs in zip(self.model.parameters(), policy.parameters(), strict=True):
-            mine.lerp_(theirs.to(mine.dtype), alpha)
+        for mine, theirs in zip(self.module.parameters(), policy.parameters(), strict=True):
+            with whole([mine, theirs]):
+                mine.lerp_(theirs.to(mine.dtype), alpha)
+
+    def generating(self, engine: nn.Module) -> contextlib.AbstractContextManager:
+        """The reference's weights whole, wherever they are: in an engine of its own or the policy's ``engine``."""
+        return gathered(engine, self.policy) if self.model is None else gathered(self.model, self.model)
 
 
 def prepare_frozen(model: nn.Module, accelerator: Accelerator) -> nn.Module:

@@ -30,9 +30,12 @@ from transformers.utils import logging
 
 from artifacts.errors import UserError
 from models.loading import eos_token_ids, load_tokenizer
+from models.sharded_state import state_bytes
+from models.sharding import held_bytes
 from ppo.algorithm import AdaptiveKL, FixedKL
 from ppo.collect import Clock, Collection
 from ppo.config import CONVENTIONS, PPOConfig
+from ppo.cost import Sizes, size_of, update_flops
 from ppo.diagnosis import Diagnosis
 from ppo.evaluation import Evaluator
 from ppo.metrics import rollout_metrics
@@ -169,6 +172,12 @@ class PPOTrainer(Collection, Persistence, Trainer):
         self.diagnosis = Diagnosis()
         self.evaluator = Evaluator(self)
         self.rollout_size, self.num_updates = self._plan()
+        self.sizes = Sizes(
+            policy=size_of(self.policy),
+            value=size_of(self.value_model),
+            reference=size_of(self.reference.module),
+            reward=sum(size_of(part.model) for part in self.rewards.parts if hasattr(part, "model")),
+        )
         self._prepared = False
 
     # ------------------------------------------------------------------------------------------------ the plan
@@ -202,6 +211,13 @@ class PPOTrainer(Collection, Persistence, Trainer):
     def value_model(self) -> PreTrainedModel:
         """The value model, unwrapped."""
         return self.model.value_model
+
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes that this rank holds of each role's weights and, sharded, of the optimizer and its fp32 weights."""
+        roles = {"policy": self.policy, "value": self.value_model, "reference": self.reference.model}
+        roles["reward"] = next((part.model for part in self.rewards.parts if hasattr(part, "model")), None)
+        held = {role: held_bytes(model) for role, model in roles.items() if model is not None}
+        return {**held, **state_bytes(self.model_wrapped)} if self.is_deepspeed_enabled else held
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """One optimizer of ``args.optim``; policy and value model in groups with learning rates of their own."""
@@ -271,6 +287,7 @@ class PPOTrainer(Collection, Persistence, Trainer):
             with clock("time/train"):
                 done = self._update(rollout, update)  # step 7
             metrics = self._figures(rollout, done, clock)
+            self._count(rollout, done, update)
 
             # 8. KL coefficient and reference
             self.kl.update(metrics["objective/kl"], len(rollout))
@@ -351,6 +368,15 @@ class PPOTrainer(Collection, Persistence, Trainer):
         metrics["lr"], metrics["lr_value"] = lrs.get("policy", 0.0), lrs.get("value_model", 0.0)
         metrics.update(clock.seconds)
         return metrics
+
+    def _count(self, rollout: Rollout, done: Update, update: int) -> None:
+        """Add this update to the cost so far, in fields of the state that every checkpoint keeps."""
+        tokens = int(rollout.mask.sum())
+        passes = done.steps / self.args.num_mini_batches
+        value_only = update < self.args.value_warmup_updates
+        self.state.total_flos += update_flops(self.sizes, tokens + int(rollout.prompt_mask.sum()), passes, value_only)
+        # Of PPO's own samples: it trains on what it generates.
+        self.state.num_input_tokens_seen += tokens
 
     def _log_evaluate_save(self, metrics: dict[str, float]) -> None:
         args = self.args

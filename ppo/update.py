@@ -97,9 +97,10 @@ def run_update(
                         ptx, minibatch_kl, deviation if first else None,
                     )  # fmt: skip
                     finite = finite and bool(torch.isfinite(loss))
+                    # Before the last backward pass: DeepSpeed's engine steps in it.
+                    if last and any_rank(not finite, accelerator.device):
+                        raise NonFinite(f"the loss of update {update + 1}, pass {epoch + 1}, minibatch {number + 1}")
                     _backward(accelerator, loss)
-            if any_rank(not finite, accelerator.device):
-                raise NonFinite(f"the loss of update {update + 1}, pass {epoch + 1}, minibatch {number + 1}")
             norm = _clip(accelerator, model, args.max_grad_norm)
             if norm is not None:
                 if not torch.isfinite(norm) and accelerator.scaler is None:
