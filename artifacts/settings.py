@@ -14,6 +14,16 @@ Own = TypeVar("Own")
 # Set by the stage itself; a user who sets them would break resuming or the run folder's layout.
 RESERVED = frozenset({"output_dir", "logging_dir", "seed", "data_seed"})
 
+# Fields of the argument classes that a run refuses, and why.
+NO_KEY = "a token would be written into the run folder; remove it, and set HF_TOKEN or use `hf auth login`."
+FINISHED_ONLY = "the finished model is what push_to_hub pushes; remove it."
+REFUSED = {
+    "hub_token": NO_KEY,
+    "push_to_hub_token": NO_KEY,
+    "hub_strategy": FINISHED_ONLY,
+    "hub_always_push": FINISHED_ONLY,
+}
+
 
 def field_names(cls: type) -> list[str]:
     """Names of a dataclass's fields that its constructor takes."""
@@ -24,6 +34,12 @@ def nearest(name: str, valid: list[str]) -> str:
     """``" Did you mean x?"``, or nothing where no valid name is near."""
     matches = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     return f" Did you mean {matches[0]}?" if matches else ""
+
+
+def refused_keys(section: dict[str, Any], where: str) -> list[str]:
+    """One sentence for each key that a class has and a run must not set."""
+    problems = [f"{where}.{key}: set by the stage itself; remove it." for key in section if key in RESERVED]
+    return problems + [f"{where}.{key}: {why}" for key, why in REFUSED.items() if section.get(key) is not None]
 
 
 def unknown_keys(section: dict[str, Any], own: type, args: type | None, where: str) -> list[str]:
@@ -51,7 +67,7 @@ def split(section: dict[str, Any], own: type[Own], args: type | None = None, whe
     problems = unknown_keys(section, own, args, where)
     mine = {key: value for key, value in section.items() if key in field_names(own)}
     passed = {key: value for key, value in section.items() if key not in mine}
-    problems += [f"{where}.{key}: set by the stage itself; remove it." for key in passed if key in RESERVED]
+    problems += refused_keys(passed, where)
     try:
         settings = OmegaConf.merge(OmegaConf.structured(own), mine)
         missing = sorted(OmegaConf.missing_keys(settings))
@@ -63,4 +79,4 @@ def split(section: dict[str, Any], own: type[Own], args: type | None = None, whe
     raise UserError("\n  ".join(["the configuration has errors:", *problems]))
 
 
-__all__ = ["MISSING", "RESERVED", "field_names", "nearest", "split", "unknown_keys"]
+__all__ = ["MISSING", "field_names", "nearest", "refused_keys", "split", "unknown_keys"]

@@ -56,6 +56,7 @@ def training_arguments(cls: type[Arguments], context: StageContext, passed: dict
         defaults["deepspeed"] = sharding
         start_deepspeed(use_cpu=not accelerator)
     fixed = {"output_dir": str(context.dir / "checkpoints"), "seed": context.seed, "data_seed": context.seed}
+    fixed["push_to_hub"] = False  # the finished model is pushed, by `pipeline.publish`; checkpoints are not
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(context.dir / "tensorboard")
     try:
         with warnings.catch_warnings():

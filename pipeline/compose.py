@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from artifacts.errors import UserError
 from artifacts.run import STAGES
-from artifacts.settings import RESERVED, nearest
+from artifacts.settings import nearest, refused_keys
 from models.config import ModelConfig
 from pipeline.schema import CONFIGS, PIPELINE_KEYS, SECTIONS, load_class, root_keys, section_keys
 from preferences.config import data_class
@@ -172,7 +172,7 @@ def check_section(section: str, values: DictConfig | dict, own: str) -> list[str
     """Problems of one stage's section."""
     valid = section_keys(section)
     problems = [f"{section}.{key}: no such key.{nearest(key, valid)}" for key in values if key not in valid]
-    problems += [f"{section}.{key}: set by the stage itself; remove it." for key in values if key in RESERVED]
+    problems += refused_keys(values, section)
     try:
         own_class = data_class(values) if section == "data" else load_class(own)
     except UserError as error:

@@ -33,7 +33,8 @@ READS = {
 # Stages that train on several ranks when launch.processes says so.
 DISTRIBUTED = ("sft", "reward_model", "dpo", "ppo")
 # Keys that change how a result is made, not what it is.
-COSMETIC = ("report_to", "push_to_hub", "hub_model_id", "disable_tqdm", "logging_steps", "run_name", "workers")
+COSMETIC = ("report_to", "disable_tqdm", "logging_steps", "run_name", "workers")
+COSMETIC += ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision")
 # Settings that may name a local file or folder, whose content then counts.
 INPUT_KEYS = (
     "model.path",

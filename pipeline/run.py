@@ -12,6 +12,7 @@ from pipeline import graph
 from pipeline.execute import execute, locked
 from pipeline.manifest import write_manifest
 from pipeline.overview import Overview, verdict
+from pipeline.publish import publish, wanted
 
 # Settings that make two runs different runs. Others may change: the stages behind them are then stale.
 IDENTITY = ("experiment", "seed", "model.path", "data.source", "data.path")
@@ -27,8 +28,11 @@ def run_pipeline(config: DictConfig) -> int:
         0.
 
     Raises:
-        UserError: the folder holds another run or is in use; a stage failed (with the stage's own words).
+        UserError: the folder holds another run or is in use; a stage failed (with the stage's own words); the Hub
+            refused a model.
     """
+    for stage in config.stages:
+        wanted(config, stage)  # a push without a name is refused now, not after hours
     folder = Path(config.output_dir) / config.name
     folder.mkdir(parents=True, exist_ok=True)
     claim(folder, config)
@@ -46,7 +50,8 @@ def run_pipeline(config: DictConfig) -> int:
             write_manifest(run)
         else:
             sys.stdout.write(f"{folder}: everything is done; nothing changed.\n")
-    say_verdict(run)
+        say_verdict(run)
+        publish(run, list(config.stages))
     return 0
 
 

@@ -25,8 +25,10 @@ def command(output_dir: Path, *more: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """No network, one thread."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    """No network, one thread, and no compiler: nothing may need one on a CPU."""
+    without_compiler = {"PATH": str(Path(sys.executable).parent), "CC": "no-compiler", "CXX": "no-compiler"}
+    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return {**os.environ, **threads, **without_compiler, "HF_HUB_OFFLINE": "1"}
 
 
 def run(output_dir: Path, *more: str, check: bool = True) -> subprocess.CompletedProcess:

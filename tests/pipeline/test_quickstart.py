@@ -1,6 +1,7 @@
 """The whole command on a small quickstart: to a verdict, again in seconds, stale where something changed."""
 
 import json
+import shutil
 import time
 
 import pytest
@@ -16,6 +17,13 @@ def finished(tmp_path_factory):
     """A finished small run: its output folder and what the command said."""
     folder = tmp_path_factory.mktemp("runs")
     return folder, mini.run(folder).stdout
+
+
+def test_it_runs_where_there_is_no_compiler():
+    """The environment of all runs here: none of the names under which torch looks for a compiler is found."""
+    path = mini.environment()["PATH"]
+    assert not any(shutil.which(name, path=path) for name in ("cc", "gcc", "g++", "c++", "clang", "clang++"))
+    assert shutil.which(mini.environment()["CC"], path=path) is None
 
 
 def test_it_ends_in_a_report(finished):
