@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from models.loading import score_head
-from models.packed import can_pack, forward_packed, pack
+from models.packed import Pick, can_pack, forward_packed, pack
 
-# Rows of logits turned into log-probabilities at once: bounds the extra memory to ROWS x vocabulary.
+# Logits turned into log-probabilities at once: bounds the extra memory, and 1 MiB stays in a core's cache.
+PIECE = 1 << 18
+# Rows of logits whose entropy has gradients at once: bounds the extra memory to ROWS x vocabulary.
 ROWS = 1024
 
 
@@ -88,8 +91,11 @@ def response_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     if can_pack(model):
         packing = pack(batch.attention_mask)
         before = _positions_before_response(batch, packing.starts, packing.lengths)
-        logits = forward_packed(model, model, packing, batch.input_ids, logits_to_keep=before).logits
-        return logits[0]
+        if not isinstance(base(model), PreTrainedModel):
+            # A wrapper that must be called as a whole.
+            return forward_packed(model, model, packing, batch.input_ids, logits_to_keep=before).logits[0]
+        states = forward_packed(backbone(model), base(model), packing, batch.input_ids).last_hidden_state[0]
+        return base(model).get_output_embeddings()(Pick.apply(states, before))
     length = batch.response_ids.shape[1]
     logits = model(
         input_ids=batch.input_ids,
@@ -109,13 +115,56 @@ def _positions_before_response(batch: Batch, starts: torch.Tensor, lengths: torc
     return (first[:, None] + offsets)[batch.response_mask]
 
 
-def _rows_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float, with_entropy: bool):
+class _Logprobs(torch.autograd.Function):
+    """Log-probabilities of tokens under logits that nothing else needs: their memory becomes the probabilities.
+
+    The backward pass needs these, and turns them into the gradient in place: one ``(N, V)`` tensor in all.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
+        ctx.temperature, ctx.dtype, ctx.spent = temperature, logits.dtype, False
+        probabilities = logits.detach().float()
+        logprobs = probabilities.new_empty(len(tokens))
+        rows = max(1, PIECE // logits.shape[-1])
+        for piece, picked, out in zip(
+            probabilities.split(rows), tokens[:, None].split(rows), logprobs.split(rows), strict=True
+        ):
+            if temperature != 1:
+                piece.div_(temperature)
+            top = piece.amax(-1, keepdim=True)
+            chosen = piece.gather(-1, picked)
+            total = piece.sub_(top).exp_().sum(-1, keepdim=True)
+            piece.div_(total)
+            out.copy_((chosen - top - total.log()).squeeze(-1))
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(probabilities, tokens)
+        return logprobs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        # d log p_t / d logit_j = ([j = t] - p_j) / temperature
+        if ctx.spent:
+            raise RuntimeError("log-probabilities can be differentiated once: their memory is reused.")
+        ctx.spent = True
+        gradient, tokens = ctx.saved_tensors
+        rows = max(1, PIECE // gradient.shape[-1])
+        for piece, picked, share in zip(
+            gradient.split(rows),
+            tokens[:, None].split(rows),
+            (grad / ctx.temperature)[:, None].split(rows),
+            strict=True,
+        ):
+            piece.mul_(-share).scatter_add_(-1, picked, share)
+        return gradient.to(ctx.dtype), None, None
+
+
+def _rows_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float):
     """Log-probability of ``tokens`` ``(N,)`` under ``logits`` ``(N, V)``, and the entropy ``(N,)``, in fp32."""
     scaled = logits.float() / temperature
     normaliser = scaled.logsumexp(-1)
     logprobs = scaled.gather(-1, tokens[:, None]).squeeze(-1) - normaliser
-    if not with_entropy:
-        return logprobs, logprobs.new_zeros(())
     # H = log Z - E[logit]
     return logprobs, normaliser - (scaled.softmax(-1) * scaled).sum(-1)
 
@@ -135,22 +184,21 @@ def response_logprobs(
         ``(logprobs, entropy)``, each ``(B, R)`` fp32, 0 at padding; entropy is ``None`` unless asked for.
     """
     mask = batch.response_mask
-    rows, tokens = response_logits(model, batch), batch.response_ids[mask]
-    pieces = []
-    for start in range(0, len(tokens), ROWS):
-        piece = (rows[start : start + ROWS], tokens[start : start + ROWS], temperature, with_entropy)
-        if torch.is_grad_enabled() and len(tokens) > ROWS:
-            # Recomputed in the backward pass: the fp32 copy of the logits is never kept.
-            pieces.append(checkpoint(_rows_logprobs, *piece, use_reentrant=False))
-        else:
-            pieces.append(_rows_logprobs(*piece))
+    logits, tokens = response_logits(model, batch), batch.response_ids[mask]
     zeros = torch.zeros(mask.shape, device=mask.device, dtype=torch.float32)
-    if not pieces:
-        return zeros, zeros.clone() if with_entropy else None
-    logprobs = zeros.masked_scatter(mask, torch.cat([piece[0] for piece in pieces]))
     if not with_entropy:
-        return logprobs, None
-    return logprobs, zeros.masked_scatter(mask, torch.cat([piece[1] for piece in pieces]))
+        return zeros.masked_scatter(mask, _Logprobs.apply(logits, tokens, temperature)), None
+    # With gradients, pieces are computed again in the backward pass: the fp32 copy of the logits is never kept.
+    again = torch.is_grad_enabled() and len(tokens) > ROWS
+    rows = ROWS if torch.is_grad_enabled() else max(1, PIECE // logits.shape[-1])
+    pieces = [
+        checkpoint(_rows_logprobs, *piece, temperature, use_reentrant=False)
+        if again
+        else _rows_logprobs(*piece, temperature)
+        for piece in zip(logits.split(rows), tokens.split(rows), strict=True)
+    ]
+    logprobs, entropy = (torch.cat(both) for both in zip(*pieces, strict=True))
+    return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
 
 
 @torch.no_grad()
@@ -196,7 +244,7 @@ def response_values(value_model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     if can_pack(value_model):
         packing = pack(batch.attention_mask)
         states = forward_packed(backbone(value_model), base(value_model), packing, batch.input_ids).last_hidden_state
-        states = states[0, _positions_before_response(batch, packing.starts, packing.lengths)]
+        states = Pick.apply(states[0], _positions_before_response(batch, packing.starts, packing.lengths))
     else:
         length = batch.response_ids.shape[1]
         states = _padded_states(value_model, batch.input_ids, batch.attention_mask)[:, -length - 1 : -1][mask]

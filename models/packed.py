@@ -1,36 +1,90 @@
 """Many sequences in one row, without padding: the fastest way through a model where lengths differ.
 
-Sequences are ordered by length and laid end to end. An attention function of our own (registered with transformers'
-``AttentionInterface``) runs one causal attention for each *length*, on all sequences of that length at once, so no
-mask is built and nothing is computed at padding. Equal to the padded pass up to rounding (see tests/models).
-On a GPU with flash attention installed transformers does the same by itself from the position ids; there this
-module is not used.
+Everything but attention runs on the real tokens alone, ordered by the length of their sequence and laid end to end.
+Attention (registered with transformers' ``AttentionInterface``) runs on a few groups of sequences of similar length,
+padded on the right, where a causal mask needs nothing else; where all of a group are equally long, nothing is copied.
+Equal to the padded pass up to rounding (see tests/models). On a GPU with flash attention installed transformers does
+the same by itself from the position ids; there this module is not used.
 """
 
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "packed_sdpa"
+# Groups of sequences by length: more waste less at padding, fewer cost less in calls. Four was fastest at 64 to 128
+# rows (docs/performance.md).
+GROUPS = 4
+
+
+class Spread(torch.autograd.Function):
+    """Rows ``(T, d)`` put at distinct places of ``(size, d)`` zeros; the backward pass picks them up again."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor, places: torch.Tensor, size: int) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        return rows.new_zeros(size, rows.shape[-1]).index_copy_(0, places, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class Pick(torch.autograd.Function):
+    """Rows at distinct places; cheaper than indexing, whose backward pass must expect places to repeat."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        ctx.size = rows.shape[0]
+        return rows.index_select(0, places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        return grad.new_zeros(ctx.size, grad.shape[-1]).index_copy_(0, ctx.saved_tensors[0], grad), None
+
+
+@dataclass
+class Group:
+    """Sequences of similar length: tokens ``start`` to ``stop`` of the packed row.
+
+    Attributes:
+        start, stop: where they stand.
+        rows: how many sequences.
+        longest: tokens of the longest.
+        places: ``(stop - start,)`` where the tokens stand in ``(rows, longest)`` right-padded rows, flattened;
+            ``None`` where all are equally long.
+    """
+
+    start: int
+    stop: int
+    rows: int
+    longest: int
+    places: torch.Tensor | None
 
 
 @dataclass
 class Packing:
-    """How the real tokens of padded rows are laid end to end.
+    """How the real tokens of padded ``(B, L)`` rows are laid end to end.
 
     Attributes:
-        order: ``(T,)`` index of each packed token in the flattened ``(B * L)`` padded tensor.
-        groups: ``((length, count), ...)`` ascending: that many sequences of that length stand side by side.
+        order: ``(T,)`` index of each packed token in the flattened ``(B * L)`` rows, shortest row first.
+        positions: ``(T,)`` number of each token in its row, from 0.
+        groups: for attention.
         starts: ``(B,)`` where each row's sequence begins in the packed row.
         lengths: ``(B,)``.
     """
 
     order: torch.Tensor
-    groups: tuple[tuple[int, int], ...]
+    positions: torch.Tensor
+    groups: list[Group]
     starts: torch.Tensor
     lengths: torch.Tensor
 
@@ -44,9 +98,29 @@ def pack(attention_mask: torch.Tensor) -> Packing:
     ends = lengths[by_length].cumsum(0)
     starts = torch.empty_like(lengths)
     starts[by_length] = ends - lengths[by_length]
-    values, counts = lengths[lengths > 0].unique(return_counts=True)
-    groups = tuple(zip(values.tolist(), counts.tolist(), strict=True))
-    return Packing(order, groups, starts, lengths)
+    groups, positions, start = [], [], 0
+    filled = lengths[by_length]
+    for sizes in _chunks(filled[filled > 0]):
+        longest, count = int(sizes[-1]), len(sizes)
+        if int(sizes[0]) == longest:
+            places, number = None, torch.arange(longest, device=sizes.device).repeat(count)
+        else:
+            real = torch.arange(longest, device=sizes.device) < sizes[:, None]
+            places = real.flatten().nonzero().squeeze(-1)
+            number = places % longest
+        groups.append(Group(start, start + len(number), count, longest, places))
+        positions.append(number)
+        start += len(number)
+    return Packing(order, torch.cat(positions) if positions else order, groups, starts, lengths)
+
+
+def _chunks(lengths: torch.Tensor) -> list[torch.Tensor]:
+    """Ascending ``lengths`` in at most `GROUPS` runs of similar ones; equal lengths are never parted."""
+    if not len(lengths):
+        return []
+    if lengths[0] == lengths[-1]:
+        return [lengths]
+    return list(lengths.chunk(GROUPS))
 
 
 def packed_attention(
@@ -57,7 +131,7 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    packed_groups: tuple[tuple[int, int], ...] | None = None,
+    packed_groups: list[Group] | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each sequence of a packed row; transformers' own where no row is packed.
@@ -71,18 +145,21 @@ def packed_attention(
     """
     if packed_groups is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    share = query.shape[1] // key.shape[1]
-    if share > 1:
-        key, value = key.repeat_interleave(share, dim=1), value.repeat_interleave(share, dim=1)
-    heads = query.shape[1]
-    pieces, start = [], 0
-    for length, count in packed_groups:
-        stop = start + length * count
-        parts = [x[0, :, start:stop].reshape(heads, count, length, -1).transpose(0, 1) for x in (query, key, value)]
-        out = F.scaled_dot_product_attention(*parts, dropout_p=dropout, is_causal=True, scale=scaling)
-        pieces.append(out.permute(0, 2, 1, 3).reshape(count * length, heads, -1))
-        start = stop
-    return torch.cat(pieces).unsqueeze(0), None
+    heads, width = query.shape[1], query.shape[-1]
+    sizes = [group.stop - group.start for group in packed_groups]
+    # Split once: the backward pass of a split is one concatenation, that of a slice a tensor of zeros each.
+    flat = [x[0].transpose(0, 1).reshape(x.shape[2], -1).split(sizes) for x in (query, key, value)]
+    pieces = []
+    for group, *parts in zip(packed_groups, *flat, strict=True):
+        if group.places is not None:
+            parts = [Spread.apply(x, group.places, group.rows * group.longest) for x in parts]
+        padded = [x.view(group.rows, group.longest, -1, width).transpose(1, 2) for x in parts]
+        out = F.scaled_dot_product_attention(
+            *padded, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=heads != key.shape[1]
+        )
+        out = out.transpose(1, 2).reshape(-1, heads * width)
+        pieces.append(out if group.places is None else Pick.apply(out, group.places))
+    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(1, -1, heads, width), None
 
 
 AttentionInterface.register(NAME, packed_attention)
@@ -115,16 +192,13 @@ def forward_packed(
     Returns:
         The model's output; tensors are ``(1, T, ...)``.
     """
-    positions = torch.cat(
-        [torch.arange(length, device=batch_ids.device).repeat(count) for length, count in packing.groups]
-    )
     # Stays switched (it is transformers' own for all but packed rows): checkpointed layers run again in the backward.
     owner.config.get_text_config()._attn_implementation = NAME
     return model(
         input_ids=batch_ids.flatten()[packing.order].unsqueeze(0),
         # A mask of four dimensions is taken as it is: none is built, and packed_attention does not look at it.
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch_ids.device),
-        position_ids=positions.unsqueeze(0),
+        position_ids=packing.positions.unsqueeze(0),
         packed_groups=packing.groups,
         use_cache=False,
         **kwargs,

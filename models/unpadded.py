@@ -1,136 +1,19 @@
 """TRL's trainers without the padding: the model is taught to skip it by itself.
 
 TRL hands padded rows to the model. `skip_padding` changes what happens behind that call, on the instance only (its
-class, its config and what is saved stay as they are): everything but attention runs on the real tokens, laid end to
-end; attention runs on a few groups of rows of similar length, padded on the right, where a causal mask needs nothing
-else; the language-model head sees only the positions that carry loss, and a scalar head only the last token of each
-row. Equal to the padded pass up to rounding (tests/models/test_unpadded.py).
+class, its config and what is saved stay as they are): the rows go packed (`models.packed`), the language-model head
+sees only the positions that carry loss, and a scalar head only the last token of each row. Equal to the padded pass
+up to rounding (tests/models/test_unpadded.py).
 """
 
 import functools
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, SequenceClassifierOutputWithPast
 
 from models.logprobs import backbone, base, score_head_of, sequence_scores
-from models.packed import can_pack
-
-NAME = "grouped_sdpa"
-# Groups of rows by length: more waste less at padding, fewer cost less in calls. Four was fastest at 64 to 128 rows.
-GROUPS = 4
-
-
-class _Spread(torch.autograd.Function):
-    """Rows ``(T, d)`` put at distinct places of ``(size, d)`` zeros; the backward pass picks them up again."""
-
-    @staticmethod
-    def forward(ctx, rows: torch.Tensor, places: torch.Tensor, size: int) -> torch.Tensor:
-        ctx.save_for_backward(places)
-        return rows.new_zeros(size, rows.shape[-1]).index_copy_(0, places, rows)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None
-
-
-class _Pick(torch.autograd.Function):
-    """Rows at distinct places; cheaper than indexing, whose backward pass must expect places to repeat."""
-
-    @staticmethod
-    def forward(ctx, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(places)
-        ctx.size = rows.shape[0]
-        return rows.index_select(0, places)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        return grad.new_zeros(ctx.size, grad.shape[-1]).index_copy_(0, ctx.saved_tensors[0], grad), None
-
-
-@dataclass
-class Group:
-    """Rows of similar length: tokens ``start`` to ``stop`` of the packed row.
-
-    ``places`` ``(stop - start,)`` is where these stand in ``(rows, longest)`` rows padded on the right, flattened.
-    """
-
-    start: int
-    stop: int
-    places: torch.Tensor
-    rows: int
-    longest: int
-
-
-def group_rows(attention_mask: torch.Tensor) -> tuple[torch.Tensor, list[Group], torch.Tensor]:
-    """Lay out the real tokens of ``(B, L)`` rows.
-
-    Returns:
-        ``order`` ``(T,)``: index of each packed token in the flattened ``(B * L)`` rows, shortest row first;
-        the groups; ``positions`` ``(T,)``: number of each token in its row, from 0.
-    """
-    lengths = attention_mask.sum(-1)
-    by_length = lengths.argsort(stable=True)
-    by_length = by_length[lengths[by_length] > 0]
-    rows, columns = attention_mask[by_length].nonzero(as_tuple=True)
-    order = by_length[rows] * attention_mask.shape[1] + columns
-    groups, positions, start = [], [], 0
-    for members in by_length.chunk(GROUPS):
-        sizes = lengths[members]
-        longest = int(sizes[-1])
-        real = torch.arange(longest, device=sizes.device) < sizes[:, None]
-        places = real.flatten().nonzero().squeeze(-1)
-        groups.append(Group(start, start + len(places), places, len(members), longest))
-        positions.append(places % longest)
-        start += len(places)
-    return order, groups, torch.cat(positions)
-
-
-def grouped_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    row_groups: list[Group] | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention of each row on itself; transformers' own where no groups are given.
-
-    Args:
-        query: ``(1, H, T, D)``; ``key`` and ``value`` ``(1, H_kv, T, D)``.
-        row_groups: from `group_rows`.
-
-    Returns:
-        ``(1, T, H, D)`` and ``None``, as transformers expects.
-    """
-    if row_groups is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    heads, width = query.shape[1], query.shape[-1]
-    flat = [x[0].transpose(0, 1).reshape(x.shape[2], -1) for x in (query, key, value)]
-    pieces = []
-    for group in row_groups:
-        padded = [
-            _Spread.apply(x[group.start : group.stop], group.places, group.rows * group.longest)
-            .view(group.rows, group.longest, -1, width)
-            .transpose(1, 2)
-            for x in flat
-        ]
-        out = F.scaled_dot_product_attention(
-            *padded, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=heads != key.shape[1]
-        )
-        pieces.append(_Pick.apply(out.transpose(1, 2).reshape(-1, heads * width), group.places))
-    return torch.cat(pieces).view(1, -1, heads, width), None
-
-
-AttentionInterface.register(NAME, grouped_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+from models.packed import Pick, Spread, can_pack, forward_packed, pack
 
 # Arguments of a backbone that mean nothing here.
 _IGNORED = {"use_cache", "position_ids", "return_dict"}
@@ -147,23 +30,14 @@ def _teach_backbone(owner: PreTrainedModel) -> None:
         others = {key for key, value in kwargs.items() if value is not None and value is not False} - _IGNORED
         if keep is None and (not padded or kwargs.get("use_cache") or others):
             return plain(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        order, groups, positions = group_rows(attention_mask)
-        # Stays switched (it is transformers' own for all other calls): checkpointed layers run again in the backward.
-        owner.config.get_text_config()._attn_implementation = NAME
-        states = plain(
-            input_ids=input_ids.flatten()[order].unsqueeze(0),
-            # A mask of four dimensions is taken as it is: none is built, and grouped_attention does not look at it.
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device),
-            position_ids=positions.unsqueeze(0),
-            row_groups=groups,
-            use_cache=False,
-        ).last_hidden_state[0]
+        packing = pack(attention_mask)
+        states = forward_packed(plain, owner, packing, input_ids).last_hidden_state[0]
         if keep is None:
-            rows = _Spread.apply(states, order, input_ids.numel())
+            rows = Spread.apply(states, packing.order, input_ids.numel())
             return BaseModelOutputWithPast(last_hidden_state=rows.view(*input_ids.shape, -1))
-        packed_index = torch.zeros(input_ids.numel(), dtype=torch.long, device=order.device)
-        packed_index[order] = torch.arange(len(order), device=order.device)
-        kept = _Pick.apply(states, packed_index[keep])
+        packed_index = torch.zeros(input_ids.numel(), dtype=torch.long, device=input_ids.device)
+        packed_index[packing.order] = torch.arange(len(packing.order), device=input_ids.device)
+        kept = Pick.apply(states, packed_index[keep])
         return BaseModelOutputWithPast(last_hidden_state=kept.unsqueeze(0))
 
     inner.forward = forward

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.logprobs import full_kl, pad_batch, response_logprobs, response_values, sequence_scores
-from models.packed import can_pack, pack
+from models.packed import GROUPS, can_pack, pack
 
 torch.manual_seed(0)
 PROMPTS = [torch.randint(3, 20, (n,)).tolist() for n in (3, 2, 7, 3, 1, 5, 2, 2)]
@@ -22,20 +22,36 @@ def both(compute, monkeypatch):
 def test_layout():
     mask = torch.tensor([[0, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1]])
     packing = pack(mask)
-    assert packing.groups == ((1, 1), (3, 2))
     assert packing.order.tolist() == [4, 1, 2, 3, 13, 14, 15]
+    assert packing.positions.tolist() == [0, 0, 1, 2, 0, 1, 2]
     assert packing.starts.tolist()[:2] == [1, 0]
+
+
+def test_groups():
+    """Every token once, rows padded to the longest of their group only, equal rows in one group without padding."""
+    lengths = torch.tensor([9, 2, 5, 5, 12, 1, 7, 3, 9, 4])
+    groups = pack((torch.arange(12) < lengths[:, None]).long()).groups
+    assert len(groups) == GROUPS
+    assert [(group.rows, group.longest) for group in groups] == [(3, 3), (3, 5), (3, 9), (1, 12)]
+    assert [group.stop - group.start for group in groups] == [6, 14, 25, 12]
+    assert groups[0].places.tolist() == [0, 3, 4, 6, 7, 8]
+    assert groups[3].places is None
+    (whole,) = pack(torch.ones(6, 4, dtype=torch.long)).groups
+    assert (whole.rows, whole.longest, whole.places) == (6, 4, None)
 
 
 @pytest.mark.parametrize("heads", [2, 1])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_logprobs_and_gradients(tiny_llama, monkeypatch, heads, checkpointing):
+@pytest.mark.parametrize("lengths", ["mixed", "equal"])
+def test_logprobs_and_gradients(tiny_llama, monkeypatch, heads, checkpointing, lengths):
     model = tiny_llama(num_key_value_heads=heads)
     if checkpointing:
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     assert can_pack(model)
     batch = pad_batch(PROMPTS, RESPONSES, 0)
+    if lengths == "equal":
+        batch = pad_batch([[5, 6, 7]] * 6, [[8, 9, number] for number in range(3, 9)], 0)
 
     def compute():
         model.zero_grad()

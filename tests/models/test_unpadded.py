@@ -8,7 +8,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from models.loading import load_value_or_reward
 from models.logprobs import sequence_scores
-from models.unpadded import GROUPS, group_rows, score_at_last_token, skip_padding
+from models.unpadded import score_at_last_token, skip_padding
 
 FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
@@ -24,17 +24,6 @@ def rows(lengths, width, seed=0):
 
 
 BATCH = rows([9, 2, 5, 5, 12, 1, 7, 3, 9, 4], 12)
-
-
-def test_layout_of_groups():
-    order, groups, positions = group_rows(BATCH["attention_mask"])
-    lengths = BATCH["attention_mask"].sum(-1)
-    assert sorted(order.tolist()) == BATCH["attention_mask"].flatten().nonzero().squeeze(-1).tolist()
-    assert len(groups) == GROUPS
-    assert sum(group.rows for group in groups) == len(lengths)
-    assert groups[-1].longest == 12
-    # The number of a token in its row is its column, rows being padded on the right.
-    assert positions.tolist() == (order % 12).tolist()
 
 
 def train_pass(model, batch):

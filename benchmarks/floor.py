@@ -1,0 +1,61 @@
+"""The least that one PPO update can cost: floating-point operations of every needed pass over real tokens.
+
+Counted from the sizes of a Llama and the lengths that were sampled; matrix products only (what else there is, norms,
+softmax, the optimizer, has no floor of its own here). A product of ``(m, k)`` and ``(k, n)`` is 2 m k n.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Shape:
+    """Sizes of a Llama with as many key-value heads as heads."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    vocabulary: int
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights that every token is multiplied with: four of attention, three of the MLP, in each layer."""
+        return self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.intermediate)
+
+    @property
+    def head_weights(self) -> int:
+        """Weights of the language-model head."""
+        return self.hidden * self.vocabulary
+
+
+def forward(shape: Shape, lengths: list[int], heads: int) -> float:
+    """FLOPs of one causal pass over sequences, the language-model head at ``heads`` positions."""
+    body = 2 * shape.layer_weights * sum(lengths)
+    # Queries by keys and weights by values: 2 x 2 d a pair of positions, and half of the pairs are causal.
+    attention = shape.layers * sum(2 * shape.hidden * length * (length + 1) for length in lengths)
+    return body + attention + 2 * shape.head_weights * heads
+
+
+def update(shape: Shape, prompts: list[int], responses: list[int], epochs: int) -> dict[str, float]:
+    """FLOPs of one PPO update by phase, and the bytes that decoding must read.
+
+    Generation: the tokens themselves, once (its log-probabilities come with it). Scoring: reference, reward and value
+    model. Training: forward and backward (twice a forward) of policy and value model in each epoch.
+
+    Args:
+        shape: of all four models.
+        prompts: tokens of each prompt.
+        responses: tokens of each response.
+        epochs: passes over the rollout.
+    """
+    whole = [p + r for p, r in zip(prompts, responses, strict=True)]
+    # The last token of a response is never fed back.
+    generated = forward(shape, [length - 1 for length in whole], sum(responses))
+    with_head, without = forward(shape, whole, sum(responses)), forward(shape, whole, 0)
+    kept = sum(2 * shape.hidden * (p * r + r * (r + 1) // 2) for p, r in zip(prompts, responses, strict=True))
+    return {
+        "generate": generated,
+        "score": with_head + 2 * without,
+        "train": epochs * 3 * (with_head + without),
+        # Weights once a step, keys and values of every live row at every step; 4 bytes each.
+        "bytes": 4.0 * ((shape.layer_weights + shape.head_weights) * max(responses) + shape.layers * kept),
+    }
