@@ -47,7 +47,7 @@ class Space:
         seed: of the rewards and of the reference's weights.
     """
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, spread: float = 0.15):
         generator = np.random.default_rng(seed)
         # The end token comes first: attention over a, a, a alone could not tell how many there are.
         self.prompts = [[EOS, 0], [EOS, 1], [EOS, 2]]
@@ -65,7 +65,7 @@ class Space:
                 num_hidden_layers=2,
                 num_attention_heads=4,
                 max_position_embeddings=8,
-                initializer_range=0.3,
+                initializer_range=spread,
                 bos_token_id=None,
                 eos_token_id=EOS,
                 pad_token_id=EOS,

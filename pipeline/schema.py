@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ SECTIONS: dict[str, tuple[str, str | None]] = {
     "sft": ("sft.config:SFTStage", "trl.trainer.sft_config:SFTConfig"),
     "reward_model": ("reward_model.config:RewardModelStage", "trl.trainer.reward_config:RewardConfig"),
     "dpo": ("dpo.config:DPOStage", "trl.trainer.dpo_config:DPOConfig"),
-    "ppo": ("ppo.config:PPOStage", "ppo.config:PPOConfig"),
+    "ppo": ("ppo.stage:PPOStage", "ppo.config:PPOConfig"),
     "compare": ("compare.config:CompareStage", None),
 }
 # Keys that the pipeline itself reads from a section.
@@ -77,7 +78,7 @@ def fields_from_source(module: str, name: str) -> set[str]:
     Raises:
         LookupError: the class or one of its bases was not found that way.
     """
-    spec = importlib.util.find_spec(module)
+    spec = _find(module)
     if spec is None or not spec.origin:
         raise LookupError(module)
     tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
@@ -106,6 +107,17 @@ def fields_from_source(module: str, name: str) -> set[str]:
     if name in imported:  # re-exported
         return fields_from_source(*imported[name])
     raise LookupError(f"{module}.{name}")
+
+
+def _find(module: str) -> ModuleSpec | None:
+    """Where a module's source is. Unlike ``importlib.util.find_spec`` it does not import the packages around it."""
+    package, *rest = module.split(".")
+    spec = importlib.util.find_spec(package)
+    for part in rest:
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        spec = PathFinder.find_spec(f"{spec.name}.{part}", spec.submodule_search_locations)
+    return spec
 
 
 def _resolve(module: str, name: str, imported: dict[str, tuple[str, str]]) -> tuple[str, str]:

@@ -12,7 +12,6 @@ from transformers import TrainingArguments
 
 from artifacts.errors import UserError
 from artifacts.settings import field_names, nearest
-from models.config import LoraSettings
 from models.generation import SamplingConfig
 
 
@@ -227,22 +226,3 @@ class PPOConfig(TrainingArguments):
             yield "ppo.load_best_model_at_end reads a checkpoint's whole state: set save_only_model=false."
         if not isinstance(self.score_bias, int | float) and self.score_bias != "auto":
             yield f"ppo.score_bias is {self.score_bias!r}; it must be a number or 'auto'."
-
-
-@dataclass
-class PPOStage:
-    """Keys of the ``ppo`` section that belong to the stage, not to `PPOConfig`.
-
-    Attributes:
-        lora: train adapters instead of all weights (policy and value model); null trains everything.
-        validation_prompts: training prompts set aside for the evaluation during training; the held-out prompts of the
-            verdict are never seen here.
-        value_from: ``reward_model`` (N+ detail 22) or ``policy``: what the value model starts from.
-        gold_reward: optimise the run's known gold reward (``data.gold``) instead of the reward model (DPO paper's
-            PPO-GT).
-    """
-
-    lora: LoraSettings | None = None
-    validation_prompts: int = 128
-    value_from: str = "reward_model"
-    gold_reward: bool = False

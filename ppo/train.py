@@ -20,8 +20,9 @@ from artifacts.stage import StageContext
 from models.loading import load_policy, load_tokenizer, load_value_or_reward
 from models.training import model_settings, training_arguments
 from ppo.checkpoint import last_checkpoint
-from ppo.config import PPOConfig, PPOStage
+from ppo.config import PPOConfig
 from ppo.roles import is_peft
+from ppo.stage import PPOStage
 from ppo.trainer import PPOTrainer
 from reward_model.scorer import RewardScorer
 

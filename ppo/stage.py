@@ -1,0 +1,24 @@
+"""The stage's own keys. Apart from `ppo.config`, so that the pipeline can read them without importing transformers."""
+
+from dataclasses import dataclass
+
+from models.config import LoraSettings
+
+
+@dataclass
+class PPOStage:
+    """Keys of the ``ppo`` section that belong to the stage, not to `ppo.config.PPOConfig`.
+
+    Attributes:
+        lora: train adapters instead of all weights (policy and value model); null trains everything.
+        validation_prompts: training prompts set aside for the evaluation during training; the held-out prompts of the
+            verdict are never seen here.
+        value_from: ``reward_model`` (N+ detail 22) or ``policy``: what the value model starts from.
+        gold_reward: optimise the run's known gold reward (``data.gold``) instead of the reward model (DPO paper's
+            PPO-GT).
+    """
+
+    lora: LoraSettings | None = None
+    validation_prompts: int = 128
+    value_from: str = "reward_model"
+    gold_reward: bool = False
