@@ -5,6 +5,7 @@ import json
 from transformers import TrainerCallback
 
 from artifacts.files import finite, read_jsonl, write_jsonl
+from artifacts.resources import parameters_without_embeddings
 from artifacts.stage import StageContext
 
 
@@ -33,3 +34,10 @@ class RunCallback(TrainerCallback):
             return
         with self.path.open("a", encoding="utf-8") as out:
             out.write(json.dumps(finite({"step": state.global_step, **logs})) + "\n")
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        # Both are kept with every checkpoint, so that a resumed run has counted all of it. TRL counts real tokens;
+        # the Trainer's own total_flos counts padding too, which these stages skip.
+        tokens = next((row["num_tokens"] for row in reversed(state.log_history) if "num_tokens" in row), None)
+        flops = state.total_flos if tokens is None else 6 * tokens * parameters_without_embeddings(model)
+        self.context.count(flops=flops)

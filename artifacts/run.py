@@ -69,7 +69,9 @@ class RunFolder:
         folders = self.path("sweep").glob(f"{stage},*")
         return sorted(folder.name for folder in folders if (folder / "done.json").is_file())
 
-    def finish(self, name: str, fingerprint: str | None, seconds: float, figures: dict) -> None:
+    def finish(
+        self, name: str, fingerprint: str | None, seconds: float, figures: dict, cost: dict | None = None
+    ) -> None:
         """Write ``done.json``: the stage's last file, written atomically."""
         write_json(
             self.stage_dir(name) / "done.json",
@@ -78,6 +80,7 @@ class RunFolder:
                 "fingerprint": fingerprint,
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "seconds": round(seconds, 3),
+                "cost": cost or {},
                 "figures": figures,
             },
         )

@@ -11,8 +11,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from artifacts.errors import UserError, explain_os_error
-from artifacts.files import write_json
+from artifacts.files import read_json, write_json
+from artifacts.resources import peak_memory
 from artifacts.run import RunFolder, point_name
+
+# Seconds between two notes of the time spent so far: what a killed stage loses of its account.
+SPENT_EVERY = 5.0
 
 
 class StageContext:
@@ -45,6 +49,12 @@ class StageContext:
         self.seed = int(run.config.get("seed", 0))
         self._started = time.monotonic()
         self._last_progress = 0.0
+        self._spent_file = Path(self.dir) / "spent.json"
+        # Time of an attempt that was interrupted counts; a stage that is run again after its end starts at 0.
+        interrupted = self._spent_file.is_file() and run.done(self.name) is None
+        self._spent_before = float(read_json(self._spent_file)["seconds"]) if interrupted else 0.0
+        self._last_spent = self._started
+        self._counted: dict[str, float] = {}
 
     @property
     def is_main_process(self) -> bool:
@@ -58,11 +68,34 @@ class StageContext:
             return
         self._last_progress = now
         write_json(self.dir / "progress.json", {"done": done, "total": total, "note": note})
+        if now - self._last_spent > SPENT_EVERY:
+            self._last_spent = now
+            write_json(self._spent_file, {"seconds": self.seconds})
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of this stage so far, interrupted attempts included."""
+        return self._spent_before + time.monotonic() - self._started
+
+    def count(self, **amounts: float) -> None:
+        """Add to what this stage cost: ``flops``, ``tokens_generated``. `finish` writes the sums."""
+        for name, amount in amounts.items():
+            self._counted[name] = self._counted.get(name, 0) + amount
+
+    def counted(self, name: str) -> float:
+        """What was counted under a name so far."""
+        return self._counted.get(name, 0)
 
     def finish(self, **figures: Any) -> None:
-        """Write ``done.json`` with the stage's figures. Call it last."""
+        """Write ``done.json`` with the stage's figures and its cost. Call it last.
+
+        The cost is apart from the figures, for it differs between equal runs: peak memory of the main process, and
+        what the stage counted.
+        """
         if self.is_main_process:
-            self.run.finish(self.name, self.fingerprint, time.monotonic() - self._started, figures)
+            cost = {**peak_memory(), **self._counted}
+            self.run.finish(self.name, self.fingerprint, self.seconds, figures, cost)
+            self._spent_file.unlink(missing_ok=True)
 
 
 def parse_point(text: str) -> dict[str, Any]:

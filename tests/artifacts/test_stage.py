@@ -119,3 +119,28 @@ def test_a_folder_without_a_configuration_is_not_a_run(tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 1\n")
     with pytest.raises(UserError, match=r"stage sft of .* has not finished"):
         RunFolder(tmp_path).require("sft")
+
+
+def test_cost_is_counted_apart_from_the_figures(run):
+    context = StageContext(RunFolder(run), "ppo")
+    context.count(flops=10.0)
+    context.count(flops=5.0, tokens_generated=3)
+    context.finish(updates=2)
+    done = RunFolder(run).done("ppo")
+    assert done["figures"] == {"updates": 2}
+    assert done["cost"]["flops"] == 15.0
+    assert done["cost"]["tokens_generated"] == 3
+    assert done["cost"]["peak_memory_mb"] > 5
+
+
+def test_time_of_an_interrupted_attempt_counts(run, monkeypatch):
+    monkeypatch.setattr("artifacts.stage.SPENT_EVERY", -1.0)
+    first = StageContext(RunFolder(run), "ppo")
+    first._started -= 100
+    first.progress(1, 2)  # killed after this
+    second = StageContext(RunFolder(run), "ppo")
+    assert second.seconds >= 100
+    second.finish()
+    assert RunFolder(run).done("ppo")["seconds"] >= 100
+    # Run again after its end: a new account.
+    assert StageContext(RunFolder(run), "ppo").seconds < 50
