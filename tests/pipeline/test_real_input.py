@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -103,6 +104,53 @@ def test_missing_paths_are_named(tmp_path, chat_model):
     )
     assert refused.returncode == 2
     assert "no_pairs.jsonl" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "place"),
+    [
+        ('{"prompt": "What is 5 plus 5?", "chosen": "It is', "my_pairs.jsonl, line 7"),
+        ('{"prompt": "What is 5 plus 5?", "chosen": "It is 10."}', "rejected"),
+    ],
+    ids=["half a line", "a missing column"],
+)
+def test_broken_pairs_are_named(tmp_path, chat_model, own_pairs, line, place):
+    rows = own_pairs.read_text().splitlines()
+    rows[6] = line
+    own_pairs.write_text("\n".join(rows) + "\n")
+    refused = command(
+        tmp_path,
+        "experiment=hh",
+        f"model.path={chat_model}",
+        "data=files",
+        f"data.path={own_pairs}",
+        "stages=[data]",
+        check=False,
+    )
+    assert refused.returncode == 2
+    assert place in refused.stderr
+    assert "7" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_chat_data_for_a_model_without_a_chat_template(tmp_path, chat_model, own_pairs):
+    plain = tmp_path / "plain_model"
+    shutil.copytree(chat_model, plain)
+    (plain / "chat_template.jinja").unlink()
+    refused = command(
+        tmp_path,
+        "experiment=hh",
+        f"model.path={plain}",
+        "data=files",
+        f"data.path={own_pairs}",
+        "data.conversational=true",
+        "stages=[data]",
+        check=False,
+    )
+    assert refused.returncode == 2
+    assert "chat template" in refused.stderr
+    assert "model.chat_template" in refused.stderr
     assert "Traceback" not in refused.stderr
 
 
