@@ -135,10 +135,16 @@ class Rewards:
             raise UserError(f"reward_weights has {len(weights)} entries for {len(parts)} rewards; give one each.")
         self.parts, self.weights = parts, weights
 
-    def shared_model(self) -> PreTrainedModel | None:
-        """The first reward model that reads the policy's own tokens: what a value model can start from."""
-        models = [part.model for part in self.parts if isinstance(part, ModelReward) and part.same_tokens]
-        return models[0] if models else None
+    def shared(self) -> tuple[PreTrainedModel, float, float] | None:
+        """The first reward model that reads the policy's own tokens: what a value model can start from.
+
+        Returns:
+            The model, its weight in the mix, and the bias that is subtracted from its scores; ``None`` without one.
+        """
+        for part, weight in zip(self.parts, self.weights, strict=True):
+            if isinstance(part, ModelReward) and part.same_tokens:
+                return part.model, weight, part.scorer.bias
+        return None
 
     def __call__(self, prompts, completions, prompt_ids, response_ids, finished, **columns) -> list[float]:
         """Scores of ``N`` completions.

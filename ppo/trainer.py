@@ -55,6 +55,7 @@ from ppo.roles import (
 )
 from ppo.rollout import Rollout
 from ppo.update import NonFinite, Update, run_update
+from ppo.value_head import rescale_values, shift_values
 
 logger = logging.get_logger(__name__)
 
@@ -125,7 +126,10 @@ class PPOTrainer(Collection, Persistence, Trainer):
             args.local_rollout_forward_batch_size,
         )
         if value_model is None:
-            value_model = value_model_from(self.rewards.shared_model(), policy)
+            shared, weight, bias = self.rewards.shared() or (None, 1.0, 0.0)
+            value_model = value_model_from(shared, policy)
+            if shared is not None:
+                rescale_values(value_model, weight, weight * bias + args.fixed_score_bias)
         value_model = as_value_or_reward(value_model, trainable=True)
         if value_model is reward_model or value_model is policy:
             raise UserError("value_model must be a model of its own: it is trained. Pass a copy, or nothing.")
@@ -274,6 +278,7 @@ class PPOTrainer(Collection, Persistence, Trainer):
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
         if self.score_bias is None:
             self.score_bias = self.evaluator.mean_reference_score(args.score_bias_samples)
+            shift_values(self.value_model, self.score_bias)
         if args.eval_on_start and self.state.global_step == 0 and self.eval_prompts is not None:
             self.evaluate()
         metrics: dict[str, float] = {}
@@ -386,6 +391,9 @@ class PPOTrainer(Collection, Persistence, Trainer):
         if self.control.should_log:
             self.log(metrics)
             self.control.should_log = False
+        if args.load_best_model_at_end and self.state.global_step == self.num_updates:
+            # Wherever eval_steps fall: the end of the run may be the best there is.
+            self.control.should_evaluate = True
         if (
             self.control.should_evaluate
             and self.eval_prompts is not None

@@ -7,10 +7,54 @@ from transformers import LlamaForSequenceClassification
 
 PROMPTS = ["the film", "a story was", "very", "the plot was", "the cast", "a bad film", "not", "a bright plot and"]
 
+# Responses of up to T tokens as the pure functions see them: whole, with gaps, empty, of length 1.
+T = 7
+GAPS = torch.tensor(
+    [
+        [1, 1, 1, 1, 1, 1, 1],
+        [1, 0, 1, 1, 0, 1, 0],
+        [0, 0, 1, 0, 1, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0, 0],
+    ],
+    dtype=torch.bool,
+)
+
+
+def ones(*shape):
+    """A mask without padding."""
+    return torch.ones(*shape, dtype=torch.bool)
+
+
+@pytest.fixture
+def draw():
+    """Random float64 tensors from one seeded generator."""
+    generator = torch.Generator().manual_seed(0)
+
+    def make(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return make
+
 
 def count_good(prompts, completions, **columns):
     """How often a completion says good: what the tests reward."""
     return [float(completion.split().count("good")) for completion in completions]
+
+
+def logs(trainer, key="objective/kl"):
+    """The rows of a trainer's log that hold a figure."""
+    return [row for row in trainer.state.log_history if key in row]
+
+
+def same(a, b):
+    """Whether two dicts of tensors are equal bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def untimed(rows):
+    """Log rows without the times, which no two runs share."""
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
 
 
 @pytest.fixture

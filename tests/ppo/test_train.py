@@ -17,6 +17,7 @@ from artifacts.files import write_parquet
 from artifacts.run import RunFolder
 from artifacts.stage import StageContext
 from ppo.train import gold_reward, run_stage, split_prompts
+from reward_model.scorer import store_bias
 from tests.ppo.conftest import PROMPTS
 
 ROOT = Path(__file__).parents[2]
@@ -141,6 +142,55 @@ def test_gold_reward_in_place_of_the_reward_model(run_folder):
     run.clear("reward_model")
     run_stage(context)
     assert metrics(run.path("ppo"))[0]["objective/scores"] <= 0
+
+
+def test_what_the_value_model_starts_from(run_folder, monkeypatch):
+    """value_from: the reward model less its score bias, or the policy with a head of zeros."""
+    from ppo import train
+
+    made = {}
+
+    class Spy(train.PPOTrainer):
+        def train(self, *args, **kwargs):
+            made[self.args.score_bias] = self
+            return super().train(*args, **kwargs)
+
+    monkeypatch.setattr(train, "PPOTrainer", Spy)
+    for value_from, key in (("reward_model", 0.25), ("policy", 0.5)):
+        run = run_folder(value_from=value_from, score_bias=key, max_steps=1, learning_rate=0.0, eval_strategy="no")
+        store_bias(run.path("reward_model", "model"), 2.0)
+        run_stage(StageContext(run, "ppo"))
+        run.clear("ppo")
+    copied, fresh = made[0.25].value_model, made[0.5].value_model
+    assert copied.score.bias.item() == pytest.approx(-2.25)
+    assert not fresh.score.weight.any()
+    policy = made[0.5].policy.model.embed_tokens.weight
+    assert torch.equal(fresh.model.embed_tokens.weight, policy)
+
+
+@pytest.mark.parametrize(
+    ("settings", "best"),
+    [
+        ({"eval_steps": 3}, True),  # evaluations at updates 3 and, because it is the last, 4
+        ({"eval_strategy": "no"}, False),
+        ({"validation_prompts": 0}, False),
+        ({"load_best_model_at_end": False}, False),
+    ],
+)
+def test_the_best_checkpoint_is_kept_where_it_is_known(run_folder, settings, best):
+    run = run_folder(**settings)
+    run_stage(StageContext(run, "ppo"))
+    figures = run.done("ppo")["figures"]
+    rows = [row for row in metrics(run.path("ppo")) if "eval_objective" in row]
+    if not best:
+        assert figures["best_step"] is None
+        return
+    assert [row["step"] for row in rows] == [3, 4]
+    step = max(rows, key=lambda row: row["eval_objective"])["step"]
+    assert figures["best_step"] == step
+    saved = AutoModelForCausalLM.from_pretrained(run.path("ppo", "checkpoints", f"checkpoint-{step}")).state_dict()
+    final = AutoModelForCausalLM.from_pretrained(run.path("ppo", "model")).state_dict()
+    assert all(torch.equal(saved[name], final[name]) for name in saved)
 
 
 def test_validation_prompts_are_no_training_prompts():
