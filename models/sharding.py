@@ -9,6 +9,7 @@ import contextlib
 import copy
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -89,16 +90,19 @@ def whole_copy(model: torch.nn.Module) -> torch.nn.Module:
         return copy.deepcopy(model)
 
 
-def whole_state(model: torch.nn.Module, keep: bool) -> dict[str, torch.Tensor]:
+def whole_state(model: torch.nn.Module, keep: bool, trained_only: bool = False) -> dict[str, torch.Tensor]:
     """The state dict of a model in pieces, on the CPU: parameters are gathered one at a time.
 
     Args:
         model: a module of this rank; all ranks must call this.
         keep: whether this rank wants it. The others get an empty dict and never hold more than one parameter.
+        trained_only: leave out what does not require gradients (the base under adapters).
     """
     state: dict[str, torch.Tensor] = {}
     seen: dict[int, torch.Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        if trained_only and not parameter.requires_grad:
+            continue
         if id(parameter) not in seen:
             with whole([parameter], write=False):
                 seen[id(parameter)] = parameter.detach().to("cpu", copy=True) if keep else torch.empty(0)
@@ -150,6 +154,11 @@ def held_bytes(model: torch.nn.Module) -> int:
         piece = getattr(parameter, "ds_tensor", None)
         total += (parameter if piece is None else piece).numel() * parameter.element_size()
     return total
+
+
+def tell_held_bytes(rank: int, held: dict[str, int]) -> None:
+    """One line: how many bytes this rank holds of each role's weights, and of what belongs to training."""
+    sys.stderr.write(f"rank {rank} holds {', '.join(f'{what} {size:,} bytes' for what, size in held.items())}\n")
 
 
 def explain(error: Exception, stage: str) -> UserError | None:

@@ -25,7 +25,14 @@ from artifacts.settings import field_names, nearest
 from artifacts.stage import StageContext
 from models.config import ModelConfig
 from models.loading import load_policy, load_value_or_reward
-from models.sharding import deepspeed_settings, explain, held_bytes, start_deepspeed, unsharded_loading
+from models.sharding import (
+    deepspeed_settings,
+    explain,
+    held_bytes,
+    start_deepspeed,
+    tell_held_bytes,
+    unsharded_loading,
+)
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
@@ -198,8 +205,7 @@ def train(trainer: Trainer, context: StageContext) -> dict[str, float]:
 def _tell_held_bytes(trainer: Trainer) -> None:
     roles = {"policy": trainer.model, "reference": getattr(trainer, "ref_model", None)}
     held = {role: held_bytes(model) for role, model in roles.items() if model is not None}
-    text = ", ".join(f"{role} {size:,} bytes of weights" for role, size in held.items())
-    sys.stderr.write(f"rank {trainer.args.process_index} holds {text}\n")
+    tell_held_bytes(trainer.args.process_index, held)
 
 
 def parameter_counts(trainer: Trainer) -> dict[str, int]:

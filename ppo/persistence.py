@@ -22,6 +22,7 @@ from ppo.checkpoint import (
     save_state,
     set_rng_state,
 )
+from ppo.roles import is_peft
 from ppo.rollout import Rollout
 
 # Settings that make a run what it is: a checkpoint made with others belongs to another run.
@@ -174,9 +175,11 @@ class Persistence:
         weights = None
         if self.is_deepspeed_enabled:
             # A collective: one parameter at a time meets on the rank that writes.
-            weights = whole_state(self.policy, keep=self.args.should_save)
+            weights = whole_state(self.policy, keep=self.args.should_save, trained_only=is_peft(self.policy))
         if self.args.should_save:
-            self.policy.save_pretrained(output_dir, state_dict=weights)
+            # On a shared base the other roles' adapters are not the policy's to save.
+            only = {"selected_adapters": [self.policy.active_adapter]} if is_peft(self.policy) else {}
+            self.policy.save_pretrained(output_dir, state_dict=weights, **only)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
         if self.args.push_to_hub and not _internal_call:

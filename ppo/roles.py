@@ -14,6 +14,7 @@ from models.config import ModelConfig
 from models.loading import check_same_vocabulary, disable_dropout, load_policy, load_value_or_reward, score_head
 from models.logprobs import Batch, response_logprobs, response_values
 from models.sharding import gathered, unsharded_loading, whole, whole_copy, whole_state
+from ppo.shared import VALUE, SharedRole
 
 
 class PolicyAndValue(nn.Module):
@@ -74,6 +75,12 @@ class PolicyAndValue(nn.Module):
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
         """Trade compute for memory in both models."""
+        if isinstance(self.value_model, SharedRole):
+            gradient_checkpointing_kwargs = {
+                **(gradient_checkpointing_kwargs or {}),
+                "use_reentrant": False,
+                "context_fn": self.value_model.shared.checkpoint_contexts,
+            }
         for model in (self.policy, self.value_model):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
 
@@ -160,7 +167,8 @@ class WithoutAdapters(nn.Module):
 
     def forward(self, **inputs):
         """The base model's forward pass."""
-        with self.policy.disable_adapter():
+        shared = getattr(self.policy, "shared", None)
+        with shared.active(None) if shared is not None else self.policy.disable_adapter():
             return self.policy(**inputs)
 
 
@@ -225,6 +233,9 @@ class Reference:
 
 def prepare_frozen(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Place a frozen model: ZeRO-3 shards it, everything else holds it whole on each rank."""
+    if isinstance(model, SharedRole):
+        # Its base is in the policy's engine already.
+        return model.to(accelerator.device)
     if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
         from trl.models.utils import prepare_deepspeed
 
@@ -245,8 +256,14 @@ def optimizer_groups(
         value_lr: learning rate of the value model.
     """
     groups = []
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+
+    def role_of(name: str) -> str:
+        # On a shared base the value model's adapter is among the policy's modules.
+        return "value_model" if name.startswith("value_model.") or f".{VALUE}." in name else "policy"
+
     for role, lr in (("policy", policy_lr), ("value_model", value_lr)):
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and n.startswith(f"{role}.")]
+        named = [(n, p) for n, p in trained if role_of(n) == role]
         for decays in (True, False):
             params = [p for n, p in named if (n in decay) == decays]
             if params:

@@ -11,6 +11,8 @@ class PPOStage:
 
     Attributes:
         lora: train adapters instead of all weights (policy and value model); null trains everything.
+        shared_base: with ``lora``: policy, value and reward model are adapters on one frozen base, the reference is
+            that base; the reward model must have been trained as an adapter. One copy of the weights instead of four.
         validation_prompts: training prompts set aside for the evaluation during training; the held-out prompts of the
             verdict are never seen here.
         value_from: ``reward_model`` (N+ detail 22) or ``policy``: what the value model starts from.
@@ -19,6 +21,7 @@ class PPOStage:
     """
 
     lora: LoraSettings | None = None
+    shared_base: bool = False
     validation_prompts: int = 128
     value_from: str = "reward_model"
     gold_reward: bool = False

@@ -4,7 +4,7 @@ Reads ``sft/model``, ``reward_model/model`` and ``data/prompts_train.parquet``; 
 """
 
 import importlib
-import shutil
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -17,14 +17,15 @@ from artifacts.errors import UserError
 from artifacts.files import atomic_folder, read_parquet
 from artifacts.settings import split
 from artifacts.stage import StageContext
-from models.loading import load_policy, load_tokenizer, load_value_or_reward
+from models.loading import load_policy, load_tokenizer
+from models.sharding import tell_held_bytes, unsharded_loading, whole_state
 from models.training import model_settings, training_arguments
 from ppo.checkpoint import last_checkpoint
 from ppo.config import PPOConfig
+from ppo.loading import load_roles
 from ppo.roles import is_peft
 from ppo.stage import PPOStage
 from ppo.trainer import PPOTrainer
-from reward_model.scorer import RewardScorer
 
 
 def split_prompts(prompts: Dataset, validation: int, seed: int) -> tuple[Dataset, Dataset | None]:
@@ -64,6 +65,17 @@ def split_prompts(prompts: Dataset, validation: int, seed: int) -> tuple[Dataset
     return prompts.select(train), prompts.select(sorted(first.values()))
 
 
+def can_choose_best(passed: dict[str, Any], own: PPOStage) -> bool:
+    """Whether the stage evaluates and keeps checkpoints, so that it can end with the best of them.
+
+    Args:
+        passed: the keys of the section that are `PPOConfig`'s.
+        own: the stage's own keys.
+    """
+    evaluates = passed.get("eval_strategy") not in (None, False, "no") and own.validation_prompts > 0
+    return evaluates and passed.get("save_strategy") not in (False, "no") and not passed.get("save_only_model")
+
+
 def gold_reward(context: StageContext):
     """The run's known gold reward, a function named in ``data.gold``.
 
@@ -86,23 +98,16 @@ def run_stage(context: StageContext) -> None:
     if own.value_from not in ("reward_model", "policy"):
         raise UserError(f"ppo.value_from is {own.value_from!r}; it must be reward_model or policy.")
     config = model_settings(context)
+    if passed.get("load_best_model_at_end") is None:
+        passed["load_best_model_at_end"] = can_choose_best(passed, own)
     args = training_arguments(PPOConfig, context, passed)
     set_seed(context.seed)
 
     # 1. The models. The reference is made from the policy: a copy, or the policy without its adapters.
-    context.run.require("sft")
-    sft = context.run.path("sft", "model")
-    tokenizer = load_tokenizer(sft, config)
-    policy = load_policy(sft, config, trainable=True)
-    reward, function, value_model = None, None, None
+    roles = load_roles(context, own, config, args)
     if own.gold_reward:
-        function = gold_reward(context)
-    else:
-        context.run.require("reward_model")
-        folder = context.run.path("reward_model", "model")
-        reward = RewardScorer.load(folder, config, batch_size=args.local_rollout_forward_batch_size)
-        if own.value_from == "reward_model":
-            value_model = load_value_or_reward(folder, config, trainable=True)
+        roles["reward_funcs"] = gold_reward(context)
+    tokenizer = load_tokenizer(context.run.path("sft", "model"), config)
 
     # 2. The prompts.
     prompts = read_parquet(context.run.path("data", "prompts_train.parquet"), columns=["prompt"])
@@ -110,21 +115,20 @@ def run_stage(context: StageContext) -> None:
 
     # 3. Train and save.
     trainer = PPOTrainer(
-        model=policy,
-        reward_model=reward,
-        reward_funcs=function,
-        value_model=value_model,
+        **roles,
         args=args,
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
-        peft_config=own.lora.peft_config("CAUSAL_LM") if own.lora is not None else None,
         callbacks=[RunCallback(context)],
     )
     # One line a log is in metrics.jsonl and on the progress bar: no second printout.
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    if trainer.is_deepspeed_enabled:
+        tell_held_bytes(args.process_index, trainer.held_bytes())
     save_final(trainer, context)
+    context.count(tokens_generated=trainer.state.num_input_tokens_seen)
     history = trainer.state.log_history
     last = next((row for row in reversed(history) if "objective/kl" in row), {})
     evaluation = next((row for row in reversed(history) if "eval_objective" in row), {})
@@ -147,21 +151,23 @@ def save_final(trainer: PPOTrainer, context: StageContext) -> None:
 
     With adapters, ``adapter/`` holds them too. All processes must call this.
     """
-    target = context.dir / "model"
+    policy, tokenizer, is_main = trainer.policy, trainer.processing_class, trainer.is_world_process_zero()
+    weights = None
     if trainer.is_deepspeed_enabled:
-        # A collective: the shards meet on the main process.
-        temporary = context.dir / ".model.tmp"
-        trainer.save_model(str(temporary), _internal_call=True)
-        if trainer.is_world_process_zero():
-            shutil.rmtree(target, ignore_errors=True)
-            temporary.rename(target)
-    elif trainer.is_world_process_zero():
-        policy = trainer.policy
+        # A collective: one parameter at a time meets on the main process.
+        weights = whole_state(policy, keep=is_main, trained_only=is_peft(policy))
+    if is_main:
         if is_peft(policy):
             with atomic_folder(context.dir / "adapter") as folder:
-                policy.save_pretrained(folder)
-            policy = policy.merge_and_unload()
-        with atomic_folder(target) as folder:
-            policy.save_pretrained(folder)
-            trainer.processing_class.save_pretrained(folder)
+                policy.save_pretrained(folder, state_dict=weights, selected_adapters=[policy.active_adapter])
+            if weights is None:
+                policy = policy.merge_and_unload(adapter_names=[policy.active_adapter])
+            else:
+                # Merged from the files: the model in memory is in pieces.
+                with unsharded_loading():
+                    policy = load_policy(context.dir / "adapter", model_settings(context))
+                weights = None
+        with atomic_folder(context.dir / "model") as folder:
+            policy.save_pretrained(folder, state_dict=weights)
+            tokenizer.save_pretrained(folder)
     trainer.accelerator.wait_for_everyone()

@@ -1,9 +1,6 @@
 """DDP and DeepSpeed with real processes: one process's trajectory, shards of 1/N, models that load anywhere."""
 
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +14,10 @@ from artifacts.errors import UserError
 from artifacts.files import read_json, read_jsonl
 from artifacts.run import RunFolder
 from models.sharding import deepspeed_settings, explain, held_bytes
+from tests.ranks import CONFIGS, launch, settings_of
 from tests.sft.tiny_run import context_of, make_run, weights
 
 STAGES = {"sft": sft.train.run_stage, "reward_model": reward_model.train.run_stage, "dpo": dpo.train.run_stage}
-CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
 UPDATES = 20
 # Learns for all twenty updates without the chaos of a high learning rate, which would amplify rounding.
 SETTINGS = {"max_steps": UPDATES, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "save_steps": 10}
@@ -34,26 +31,12 @@ def make(word_tokenizer, tiny_llama, tmp_path):
         section = {**SETTINGS, "per_device_train_batch_size": batch, **keys}
         run = make_run(tmp_path / name, word_tokenizer, tiny_llama(), pairs=48, **dict.fromkeys(STAGES, section))
         if deepspeed:
-            settings = OmegaConf.load(CONFIGS / f"{deepspeed}.yaml")
-            # Small models would stay whole on every rank and hide what goes wrong with split ones.
-            if settings.zero_optimization.stage == 3:
-                settings.zero_optimization.stage3_param_persistence_threshold = 0
             config = OmegaConf.load(run.path("config.yaml"))
-            config.deepspeed = settings
+            config.deepspeed = settings_of(deepspeed)
             OmegaConf.save(config, run.path("config.yaml"))
         return RunFolder(run.root)
 
     return build
-
-
-def launch(run: RunFolder, stage: str, ranks: int = 2, code: int = 0) -> str:
-    """``torchrun -m <stage> RUN`` on so many processes; what they wrote."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    ended = subprocess.run(
-        [*start, "-m", stage, str(run.root)], capture_output=True, text=True, check=False, timeout=400
-    )
-    assert ended.returncode == code, ended.stderr[-3000:]
-    return ended.stdout + ended.stderr
 
 
 def losses(run: RunFolder, stage: str) -> torch.Tensor:

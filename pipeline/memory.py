@@ -1,0 +1,247 @@
+"""Memory and arithmetic of training, by formula: what a plan is made of.
+
+Sources
+    ZeRO  Rajbhandari et al. 2020 (1910.02054), section 3 and figure 1: which state each stage splits over N ranks.
+    KOR   Korthikanti et al. 2022 (2205.05198), section 4: activations of a transformer layer in 16-bit.
+    KAP   Kaplan et al. 2020 (2001.08361), table 1 and eq. 2.2: 2 N FLOPs a token forward, twice that backward.
+    PAL   Chowdhery et al. 2022 (2204.02311), appendix B: attention's 12 L H Q T, forward and backward.
+    POPE  Pope et al. 2022 (2211.05102), sections 2 and 3: the key-value cache, and decoding bound by memory bandwidth.
+"""
+
+import functools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+GB = 1e9
+# Kept free on every GPU: CUDA context, NCCL buffers, fragmentation of the allocator.
+RESERVED = 0.08
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes.
+
+    Attributes:
+        parameters: of the causal language model, tied weights once.
+        scalar_parameters: of the same backbone with a scalar head (reward and value model).
+        layers: transformer layers.
+        hidden: width of the residual stream.
+        kv: width of all key heads together.
+        ffn: width of the feed-forward layers.
+        gated: a gate beside the up-projection (Llama).
+        vocabulary: tokens.
+        linear: ``(name, inputs, outputs)`` of every linear layer, for adapters.
+    """
+
+    parameters: int
+    scalar_parameters: int
+    layers: int
+    hidden: int
+    kv: int
+    ffn: int
+    gated: bool
+    vocabulary: int
+    linear: tuple[tuple[str, int, int], ...]
+
+    @classmethod
+    def of(cls, config: Any) -> "Shape":
+        """The sizes of a transformers configuration; the model is built without its weights (``meta`` device)."""
+        return _shape(type(config), json.dumps(config.to_dict(), sort_keys=True, default=str))
+
+    def adapters(self, rank: int, targets: list[str]) -> int:
+        """Parameters of low-rank adapters (Hu et al. 2021, section 4.1): r (inputs + outputs) for each layer."""
+        chosen = [x for x in self.linear if x[0].split(".")[-1] in targets]
+        return sum(rank * (inputs + outputs) for _, inputs, outputs in chosen)
+
+
+@functools.lru_cache(maxsize=16)
+def _shape(kind: type, content: str) -> Shape:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    config = kind.from_dict({**json.loads(content), "num_labels": 1})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        scalar = AutoModelForSequenceClassification.from_config(config)
+    heads = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    linear = [(n, m.in_features, m.out_features) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    return Shape(
+        parameters=sum(p.numel() for p in model.parameters()),
+        scalar_parameters=sum(p.numel() for p in scalar.parameters()),
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        kv=(getattr(config, "num_key_value_heads", None) or heads) * head,
+        ffn=config.intermediate_size,
+        gated=any(name.endswith("gate_proj") for name, _, _ in linear),
+        vocabulary=config.vocab_size,
+        linear=tuple(linear),
+    )
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a run is spread.
+
+    Attributes:
+        ranks: GPUs.
+        stage: of ZeRO; ``None`` without DeepSpeed (every rank holds everything).
+        offload_optimizer: fp32 weights, moments and gradients in the CPU's memory.
+        offload_weights: weights in the CPU's memory while they are not used.
+        live: ZeRO-3's ``stage3_max_live_parameters``.
+        bucket: elements of gradients in one message.
+        half: weights and gradients in 16-bit.
+    """
+
+    ranks: int
+    stage: int | None = None
+    offload_optimizer: bool = False
+    offload_weights: bool = False
+    live: int = 1_000_000_000
+    bucket: int = 50_000_000
+    half: bool = True
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight as the model computes with it."""
+        return 2 if self.half else 4
+
+
+@dataclass
+class Part:
+    """Bytes on one rank.
+
+    Attributes:
+        role: ``policy``, ``value``, ``reference``, ``reward`` or ``model``.
+        weights: as the model computes with them.
+        gradients: between a backward pass and the step.
+        optimizer: fp32 weights and Adam's two moments.
+        cpu: what of these is in the CPU's memory instead.
+    """
+
+    role: str
+    weights: float = 0
+    gradients: float = 0
+    optimizer: float = 0
+    cpu: float = 0
+
+    @property
+    def gpu(self) -> float:
+        """All that is on the GPU."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def held(role: str, parameters: int, trained: int, sharding: Sharding) -> Part:
+    """What a rank holds of one role between passes (ZeRO, figure 1; K = 12 for Adam with fp32 weights).
+
+    Args:
+        role: its name.
+        parameters: of the whole model.
+        trained: how many of them train: all, none, or the adapters'.
+        sharding: of the run.
+    """
+    stage, ranks, width = sharding.stage, sharding.ranks, sharding.width
+    part = Part(role)
+    if stage is None:
+        # DDP: weights as loaded (fp32, autocast to 16-bit), Adam's moments of the same width, no second copy.
+        part.weights, part.gradients, part.optimizer = 4.0 * parameters, 4.0 * trained, 8.0 * trained
+        return part
+    part.weights = width * parameters / (ranks if stage == 3 else 1)
+    part.gradients = width * trained / (ranks if stage >= 2 else 1)
+    # DeepSpeed keeps fp32 weights of its own also where the model's are fp32 already.
+    part.optimizer = 12.0 * trained / (ranks if stage >= 1 else 1)
+    if sharding.offload_optimizer:
+        part.cpu += part.optimizer + part.gradients
+        part.optimizer = part.gradients = 0
+    if sharding.offload_weights:
+        part.cpu += part.weights
+        part.weights = 0
+    return part
+
+
+def live_weights(parameters: int, sharding: Sharding) -> float:
+    """Weights that ZeRO-3 holds gathered while a model runs; 0 where a rank has them all anyway."""
+    return sharding.width * min(parameters, sharding.live) if sharding.stage == 3 else 0.0
+
+
+def activations(shape: Shape, tokens: int, checkpointing: bool, half: bool = True) -> float:
+    """Bytes kept for the backward pass of ``tokens`` tokens (KOR, section 4.1, counted for this layer's widths).
+
+    No dropout, and attention that recomputes its scores (flash, sdpa: KOR's selective recomputation, eq. 6).
+    Inputs of two norms, of the projections, queries, keys, values, attention's output, and the feed-forward's inner
+    values. With checkpointing a layer's input is kept, and one layer's values while it is recomputed.
+    """
+    width = 2 if half else 4
+    inner = (4 if shape.gated else 2) * shape.ffn
+    layer = tokens * width * (6 * shape.hidden + 2 * shape.kv + inner)
+    if checkpointing:
+        return tokens * width * shape.hidden * shape.layers + layer
+    return layer * shape.layers
+
+
+def logits_bytes(shape: Shape, positions: int, half: bool = True) -> float:
+    """Logits and their gradient at some positions, and an fp32 piece of 1024 rows with its softmax."""
+    width = 2 if half else 4
+    return positions * shape.vocabulary * 2 * width + min(positions, 1024) * shape.vocabulary * 8
+
+
+def cache_bytes(shape: Shape, rows: int, length: int, half: bool = True) -> float:
+    """The key-value cache of ``rows`` sequences (POPE, section 2): 2 x layers x key width x tokens."""
+    return 2 * shape.layers * shape.kv * rows * length * (2 if half else 4)
+
+
+def attention_flops(shape: Shape, rows: int, length: int) -> float:
+    """Scores and weighted values of one causal forward pass (PAL: 4 L d T a token, halved by the causal mask)."""
+    return 2.0 * shape.layers * shape.hidden * length * rows * length
+
+
+def forward_flops(shape: Shape, rows: int, length: int, logits: int = 0) -> float:
+    """FLOPs of one forward pass over ``rows`` sequences: 2 a weight and token (KAP), and attention.
+
+    Args:
+        shape: of the model.
+        rows: sequences.
+        length: tokens of each.
+        logits: positions at which the vocabulary's logits are computed; none for a scalar head.
+    """
+    embedding = shape.vocabulary * shape.hidden  # looked up at the input, multiplied at the output
+    layers = shape.scalar_parameters - embedding
+    return 2.0 * rows * length * layers + attention_flops(shape, rows, length) + 2.0 * logits * embedding
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as its maker states it.
+
+    Attributes:
+        name: as given on the command line.
+        memory: bytes.
+        flops: 16-bit tensor FLOP/s, dense.
+        bandwidth: bytes/s of its memory.
+    """
+
+    name: str
+    memory: float
+    flops: float
+    bandwidth: float
+
+    @property
+    def usable(self) -> float:
+        """Memory less what is kept free."""
+        return self.memory * (1 - RESERVED)
+
+
+# NVIDIA's data sheets (A100, H100 SXM, H200, L40S, V100, RTX 4090); dense 16-bit tensor throughput.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100-40gb", 40 * GB, 312e12, 1.555e12),
+        Gpu("a100-80gb", 80 * GB, 312e12, 2.039e12),
+        Gpu("h100-80gb", 80 * GB, 989e12, 3.35e12),
+        Gpu("h200-141gb", 141 * GB, 989e12, 4.8e12),
+        Gpu("l40s-48gb", 48 * GB, 362e12, 0.864e12),
+        Gpu("v100-32gb", 32 * GB, 125e12, 0.9e12),
+        Gpu("rtx4090-24gb", 24 * GB, 165e12, 1.008e12),
+    )
+}

@@ -1,0 +1,403 @@
+"""``ppo-vs-dpo plan``: will it fit, how fast can it be at best, and what to change if it does not.
+
+Answers from the configuration alone, before a cluster is asked for: formulas and their sources are in
+`pipeline.memory`. Weights and optimizer states are exact (tests hold them against measured bytes); activations, logits
+and caches are estimates from above; the time is a floor that no run goes below.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from artifacts.errors import UserError
+from pipeline import memory
+from pipeline.memory import GB, GPUS, Gpu, Part, Shape, Sharding
+
+STAGES = ("sft", "reward_model", "dpo", "ppo")
+# TRL's defaults where the configuration says nothing: trl.SFTConfig, RewardConfig, DPOConfig (max_length).
+MAX_LENGTH = 1024
+BATCH = 8  # transformers.TrainingArguments.per_device_train_batch_size
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a training stage does, as far as memory and arithmetic go.
+
+    Attributes:
+        stage: ``sft``, ``reward_model``, ``dpo`` or ``ppo``.
+        rows: sequences of one forward and backward pass on a rank (a pair is two).
+        updates_rows: sequences of one optimizer step (PPO: of one rollout), over all ranks.
+        prompt: tokens.
+        response: tokens.
+        checkpointing: activations are computed again in the backward pass.
+        adapters: ``(rank, target modules)``; ``None`` trains everything.
+        epochs: PPO's passes over a rollout.
+        forward_rows: PPO's rows of a forward pass without gradients.
+        reference: whether a frozen reference is in memory beside the model.
+        reward: whether a reward model is.
+    """
+
+    stage: str
+    rows: int
+    updates_rows: int
+    prompt: int
+    response: int
+    checkpointing: bool = False
+    adapters: tuple[int, tuple[str, ...]] | None = None
+    epochs: int = 1
+    forward_rows: int = 64
+    reference: bool = False
+    reward: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return self.prompt + self.response
+
+
+@dataclass
+class Estimate:
+    """The figures of one stage on one rank.
+
+    Attributes:
+        parts: what each role holds all the time.
+        phases: bytes that come and go, by phase of the work; phases do not overlap.
+        flops: of one update, over all ranks.
+        seconds: the floor of its time, by phase.
+    """
+
+    parts: list[Part]
+    phases: dict[str, dict[str, float]] = field(default_factory=dict)
+    flops: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def held(self) -> float:
+        """Bytes on the GPU between phases."""
+        return sum(part.gpu for part in self.parts)
+
+    @property
+    def peak(self) -> float:
+        """Bytes on the GPU in the hungriest phase."""
+        return self.held + max(sum(extra.values()) for extra in self.phases.values())
+
+
+def estimate(shape: Shape, job: Job, sharding: Sharding, gpu: Gpu) -> Estimate:
+    """All figures of a stage.
+
+    Args:
+        shape: of the policy; value and reward models have its backbone.
+        job: what the stage does.
+        sharding: how it is spread.
+        gpu: on what.
+    """
+    rank, targets = job.adapters or (0, ())
+
+    def part(role: str, parameters: int, trains: bool) -> Part:
+        if not trains:
+            frozen = dataclasses.replace(sharding, offload_optimizer=False)
+            return memory.held(role, parameters, 0, frozen)
+        trained = parameters if job.adapters is None else shape.adapters(rank, list(targets))
+        extra = 0 if job.adapters is None else trained
+        return memory.held(role, parameters + extra, trained, sharding)
+
+    if job.stage == "ppo":
+        return _ppo(shape, job, sharding, gpu, part)
+    scalar = job.stage == "reward_model"
+    parameters = shape.scalar_parameters if scalar else shape.parameters
+    parts = [part("model", parameters, True)]
+    if job.reference:
+        parts.append(part("reference", shape.parameters, False))
+    result = Estimate(parts)
+    tokens = job.rows * job.length
+    positions = {"sft": tokens, "dpo": job.rows * job.response, "reward_model": 0}[job.stage]
+    result.phases["update"] = {
+        "activations": memory.activations(shape, tokens, job.checkpointing, sharding.half),
+        "logits": memory.logits_bytes(shape, positions, sharding.half),
+        "gathered weights": memory.live_weights(parameters, sharding),
+        "message": 2 * sharding.width * sharding.bucket if sharding.stage is not None else 0.0,
+    }
+    passes = 3 + job.checkpointing + job.reference  # a backward pass is two forward passes (KAP)
+    logits = 0 if scalar else job.updates_rows * positions // job.rows
+    result.flops["update"] = passes * memory.forward_flops(shape, job.updates_rows, job.length, logits)
+    result.seconds["update"] = result.flops["update"] / (sharding.ranks * gpu.flops)
+    return result
+
+
+def _ppo(shape: Shape, job: Job, sharding: Sharding, gpu: Gpu, part: Any) -> Estimate:
+    both = shape.parameters + shape.scalar_parameters
+    parts = [part("policy", shape.parameters, True), part("value", shape.scalar_parameters, True)]
+    if job.reference:
+        parts.append(part("reference", shape.parameters, False))
+    if job.reward:
+        parts.append(part("reward", shape.scalar_parameters, False))
+    result = Estimate(parts)
+    half, width = sharding.half, sharding.width
+    mine = math.ceil(job.updates_rows / sharding.ranks)
+    decoding = min(mine, 256)  # models.generation.SamplingConfig.batch_size
+    live = memory.live_weights(both, sharding)
+    tokens, seen = job.rows * job.length, min(job.forward_rows, mine) * job.length
+    result.phases = {
+        "generate": {
+            # ZeRO-3 gathers the whole policy once per rollout.
+            "gathered weights": width * shape.parameters if sharding.stage == 3 else 0.0,
+            "KV cache": memory.cache_bytes(shape, decoding, job.length, half),
+            "logits": decoding * shape.vocabulary * 24.0,  # fp32, and the cumulative distribution in fp64 twice
+        },
+        "forward": {
+            "gathered weights": live,
+            "activations": memory.activations(shape, seen, False, half) / shape.layers,
+            "logits": memory.logits_bytes(shape, min(job.forward_rows, mine) * job.response, half) / 2,
+        },
+        "update": {
+            "gathered weights": live,
+            # The graphs of policy and value model are there at once.
+            "activations": 2 * memory.activations(shape, tokens, job.checkpointing, half),
+            "logits": memory.logits_bytes(shape, job.rows * job.response, half),
+            "message": 2.0 * width * sharding.bucket if sharding.stage is not None else 0.0,
+        },
+    }
+    one = memory.forward_flops(shape, job.updates_rows, job.length, job.updates_rows * job.response)
+    scalar = memory.forward_flops(shape, job.updates_rows, job.length)
+    result.flops = {
+        "generate": one,
+        # Policy and reference (with adapters the same weights twice), value and reward model.
+        "forward": 2 * one + (2 if job.reward else 1) * scalar,
+        "update": job.epochs * (3 + job.checkpointing) * (one + scalar),
+    }
+    result.seconds = {name: flops / (sharding.ranks * gpu.flops) for name, flops in result.flops.items()}
+    # Each decoding step reads all weights of the policy once (POPE, section 3.1).
+    steps = job.response * math.ceil(mine / decoding)
+    result.seconds["generate"] = max(result.seconds["generate"], steps * width * shape.parameters / gpu.bandwidth)
+    return result
+
+
+# ------------------------------------------------------------------------------------- what a configuration asks for
+
+
+def job_of(config: Any, stage: str, ranks: int, prompt: int, shape: Shape, model_type: str) -> Job:
+    """A stage of a resolved configuration.
+
+    Args:
+        config: composed (`pipeline.compose.load`).
+        stage: one of `STAGES`.
+        ranks: GPUs.
+        prompt: tokens of a prompt, where the configuration does not bound them.
+        shape: of the model.
+        model_type: for the layers that peft adapts by default.
+    """
+    section = config.get(stage) or {}
+
+    def key(name: str, otherwise: Any) -> Any:
+        value = section.get(name)
+        return otherwise if value is None else value
+
+    adapters = None
+    if section.get("lora"):
+        lora = section["lora"]
+        adapters = (lora.get("r", 16), tuple(lora.get("target_modules") or default_targets(model_type)))
+    rows, accumulate = key("per_device_train_batch_size", BATCH), key("gradient_accumulation_steps", 1)
+    common = {"checkpointing": bool(key("gradient_checkpointing", True)), "adapters": adapters}
+    if stage == "ppo":
+        rollout = key("rollout_batch_size", rows * accumulate * ranks)
+        return Job(
+            stage,
+            min(rows, math.ceil(rollout / key("num_mini_batches", 1) / ranks)),
+            rollout,
+            key("max_prompt_length", prompt),
+            key("response_length", 53),
+            epochs=key("num_ppo_epochs", 4),
+            forward_rows=key("local_rollout_forward_batch_size", 64),
+            reference=adapters is None,
+            reward=not key("gold_reward", False),
+            **common,
+        )
+    sequences = 1 if stage == "sft" else 2
+    length = key("max_length", MAX_LENGTH)
+    return Job(
+        stage,
+        sequences * rows,
+        sequences * rows * accumulate * ranks,
+        min(prompt, length // 2),
+        length - min(prompt, length // 2),
+        # DPO takes the reference's log-probabilities beforehand unless another model is named.
+        reference=stage == "dpo" and bool(section.get("reference_path")),
+        **common,
+    )
+
+
+def default_targets(model_type: str) -> list[str]:
+    """The layers peft adapts where none are named."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as MAPPING
+
+    if model_type not in MAPPING:
+        raise UserError(f"lora.target_modules is empty and peft knows no default for {model_type}: name the layers.")
+    return sorted(MAPPING[model_type])
+
+
+def sharding_of(config: Any, ranks: int, half: bool) -> Sharding:
+    """The ``deepspeed`` section of a configuration."""
+    zero = ((config.get("deepspeed") or {}).get("zero_optimization")) or None
+    if zero is None:
+        return Sharding(ranks, half=half)
+
+    def offloads(what: str) -> bool:
+        return (zero.get(f"offload_{what}") or {}).get("device", "none") != "none"
+
+    return Sharding(
+        ranks,
+        stage=zero["stage"],
+        offload_optimizer=offloads("optimizer"),
+        offload_weights=offloads("param"),
+        live=int(zero.get("stage3_max_live_parameters", 1e9)),
+        bucket=int(zero.get("reduce_bucket_size", 5e8)),
+        half=half,
+    )
+
+
+def changes(job: Job, sharding: Sharding) -> Iterator[tuple[str, Job, Sharding]]:
+    """Changes of the configuration that save memory, mildest first, each on top of those before it."""
+    stage = job.stage
+    if not job.checkpointing:
+        job = dataclasses.replace(job, checkpointing=True)
+        yield f"{stage}.gradient_checkpointing=true", job, sharding
+    for name, number in (("zero2", 2), ("zero3", 3)):
+        if (sharding.stage or 0) < number and sharding.ranks > 1:
+            sharding = dataclasses.replace(sharding, stage=number)
+            yield f"deepspeed={name}", job, sharding
+    while job.rows > (1 if stage in ("sft", "ppo") else 2):
+        job = dataclasses.replace(job, rows=job.rows // 2)
+        per_device = job.rows if stage in ("sft", "ppo") else job.rows // 2
+        yield f"{stage}.per_device_train_batch_size={per_device}", job, sharding
+    if not sharding.offload_optimizer:
+        sharding = dataclasses.replace(sharding, stage=sharding.stage or 2, offload_optimizer=True)
+        yield f"deepspeed=zero{sharding.stage}_offload", job, sharding
+    if not sharding.offload_weights:
+        sharding = dataclasses.replace(sharding, stage=3, offload_weights=True)
+        yield "deepspeed=zero3_offload", job, sharding
+    if job.adapters is None:
+        job = dataclasses.replace(job, adapters=(16, ("q_proj", "v_proj", "query_key_value")), reference=False)
+        yield f"{stage}.lora={{r: 16, alpha: 32}}", job, sharding
+
+
+def advice(shape: Shape, job: Job, sharding: Sharding, gpu: Gpu) -> str:
+    """What makes a stage fit: the mildest changes together, or more GPUs; or that nothing here does."""
+    taken: list[str] = []
+    for change, other_job, other_sharding in changes(job, sharding):
+        group = change.partition("=")[0]
+        taken = [c for c in taken if c.partition("=")[0] != group] + [change]
+        if estimate(shape, other_job, other_sharding, gpu).peak <= gpu.usable:
+            return "add " + " ".join(taken)
+    for factor in (2, 4, 8, 16, 32, 64):
+        more = dataclasses.replace(sharding, stage=3, ranks=sharding.ranks * factor)
+        if estimate(shape, job, more, gpu).peak <= gpu.usable:
+            return f"deepspeed=zero3 on {more.ranks} GPUs"
+    whole = (2 if sharding.half else 4) * shape.parameters
+    if job.stage == "ppo" and whole > gpu.usable:
+        return f"no change here helps: to generate, the whole policy ({whole / GB:.0f} GB) must fit one GPU"
+    return "no change here helps: a smaller model, or GPUs with more memory"
+
+
+# ------------------------------------------------------------------------------------------------------ what it says
+
+
+def report(shape: Shape, jobs: list[Job], sharding: Sharding, gpu: Gpu) -> tuple[str, bool]:
+    """The plan as text, and whether every stage fits."""
+    lines, all_fit = [], True
+    spread = "every rank holds all (no deepspeed)" if sharding.stage is None else f"ZeRO-{sharding.stage}"
+    if sharding.offload_optimizer:
+        spread += ", optimizer in CPU memory"
+    if sharding.offload_weights:
+        spread += ", weights in CPU memory"
+    lines.append(f"{shape.parameters:,} parameters on {sharding.ranks} x {gpu.name}; {spread}; GB per GPU")
+    for job in jobs:
+        figures = estimate(shape, job, sharding, gpu)
+        fits = figures.peak <= gpu.usable
+        all_fit = all_fit and fits
+        lines.append("")
+        lines.append(
+            f"{job.stage}: {job.rows} sequences of {job.prompt} + {job.response} tokens per pass, "
+            f"{job.updates_rows} per update"
+        )
+        lines.append(f"  {'':12}{'weights':>10}{'gradients':>11}{'optimizer':>11}{'GPU':>9}{'CPU':>9}")
+        for part in figures.parts:
+            cells = (part.weights, part.gradients, part.optimizer, part.gpu, part.cpu)
+            widths = (10, 11, 11, 9, 9)
+            numbers = "".join(f"{value / GB:>{w}.2f}" for value, w in zip(cells, widths, strict=True))
+            lines.append(f"  {part.role:12}{numbers}")
+        for phase, extra in figures.phases.items():
+            what = ", ".join(f"{name} {size / GB:.2f}" for name, size in extra.items() if size)
+            lines.append(f"  {phase + ':':10} + {sum(extra.values()) / GB:.2f} ({what})")
+        answer = "fits" if fits else "DOES NOT FIT"
+        lines.append(
+            f"  peak {figures.peak / GB:.2f} of {gpu.usable / GB:.1f} usable ({gpu.memory / GB:.0f} less "
+            f"{memory.RESERVED:.0%} kept free): {answer}"
+        )
+        if not fits:
+            lines.append(f"  -> {advice(shape, job, sharding, gpu)}")
+        floor = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in figures.seconds.items())
+        lines.append(
+            f"  at least {sum(figures.seconds.values()):.3g} s per update ({floor}); "
+            f"{sum(figures.flops.values()):.3g} FLOPs"
+        )
+    return "\n".join(lines) + "\n", all_fit
+
+
+def model_config(config: Any) -> Any:
+    """The transformers configuration of a run's model.
+
+    Raises:
+        UserError: it cannot be found.
+    """
+    from omegaconf import OmegaConf
+    from transformers import AutoConfig
+
+    section = config.model
+    if section.get("path"):
+        try:
+            return AutoConfig.from_pretrained(section.path, revision=section.get("revision"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"model.path={section.path}: {str(error).splitlines()[0]}") from error
+    architecture = OmegaConf.to_container(section.architecture, resolve=True)
+    if "vocab_size" not in architecture:
+        from preferences.testbed.tokenizer import build_tokenizer
+
+        architecture["vocab_size"] = len(build_tokenizer())
+    return AutoConfig.for_model(architecture.pop("model_type"), **architecture)
+
+
+def main(arguments: list[str]) -> int:
+    """``ppo-vs-dpo plan [--gpus N] [--gpu NAME] [key=value ...]``; 0 where all fits, 1 where it does not."""
+    parser = argparse.ArgumentParser(prog="ppo-vs-dpo plan", description=__doc__.splitlines()[0])
+    parser.add_argument("overrides", nargs="*", help="a configuration, as for a run: experiment=NAME key=value ...")
+    parser.add_argument("--gpus", type=int, help="how many (default: launch.processes)")
+    parser.add_argument("--gpu", default="a100-80gb", choices=sorted(GPUS), help="which (default: %(default)s)")
+    parser.add_argument("--prompt-tokens", type=int, default=512, help="longest prompt (default: %(default)s)")
+    parser.add_argument("--table", metavar="FILE", help="write the table of known models into FILE instead")
+    given = parser.parse_args(arguments)
+    if given.table:
+        from pipeline.scaling import write_table
+
+        write_table(given.table)
+        return 0
+    from pipeline.compose import load
+
+    config = load(given.overrides)
+    ranks = given.gpus or config.launch.processes
+    if ranks < 1:
+        raise UserError(f"--gpus {ranks}: at least 1.")
+    architecture = model_config(config)
+    shape = Shape.of(architecture)
+    stages = [stage for stage in config.stages if stage in STAGES]
+    # On a GPU the stages compute in bfloat16 unless told otherwise (models.training.training_arguments).
+    half = not any((config.get(stage) or {}).get("bf16") is False for stage in stages)
+    sharding = sharding_of(config, ranks, half)
+    jobs = [job_of(config, s, ranks, given.prompt_tokens, shape, architecture.model_type) for s in stages]
+    jobs = [job for job in jobs if not (config.get(job.stage) or {}).get("skip_training")]
+    text, fits = report(shape, jobs, sharding, GPUS[given.gpu])
+    sys.stdout.write(text)
+    return 0 if fits else 1

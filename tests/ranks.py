@@ -1,0 +1,71 @@
+"""Several real processes for a test: forked ones joined by gloo, or a stage under torchrun."""
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from artifacts.run import RunFolder
+from models.sharding import start_deepspeed
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "deepspeed"
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def settings_of(name: str) -> dict:
+    """A file of configs/deepspeed/, with no parameter left whole."""
+    settings = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))
+    if settings["zero_optimization"]["stage"] == 3:
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return settings
+
+
+def on_ranks(world: int, work: Callable, *arguments: Any) -> list:
+    """``work(*arguments)`` on ``world`` forked processes joined by gloo; what each of them returned."""
+    context = multiprocessing.get_context("fork")
+    port, answers = free_port(), context.Queue()
+
+    def rank_main(rank: int) -> None:
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world),
+            LOCAL_WORLD_SIZE=str(world),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+        start_deepspeed(use_cpu=True)
+        answers.put((rank, work(*arguments)))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+    processes = [context.Process(target=rank_main, args=(rank,)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(200)
+    assert [process.exitcode for process in processes] == [0] * world
+    return [answer for _, answer in sorted(answers.get() for _ in processes)]
+
+
+def launch(run: RunFolder, stage: str, ranks: int = 2, code: int = 0) -> str:
+    """``torchrun -m <stage> RUN`` on so many processes; what they wrote."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    ended = subprocess.run(
+        [*start, "-m", stage, str(run.root)], capture_output=True, text=True, check=False, timeout=400
+    )
+    assert ended.returncode == code, ended.stderr[-3000:]
+    return ended.stdout + ended.stderr
