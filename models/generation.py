@@ -10,9 +10,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from artifacts.errors import UserError
+from models.kv_cache import ReservedCache
+from models.packed import can_pack
+
+# Prompts of similar length that are read together; each run is padded to its own longest.
+PROMPT_RUNS = 4
 
 
 @dataclass
@@ -166,24 +171,20 @@ def _generate_batch(
     longest = max(map(len, prompts))
     input_ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
     attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    position_ids = (attention_mask.cumsum(-1) - 1).clamp_min(0)
     uniforms = _uniforms(seeds, sampling.max_new_tokens).to(device)
     eos_tensor = torch.tensor(sorted(eos), device=device)
     tokens = torch.zeros(len(prompts), sampling.max_new_tokens, dtype=torch.long, device=device)
     lengths = torch.full((len(prompts),), sampling.max_new_tokens, device=device)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     alive = torch.arange(len(prompts), device=device)
-    cache = DynamicCache(config=model.config)
+    cache = ReservedCache(model.config)
+    logits = _read_prompts(model, input_ids, attention_mask, cache)
+    position_ids = attention_mask.sum(-1, keepdim=True)
+    # Room for the masks of all steps: a step looks at the columns so far.
+    attention_mask = torch.nn.functional.pad(attention_mask, (0, sampling.max_new_tokens), value=1)
+    padded = bool((attention_mask == 0).any())
 
     for step in range(sampling.max_new_tokens):
-        logits = model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
         picked = pick_tokens(logits, uniforms[alive, step], sampling)
         tokens[alive, step] = picked
         ended = torch.isin(picked, eos_tensor)
@@ -195,16 +196,65 @@ def _generate_batch(
             done = alive[ended]
             finished[done] = True
             lengths[done] = step + 1
-            keep = (~ended).nonzero().squeeze(-1)
+            keep = _close_gaps(ended)
             if keep.numel() == 0:
                 break
             alive, picked = alive[keep], picked[keep]
             attention_mask, position_ids = attention_mask[keep], position_ids[keep]
             cache.batch_select_indices(keep)
-        input_ids = picked[:, None]
-        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(alive), 1)], dim=-1)
-        position_ids = position_ids[:, -1:] + 1
+        if step + 1 < sampling.max_new_tokens:
+            logits = model(
+                input_ids=picked[:, None],
+                attention_mask=_step_mask(model, cache, attention_mask[:, : longest + step + 1], padded),
+                position_ids=position_ids + step,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
     return [
         Generated(row[:length], bool(end))
         for row, length, end in zip(tokens.tolist(), lengths.tolist(), finished.tolist(), strict=True)
     ]
+
+
+def _close_gaps(ended: torch.Tensor) -> torch.Tensor:
+    """Rows that stay, ``(n,)``: each in its place but for the last ones, which fill the gaps of those that ended."""
+    left = (~ended).nonzero().squeeze(-1)
+    keep = torch.arange(len(left), device=ended.device)
+    keep[ended[: len(left)]] = left[left >= len(left)]
+    return keep
+
+
+def _read_prompts(
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, cache: ReservedCache
+) -> torch.Tensor:
+    """Fill the cache with left-padded prompts ``(B, P)``, shortest first; logits ``(B, V)`` of the first token."""
+    lengths = attention_mask.sum(-1)
+    runs = torch.arange(len(lengths), device=lengths.device).chunk(PROMPT_RUNS if cache.reserves else 1)
+    if lengths[0] == lengths[-1]:
+        runs = [torch.arange(len(lengths), device=lengths.device)]
+    logits = []
+    for rows in runs:
+        width = int(lengths[rows].max())
+        mask = attention_mask[rows, -width:]
+        with cache.reading(rows, len(lengths), input_ids.shape[1]) as part:
+            output = model(
+                input_ids=input_ids[rows, -width:],
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
+                past_key_values=part,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        logits.append(output.logits[:, -1])
+    return torch.cat(logits)
+
+
+def _step_mask(
+    model: PreTrainedModel, cache: ReservedCache, attention_mask: torch.Tensor, padded: bool
+) -> torch.Tensor | None:
+    """What one new token a row may look at: nothing to say without padding, else ``(B, 1, 1, L)`` where it is known
+    that the model takes a finished mask, or ``(B, L)`` for it to build its own."""
+    if cache.reserves and can_pack(model):
+        return attention_mask[:, None, None].bool() if padded else None
+    return attention_mask

@@ -161,7 +161,8 @@ class Collection:
         """Fill in log-probabilities, entropies and values, in batches of similar length."""
         device = self.accelerator.device
         self.model_wrapped.train()
-        for rows in rollout.micro_batches(self.args.local_rollout_forward_batch_size):
+        tokens = self.args.micro_batch_tokens if self.accelerator.num_processes == 1 else None
+        for rows in rollout.micro_batches(self.args.local_rollout_forward_batch_size, tokens):
             part = rollout.select(rows).to(device)
             batch = part.batch()
             out = self.model_wrapped(batch, self.temperature, value_mask=part.value_mask, with_entropy=True)

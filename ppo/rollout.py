@@ -113,11 +113,25 @@ class Rollout:
         """``(N,)`` real response tokens."""
         return self.mask.sum(1)
 
-    def micro_batches(self, size: int) -> Iterator[torch.Tensor]:
-        """Row numbers in groups of at most ``size``, similar lengths together, so that little is padding."""
+    def micro_batches(self, size: int, tokens: int | None = None) -> Iterator[torch.Tensor]:
+        """Row numbers in groups, similar lengths together, so that little is padding.
+
+        Args:
+            size: rows of a group at most.
+            tokens: real tokens of a group at most, unless a single row has more.
+        """
         total = self.prompt_mask.sum(1) + self.lengths()
-        order = torch.sort(total, stable=True).indices
-        yield from order.split(size)
+        lengths, order = torch.sort(total, stable=True)
+        if tokens is None:
+            yield from order.split(size)
+            return
+        start, held = 0, 0
+        for stop, length in enumerate(lengths.tolist()):
+            if stop > start and (stop - start == size or held + length > tokens):
+                yield order[start:stop]
+                start, held = stop, 0
+            held += length
+        yield order[start:]
 
     def minibatches(self, number: int, seed: int, update: int, epoch: int) -> list[torch.Tensor]:
         """A fresh random partition of the rows into ``number`` minibatches; the same on every rank.

@@ -75,12 +75,14 @@ def run_update(
     """
     averages, deviation = Averages(), Averages()
     steps, stopped = 0, False
+    # Ranks must make the same number of passes: sharded weights are gathered in each.
+    budget = args.micro_batch_tokens if accelerator.num_processes == 1 else None
     for epoch in range(args.num_ppo_epochs):
         for number, rows in enumerate(rollout.minibatches(args.num_mini_batches, args.seed, update, epoch)):
             first = epoch == 0 and number == 0
             counts = {"tokens": rollout.mask[rows].sum(), "values": rollout.value_mask[rows].sum()}
             mine = rollout.select(rows[accelerator.process_index :: accelerator.num_processes])
-            micro_batches = list(mine.micro_batches(args.per_device_train_batch_size))
+            micro_batches = list(mine.micro_batches(args.per_device_train_batch_size, budget))
             # The draw of pretraining texts is numbered through, so that no text comes twice before all came once.
             draw = (update * args.num_ppo_epochs + epoch) * args.num_mini_batches + number
             texts = (

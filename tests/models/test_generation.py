@@ -4,10 +4,16 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from artifacts.errors import UserError
 from models.generation import SamplingConfig, generate, pick_tokens, row_seed
+from models.kv_cache import ReservedCache
 
+SMALL = {
+    "vocab_size": 20, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 128, "initializer_range": 0.5,
+}  # fmt: skip
 PROMPTS = [[1, 6, 7], [1, 9], [1, 10, 11, 12, 13], [1, 6, 8, 14]]
 
 
@@ -38,6 +44,59 @@ def test_a_row_does_not_depend_on_its_batch(tiny_llama):
     assert len({tuple(g.token_ids) for g in together}) > 16
     assert {g.finished for g in together} == {True, False}
     assert all(g.finished == (g.token_ids[-1] == 2) for g in together)
+
+
+def plainly(model, prompt, seed, budget):
+    """One row alone, the whole sequence through the model for every token, no cache."""
+    ids, uniforms = list(prompt), np.random.Generator(np.random.Philox(key=seed)).random(budget)
+    for number in uniforms:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[:, -1]
+        ids.append(pick_tokens(logits, torch.tensor([number]), SamplingConfig(budget)).item())
+        if ids[-1] == 2:
+            break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "grouped queries", "sliding window", "gpt2"])
+@pytest.mark.parametrize("lengths", [[3], [1, 3, 2, 9, 5, 3, 4, 14]])
+def test_equal_to_one_row_without_a_cache(tiny_llama, model_type, lengths):
+    """Prompts read in runs, the cache that grows and closes gaps, masks: the same tokens as without all of it."""
+    torch.manual_seed(5)
+    if model_type == "sliding window":
+        model = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=4)).eval()
+    elif model_type == "gpt2":
+        model = GPT2LMHeadModel(
+            GPT2Config(vocab_size=20, n_embd=16, n_layer=2, n_head=2, n_positions=128, initializer_range=0.5)
+        ).eval()
+    else:
+        heads = 1 if model_type == "grouped queries" else 2
+        model = tiny_llama(seed=3, num_key_value_heads=heads, max_position_embeddings=256)
+    prompts = [torch.randint(3, 20, (n,)).tolist() for n in lengths * (16 // len(lengths))]
+    budget = 90
+    drawn = draw(model, prompts, range(16), max_new_tokens=budget)
+    assert [g.token_ids for g in drawn] == [plainly(model, p, s, budget) for s, p in enumerate(prompts)]
+    assert len({len(g.token_ids) for g in drawn}) > 4
+
+
+def test_the_cache_grows_and_closes_gaps(tiny_llama):
+    """Rows that leave, and more tokens than were reserved: what is left is what was put there."""
+    cache, plain = ReservedCache(tiny_llama().config), []
+    layer = cache.layers[0]
+    torch.manual_seed(0)
+    rows = torch.arange(5)
+    for step in range(150):
+        keys = torch.randn(len(rows), 2, 1, 8)
+        plain.append(torch.zeros(5, 2, 1, 8).index_copy_(0, rows, keys))
+        layer.update(keys, -keys)
+        if step in (3, 80):
+            keep = torch.tensor([4, 1, 2, 3]) if step == 3 else torch.tensor([0, 3])
+            layer.batch_select_indices(keep)
+            rows = rows[keep]
+    assert rows.tolist() == [4, 3]
+    assert torch.equal(layer.keys, torch.cat(plain, dim=2)[rows])
+    assert torch.equal(layer.values, -layer.keys)
+    assert layer.get_seq_length() == 150
 
 
 def test_samples_follow_the_model(tiny_llama):

@@ -1,9 +1,11 @@
 """Log-probabilities, entropies, KL, values and scores against the plain full computation."""
 
+import copy
+
 import pytest
 import torch
 
-from models.logprobs import full_kl, pad_batch, response_logprobs, response_values, sequence_scores
+from models.logprobs import _Logprobs, full_kl, pad_batch, response_logprobs, response_values, sequence_scores
 
 PROMPTS = [[1, 6, 7], [1, 9], [1, 10, 11, 12, 13]]
 RESPONSES = [[8, 9, 2], [7], [10, 11, 12, 13, 2]]
@@ -44,6 +46,37 @@ def test_chunks_and_checkpointing_change_nothing(tiny_llama, monkeypatch):
     monkeypatch.setattr("models.logprobs.ROWS", 2)
     for chunked, expected in zip(value_and_gradient(), whole, strict=True):
         torch.testing.assert_close(chunked, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("piece", [7, 1 << 18])
+def test_log_softmax_in_place_equals_torchs(monkeypatch, temperature, piece):
+    """Values and gradients against the plain formula in double precision; some probabilities underflow."""
+    monkeypatch.setattr("models.logprobs.PIECE", piece)
+    torch.manual_seed(0)
+    states, head = torch.randn(9, 6), torch.nn.Linear(6, 5)
+    head.weight.data *= torch.tensor([1.0, 1.0, 1.0, 60.0, 60.0])[:, None]
+    tokens, weight = torch.tensor([0, 4, 3, 2, 1, 0, 4, 3, 3]), torch.linspace(-1, 1, 9)
+
+    def run(function, dtype):
+        layer, inputs = copy.deepcopy(head).to(dtype), states.to(dtype).requires_grad_()
+        out = function(layer(inputs))
+        (out * weight).sum().backward()
+        return out.detach().double(), inputs.grad.double(), layer.weight.grad.double()
+
+    exact = run(lambda x: (x / temperature).log_softmax(-1)[range(9), tokens], torch.double)
+    ours = run(lambda x: _Logprobs.apply(x, tokens, temperature), torch.float)
+    assert exact[0].min() < -100
+    for mine, expected in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_log_softmax_in_place_can_be_differentiated_once():
+    logits = torch.randn(3, 4, requires_grad=True)
+    out = _Logprobs.apply(logits * 1.0, torch.tensor([0, 1, 2]), 1.0).sum()
+    out.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        out.backward()
 
 
 def test_exact_kl(tiny_llama):

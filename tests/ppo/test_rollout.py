@@ -58,6 +58,17 @@ def test_micro_batches_put_similar_lengths_together(rollout):
     assert [len(rows) for rows in rollout.micro_batches(1)] == [1, 1, 1]
 
 
+def test_micro_batches_under_a_token_budget():
+    """Neither rows nor tokens beyond the limits, every row once; a row over the budget goes alone."""
+    lengths = [1, 2, 2, 3, 5, 9, 4, 1]
+    rollout = Rollout.empty([[5]] * 8, [[1] * n for n in lengths], [True] * 8, 0)
+    groups = [rows.tolist() for rows in rollout.micro_batches(3, tokens=9)]
+    assert [sorted(lengths[row] + 1 for row in rows) for rows in groups] == [[2, 2, 3], [3, 4], [5], [6], [10]]
+    assert sorted(row for rows in groups for row in rows) == list(range(8))
+    assert [len(rows) for rows in rollout.micro_batches(3, tokens=1000)] == [3, 3, 2]
+    assert [len(rows) for rows in rollout.micro_batches(8, tokens=1)] == [1] * 8
+
+
 def test_save_and_load(rollout, tmp_path):
     rollout.save(tmp_path / "rollout.safetensors")
     loaded = Rollout.load(tmp_path / "rollout.safetensors")
