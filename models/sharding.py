@@ -7,10 +7,11 @@ launcher; and ZeRO-3 shards whatever is loaded while its configuration is active
 
 import contextlib
 import copy
+import datetime
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -41,10 +42,14 @@ def deepspeed_settings(context: StageContext) -> dict[str, Any] | None:
     return settings
 
 
-def start_deepspeed(use_cpu: bool) -> None:
+def start_deepspeed(use_cpu: bool, timeout: float | None = None) -> None:
     """Join the ranks before any of TRL's argument classes asks for them.
 
     On a CPU: gloo, and none of DeepSpeed's own kernels (they would be compiled at the first collective).
+
+    Args:
+        use_cpu: train on the CPU.
+        timeout: seconds a collective may take; half an hour where nothing is said.
 
     Raises:
         UserError: DeepSpeed is not installed.
@@ -63,7 +68,31 @@ def start_deepspeed(use_cpu: bool) -> None:
         compatible = getattr(deepspeed.ops, "__compatible_ops__", {})
         if "deepspeed_shm_comm" in compatible:
             compatible["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="gloo" if use_cpu else None, verbose=False)
+    patience = {} if timeout is None else {"timeout": datetime.timedelta(seconds=timeout)}
+    deepspeed.init_distributed(dist_backend="gloo" if use_cpu else None, verbose=False, **patience)
+
+
+@contextlib.contextmanager
+def named_step(name: Callable[[], str]) -> Iterator[None]:
+    """What the ranks do together inside the block: one that waits in vain says so under this name.
+
+    Args:
+        name: asked only when a collective has timed out (``ddp_timeout`` seconds).
+
+    Raises:
+        UserError: in place of the backend's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo: "Timed out waiting 1800000ms for recv operation"; NCCL: "Watchdog caught collective operation timeout".
+        if not re.search(r"timed out|timeout", str(error), re.IGNORECASE):
+            raise
+        raise UserError(
+            f"rank {os.environ.get('RANK', '0')} waited in vain for another rank in this step: {name()} "
+            f"({str(error).splitlines()[0][-160:]}). A rank that hangs or is much slower stalls all: look for it in "
+            f"the log. ddp_timeout sets the patience, in seconds."
+        ) from error
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:
@@ -147,10 +176,10 @@ def unsharded_loading() -> Iterator[None]:
         integration._hf_deepspeed_config_weak_ref = active
 
 
-def held_bytes(model: torch.nn.Module) -> int:
+def held_bytes(model: torch.nn.Module | Iterable[torch.nn.Parameter]) -> int:
     """Bytes of parameters that this rank holds by itself: a shard's size where ZeRO-3 has split a parameter."""
     total = 0
-    for parameter in model.parameters():
+    for parameter in model.parameters() if isinstance(model, torch.nn.Module) else model:
         piece = getattr(parameter, "ds_tensor", None)
         total += (parameter if piece is None else piece).numel() * parameter.element_size()
     return total

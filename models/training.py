@@ -29,6 +29,7 @@ from models.sharding import (
     deepspeed_settings,
     explain,
     held_bytes,
+    named_step,
     start_deepspeed,
     tell_held_bytes,
     unsharded_loading,
@@ -61,7 +62,7 @@ def training_arguments(cls: type[Arguments], context: StageContext, passed: dict
     sharding = deepspeed_settings(context)
     if sharding is not None:
         defaults["deepspeed"] = sharding
-        start_deepspeed(use_cpu=not accelerator)
+        start_deepspeed(use_cpu=not accelerator, timeout=passed.get("ddp_timeout"))
     fixed = {"output_dir": str(context.dir / "checkpoints"), "seed": context.seed, "data_seed": context.seed}
     fixed["push_to_hub"] = False  # the finished model is pushed, by `pipeline.publish`; checkpoints are not
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(context.dir / "tensorboard")
@@ -186,7 +187,8 @@ def train(trainer: Trainer, context: StageContext) -> dict[str, float]:
     if checkpoint is not None:
         sys.stderr.write(f"going on from {checkpoint}\n")
     try:
-        summary = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+        with named_step(lambda: f"{context.stage}, step {trainer.state.global_step + 1}"):
+            summary = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
         if trainer.is_deepspeed_enabled:
             _tell_held_bytes(trainer)
         return summary

@@ -15,7 +15,9 @@ From preference pairs to a verdict: SFT, reward model, PPO, DPO, best-of-n, comp
   ppo-vs-dpo -m experiment=NAME seed=1,2,3       one run for each value (Hydra's sweep)
   ppo-vs-dpo list                                the experiments, a line each
   ppo-vs-dpo show experiment=NAME [key=value]    the resolved configuration, every key with its comment
+  ppo-vs-dpo plan experiment=NAME --gpus 8       memory for each role, time at best, and whether it fits
   ppo-vs-dpo data inspect SOURCE                 what is in a preference data set, and what is wrong with it
+  ppo-vs-dpo iterate RUN --rounds 3              iterative DPO: sample, score, pair, train, repeat, from a finished run
   ppo-vs-dpo compare RUN [RUN ...]               pool finished runs (seeds, sweeps) into one report
   ppo-vs-dpo --help | --version
 
@@ -78,6 +80,14 @@ def dispatch(arguments: list[str]) -> int:
         from preferences.inspect import main as inspect
 
         return inspect(rest[1:]) or 0
+    if first == "plan":
+        from pipeline.plan import main as plan
+
+        return plan(rest)
+    if first == "iterate":
+        from preferences.iterative_dpo import main as iterate
+
+        return iterate(rest)
     if first == "compare":
         from compare.several import main as compare_several
 

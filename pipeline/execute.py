@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from artifacts.errors import UserError
 from artifacts.files import write_json
 from artifacts.run import RunFolder
 from pipeline.graph import DISTRIBUTED, Job
+from pipeline.launch import launcher
 from pipeline.overview import Overview
 
 # Time for a stage to stop by itself after Ctrl-C, in seconds; then it is killed (it resumes from its checkpoint).
@@ -64,10 +66,7 @@ def environment(config, job: Job) -> dict[str, str]:
 def command(run: RunFolder, job: Job) -> list[str]:
     """The command line of a job: what a user would type to run that stage alone."""
     room = {"data": "preferences", "pairs": "preferences"}.get(job.stage, job.stage)
-    processes = run.config.launch.processes if job.stage in DISTRIBUTED else 1
-    start = [sys.executable, "-m"]
-    if processes > 1:
-        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    start = launcher(run.config.launch) if job.stage in DISTRIBUTED else [sys.executable, "-m"]
     arguments = [room, str(run.root)]
     if room != job.stage:
         arguments += ["--step", job.stage]
@@ -131,6 +130,13 @@ def last_words(path: Path, lines: int = 25) -> str:
     return text[marker + 1 :].strip() if marker >= 0 else "\n".join(text.strip().splitlines()[-lines:])
 
 
+def root_cause(path: Path) -> tuple[int, int] | None:
+    """Rank and exit code of the process that ended first, as torchrun's summary at the end of a log has them."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    found = re.findall(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", text, re.DOTALL)
+    return (int(found[-1][0]), int(found[-1][1])) if found else None
+
+
 def execute(run: RunFolder, jobs: list[Job], overview: Overview) -> None:
     """Run jobs, each as soon as its needs are met, at most ``launch.workers`` at once.
 
@@ -169,4 +175,9 @@ def _failure(run: RunFolder, one: Running) -> StageFailed:
         name = signal.Signals(-code).name
         hint = " (out of memory?)" if name == "SIGKILL" else ""
         return StageFailed(f"stage {one.job.name} was killed by {name}{hint}.{place}")
+    cause = root_cause(one.log_path)
+    if cause is not None and cause[1] < 0:
+        name = signal.Signals(-cause[1]).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        return StageFailed(f"rank {cause[0]} of stage {one.job.name} was killed by {name}{hint}.{place}")
     return StageFailed(f"stage {one.job.name} failed:\n{last_words(one.log_path)}{place}")

@@ -25,6 +25,9 @@ class LaunchConfig:
 
     workers: int = 2
     processes: int = 1
+    hostfile: str | None = None
+    nodes: int = 1
+    rendezvous: str | None = None
     threads: int = 1
     expected_seconds: dict[str, float] = field(default_factory=dict)
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from artifacts.errors import UserError
@@ -113,13 +114,25 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def complete_folder(path: Path, is_main: bool) -> Iterator[Path]:
-    """A temporary folder that all ranks write into, renamed to ``path`` when all have finished."""
+    """A temporary folder that all ranks write into, renamed to ``path`` when all have finished.
+
+    Raises:
+        UserError: a file cannot be written (the disk is full); what was there before stays as it was.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     if is_main:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     barrier()
-    yield temporary
+    try:
+        yield temporary
+    except (OSError, SafetensorError) as error:
+        # What is half written would only fill the disk further.
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"could not write {path}: {error}. The checkpoint before it is complete: free some space, then start the "
+            f"same command again."
+        ) from error
     barrier()
     if is_main:
         # A checkpoint of the same step is from before a resume, and equal.

@@ -22,6 +22,7 @@ class Clock:
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
+        self.now = "start"
 
     def __call__(self, name: str) -> "Phase":
         return Phase(self, name)
@@ -34,7 +35,7 @@ class Phase:
         self.clock, self.name = clock, name
 
     def __enter__(self) -> None:
-        self.started = time.monotonic()
+        self.started, self.clock.now = time.monotonic(), self.name.rpartition("/")[2]
 
     def __exit__(self, *error: Any) -> None:
         self.clock.seconds[self.name] = self.clock.seconds.get(self.name, 0.0) + time.monotonic() - self.started
@@ -78,7 +79,7 @@ class Collection:
 
         # 4. log-probabilities and values
         with clock("time/forward"):
-            self._forward(rollout)
+            self._forward(rollout, generated)
 
         # What follows may be summed over ranks, and some backends do so on the device only.
         rollout = rollout.to(self.accelerator.device)
@@ -106,8 +107,12 @@ class Collection:
         return rollout.gather()
 
     def sample(self, prompt_ids: list[list[int]], seeds: list[int], reference: bool = False) -> list[Generated]:
-        """Responses of the policy (or of the reference) to some prompts, one seed each."""
+        """Responses of the policy (or of the reference) to some prompts, one seed each.
+
+        The policy's come with their log-probabilities where those are what a pass over the responses would give.
+        """
         kwargs = {"eos_token_ids": self.eos_ids, "seeds": seeds, "tokenizer": self.processing_class}
+        kwargs["with_logprobs"] = not reference and self._samples_exactly()
         model = self.reference.module if reference else self.policy
         if not self.is_deepspeed_enabled:
             return generate(model, prompt_ids, self.sampling, **kwargs)
@@ -116,6 +121,13 @@ class Collection:
         # ZeRO-3: the weights are gathered once for the whole rollout.
         with whole if self.args.ds3_gather_for_generation else contextlib.nullcontext():
             return generate(model, prompt_ids, self.sampling, **kwargs)
+
+    def _samples_exactly(self) -> bool:
+        """Whether sampling and training compute the same probabilities up to fp32 rounding."""
+        full = {parameter.dtype for parameter in self.policy.parameters()} == {torch.float32}
+        plain = self.args.mixed_precision == "no" and not self.is_deepspeed_enabled
+        same = self.temperature == self.sampling.temperature and not self.sampling.changes_distribution
+        return full and plain and same
 
     def score(self, rows: list[int], generated: list[Generated], prompts: PromptSet, rollout: Rollout | None = None):
         """Scores ``(N,)`` of responses to the prompts ``rows``.
@@ -157,16 +169,26 @@ class Collection:
         return torch.where(finished, final, penalised)
 
     @torch.no_grad()
-    def _forward(self, rollout: Rollout) -> None:
-        """Fill in log-probabilities, entropies and values, in batches of similar length."""
+    def _forward(self, rollout: Rollout, generated: list[Generated]) -> None:
+        """Fill in log-probabilities, entropies and values, in batches of similar length.
+
+        What sampling has worked out already is not worked out again.
+        """
         device = self.accelerator.device
+        known = all(g.logprobs is not None for g in generated)
+        if known:
+            for row, one in enumerate(generated):
+                rollout.logprobs[row, : len(one.logprobs)] = torch.tensor(one.logprobs)
+                rollout.entropy[row, : len(one.entropy)] = torch.tensor(one.entropy)
         self.model_wrapped.train()
         tokens = self.args.micro_batch_tokens if self.accelerator.num_processes == 1 else None
         for rows in rollout.micro_batches(self.args.local_rollout_forward_batch_size, tokens):
             part = rollout.select(rows).to(device)
             batch = part.batch()
-            out = self.model_wrapped(batch, self.temperature, value_mask=part.value_mask, with_entropy=True)
+            out = self.model_wrapped(
+                batch, self.temperature, value_mask=part.value_mask, with_policy=not known, with_entropy=not known
+            )
             out["ref_logprobs"] = self.reference.logprobs(batch, self.temperature)
             width = part.mask.shape[1]
-            for name in ("logprobs", "entropy", "values", "ref_logprobs"):
-                getattr(rollout, name)[rows, :width] = out[name].float().cpu()
+            for name, values in out.items():
+                getattr(rollout, name)[rows, :width] = values.float().cpu()

@@ -13,8 +13,8 @@ from artifacts.errors import UserError
 from models.config import ModelConfig
 from models.loading import check_same_vocabulary, disable_dropout, load_policy, load_value_or_reward, score_head
 from models.logprobs import Batch, response_logprobs, response_values
-from models.sharding import gathered, unsharded_loading, whole, whole_copy, whole_state
-from ppo.shared import VALUE, SharedRole
+from models.sharding import gathered, held_bytes, unsharded_loading, whole, whole_copy, whole_state
+from ppo.shared import POLICY, REWARD, VALUE, SharedRole
 
 
 class PolicyAndValue(nn.Module):
@@ -229,6 +229,25 @@ class Reference:
     def generating(self, engine: nn.Module) -> contextlib.AbstractContextManager:
         """The reference's weights whole, wherever they are: in an engine of its own or the policy's ``engine``."""
         return gathered(engine, self.policy) if self.model is None else gathered(self.model, self.model)
+
+
+def held_by_role(
+    policy: nn.Module, value_model: nn.Module, reference: nn.Module | None, reward: nn.Module | None
+) -> dict[str, int]:
+    """Bytes of weights that this rank holds of each role; on a shared base of the base and of each role's own part.
+
+    ``reference`` and ``reward`` are ``None`` where there is no such model, or where it is another's weights.
+    """
+    roles = {"policy": policy, "value": value_model, "reference": reference, "reward": reward}
+    if not isinstance(value_model, SharedRole):
+        return {role: held_bytes(model) for role, model in roles.items() if model is not None}
+    parts: dict[str, list] = {"base": [], "policy": [], "value": [], "reward": []}
+    for name, parameter in policy.named_parameters():
+        adapter = next((a for a in (POLICY, VALUE, REWARD) if "lora_" in name and f".{a}." in name), None)
+        parts[{POLICY: "policy", None: "base"}.get(adapter, adapter)].append(parameter)
+    for role in ("value", "reward"):
+        parts[role].extend(roles[role].parameters() if roles[role] is not None else ())
+    return {role: held_bytes(parameters) for role, parameters in parts.items() if parameters}
 
 
 def prepare_frozen(model: nn.Module, accelerator: Accelerator) -> nn.Module:

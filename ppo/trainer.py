@@ -31,7 +31,7 @@ from transformers.utils import logging
 from artifacts.errors import UserError
 from models.loading import eos_token_ids, load_tokenizer
 from models.sharded_state import state_bytes
-from models.sharding import held_bytes
+from models.sharding import explain, named_step
 from ppo.algorithm import AdaptiveKL, FixedKL
 from ppo.collect import Clock, Collection
 from ppo.config import CONVENTIONS, PPOConfig
@@ -49,6 +49,7 @@ from ppo.roles import (
     add_adapters,
     as_policy,
     as_value_or_reward,
+    held_by_role,
     optimizer_groups,
     prepare_frozen,
     value_model_from,
@@ -218,9 +219,8 @@ class PPOTrainer(Collection, Persistence, Trainer):
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes that this rank holds of each role's weights and, sharded, of the optimizer and its fp32 weights."""
-        roles = {"policy": self.policy, "value": self.value_model, "reference": self.reference.model}
-        roles["reward"] = next((part.model for part in self.rewards.parts if hasattr(part, "model")), None)
-        held = {role: held_bytes(model) for role, model in roles.items() if model is not None}
+        reward = next((part.model for part in self.rewards.parts if hasattr(part, "model")), None)
+        held = held_by_role(self.policy, self.value_model, self.reference.model, reward)
         return {**held, **state_bytes(self.model_wrapped)} if self.is_deepspeed_enabled else held
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -241,6 +241,8 @@ class PPOTrainer(Collection, Persistence, Trainer):
         if self.args.activation_checkpointing:
             self.model.gradient_checkpointing_enable(self.args.activation_checkpointing_kwargs)
         self.create_optimizer()
+        if self.is_deepspeed_enabled:
+            self._settle_deepspeed()
         self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         if self.is_deepspeed_enabled:
             self.deepspeed = self.model_wrapped
@@ -248,6 +250,25 @@ class PPOTrainer(Collection, Persistence, Trainer):
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self._prepared = True
+
+    def _settle_deepspeed(self) -> None:
+        """Fill in what the DeepSpeed configuration leaves to the Trainer (``auto``).
+
+        Raises:
+            UserError: it contradicts the settings, or asks for what cannot work.
+        """
+        plugin = self.accelerator.state.deepspeed_plugin
+        if plugin.zero_stage < 1:
+            raise UserError("deepspeed.zero_optimization.stage=0 shards nothing: leave out deepspeed for plain DDP.")
+        if plugin.zero_stage == 3 and not self.args.ds3_gather_for_generation:
+            raise UserError(
+                "ppo.ds3_gather_for_generation=false cannot work under ZeRO-3: ranks whose responses end early would "
+                "leave the others waiting for their part of the weights. Set it to true."
+            )
+        try:
+            plugin.hf_ds_config.trainer_config_finalize(self.args, self.model, self.num_updates)
+        except ValueError as error:
+            raise (explain(error, "ppo") or error) from error
 
     # ------------------------------------------------------------------------------------------------ the loop
 
@@ -288,9 +309,10 @@ class PPOTrainer(Collection, Persistence, Trainer):
             update = self.state.global_step
             self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
             clock = Clock()
-            rollout = self.collect(update, clock)  # steps 1 to 6
-            with clock("time/train"):
-                done = self._update(rollout, update)  # step 7
+            with named_step(lambda n=update + 1, clock=clock: f"ppo, update {n}, {clock.now}"):
+                rollout = self.collect(update, clock)  # steps 1 to 6
+                with clock("time/train"):
+                    done = self._update(rollout, update)  # step 7
             metrics = self._figures(rollout, done, clock)
             self._count(rollout, done, update)
 
@@ -304,7 +326,8 @@ class PPOTrainer(Collection, Persistence, Trainer):
             self.state.global_step += 1
             self.state.epoch = self.state.global_step * self.rollout_size / len(self.prompts)
             self.control = self.callback_handler.on_step_end(args, self.state, self.control)
-            self._log_evaluate_save(metrics)
+            with named_step(lambda n=update + 1: f"ppo, evaluating and saving after update {n}"):
+                self._log_evaluate_save(metrics)
             if self.control.should_training_stop:
                 break
 
