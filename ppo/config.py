@@ -72,16 +72,25 @@ class PPOConfig(TrainingArguments):
     total_episodes: int | None = _option(None, "Responses in all; instead of max_steps or num_train_epochs (TRL).")
     response_length: int = _option(53, "Response budget in tokens, EOS included. N+ table: 53.")
     max_prompt_length: int | None = _option(
-        None, "Longer prompts are an error unless truncate_prompts. Default: what the context leaves."
+        None,
+        "Longer prompts are an error unless truncate_prompts. Default: what the context leaves (N+ details 2 and 4: "
+        "limits come from the data).",
     )
-    truncate_prompts: bool = _option(False, "Cut over-long prompts from the left instead of stopping.")
+    truncate_prompts: bool = _option(
+        False,
+        "Cut over-long prompts from the left instead of stopping. Off: N+ detail 2 cuts the data, at a line break.",
+    )
     temperature: float = _option(
         1.0,
         "Of sampling. InstructGPT and Xu: 1.0, so that the KL is the policy's own; N+ and TRL: 0.7, and their KL is "
         "that of the sharpened policies.",
     )
-    top_k: int = _option(0, "0 samples from the policy itself; else the KL estimate is biased, and a warning says so.")
-    top_p: float = _option(1.0, "1 samples from the policy itself.")
+    top_k: int = _option(
+        0,
+        "0 samples from the policy itself (N+, InstructGPT); Xu use 200. Other values bias the KL estimate, and a "
+        "warning says so.",
+    )
+    top_p: float = _option(1.0, "1 samples from the policy itself (N+, InstructGPT).")
     generation_kwargs: dict | str | None = field(
         default=None,
         metadata=_help(
@@ -89,7 +98,8 @@ class PPOConfig(TrainingArguments):
         ),
     )
     stop_strings: list[str] | None = field(
-        default=None, metadata=_help("A response also ends where one of these appears.")
+        default=None,
+        metadata=_help("A response also ends where one of these appears. None: at EOS only (N+ detail 3)."),
     )
     local_rollout_forward_batch_size: int = _option(64, "Rows per forward pass without gradients, per rank (TRL: 64).")
     micro_batch_tokens: int | None = _option(
@@ -101,7 +111,8 @@ class PPOConfig(TrainingArguments):
 
     # -- the reward
     reward_weights: list[float] | None = field(
-        default=None, metadata=_help("One per reward (model first, then functions). Default: 1.")
+        default=None,
+        metadata=_help("One per reward (model first, then functions). Default: 1 each, a plain sum (TRL's GRPO)."),
     )
     kl_coef: float = _option(0.05, "beta. N+ table and Stiennon: 0.05.")
     kl_estimator: Literal["k1", "k2", "k3"] = _option(
@@ -124,10 +135,12 @@ class PPOConfig(TrainingArguments):
     score_bias: float | str = _option(
         0.0,
         "Subtracted from scores. 'auto': the mean score of the reference completions (column `completion`, else "
-        "samples "
-        "of the reference), so that these average 0 (N+ detail 15). A reward model of this project has it built in.",
+        "samples of the reference), so that these average 0 (N+ detail 15). 0: a reward model of this project has it "
+        "built in.",
     )
-    score_bias_samples: int = _option(256, "Prompts that 'auto' looks at.")
+    score_bias_samples: int = _option(
+        256, "Prompts that 'auto' looks at: a standard error of a sixteenth of the scores' spread."
+    )
     score_clip: float | None = _option(
         None, "Clip scores to +- this. Xu 20, DeepSpeed-Chat 5; off in N+ and InstructGPT, and off here."
     )
@@ -153,11 +166,13 @@ class PPOConfig(TrainingArguments):
         None, "End an update when a minibatch's approx-KL to the sampling policy exceeds this (Spinning Up: 0.015)."
     )
     ptx_coef: float = _option(0.0, "Weight of the pretraining loss (InstructGPT: 27.8); needs ptx_dataset.")
-    ptx_batch_size: int | None = _option(None, "Pretraining texts per minibatch. Default: the minibatch size.")
+    ptx_batch_size: int | None = _option(
+        None, "Pretraining texts per minibatch. Default: the minibatch size (InstructGPT: 8 times as many)."
+    )
     ptx_max_length: int = _option(512, "Tokens of a pretraining text.")
     sync_ref_model: bool = _option(False, "Let the reference follow the policy (Xu: EMA reference). TRL's name.")
     ref_model_mixup_alpha: float = _option(0.001, "ref <- alpha policy + (1 - alpha) ref. ReaLHF (Xu): 0.001.")
-    ref_model_sync_steps: int = _option(1, "Every so many updates.")
+    ref_model_sync_steps: int = _option(1, "Every so many updates; ReaLHF (Xu): each.")
 
     # -- watching
     num_eval_samples: int = _option(8, "Completions shown side by side with the reference's at each evaluation.")

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.convergence import BARS, Space, bradley_terry_pairs, run_case, run_ppo
+from benchmarks.convergence import BARS, run_case, run_ppo
+from benchmarks.enumerable import Space, bradley_terry_pairs
 
 
 def test_the_space_is_all_there_is():
