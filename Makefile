@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install browser quickstart test test-slow lint format clean
+.PHONY: install browser quickstart test test-slow bench lint format clean
 
 install: $(STAMP)
 
@@ -34,6 +34,13 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+# Speed and memory beside TRL's trainers, one thread each; installs trl==1.12.0 into a throw-away folder.
+bench: $(STAMP)
+	@$(BIN)/python -m benchmarks.ppo_vs_trl
+	@$(BIN)/python -m benchmarks.dpo_vs_trl
+	@$(BIN)/python -m benchmarks.reward_vs_trl
+	@$(BIN)/python -m benchmarks.ppo_vs_trl --scaling --rounds 1
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -39,7 +39,7 @@ class Workload:
 
 
 WORKLOADS = {
-    "fixed": Workload(64, (32, 32), 64, None),
+    "fixed": Workload(32, (32, 32), 64, None),
     "real": Workload(64, (8, 96), 64, 64 / 3),
     # Each is twice the one before, in responses or in tokens.
     **{f"responses-{n}": Workload(n, (32, 32), 32, None, 16, 1) for n in (16, 32, 64, 128)},
