@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from artifacts.card import write_card
 from artifacts.errors import UserError, explain_os_error
 from artifacts.files import read_json, write_json
 from artifacts.resources import peak_memory
@@ -87,13 +88,18 @@ class StageContext:
         return self._counted.get(name, 0)
 
     def finish(self, **figures: Any) -> None:
-        """Write ``done.json`` with the stage's figures and its cost. Call it last.
+        """Write the model's card, where there is a model, and ``done.json`` with figures and cost. Call it last.
 
         The cost is apart from the figures, for it differs between equal runs: peak memory of the main process, and
         what the stage counted.
         """
         if self.is_main_process:
             cost = {**peak_memory(), **self._counted}
+            if (self.dir / "model" / "config.json").is_file() or (
+                self.dir / "model" / "adapter_config.json"
+            ).is_file():
+                config = OmegaConf.to_container(self.run.config, resolve=True)
+                write_card(self.dir / "model", self.stage, {**config, self.stage: self.config}, figures)
             self.run.finish(self.name, self.fingerprint, self.seconds, figures, cost)
             self._spent_file.unlink(missing_ok=True)
 

@@ -33,8 +33,13 @@ def settings_of(name: str) -> dict:
     return settings
 
 
-def on_ranks(world: int, work: Callable, *arguments: Any) -> list:
-    """``work(*arguments)`` on ``world`` forked processes joined by gloo; what each of them returned."""
+def on_ranks(world: int, work: Callable, *arguments: Any, timeout: float | None = None, orderly: bool = True) -> list:
+    """``work(*arguments)`` on ``world`` forked processes joined by gloo; what each of them returned.
+
+    Args:
+        timeout: seconds that a collective may take.
+        orderly: they end together; else without waiting for each other.
+    """
     context = multiprocessing.get_context("fork")
     port, answers = free_port(), context.Queue()
 
@@ -47,10 +52,11 @@ def on_ranks(world: int, work: Callable, *arguments: Any) -> list:
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
         )
-        start_deepspeed(use_cpu=True)
+        start_deepspeed(use_cpu=True, timeout=timeout)
         answers.put((rank, work(*arguments)))
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        if orderly:
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
 
     processes = [context.Process(target=rank_main, args=(rank,)) for rank in range(world)]
     for process in processes:

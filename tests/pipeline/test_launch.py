@@ -1,0 +1,179 @@
+"""Starting a stage on several machines: a hostfile, SLURM, and torchrun by hand; docs/cluster.md's own commands."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from artifacts.errors import UserError
+from artifacts.run import RunFolder
+from pipeline.execute import command
+from pipeline.graph import Job
+from pipeline.launch import launcher
+from tests.sft.tiny_run import make_run
+
+ROOT = Path(__file__).parents[2]
+# srun as far as a stage can tell: the same command once for each node, all on this machine; the first error counts.
+SRUN = """#!/bin/bash
+nodes=$2; shift 7
+pids=()
+for ((node = 0; node < nodes; node++)); do SLURM_NODEID=$node "$@" & pids+=($!); done
+code=0
+for pid in "${pids[@]}"; do wait "$pid" || code=$?; done
+exit $code
+"""
+
+
+def launch(**settings):
+    return OmegaConf.create({"processes": 1, "nodes": 1, "hostfile": None, "rendezvous": None, **settings})
+
+
+def test_one_machine():
+    assert launcher(launch()) == [sys.executable, "-m"]
+    many = launcher(launch(processes=8))
+    assert many[1:] == ["-m", "torch.distributed.run", "--nproc-per-node", "8", "--standalone", "-m"]
+
+
+def test_machines_of_a_hostfile(tmp_path):
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("# ours\nnode1 slots=8\nnode2 slots=8\n")
+    line = launcher(launch(hostfile=str(hostfile)))
+    assert line[1:5] == ["-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile)]
+    assert line[-1] == "--module"
+    for text, expected in (
+        ("node1 slots=8\nnode2\n", "hosts, line 2: 'node2'; it must be a machine and its processes"),
+        ("node1 slots=none\n", "line 1"),
+        ("\n", "it names no machine"),
+    ):
+        hostfile.write_text(text)
+        with pytest.raises(UserError, match=expected):
+            launcher(launch(hostfile=str(hostfile)))
+    with pytest.raises(UserError, match="there is no such file"):
+        launcher(launch(hostfile=str(tmp_path / "none")))
+    with pytest.raises(UserError, match=r"give one; launch.nodes is for SLURM"):
+        launcher(launch(hostfile=str(hostfile), nodes=2))
+
+
+def test_nodes_need_slurm(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(UserError, match="run this inside a SLURM allocation"):
+        launcher(launch(nodes=2))
+
+
+@pytest.fixture
+def tiny(word_tokenizer, tiny_llama, tmp_path):
+    """A run folder whose dpo stage takes seconds; ``tiny(**launch)``."""
+
+    def build(**settings) -> RunFolder:
+        run = make_run(tmp_path / "run", word_tokenizer, tiny_llama(), pairs=16, dpo={"max_steps": 2, "save_steps": 2})
+        config = OmegaConf.load(run.path("config.yaml"))
+        config.launch = launch(**settings)
+        OmegaConf.save(config, run.path("config.yaml"))
+        return RunFolder(run.root)
+
+    return build
+
+
+def start(line: list[str], **environment: str) -> str:
+    ended = subprocess.run(
+        line, capture_output=True, text=True, check=False, timeout=300, cwd=ROOT, env={**os.environ, **environment}
+    )
+    said = ended.stdout + ended.stderr
+    assert ended.returncode == 0, said[-3000:]
+    return said
+
+
+def with_srun(folder: Path) -> str:
+    """A PATH with the stand-in for srun in front."""
+    (folder / "srun").write_text(SRUN)
+    (folder / "srun").chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+@pytest.mark.slow
+def test_two_machines_under_slurm(tiny, tmp_path, monkeypatch):
+    """Two torchruns (``--nnodes 2``) find each other over loopback and make one run of four ranks."""
+    monkeypatch.setenv("PATH", with_srun(tmp_path))
+    run = tiny(nodes=2, processes=2, rendezvous="localhost")
+    line = command(run, Job("dpo", "dpo", fingerprint="f"))
+    assert line[:3] == ["srun", "--nodes", "2"]
+    start([*line])
+    assert run.done("dpo")["figures"]["steps"] == 2
+
+
+@pytest.mark.slow
+def test_a_hostfile_with_this_machine(tiny, tmp_path):
+    """DeepSpeed's launcher starts the slots of the file; on this machine it needs no ssh."""
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    run = tiny(hostfile=str(tmp_path / "hosts"))
+    said = start(command(run, Job("dpo", "dpo", fingerprint="f")), DS_ACCELERATOR="cpu")
+    assert run.done("dpo")["figures"]["steps"] == 2
+    assert "world_size=2" in said or "num_local_procs=2" in said
+
+
+def test_the_batch_script(tmp_path):
+    """What it hands to the command, and that SLURM's signal before the time limit reaches it."""
+    stand_in = tmp_path / "ppo-vs-dpo"
+    stand_in.write_text('#!/bin/bash\necho "got $*"\ntrap "echo stopped; exit 130" INT\nsleep 20 & wait\n')
+    stand_in.chmod(0o755)
+    allocation = {"SLURM_NNODES": "2", "SLURM_GPUS_PER_NODE": "8"}
+    job = subprocess.Popen(
+        ["bash", str(ROOT / "configs/cluster/slurm.sbatch"), "experiment=hh", "deepspeed=zero3"],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", **allocation},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    job.stdout.readline()
+    got = job.stdout.readline().strip()
+    assert got == "got experiment=hh deepspeed=zero3 launch.nodes=2 launch.processes=8 launch.workers=1"
+    time.sleep(0.3)
+    job.send_signal(signal.SIGINT)
+    assert "stopped" in job.communicate(timeout=10)[0]
+
+
+def documented(start: str) -> list[str]:
+    """The first command of docs/cluster.md that begins so, as a list of words."""
+    text = (ROOT / "docs" / "cluster.md").read_text()
+    (line, *_) = re.findall(rf"^    ({re.escape(start)}.*)$", text, re.MULTILINE)
+    return shlex.split(line)
+
+
+@pytest.mark.slow
+def test_the_documented_torchrun_commands(tiny):
+    """By hand: one machine, then two launchers that are told where to meet."""
+    run = tiny()
+    python = [sys.executable, "-m", "torch.distributed.run"]
+    words = documented("torchrun --standalone")
+    assert words[-3:] == ["-m", "dpo", "runs/NAME"]
+    start([*python, *words[1:-1], str(run.root)])
+    assert run.done("dpo")["figures"]["steps"] == 2
+    shutil.rmtree(run.path("dpo"))
+    words = [word.replace("node1:29500", "localhost:29517") for word in documented("torchrun --nnodes 2")]
+    assert words[-3:] == ["-m", "dpo", "runs/NAME"]
+    both = [subprocess.Popen([*python, *words[1:-1], str(run.root)], cwd=ROOT) for _ in range(2)]
+    assert [process.wait(300) for process in both] == [0, 0]
+    assert run.done("dpo")["figures"]["steps"] == 2
+
+
+def test_documented_commands_compose():
+    """Every documented ppo-vs-dpo command names keys that exist."""
+    from pipeline.compose import load
+    from pipeline.plan import main
+
+    text = (ROOT / "docs" / "cluster.md").read_text()
+    lines = re.findall(r"^    (ppo-vs-dpo [^\\\n]*)$", text, re.MULTILINE)
+    assert len(lines) >= 4
+    for line in lines:
+        words = [word for word in shlex.split(line)[1:] if word not in ("-m", "--multirun")]
+        if words[0] == "plan":
+            assert main(words[1:]) in (0, 1)
+        else:
+            load([word.split(",")[0] for word in words if not word.startswith("hydra")])
