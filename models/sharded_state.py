@@ -8,6 +8,7 @@ under ZeRO-3 goes on under ZeRO-2, on 1 rank or on 4; on the same ranks to the l
 The flat partitions that DeepSpeed keeps are its internals; they are reached in `_partitions` alone.
 """
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -186,3 +187,30 @@ def state_bytes(engine: torch.nn.Module) -> dict[str, int]:
     tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     size = {"master": flat, "optimizer": tensors}
     return {name: sum(t.numel() * t.element_size() for t in held) for name, held in size.items()}
+
+
+@contextlib.contextmanager
+def portable_checkpoints() -> Iterator[None]:
+    """Inside the block DeepSpeed's engines save and load their checkpoints in this module's form.
+
+    For transformers' Trainer, which calls the engine's own methods. It looks for a folder ``global_step*``.
+    """
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    def save(engine: torch.nn.Module, save_dir: str, **_: Any) -> bool:
+        folder = Path(save_dir) / f"global_step{engine.global_steps}"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_trained(engine, folder, torch.distributed.get_rank(), torch.distributed.get_world_size())
+        return True
+
+    def load(engine: torch.nn.Module, load_dir: str, load_optimizer_states: bool = True, **_: Any) -> tuple[str, dict]:
+        (folder,) = Path(load_dir).glob("global_step*")
+        load_trained(engine, folder, load_optimizer_states)
+        return str(folder), {}
+
+    theirs = DeepSpeedEngine.save_checkpoint, DeepSpeedEngine.load_checkpoint
+    DeepSpeedEngine.save_checkpoint, DeepSpeedEngine.load_checkpoint = save, load
+    try:
+        yield
+    finally:
+        DeepSpeedEngine.save_checkpoint, DeepSpeedEngine.load_checkpoint = theirs

@@ -1,5 +1,6 @@
 """What the three stages built on TRL share: arguments, resuming, and saving."""
 
+import contextlib
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import datasets
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -25,6 +27,7 @@ from artifacts.settings import field_names, nearest
 from artifacts.stage import StageContext
 from models.config import ModelConfig
 from models.loading import load_policy, load_value_or_reward
+from models.sharded_state import portable_checkpoints
 from models.sharding import (
     deepspeed_settings,
     explain,
@@ -187,11 +190,17 @@ def train(trainer: Trainer, context: StageContext) -> dict[str, float]:
     if checkpoint is not None:
         sys.stderr.write(f"going on from {checkpoint}\n")
     try:
-        with named_step(lambda: f"{context.stage}, step {trainer.state.global_step + 1}"):
+        portable = portable_checkpoints() if trainer.is_deepspeed_enabled else contextlib.nullcontext()
+        with portable, named_step(lambda: f"{context.stage}, step {trainer.state.global_step + 1}"):
             summary = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
         if trainer.is_deepspeed_enabled:
             _tell_held_bytes(trainer)
         return summary
+    except SafetensorError as error:
+        raise UserError(
+            f"{context.stage}: a checkpoint could not be written or read: {error}. If the disk is full, free some "
+            f"space and start the same command again: it goes on from the last complete checkpoint."
+        ) from error
     except (RuntimeError, ValueError) as error:
         explained = explain(error, context.stage)
         if explained is not None:

@@ -31,6 +31,7 @@ class Shape:
         ffn: width of the feed-forward layers.
         gated: a gate beside the up-projection (Llama).
         vocabulary: tokens.
+        multiplied: weights of the linear layers in the backbone: what each token is multiplied with.
         linear: ``(name, inputs, outputs)`` of every linear layer, for adapters.
     """
 
@@ -42,6 +43,7 @@ class Shape:
     ffn: int
     gated: bool
     vocabulary: int
+    multiplied: int
     linear: tuple[tuple[str, int, int], ...]
 
     @classmethod
@@ -66,7 +68,9 @@ def _shape(kind: type, content: str) -> Shape:
         scalar = AutoModelForSequenceClassification.from_config(config)
     heads = config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
-    linear = [(n, m.in_features, m.out_features) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    output = model.get_output_embeddings()
+    linear = [(name, module.in_features, module.out_features) for name, module in layers.items()]
     return Shape(
         parameters=sum(p.numel() for p in model.parameters()),
         scalar_parameters=sum(p.numel() for p in scalar.parameters()),
@@ -76,6 +80,7 @@ def _shape(kind: type, content: str) -> Shape:
         ffn=config.intermediate_size,
         gated=any(name.endswith("gate_proj") for name, _, _ in linear),
         vocabulary=config.vocab_size,
+        multiplied=sum(module.weight.numel() for module in layers.values() if module is not output),
         linear=tuple(linear),
     )
 
@@ -205,9 +210,8 @@ def forward_flops(shape: Shape, rows: int, length: int, logits: int = 0) -> floa
         length: tokens of each.
         logits: positions at which the vocabulary's logits are computed; none for a scalar head.
     """
-    embedding = shape.vocabulary * shape.hidden  # looked up at the input, multiplied at the output
-    layers = shape.scalar_parameters - embedding
-    return 2.0 * rows * length * layers + attention_flops(shape, rows, length) + 2.0 * logits * embedding
+    head = 2.0 * logits * shape.vocabulary * shape.hidden
+    return 2.0 * rows * length * shape.multiplied + attention_flops(shape, rows, length) + head
 
 
 @dataclass(frozen=True)

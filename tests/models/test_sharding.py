@@ -115,13 +115,55 @@ def test_resuming_on_the_same_ranks_is_exact(make, deepspeed):
     run = make("run", 4, deepspeed)
     launch(run, "dpo")
     first, trajectory = weights(run.path("dpo", "model")), losses(run, "dpo")
-    # As if it had been killed after step 10.
-    shutil.rmtree(run.path("dpo", "checkpoints", f"checkpoint-{UPDATES}"))
-    shutil.rmtree(run.path("dpo", "model"))
-    run.path("dpo", "done.json").unlink()
+    interrupt_after_10(run)
     assert "checkpoint-10" in launch(run, "dpo")
     assert weights(run.path("dpo", "model")) == first
     assert torch.equal(losses(run, "dpo"), trajectory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["reward_model", "dpo"])
+@pytest.mark.parametrize(("ranks", "deepspeed"), [(2, None), (4, None), (4, "zero2"), (4, "zero3")])
+def test_any_number_of_ranks(make, stage, ranks, deepspeed):
+    """Twenty updates of eight rows: the same trajectory on one rank and on several, through accumulation, too."""
+    one, many = make("one", 4, gradient_accumulation_steps=2), make("many", 8 // ranks, deepspeed)
+    STAGES[stage](context_of(one, stage))
+    launch(many, stage, ranks=ranks)
+    agree(losses(one, stage), losses(many, stage))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "deepspeed"), [(1, "zero3"), (4, "zero2")])
+def test_going_on_with_another_number_of_ranks(make, ranks, deepspeed):
+    """Ten updates on two ranks under ZeRO-3, ten on one or four, also under the other stage: one trajectory."""
+    run = make("run", 4, "zero3")
+    launch(run, "dpo")
+    trajectory = losses(run, "dpo")
+    interrupt_after_10(run)
+    config = OmegaConf.load(run.path("config.yaml"))
+    config.deepspeed = settings_of(deepspeed)
+    config.dpo.per_device_train_batch_size = 8 // ranks
+    OmegaConf.save(config, run.path("config.yaml"))
+    assert "checkpoint-10" in launch(run, "dpo", ranks=ranks)
+    agree(losses(run, "dpo"), trajectory)
+
+
+@pytest.mark.slow
+def test_a_part_that_is_missing(make):
+    run = make("run", 4, "zero2")
+    launch(run, "dpo")
+    interrupt_after_10(run)
+    (part,) = run.path("dpo", "checkpoints").glob("checkpoint-10/global_step*/trained-1.safetensors")
+    part.unlink()
+    said = launch(run, "dpo", code=1)
+    assert "trained-1.safetensors, the part of rank 1 of 2, cannot be read" in said
+
+
+def interrupt_after_10(run: RunFolder) -> None:
+    """As if the stage had been killed after step 10."""
+    shutil.rmtree(run.path("dpo", "checkpoints", f"checkpoint-{UPDATES}"))
+    shutil.rmtree(run.path("dpo", "model"))
+    run.path("dpo", "done.json").unlink()
 
 
 def test_settings_that_cannot_be(make, tmp_path):

@@ -57,7 +57,7 @@ def test_flops_are_those_that_torch_counts(model_type):
     # The counter takes all scores of a row; a causal pass needs half of them.
     expected = memory.forward_flops(shape, rows_, length, rows_ * length)
     expected += memory.attention_flops(shape, rows_, length)
-    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-6)
 
 
 def test_adapters_are_those_that_peft_makes():
