@@ -65,14 +65,13 @@ def split_prompts(prompts: Dataset, validation: int, seed: int) -> tuple[Dataset
     return prompts.select(train), prompts.select(sorted(first.values()))
 
 
-def can_choose_best(passed: dict[str, Any], own: PPOStage) -> bool:
+def can_choose_best(passed: dict[str, Any]) -> bool:
     """Whether the stage evaluates and keeps checkpoints, so that it can end with the best of them.
 
     Args:
         passed: the keys of the section that are `PPOConfig`'s.
-        own: the stage's own keys.
     """
-    evaluates = passed.get("eval_strategy") not in (None, False, "no") and own.validation_prompts > 0
+    evaluates = passed.get("eval_strategy") not in (None, False, "no")
     return evaluates and passed.get("save_strategy") not in (False, "no") and not passed.get("save_only_model")
 
 
@@ -98,8 +97,10 @@ def run_stage(context: StageContext) -> None:
     if own.value_from not in ("reward_model", "policy"):
         raise UserError(f"ppo.value_from is {own.value_from!r}; it must be reward_model or policy.")
     config = model_settings(context)
+    if own.validation_prompts <= 0:
+        passed["eval_strategy"] = "no"
     if passed.get("load_best_model_at_end") is None:
-        passed["load_best_model_at_end"] = can_choose_best(passed, own)
+        passed["load_best_model_at_end"] = can_choose_best(passed)
     args = training_arguments(PPOConfig, context, passed)
     set_seed(context.seed)
 

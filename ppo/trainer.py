@@ -146,6 +146,11 @@ class PPOTrainer(Collection, Persistence, Trainer):
             if eval_dataset is not None
             else None
         )
+        if args.eval_strategy != "no" and eval_dataset is None:
+            raise UserError(
+                f"ppo.eval_strategy is {args.eval_strategy.value} and there is no eval_dataset: pass prompts to "
+                f"evaluate on, or eval_strategy=no."
+            )
         if args.ptx_coef and ptx_dataset is None:
             raise UserError("ppo.ptx_coef is set and there is no ptx_dataset: pass pretraining texts, or ptx_coef=0.")
         self.ptx = None

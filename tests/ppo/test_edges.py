@@ -136,6 +136,10 @@ def test_arguments_that_cannot_be_meant(make_trainer, tiny_llama):
     ]:
         with pytest.raises(UserError, match=message):
             make_trainer(**settings)
+    with pytest.raises(UserError, match="no eval_dataset"):
+        make_trainer(eval_strategy="steps")
+    with pytest.raises(UserError, match="needs evaluations and checkpoints"):
+        make_trainer(load_best_model_at_end=True)
     policy = tiny_llama(0)
     with pytest.raises(UserError, match="ref_model is the policy"):
         make_trainer({"model": policy, "ref_model": policy})
