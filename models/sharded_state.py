@@ -9,7 +9,7 @@ The flat partitions that DeepSpeed keeps are its internals; they are reached in 
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,15 @@ def load_trained(engine: torch.nn.Module, folder: Path, optimizer_too: bool = Tr
             parameter.copy_(tensors[WEIGHT].view(_shape(parameter)))
         for key in (None, *moments):
             _put(parameter, tensors[key or WEIGHT], key)
+
+
+def keep_written(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Bring what was written into trained parameters to their fp32 copies, which the next step writes back."""
+    for parameter in parameters:
+        if parameter.requires_grad:
+            with whole([parameter], write=False):
+                value = parameter.detach().float().clone()
+            _put(parameter, value, None)
 
 
 def _put(parameter: torch.nn.Parameter, value: torch.Tensor, key: str | None) -> None:

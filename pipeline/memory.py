@@ -62,7 +62,8 @@ def _shape(kind: type, content: str) -> Shape:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    config = kind.from_dict({**json.loads(content), "num_labels": 1})
+    config = kind.from_dict(json.loads(content))
+    config.num_labels = 1
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         scalar = AutoModelForSequenceClassification.from_config(config)
@@ -168,6 +169,11 @@ def held(role: str, parameters: int, trained: int, sharding: Sharding) -> Part:
 def live_weights(parameters: int, sharding: Sharding) -> float:
     """Weights that ZeRO-3 holds gathered while a model runs; 0 where a rank has them all anyway."""
     return sharding.width * min(parameters, sharding.live) if sharding.stage == 3 else 0.0
+
+
+def message_bytes(trained: int, sharding: Sharding) -> float:
+    """Gradients on their way to the ranks that own them: one bucket that fills and one that is sent."""
+    return 0.0 if sharding.stage is None else 2.0 * sharding.width * min(trained, sharding.bucket)
 
 
 def activations(shape: Shape, tokens: int, checkpointing: bool, half: bool = True) -> float:

@@ -9,9 +9,8 @@ import argparse
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from artifacts.errors import UserError
 from pipeline import memory
@@ -119,7 +118,7 @@ def estimate(shape: Shape, job: Job, sharding: Sharding, gpu: Gpu) -> Estimate:
         "activations": memory.activations(shape, tokens, job.checkpointing, sharding.half),
         "logits": memory.logits_bytes(shape, positions, sharding.half),
         "gathered weights": memory.live_weights(parameters, sharding),
-        "message": 2 * sharding.width * sharding.bucket if sharding.stage is not None else 0.0,
+        "message": memory.message_bytes(parameters, sharding),
     }
     passes = 3 + job.checkpointing + job.reference  # a backward pass is two forward passes (KAP)
     logits = 0 if scalar else job.updates_rows * positions // job.rows
@@ -158,7 +157,7 @@ def _ppo(shape: Shape, job: Job, sharding: Sharding, gpu: Gpu, part: Any) -> Est
             # The graphs of policy and value model are there at once.
             "activations": 2 * memory.activations(shape, tokens, job.checkpointing, half),
             "logits": memory.logits_bytes(shape, job.rows * job.response, half),
-            "message": 2.0 * width * sharding.bucket if sharding.stage is not None else 0.0,
+            "message": memory.message_bytes(both, sharding),
         },
     }
     one = memory.forward_flops(shape, job.updates_rows, job.length, job.updates_rows * job.response)
@@ -179,7 +178,7 @@ def _ppo(shape: Shape, job: Job, sharding: Sharding, gpu: Gpu, part: Any) -> Est
 # ------------------------------------------------------------------------------------- what a configuration asks for
 
 
-def job_of(config: Any, stage: str, ranks: int, prompt: int, shape: Shape, model_type: str) -> Job:
+def job_of(config: Any, stage: str, ranks: int, prompt: int, architecture: Any) -> Job:
     """A stage of a resolved configuration.
 
     Args:
@@ -187,8 +186,7 @@ def job_of(config: Any, stage: str, ranks: int, prompt: int, shape: Shape, model
         stage: one of `STAGES`.
         ranks: GPUs.
         prompt: tokens of a prompt, where the configuration does not bound them.
-        shape: of the model.
-        model_type: for the layers that peft adapts by default.
+        architecture: the model's transformers configuration.
     """
     section = config.get(stage) or {}
 
@@ -199,17 +197,19 @@ def job_of(config: Any, stage: str, ranks: int, prompt: int, shape: Shape, model
     adapters = None
     if section.get("lora"):
         lora = section["lora"]
-        adapters = (lora.get("r", 16), tuple(lora.get("target_modules") or default_targets(model_type)))
+        adapters = (lora.get("r", 16), tuple(lora.get("target_modules") or default_targets(architecture.model_type)))
     rows, accumulate = key("per_device_train_batch_size", BATCH), key("gradient_accumulation_steps", 1)
+    context = getattr(architecture, "max_position_embeddings", None) or sys.maxsize
     common = {"checkpointing": bool(key("gradient_checkpointing", True)), "adapters": adapters}
     if stage == "ppo":
+        response = key("response_length", 53)
         rollout = key("rollout_batch_size", rows * accumulate * ranks)
         return Job(
             stage,
             min(rows, math.ceil(rollout / key("num_mini_batches", 1) / ranks)),
             rollout,
-            key("max_prompt_length", prompt),
-            key("response_length", 53),
+            min(key("max_prompt_length", prompt), context - response),
+            response,
             epochs=key("num_ppo_epochs", 4),
             forward_rows=key("local_rollout_forward_batch_size", 64),
             reference=adapters is None,
@@ -217,7 +217,7 @@ def job_of(config: Any, stage: str, ranks: int, prompt: int, shape: Shape, model
             **common,
         )
     sequences = 1 if stage == "sft" else 2
-    length = key("max_length", MAX_LENGTH)
+    length = min(key("max_length", MAX_LENGTH), context)
     return Job(
         stage,
         sequences * rows,
@@ -259,39 +259,73 @@ def sharding_of(config: Any, ranks: int, half: bool) -> Sharding:
     )
 
 
-def changes(job: Job, sharding: Sharding) -> Iterator[tuple[str, Job, Sharding]]:
-    """Changes of the configuration that save memory, mildest first, each on top of those before it."""
-    stage = job.stage
+class Change(NamedTuple):
+    """Something to set in the configuration that saves memory.
+
+    Attributes:
+        text: as it is written on the command line.
+        job: fields of `Job` that it sets.
+        sharding: fields of `Sharding` that it sets.
+    """
+
+    text: str
+    job: dict[str, Any] = {}
+    sharding: dict[str, Any] = {}
+
+
+def changes(job: Job, sharding: Sharding) -> list[Change]:
+    """Changes that save memory, mildest first."""
+    stage, pairs = job.stage, 1 if job.stage in ("sft", "ppo") else 2
+    found = []
     if not job.checkpointing:
-        job = dataclasses.replace(job, checkpointing=True)
-        yield f"{stage}.gradient_checkpointing=true", job, sharding
-    for name, number in (("zero2", 2), ("zero3", 3)):
-        if (sharding.stage or 0) < number and sharding.ranks > 1:
-            sharding = dataclasses.replace(sharding, stage=number)
-            yield f"deepspeed={name}", job, sharding
-    while job.rows > (1 if stage in ("sft", "ppo") else 2):
-        job = dataclasses.replace(job, rows=job.rows // 2)
-        per_device = job.rows if stage in ("sft", "ppo") else job.rows // 2
-        yield f"{stage}.per_device_train_batch_size={per_device}", job, sharding
-    if not sharding.offload_optimizer:
-        sharding = dataclasses.replace(sharding, stage=sharding.stage or 2, offload_optimizer=True)
-        yield f"deepspeed=zero{sharding.stage}_offload", job, sharding
+        found.append(Change(f"{stage}.gradient_checkpointing=true", {"checkpointing": True}))
+    stages = [number for number in (2, 3) if number > (sharding.stage or 0) and sharding.ranks > 1]
+    found += [Change(f"deepspeed=zero{number}", {}, {"stage": number}) for number in stages]
+    rows = job.rows // pairs
+    while rows > 1:
+        rows //= 2
+        found.append(Change(f"{stage}.per_device_train_batch_size={rows}", {"rows": rows * pairs}))
+    best = max(2, sharding.stage or 0, *stages)
+    if not sharding.offload_optimizer and best == 2:
+        found.append(Change("deepspeed=zero2_offload", {}, {"stage": 2, "offload_optimizer": True}))
     if not sharding.offload_weights:
-        sharding = dataclasses.replace(sharding, stage=3, offload_weights=True)
-        yield "deepspeed=zero3_offload", job, sharding
+        everything = {"stage": 3, "offload_optimizer": True, "offload_weights": True}
+        found.append(Change("deepspeed=zero3_offload", {}, everything))
     if job.adapters is None:
-        job = dataclasses.replace(job, adapters=(16, ("q_proj", "v_proj", "query_key_value")), reference=False)
-        yield f"{stage}.lora={{r: 16, alpha: 32}}", job, sharding
+        adapters = (16, ("q_proj", "v_proj", "query_key_value"))
+        found.append(Change(f"{stage}.lora={{r: 16, alpha: 32}}", {"adapters": adapters, "reference": False}))
+    return found
+
+
+def changed(job: Job, sharding: Sharding, taken: list[Change]) -> tuple[Job, Sharding]:
+    """Work and spread after some changes, in their order."""
+    for change in taken:
+        job, sharding = dataclasses.replace(job, **change.job), dataclasses.replace(sharding, **change.sharding)
+    return job, sharding
+
+
+def fitting(shape: Shape, job: Job, sharding: Sharding, gpu: Gpu) -> list[Change] | None:
+    """The mildest changes with which a stage fits, none of them idle; ``None`` where all together are too little."""
+
+    def fits(taken: list[Change]) -> bool:
+        return estimate(shape, *changed(job, sharding, taken), gpu).peak <= gpu.usable
+
+    taken: list[Change] = []
+    for change in changes(job, sharding):
+        taken.append(change)
+        if fits(taken):
+            for earlier in taken[:-1]:
+                without = [c for c in taken if c is not earlier]
+                taken = without if fits(without) else taken
+            return taken
+    return None
 
 
 def advice(shape: Shape, job: Job, sharding: Sharding, gpu: Gpu) -> str:
     """What makes a stage fit: the mildest changes together, or more GPUs; or that nothing here does."""
-    taken: list[str] = []
-    for change, other_job, other_sharding in changes(job, sharding):
-        group = change.partition("=")[0]
-        taken = [c for c in taken if c.partition("=")[0] != group] + [change]
-        if estimate(shape, other_job, other_sharding, gpu).peak <= gpu.usable:
-            return "add " + " ".join(taken)
+    taken = fitting(shape, job, sharding, gpu)
+    if taken is not None:
+        return "add " + " ".join(change.text for change in taken)
     for factor in (2, 4, 8, 16, 32, 64):
         more = dataclasses.replace(sharding, stage=3, ranks=sharding.ranks * factor)
         if estimate(shape, job, more, gpu).peak <= gpu.usable:
@@ -396,7 +430,7 @@ def main(arguments: list[str]) -> int:
     # On a GPU the stages compute in bfloat16 unless told otherwise (models.training.training_arguments).
     half = not any((config.get(stage) or {}).get("bf16") is False for stage in stages)
     sharding = sharding_of(config, ranks, half)
-    jobs = [job_of(config, s, ranks, given.prompt_tokens, shape, architecture.model_type) for s in stages]
+    jobs = [job_of(config, s, ranks, given.prompt_tokens, architecture) for s in stages]
     jobs = [job for job in jobs if not (config.get(job.stage) or {}).get("skip_training")]
     text, fits = report(shape, jobs, sharding, GPUS[given.gpu])
     sys.stdout.write(text)

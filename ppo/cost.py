@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from artifacts.resources import parameters_without_embeddings
+from ppo.shared import SharedRole
 
 FORWARD, TRAINING = 2, 6
 
@@ -24,7 +25,9 @@ class Sizes:
 
 
 def size_of(model: nn.Module | None) -> int:
-    """Parameters without embeddings, 0 for no model."""
+    """Parameters without embeddings, 0 for no model; on a shared base those that the role's tokens go through."""
+    if isinstance(model, SharedRole):
+        model = model.shared.model
     return 0 if model is None else parameters_without_embeddings(model)
 
 

@@ -30,7 +30,8 @@ from transformers.utils import logging
 
 from artifacts.errors import UserError
 from models.loading import eos_token_ids, load_tokenizer
-from models.sharded_state import state_bytes
+from models.logprobs import base, score_head_of
+from models.sharded_state import keep_written, state_bytes
 from models.sharding import explain, named_step
 from ppo.algorithm import AdaptiveKL, FixedKL
 from ppo.collect import Clock, Collection
@@ -305,6 +306,8 @@ class PPOTrainer(Collection, Persistence, Trainer):
         if self.score_bias is None:
             self.score_bias = self.evaluator.mean_reference_score(args.score_bias_samples)
             shift_values(self.value_model, self.score_bias)
+            if self.is_deepspeed_enabled:
+                keep_written(score_head_of(base(self.value_model)).parameters())
         if args.eval_on_start and self.state.global_step == 0 and self.eval_prompts is not None:
             self.evaluate()
         metrics: dict[str, float] = {}

@@ -29,6 +29,8 @@ SETTINGS = {
     "value_learning_rate": 1e-2,
     "lr_scheduler_type": "constant",
     "response_length": 8,
+    "score_bias": "auto",  # found on all ranks, and put into the value model's head after it has been sharded
+    "score_bias_samples": 7,
 }
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 # Whether a role is trained.

@@ -72,6 +72,7 @@ def train(make_trainer, folders, tmp_path):
         trainer = make_trainer(roles(folders), output_dir=str(tmp_path / name), **settings)
         before = {n: p.detach().clone() for n, p in trainer.policy.named_parameters() if not p.requires_grad}
         trainer.train()
+        assert trainer.model.is_gradient_checkpointing == settings.get("gradient_checkpointing", False)
         if deepspeed is None:
             after = dict(trainer.policy.named_parameters())
             assert all(torch.equal(after[n], p) for n, p in before.items()), "the base or the reward has moved"
@@ -112,7 +113,7 @@ def test_one_base_under_deepspeed(train, tmp_path, deepspeed):
             assert shares[0][role] == pytest.approx(whole[role] / 2, rel=0.1), role
 
 
-def test_the_stage_on_one_base(run_folder):  # noqa: F811
+def test_the_stage_on_one_base(run_folder, word_tokenizer):  # noqa: F811
     """From a reward model trained as an adapter to a merged policy that loads by itself."""
     lora = {"r": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"]}
     run = run_folder(lora=lora, shared_base=True)
@@ -120,6 +121,7 @@ def test_the_stage_on_one_base(run_folder):  # noqa: F811
         run_stage(StageContext(run, "ppo"))
     base = run.path("sft", "model")
     save_reward_adapter(base, run.path("reward_model", "adapter"))
+    word_tokenizer.save_pretrained(run.path("reward_model", "adapter"))
     run_stage(StageContext(run, "ppo"))
     merged = AutoModelForCausalLM.from_pretrained(run.path("ppo", "model"))
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run.path("ppo", "adapter"))
