@@ -31,8 +31,8 @@ from transformers.utils import logging
 from artifacts.errors import UserError
 from models.loading import eos_token_ids, load_tokenizer
 from models.logprobs import base, score_head_of
-from models.sharded_state import keep_written, state_bytes
-from models.sharding import explain, named_step
+from models.sharded_state import keep_written
+from models.sharding import named_step
 from ppo.algorithm import AdaptiveKL, FixedKL
 from ppo.collect import Clock, Collection
 from ppo.config import CONVENTIONS, PPOConfig
@@ -50,19 +50,19 @@ from ppo.roles import (
     add_adapters,
     as_policy,
     as_value_or_reward,
-    held_by_role,
     optimizer_groups,
     prepare_frozen,
     value_model_from,
 )
 from ppo.rollout import Rollout
+from ppo.sharded import Sharded
 from ppo.update import NonFinite, Update, run_update
 from ppo.value_head import rescale_values, shift_values
 
 logger = logging.get_logger(__name__)
 
 
-class PPOTrainer(Collection, Persistence, Trainer):
+class PPOTrainer(Collection, Persistence, Sharded, Trainer):
     """Trains a policy against a reward, held to a reference by a KL penalty.
 
     Args:
@@ -223,12 +223,6 @@ class PPOTrainer(Collection, Persistence, Trainer):
         """The value model, unwrapped."""
         return self.model.value_model
 
-    def held_bytes(self) -> dict[str, int]:
-        """Bytes that this rank holds of each role's weights and, sharded, of the optimizer and its fp32 weights."""
-        reward = next((part.model for part in self.rewards.parts if hasattr(part, "model")), None)
-        held = held_by_role(self.policy, self.value_model, self.reference.model, reward)
-        return {**held, **state_bytes(self.model_wrapped)} if self.is_deepspeed_enabled else held
-
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """One optimizer of ``args.optim``; policy and value model in groups with learning rates of their own."""
         if self.optimizer is None:
@@ -248,7 +242,7 @@ class PPOTrainer(Collection, Persistence, Trainer):
             self.model.gradient_checkpointing_enable(self.args.activation_checkpointing_kwargs)
         self.create_optimizer()
         if self.is_deepspeed_enabled:
-            self._settle_deepspeed()
+            self.settle_deepspeed()
         self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         if self.is_deepspeed_enabled:
             self.deepspeed = self.model_wrapped
@@ -256,25 +250,6 @@ class PPOTrainer(Collection, Persistence, Trainer):
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self._prepared = True
-
-    def _settle_deepspeed(self) -> None:
-        """Fill in what the DeepSpeed configuration leaves to the Trainer (``auto``).
-
-        Raises:
-            UserError: it contradicts the settings, or asks for what cannot work.
-        """
-        plugin = self.accelerator.state.deepspeed_plugin
-        if plugin.zero_stage < 1:
-            raise UserError("deepspeed.zero_optimization.stage=0 shards nothing: leave out deepspeed for plain DDP.")
-        if plugin.zero_stage == 3 and not self.args.ds3_gather_for_generation:
-            raise UserError(
-                "ppo.ds3_gather_for_generation=false cannot work under ZeRO-3: ranks whose responses end early would "
-                "leave the others waiting for their part of the weights. Set it to true."
-            )
-        try:
-            plugin.hf_ds_config.trainer_config_finalize(self.args, self.model, self.num_updates)
-        except ValueError as error:
-            raise (explain(error, "ppo") or error) from error
 
     # ------------------------------------------------------------------------------------------------ the loop
 
