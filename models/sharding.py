@@ -190,14 +190,21 @@ def tell_held_bytes(rank: int, held: dict[str, int]) -> None:
     sys.stderr.write(f"rank {rank} holds {', '.join(f'{what} {size:,} bytes' for what, size in held.items())}\n")
 
 
-def explain(error: Exception, stage: str) -> UserError | None:
-    """A sentence for an error of DeepSpeed's that a setting causes, or ``None``."""
-    text = str(error)
-    if "Please correct the following DeepSpeed config values" in text:
-        wrong = re.findall(r"- ds (\S+=\S+) vs hf (\S+=\S+)", text)
-        return UserError(
+def check_settings(args: Any, stage: str) -> None:
+    """Hold DeepSpeed's configuration against the stage's own keys; to be called before any engine is made.
+
+    Args:
+        args: ``transformers.TrainingArguments`` with a ``deepspeed`` configuration.
+        stage: the section that they came from.
+
+    Raises:
+        UserError: a value contradicts a key; names both.
+    """
+    found = "\n".join(getattr(args.hf_deepspeed_config, "mismatches", []))
+    wrong = re.findall(r"- ds (\S+) vs hf (.+)", found)
+    if wrong:
+        raise UserError(
             f"the deepspeed section contradicts the section {stage}: "
             f"{'; '.join(f'deepspeed.{ours} against {stage}.{theirs}' for ours, theirs in wrong)}. "
             f"Set the deepspeed value to auto: the stage's own key decides."
         )
-    return None

@@ -29,8 +29,8 @@ from models.config import ModelConfig
 from models.loading import load_policy, load_value_or_reward
 from models.sharded_state import portable_checkpoints
 from models.sharding import (
+    check_settings,
     deepspeed_settings,
-    explain,
     held_bytes,
     named_step,
     start_deepspeed,
@@ -79,10 +79,9 @@ def training_arguments(cls: type[Arguments], context: StageContext, passed: dict
         hint = nearest(match.group(1), field_names(cls)) if match else ""
         raise UserError(f"{context.stage}: {error}.{hint}") from error
     except (ValueError, NotImplementedError) as error:
-        explained = explain(error, context.stage)
-        if explained is not None:
-            raise explained from error
         raise UserError(f"{context.stage}: {str(error).strip().splitlines()[0]}") from error
+    if sharding is not None:
+        check_settings(args, context.stage)
     if args.disable_tqdm:
         os.environ["TQDM_DISABLE"] = "1"
         datasets.disable_progress_bars()
@@ -202,9 +201,6 @@ def train(trainer: Trainer, context: StageContext) -> dict[str, float]:
             f"space and start the same command again: it goes on from the last complete checkpoint."
         ) from error
     except (RuntimeError, ValueError) as error:
-        explained = explain(error, context.stage)
-        if explained is not None:
-            raise explained from error
         if checkpoint is None or not re.search(r"size mismatch|Missing key|parameter group", str(error)):
             raise
         raise UserError(

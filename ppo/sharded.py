@@ -2,7 +2,7 @@
 
 from artifacts.errors import UserError
 from models.sharded_state import state_bytes
-from models.sharding import explain
+from models.sharding import check_settings
 from ppo.roles import held_by_role
 
 
@@ -16,7 +16,7 @@ class Sharded:
         return {**held, **state_bytes(self.model_wrapped)} if self.is_deepspeed_enabled else held
 
     def settle_deepspeed(self) -> None:
-        """Fill in what the DeepSpeed configuration leaves to the Trainer (``auto``).
+        """Fill in what the DeepSpeed configuration leaves to the Trainer (``auto``), before any engine is made.
 
         Raises:
             UserError: it contradicts the settings, or asks for what cannot work.
@@ -29,7 +29,5 @@ class Sharded:
                 "ppo.ds3_gather_for_generation=false cannot work under ZeRO-3: ranks whose responses end early would "
                 "leave the others waiting for their part of the weights. Set it to true."
             )
-        try:
-            plugin.hf_ds_config.trainer_config_finalize(self.args, self.model, self.num_updates)
-        except ValueError as error:
-            raise (explain(error, "ppo") or error) from error
+        check_settings(self.args, "ppo")
+        plugin.hf_ds_config.trainer_config_finalize(self.args, self.model, self.num_updates)

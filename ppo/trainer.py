@@ -173,6 +173,9 @@ class PPOTrainer(Collection, Persistence, Sharded, Trainer):
             optimizers=optimizers,
         )
         self.eos_ids = eos_token_ids(policy, processing_class)
+        self.rollout_size, self.num_updates = self._plan()
+        if self.is_deepspeed_enabled:
+            self.settle_deepspeed()
         self.reference.prepare(self.accelerator)
         for part in self.rewards.parts:
             if hasattr(part, "model"):
@@ -182,7 +185,6 @@ class PPOTrainer(Collection, Persistence, Sharded, Trainer):
         self.score_bias: float | None = None if args.score_bias == "auto" else float(args.score_bias)
         self.diagnosis = Diagnosis()
         self.evaluator = Evaluator(self)
-        self.rollout_size, self.num_updates = self._plan()
         self.sizes = Sizes(
             policy=size_of(self.policy),
             value=size_of(self.value_model),
@@ -241,8 +243,6 @@ class PPOTrainer(Collection, Persistence, Sharded, Trainer):
         if self.args.activation_checkpointing:
             self.model.gradient_checkpointing_enable(self.args.activation_checkpointing_kwargs)
         self.create_optimizer()
-        if self.is_deepspeed_enabled:
-            self.settle_deepspeed()
         self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         if self.is_deepspeed_enabled:
             self.deepspeed = self.model_wrapped
