@@ -1,17 +1,18 @@
 """Judgements made elsewhere, in AlpacaEval's format, put through the same statistics::
 
-    python -m compare.annotations FILE... [--json]
+    python -m compare.annotations FILE... [--json] [--difficulty]
 
 Each file is a list of ``{"instruction", "output_1", "generator_1", "output_2", "generator_2", "preference"}``;
 ``preference`` runs from 1 (the baseline, ``output_1``, wins) to 2 (the model, ``output_2``, wins), 1.5 or 0 is a tie.
+A file may hold several models, told apart by ``generator_2``, and rows whose two sides stand the other way round.
 """
 
 import argparse
-import contextlib
 import gzip
 import json
 import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,6 @@ from compare.statistics import (
     wilson,
     win_rate_interval,
 )
-
-NEEDED = ("output_1", "output_2", "preference")
 
 
 def load_annotations(path: str | Path) -> list[dict[str, Any]]:
@@ -54,28 +53,79 @@ def load_annotations(path: str | Path) -> list[dict[str, Any]]:
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path} holds no annotations: a list of objects is needed.")
     for number, row in enumerate(rows):
-        missing = [
-            key for key in ("output_1", "output_2", "preference") if not isinstance(row, dict) or key not in row
-        ]
-        if missing:
-            raise UserError(f"{path}, entry {number}: no {', '.join(missing)}.")
+        if not isinstance(row, dict) or "preference" not in row:
+            raise UserError(f"{path}, entry {number}: no preference.")
     return rows
+
+
+def models_in(rows: list[dict[str, Any]], path: str | Path) -> dict[str, list[dict[str, Any]]]:
+    """Annotations of every model of a file, the model's completion as ``output_2``.
+
+    A file of one model is named after the file (or after the model, where all files are called ``annotations.json``);
+    several models are told apart by ``generator_2``. A row in which the baseline stands second is turned round: its
+    outputs change places and its preference p becomes 3 - p.
+    """
+    stem = Path(path).name.split(".json")[0]
+    baseline = baseline_of(rows, stem)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        first, second = (str(row.get(f"generator_{side}") or "") for side in (1, 2))
+        if second == baseline and first != baseline:
+            row, second = turned(row), first
+        found.setdefault(second, []).append(row)
+    if len(found) == 1:
+        name = next(iter(found))
+        return {name if name and stem in ("annotations", "") else stem: rows_of for rows_of in found.values()}
+    return {name or stem: rows_of for name, rows_of in found.items()}
+
+
+def baseline_of(rows: list[dict[str, Any]], stem: str) -> str | None:
+    """The name that takes part in every row; of two such names not the file's own, then the one that stands first."""
+    firsts = Counter(str(row["generator_1"]) for row in rows if row.get("generator_1"))
+    sides = [{str(row.get("generator_1") or ""), str(row.get("generator_2") or "")} for row in rows]
+    always = set.intersection(*sides) - {""}
+    others = always - {stem} or always
+    return max(others or set(firsts), key=lambda name: (firsts[name], name), default=None)
+
+
+def turned(row: dict[str, Any]) -> dict[str, Any]:
+    """The same judgement with the two sides in the other order."""
+    swapped = {**row, "preference": row["preference"]}
+    for key in ("output", "generator"):
+        swapped[f"{key}_1"], swapped[f"{key}_2"] = row.get(f"{key}_2"), row.get(f"{key}_1")
+    value = number_of(row["preference"])
+    if value is not None and value != 0:
+        swapped["preference"] = 3.0 - value
+    return swapped
+
+
+def number_of(value: Any) -> float | None:
+    """A preference as a number, ``None`` for null or a text that is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def preferences_of(rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """Preferences ``(N,)`` as given and whether each is usable ``(N,)``: 0, or in [1, 2]; others are counted out."""
-    values = np.full(len(rows), np.nan)
-    for number, row in enumerate(rows):
-        with contextlib.suppress(TypeError, ValueError):  # null, or a text that is no number
-            values[number] = float(row["preference"])
+    numbers = [number_of(row["preference"]) for row in rows]
+    values = np.array([np.nan if number is None else number for number in numbers], dtype=np.float64)
     return values, (values == 0) | ((values >= 1) & (values <= 2))
 
 
-def statistics_of(rows: list[dict[str, Any]], where: str = "") -> dict[str, Any]:
+def statistics_of(
+    rows: list[dict[str, Any]], where: str = "", difficulty: dict[str, float] | None = None
+) -> dict[str, Any]:
     """AlpacaEval's figures under its names (percent), and what it does not give: intervals, tests, power.
 
     ``win_rate`` is the mean of preference - 1, ``standard_error`` its standard error, a win is a preference above
     1.5, a draw one of exactly 1.5 or 0, and ``discrete_win_rate`` rounds every preference to a win, a loss or a draw.
+
+    Args:
+        rows: annotations of one model.
+        where: for messages.
+        difficulty: instruction -> how hard it is, for AlpacaEval 2's third term.
     """
     given, usable = preferences_of(rows)
     if not usable.any():
@@ -105,16 +155,31 @@ def statistics_of(rows: list[dict[str, Any]], where: str = "") -> dict[str, Any]
             float(preference.mean() - 0.5), float(preference.std(ddof=1)) if n > 1 else 0.5
         ),
     }
-    lengths = np.array([[len(str(row[key] or "")) for key in ("output_1", "output_2")] for row in rows])[usable]
+    kept = [row for row, use in zip(rows, usable, strict=True) if use]
+    texts = [(row.get("output_1"), row.get("output_2")) for row in kept]
+    known = np.array([all(isinstance(text, str) for text in pair) for pair in texts])
+    if not known.any():
+        note = "no annotation has both outputs, so lengths are not known"
+        return {**result, "length_controlled_win_rate": None, "length_controlled_note": note}
+    lengths = np.array([[len(text) for text in pair] for pair, use in zip(texts, known, strict=True) if use])
     result["avg_length"], result["avg_length_base"] = float(lengths[:, 1].mean()), float(lengths[:, 0].mean())
-    result |= length_figures(preference, lengths[:, 1] - lengths[:, 0])
+    if not known.all():
+        result["n_without_length"] = int((~known).sum())
+    difference = lengths[:, 1] - lengths[:, 0]
+    result |= length_figures(preference[known], difference)
+    if difficulty is not None:
+        hard = np.array([difficulty.get(str(row.get("instruction")), 0.0) for row in kept])[known]
+        with_it = length_figures(preference[known], difference, hard)
+        result["length_controlled_difficulty_win_rate"] = with_it["length_controlled_win_rate"]
     return result
 
 
-def length_figures(preference: np.ndarray, difference: np.ndarray) -> dict[str, Any]:
+def length_figures(
+    preference: np.ndarray, difference: np.ndarray, difficulty: np.ndarray | None = None
+) -> dict[str, Any]:
     """The length-controlled win rate in percent, or why there is none."""
     try:
-        fit = length_controlled(preference, difference, regularised=len(preference) >= 50)
+        fit = length_controlled(preference, difference, difficulty, regularised=len(preference) >= 50)
     except ValueError as error:
         return {"length_controlled_win_rate": None, "length_controlled_note": str(error)}
     return {
@@ -124,17 +189,37 @@ def length_figures(preference: np.ndarray, difference: np.ndarray) -> dict[str, 
     }
 
 
-def model_of(rows: list[dict[str, Any]], path: str | Path) -> str:
-    """The judged model's name: that of the file, or ``generator_2`` where all files are called ``annotations.json``.
+def difficulties(models: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """Model -> instruction -> how well the baseline does there against the *other* models, standardised.
+
+    AlpacaEval 2 fits one difficulty an instruction to all models of its leaderboard; here it is taken from the files
+    that were given, without the model itself, so that no verdict explains itself.
 
     Raises:
-        UserError: the file holds judgements of several models.
+        UserError: no two models were judged on one instruction.
     """
-    names = sorted({str(row["generator_2"]) for row in rows if row.get("generator_2")})
-    if len(names) > 1:
-        raise UserError(f"{path} holds judgements of {len(names)} models ({', '.join(names[:4])}): one a file.")
-    stem = Path(path).name.split(".json")[0]
-    return names[0] if names and stem in ("annotations", "") else stem
+    of_model: dict[str, dict[str, float]] = {}
+    for name, rows in models.items():
+        values, usable = preferences_of(rows)
+        shares = np.where(values == 0, 1.5, values) - 1
+        of_model[name] = {
+            str(row.get("instruction")): 1 - float(share)
+            for row, share, use in zip(rows, shares, usable, strict=True)
+            if use
+        }
+    found = {}
+    for name in of_model:
+        sums: dict[str, list[float]] = {}
+        for other, values in of_model.items():
+            if other != name:
+                for instruction, value in values.items():
+                    sums.setdefault(instruction, []).append(value)
+        shared = {i: float(np.mean(sums[i])) for i in of_model[name] if i in sums}
+        if not shared:
+            raise UserError(f"--difficulty: no other model was judged on the instructions of {name}.")
+        middle, spread = np.mean(list(shared.values())), np.std(list(shared.values()))
+        found[name] = {i: float((value - middle) / spread) if spread > 0 else 0.0 for i, value in shared.items()}
+    return found
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -155,16 +240,20 @@ def main(argv: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m compare.annotations", description=__doc__.split("\n\n")[0])
     parser.add_argument("files", nargs="+", metavar="FILE", help="annotations, JSON or JSON lines, may be gzipped")
+    parser.add_argument(
+        "--difficulty", action="store_true", help="also with instruction difficulty, taken from the other models given"
+    )
     parser.add_argument("--json", action="store_true", help="print all figures as JSON, keyed by model")
     arguments = parser.parse_args(argv)
     try:
-        results: dict[str, dict[str, Any]] = {}
+        models: dict[str, list[dict[str, Any]]] = {}
         for path in arguments.files:
-            rows = load_annotations(path)
-            name = model_of(rows, path)
-            if name in results:
-                raise UserError(f"{path}: {name} was read already from another file.")
-            results[name] = statistics_of(rows, str(path))
+            for name, rows in models_in(load_annotations(path), path).items():
+                if name in models:
+                    raise UserError(f"{path}: {name} was read already from another file.")
+                models[name] = rows
+        hard = difficulties(models) if arguments.difficulty else {}
+        results = {name: statistics_of(rows, name, hard.get(name)) for name, rows in models.items()}
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -9,6 +9,7 @@ from compare.agreement import agreement
 from compare.completions import Draws
 from compare.config import CompareStage
 from compare.contenders import PROXY, Contender, realised_best, shown_columns, uniform
+from compare.curves import frontier, matched_kl
 from compare.gather import Gatherer
 from compare.judges.scores import preference_by_score
 from compare.kl import sequence_kl
@@ -18,8 +19,6 @@ from compare.measure import (
     control,
     describe,
     describe_kl,
-    frontier,
-    matched_kl,
     power_line,
     win_rates,
 )
@@ -32,6 +31,7 @@ from compare.verdict import main_judge
 
 def figures(
     contenders: list[Contender],
+    checkpoints: list[Contender],
     draws: list[Draws],
     scored: dict[str, PairTable],
     tables: dict[str, PairTable],
@@ -44,6 +44,7 @@ def figures(
 
     Args:
         contenders: the policies at the main temperature.
+        checkpoints: points along training.
         draws: all completions with their scores.
         scored: pair tables of the judges that score every completion.
         tables: those, and the tables of the judges that read.
@@ -54,16 +55,18 @@ def figures(
     """
     how = Settings(settings.resamples, seed, settings.confidence)
     judges, all_judges = list(scored), list(tables)
-    pool = next((one for one in draws if one.role == "pool"), None)
+    pool = next((one for one in draws if (one.policy, one.role) == (REFERENCE, "pool")), None)
     baseline = next(one for one in draws if one.role == "baseline")
-    logprobs = best_of_n_logprobs([c.n for c in contenders if c.n is not None], pool, gatherer)
-    policies = {c.name: describe(c, judges, how, logprobs.get(c.n)) for c in contenders}
+    logprobs = best_of_n_logprobs(contenders, pool, gatherer)
+    policies = {c.name: describe(c, judges, how, logprobs.get(c.name)) for c in contenders}
+    steps = {c.name: describe(c, judges, how, None) for c in checkpoints}
     for contender in contenders:
         policies[contender.name]["quality"] = quality(contender, shown_columns(contender))
         policies[contender.name]["displacement"] = learned.get(contender.name, {}).get("displacement")
     controls = [found for judge in judges if (found := control(baseline, pool, judge, how))]
     lengths = {c.name: c.length() for c in contenders}
-    win = [entry for judge in all_judges for entry in win_rates(tables[judge], judge, how, lengths)]
+    difficult = settings.length_difficulty
+    win = [entry for judge in all_judges for entry in win_rates(tables[judge], judge, how, lengths, difficult)]
     first = main_judge({"judges": {name: {"in_sample": name == PROXY} for name in all_judges}})
     judged = first is not None and tables[first].has("ppo", "dpo")
     return {
@@ -74,9 +77,9 @@ def figures(
         "matched_kl": matched_kl(contenders, tables[first], "ppo", "dpo", how)
         if judged
         else {"policy": "ppo", "versus": "dpo", "refused": "no judge compared PPO with DPO"},
-        "frontier": frontier(contenders, policies, how),
+        "frontier": frontier(contenders, checkpoints, {**policies, **steps}, how),
         "ranking": {judge: ranking_of(tables[judge], contenders, how) for judge in all_judges},
-        "agreement": judge_agreement(contenders, scored, tables),
+        "agreement": judge_agreement([verdict_sides(contenders, scored, tables)]),
         "temperatures": temperatures(draws, baseline, settings, judges, how),
     }
 
@@ -93,17 +96,28 @@ def ranking_of(table: PairTable, contenders: list[Contender], how: Settings) -> 
     )
 
 
-def judge_agreement(
-    contenders: list[Contender], scored: dict[str, PairTable], tables: dict[str, PairTable]
-) -> list[dict[str, Any]]:
-    """Agreement of every two judges on the completions that are shown, over all pairs that both judged."""
-    shown = {judge: shown_table(contenders, judge) if judge in scored else table for judge, table in tables.items()}
+def judge_agreement(sides: list[dict[tuple[str, str], list[np.ndarray]]]) -> list[dict[str, Any]]:
+    """Agreement of every two judges over all comparisons that both judged, of one run or several (`verdict_sides`)."""
     found = []
+    for judges in dict.fromkeys(pair for run in sides for pair in run):
+        both = [run[judges] for run in sides if judges in run]
+        found.append(
+            {"judges": list(judges), **agreement(*(np.concatenate(side) for side in zip(*both, strict=True)))}
+        )
+    return found
+
+
+def verdict_sides(
+    contenders: list[Contender], scored: dict[str, PairTable], tables: dict[str, PairTable]
+) -> dict[tuple[str, str], list[np.ndarray]]:
+    """For every two judges their verdicts ``(N,)`` each on the completions that are shown, over all shared pairs."""
+    shown = {judge: shown_table(contenders, judge) if judge in scored else table for judge, table in tables.items()}
+    found = {}
     for first, second in combinations(shown, 2):
         shared = [pair for pair in shown[first].pairs if shown[second].has(*pair)]
         if shared:
             sides = [np.concatenate([shown[judge].of(*pair) for pair in shared]) for judge in (first, second)]
-            found.append({"judges": [first, second], **agreement(*sides)})
+            found[first, second] = sides
     return found
 
 
@@ -155,21 +169,26 @@ def temperatures(
     return found
 
 
-def best_of_n_logprobs(ns: list[int], pool: Draws | None, gatherer: Gatherer) -> dict[int, np.ndarray]:
-    """n -> log-probability under the reference ``(P,)`` of one best-of-n completion a prompt."""
-    if pool is None or not ns:
-        return {}
-    chosen = {n: realised_best(pool, n) for n in ns}
-    prompts, per = pool.shape
-    slots = sorted({(row, int(column)) for columns in chosen.values() for row, column in enumerate(columns)})
+def best_of_n_logprobs(contenders: list[Contender], pool: Draws | None, gatherer: Gatherer) -> dict[str, np.ndarray]:
+    """Best-of-n -> log-probability under its base policy ``(P,)`` of one of its completions a prompt."""
+    best = [contender for contender in contenders if contender.n is not None]
+    chosen = {contender.name: realised_best(contender.draws, contender.n) for contender in best}
+    found = {c.name: c.draws.measures["logprob"][np.arange(len(chosen[c.name])), chosen[c.name]] for c in best}
+    over_reference = [contender.name for contender in best if contender.draws is pool]
+    if not over_reference:
+        return found
+    # The reference's pool is large, and its log-probabilities are needed here only: of what was chosen.
+    slots = sorted({(row, int(column)) for name in over_reference for row, column in enumerate(chosen[name])})
     reference = gatherer.reference
     measured = sequence_kl(
         reference.model,
         reference.model,
         [reference.prompt_ids[row] for row, _ in slots],
-        [pool.token_ids[row * per + column] for row, column in slots],
+        [pool.token_ids[row * pool.shape[1] + column] for row, column in slots],
         reference.tokenizer.pad_token_id,
         temperature=pool.temperature,
     )
     of = dict(zip(slots, measured.logprob, strict=True))
-    return {n: np.array([of[row, int(columns[row])] for row in range(prompts)]) for n, columns in chosen.items()}
+    for name in over_reference:
+        found[name] = np.array([of[row, int(column)] for row, column in enumerate(chosen[name])])
+    return found

@@ -90,6 +90,11 @@ def plan(policy: Policy, settings: CompareStage) -> list[DrawPlan]:
             plans.append(DrawPlan("pool", settings.pool_size, main, False))
     else:
         plans = [DrawPlan("sample", settings.samples, main, True)]
+        if policy.name in settings.best_of:
+            # Measured: best-of-n over a policy is as far from the reference as what it selects.
+            plans.append(DrawPlan("pool", 2 * max(settings.best_of[policy.name]), main, True))
+    if policy.checkpoint:
+        return plans
     return plans + [DrawPlan("sample", 1, t, t > 0) for t in settings.other_temperatures if t != main]
 
 
@@ -175,7 +180,7 @@ def draw(
     table = pa.concat_tables(tables)
     extra = {
         "measurable": measurable,
-        "displacement": displacement(model, reference, seed) if measurable else None,
+        "displacement": displacement(model, reference, seed) if measurable and not policy.checkpoint else None,
         "tokens_generated": int(np.sum(table["tokens"].to_numpy())),
         "seconds": round(time.monotonic() - started, 3),
         "parameters": model.num_parameters(),

@@ -20,7 +20,12 @@ class CompareStage:
         samples: draws a prompt from each trained policy.
         baseline_draws: draws a prompt from the reference (sft), shared by no other estimate.
         pool_size: further draws a prompt from the reference: best-of-n selects from these, the control uses them.
-        best_of_n: values of n; each at most ``pool_size``.
+        best_of_n: values of n over the reference; each at most ``pool_size``.
+        best_of: best-of-n over other policies, ``{ppo: [4]}``; each draws a pool of twice its largest n.
+        checkpoints: points along training, ``{ppo: [8, 16], dpo: all}``: steps of the main runs whose checkpoints are
+            there; they stand on the frontier, not in the matrix.
+        length_difficulty: add how hard a prompt is to the length-controlled model (AlpacaEval 2's third term).
+        enumerate_up_to: completions a prompt that are enumerated for the exact optimal frontier; 0 never does.
         policies: further policies: ``{name: {path: MODEL}}`` or ``{name: {completions: FILE}}``.
         judges: further judges; see ``docs/compare.md``. The gold function and the reward model are always asked.
         resamples: bootstrap resamples and random sign flips.
@@ -39,6 +44,10 @@ class CompareStage:
     baseline_draws: int = 4
     pool_size: int = 20
     best_of_n: list[int] = field(default_factory=lambda: [2, 4, 16])
+    best_of: dict[str, list[int]] = field(default_factory=dict)
+    checkpoints: dict[str, Any] = field(default_factory=dict)
+    length_difficulty: bool = False
+    enumerate_up_to: int = 20_000
     policies: dict[str, Any] = field(default_factory=dict)
     judges: list[Any] = field(default_factory=list)
     resamples: int = 2000

@@ -21,10 +21,11 @@ class Contender:
     Attributes:
         name: as in the report.
         method: ``sft``, ``ppo``, ``dpo``, ``best_of_n`` or ``other``.
-        point: coefficient of the sweep, ``{"n": 16}`` for best-of-n.
+        point: coefficient of the sweep, ``{"n": 16}`` for best-of-n, ``{"step": 8}`` along training.
         draws: completions with scores.
         weights: ``(P, D)``, rows sum to 1.
-        kl_note: where the KL is not a measurement, what it is.
+        n: of best-of-n.
+        base: best-of-n: the policy it selects from.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Contender:
     weights: np.ndarray
     point: dict[str, Any] = field(default_factory=dict)
     n: int | None = None
+    base: str = REFERENCE
 
     def per_prompt(self, values: np.ndarray) -> np.ndarray:
         """``(P, D)`` values as ``(P,)`` weighted means."""
@@ -63,23 +65,39 @@ def uniform(draws: Draws) -> np.ndarray:
 
 
 def contenders_of(policies: list[Policy], draws: list[Draws], settings: CompareStage) -> list[Contender]:
-    """The contenders at the main temperature: reference, trained policies, best-of-n."""
+    """The contenders at the main temperature: reference, trained policies, best-of-n. No checkpoints."""
     by_role = {(d.policy, d.role): d for d in draws if d.temperature == settings.temperature}
     found = []
     for policy in policies:
-        own = by_role[policy.name, "baseline" if policy.name == REFERENCE else "sample"]
-        found.append(Contender(policy.name, policy.method, own, uniform(own), policy.point))
-    pool = by_role.get((REFERENCE, "pool"))
-    if pool is not None and PROXY in pool.scores:
-        found += [best_of(pool, n) for n in settings.best_of_n]
+        if not policy.checkpoint:
+            own = by_role[policy.name, "baseline" if policy.name == REFERENCE else "sample"]
+            found.append(Contender(policy.name, policy.method, own, uniform(own), policy.point))
+    for base, ns in {REFERENCE: settings.best_of_n, **settings.best_of}.items():
+        pool = by_role.get((base, "pool"))
+        if pool is not None and PROXY in pool.scores:
+            found += [best_of(pool, n) for n in ns]
+    return found
+
+
+def along_training(policies: list[Policy], draws: list[Draws], settings: CompareStage) -> list[Contender]:
+    """Checkpoints of the main runs: points of the frontier, not of the matrix."""
+    by_role = {(d.policy, d.role): d for d in draws if d.temperature == settings.temperature}
+    found = []
+    for policy in policies:
+        if policy.checkpoint:
+            own = by_role[policy.name, "sample"]
+            found.append(Contender(policy.name, policy.method, own, uniform(own), policy.point))
     return found
 
 
 def best_of(pool: Draws, n: int, columns: slice = slice(None)) -> Contender:
-    """Best-of-n over (some columns of) the pool, selected by the reward model."""
+    """Best-of-n over (some columns of) a policy's pool, selected by the reward model."""
     weights = np.zeros(pool.shape)
     weights[:, columns] = pool_weights(pool.scores[PROXY][:, columns], n)
-    return Contender(f"best_of_{n}", "best_of_n", pool, weights, {"n": n}, n)
+    name, point = f"best_of_{n}", {"n": n}
+    if pool.policy != REFERENCE:
+        name, point = f"{name},policy={pool.policy}", {"n": n, "policy": pool.policy}
+    return Contender(name, "best_of_n", pool, weights, point, n, pool.policy)
 
 
 def pair_preference(ours: Contender, theirs: Contender, judge: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -112,10 +130,19 @@ def shown_columns(contender: Contender) -> np.ndarray:
 
 
 def best_of_n_kl(contender: Contender, log_probability: np.ndarray) -> dict[str, Any]:
-    """What can be said of the KL of best-of-n: the bound, and Beirami's estimate ``(P,)``.
+    """What can be said of the KL of best-of-n to the reference: a bound, and an estimate ``(P,)``.
+
+    Over a policy pi, KL(bon || ref) = KL(bon || pi) + E_bon log pi / ref. The first term is at most
+    log n - (n-1)/n, and is estimated as Beirami et al. do; the second is measured on the pool, 0 over the reference.
 
     Args:
         contender: a best-of-n.
-        log_probability: ``(P,)`` under the reference of one realised best-of-n completion a prompt.
+        log_probability: ``(P,)`` under its base policy of one realised best-of-n completion a prompt.
     """
-    return {"bound": kl_bound(contender.n), "estimate": beirami_kl(log_probability, contender.n)}
+    moved = np.zeros(len(contender.weights))
+    if contender.base != REFERENCE:
+        moved = contender.per_prompt(contender.draws.measures["k1"])
+    return {
+        "bound": kl_bound(contender.n) + float(moved.mean()),
+        "estimate": beirami_kl(log_probability, contender.n) + moved,
+    }

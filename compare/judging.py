@@ -14,7 +14,7 @@ from compare.gather import model_config_of
 from compare.judges.llm import Cache, Comparison, Judgement, LLMJudge, LLMJudgeConfig
 from compare.judges.scores import FunctionJudge, RewardModelJudge
 from compare.measure import PairTable
-from compare.policies import Prompts
+from compare.policies import REFERENCE, Prompts
 from preferences.schema import text_of
 
 KINDS = ("function", "reward_model", "llm")
@@ -101,7 +101,7 @@ def comparisons_of(judge: LLMJudge, contenders: list[Contender], prompts: Prompt
 def main_pairs(contenders: list[Contender]) -> list[tuple[str, str]]:
     """All pairs of the policies without a sweep point, and of the largest best-of-n."""
     main = [c.name for c in contenders if not c.point]
-    best = [c.name for c in contenders if c.n is not None]
+    best = [c.name for c in contenders if c.n is not None and c.base == REFERENCE]
     return [(b, a) for a, b in combinations([*main, *best[-1:]], 2)]
 
 

@@ -1,7 +1,6 @@
 """From contenders and judges to the figures of the report: policies, win rates, control, frontier, matched KL."""
 
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,6 @@ import numpy as np
 from compare.best_of_n import kl_bound
 from compare.completions import Draws
 from compare.contenders import PROXY, Contender, best_of_n_kl, pair_preference, uniform
-from compare.frontier import curve, matched_win_rate, over_optimised
 from compare.judges.scores import preference_by_score
 from compare.length_control import length_controlled
 from compare.policies import REFERENCE
@@ -67,6 +65,8 @@ def describe(contender: Contender, judges: list[str], settings: Settings, bon_lo
     entry["kl"] = describe_kl(contender, settings, bon_logprob)
     entry["length"], entry["length_ci"] = float(interval.mean[0]), interval.ci(0)
     entry["eos_rate"] = float(interval.mean[1])
+    # What one answer takes: best-of-n throws n - 1 of its n samples away.
+    entry["tokens_per_answer"] = float((contender.n or 1) * contender.draws.tokens.mean())
     return entry
 
 
@@ -77,7 +77,8 @@ def describe_kl(contender: Contender, settings: Settings, bon_logprob: np.ndarra
             return {"mean": kl_bound(contender.n), "ci": None, "kind": "bound", "bound": kl_bound(contender.n)}
         found = best_of_n_kl(contender, bon_logprob)
         interval = mean_interval(found["estimate"], **settings.kwargs())
-        return {"mean": interval.mean, "ci": interval.ci(), "kind": "beirami", "bound": found["bound"]}
+        kind = "beirami" if contender.base == REFERENCE else "beirami + k1"
+        return {"mean": interval.mean, "ci": interval.ci(), "kind": kind, "bound": found["bound"]}
     if contender.kl() is None:
         return {"mean": None, "ci": None, "kind": "not measured"}
     measures = np.stack([contender.kl(name) for name in ("kl", "k1", "k3")], axis=1)
@@ -102,12 +103,15 @@ class PairTable:
         preferences: ``(P, K)``.
         ties: ``(P, K)``.
 
+        known_difficulty: ``(P,)``, where it was computed from more pairs than this table holds.
+
     A judge that reads may leave comparisons out: these are NaN.
     """
 
     pairs: list[tuple[str, str]]
     preferences: np.ndarray
     ties: np.ndarray
+    known_difficulty: np.ndarray | None = None
 
     def of(self, policy: str, versus: str) -> np.ndarray:
         """``(P,)`` preference for ``policy`` over ``versus``, whichever way the pair is stored."""
@@ -118,6 +122,25 @@ class PairTable:
     def has(self, policy: str, versus: str) -> bool:
         """Whether the pair was judged."""
         return (policy, versus) in self.pairs or (versus, policy) in self.pairs
+
+    def difficulty(self, policy: str, versus: str) -> np.ndarray:
+        """``(P,)`` how hard a prompt is: how well the reference does there against policies *outside* of the pair.
+
+        AlpacaEval 2 fits it to all models at once; leaving the pair out keeps its verdicts from explaining themselves.
+        Standardised; 0 where no other policy was judged against the reference.
+        """
+        if self.known_difficulty is not None:
+            return self.known_difficulty
+        others = [
+            self.of(REFERENCE, name)
+            for name in dict.fromkeys(name for pair in self.pairs for name in pair)
+            if name not in (REFERENCE, policy, versus) and self.has(REFERENCE, name)
+        ]
+        if not others:
+            return np.zeros(len(self.preferences))
+        known = np.ma.masked_invalid(np.stack(others, axis=1)).mean(axis=1).filled(0.5)
+        deviation = known.std()
+        return (known - known.mean()) / deviation if deviation > 0 else np.zeros(len(known))
 
     def complete(self) -> np.ndarray:
         """Preferences ``(P', K)`` of the prompts on which every pair was judged."""
@@ -138,7 +161,11 @@ def judge_pairs(contenders: list[Contender], judge: str) -> PairTable:
 
 
 def win_rates(
-    table: PairTable, judge: str, settings: Settings, lengths: dict[str, np.ndarray] | None = None
+    table: PairTable,
+    judge: str,
+    settings: Settings,
+    lengths: dict[str, np.ndarray] | None = None,
+    difficulty: bool = False,
 ) -> list[dict[str, Any]]:
     """Both directions of every pair: they add up to 1 exactly.
 
@@ -147,10 +174,11 @@ def win_rates(
         judge: who judged.
         settings: of the intervals.
         lengths: policy -> mean length ``(P,)``; with it, length-controlled win rates are added.
+        difficulty: let the length-controlled model know how hard a prompt is.
     """
     known = np.isfinite(table.preferences)
     if not known.all():
-        return _partial_win_rates(table, judge, settings, lengths)
+        return _partial_win_rates(table, judge, settings, lengths, difficulty)
     interval = win_rate_interval(table.preferences, **settings.kwargs())
     p_values = permutation_test(table.preferences, resamples=settings.resamples * 5 - 1, seed=settings.seed)
     corrected = holm(p_values)
@@ -178,21 +206,24 @@ def win_rates(
             **shared,
         }
         if lengths is not None:
-            entry["length_controlled"] = _controlled(preference, lengths[policy] - lengths[versus], settings)
+            hard = table.difficulty(policy, versus) if difficulty else None
+            entry["length_controlled"] = _controlled(preference, lengths[policy] - lengths[versus], settings, hard)
         entries += [entry, reverse(entry)]
     return entries
 
 
 def _partial_win_rates(
-    table: PairTable, judge: str, settings: Settings, lengths: dict[str, np.ndarray] | None
+    table: PairTable, judge: str, settings: Settings, lengths: dict[str, np.ndarray] | None, difficulty: bool
 ) -> list[dict[str, Any]]:
     """Pair by pair, each on the prompts that have a verdict; corrected for all pairs together."""
     entries = []
     for column, pair in enumerate(table.pairs):
         rows = np.isfinite(table.preferences[:, column])
         alone = PairTable([pair], table.preferences[rows][:, [column]], table.ties[rows][:, [column]])
+        if difficulty:
+            alone.known_difficulty = table.difficulty(*pair)[rows]
         of_rows = None if lengths is None else {name: lengths[name][rows] for name in pair}
-        entries += win_rates(alone, judge, settings, of_rows)
+        entries += win_rates(alone, judge, settings, of_rows, difficulty)
     corrected = holm([entry["p"] for entry in entries[::2]])
     for number, entry in enumerate(entries):
         entry["p_holm"] = float(corrected[number // 2])
@@ -207,7 +238,7 @@ def reverse(entry: dict[str, Any]) -> dict[str, Any]:
 
     controlled = entry["length_controlled"]
     if controlled is not None:
-        controlled = {"win_rate": 1.0 - controlled["win_rate"], "ci": swap(controlled["ci"])}
+        controlled = {**controlled, "win_rate": 1.0 - controlled["win_rate"], "ci": swap(controlled["ci"])}
     return {
         **entry,
         "policy": entry["versus"],
@@ -219,13 +250,17 @@ def reverse(entry: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _controlled(preference: np.ndarray, difference: np.ndarray, settings: Settings) -> dict[str, Any] | None:
+def _controlled(
+    preference: np.ndarray, difference: np.ndarray, settings: Settings, difficulty: np.ndarray | None = None
+) -> dict[str, Any] | None:
     """The length-controlled win rate, or ``None`` where it cannot be fitted."""
     try:
-        fit = length_controlled(preference, difference, confidence=settings.confidence)
+        fit = length_controlled(preference, difference, difficulty, confidence=settings.confidence)
     except ValueError:
         return None
-    return {"win_rate": fit.win_rate, "ci": list(fit.ci)}
+    found = {"win_rate": fit.win_rate, "ci": list(fit.ci)}
+    # The size of the slope: its sign depends on which of the two stands first.
+    return found if difficulty is None else {**found, "difficulty_slope": abs(fit.psi)}
 
 
 def control(baseline: Draws, pool: Draws | None, judge: str, settings: Settings) -> dict[str, Any] | None:
@@ -267,70 +302,3 @@ def power_line(table: PairTable, policy: str, versus: str, settings: Settings) -
         "power": 0.8,
         "alpha": 0.05,
     }
-
-
-def matched_kl(contenders: list[Contender], table: PairTable, a: str, b: str, settings: Settings) -> dict[str, Any]:
-    """Two methods at the KL of the closer of their main policies, along their sweeps from the reference on.
-
-    Returns:
-        The figures, or ``{"refused": reason}``: nothing is extrapolated.
-    """
-    by_name = {c.name: c for c in contenders}
-    if a not in by_name or b not in by_name or by_name[a].kl() is None or by_name[b].kl() is None:
-        return {"policy": a, "versus": b, "refused": "the KL of one of them was not measured"}
-    swept = [name for name in by_name if by_name[name].method in (REFERENCE, "ppo", "dpo")]
-    judged = all(table.has(one, two) for one, two in combinations(swept, 2))
-    if not judged or not np.isfinite(table.preferences).all():
-        return {"policy": a, "versus": b, "refused": "the judge did not judge every point of both sweeps"}
-    start = [by_name[REFERENCE]]
-    sides = [start + curve(contenders, by_name[name].method) for name in (a, b)]
-    n = len(by_name[a].weights)
-    preferences = np.full((n, len(sides[0]), len(sides[1])), 0.5)
-    for i, ours in enumerate(sides[0]):
-        for j, theirs in enumerate(sides[1]):
-            if ours.name != theirs.name:
-                preferences[:, i, j] = table.of(ours.name, theirs.name)
-    kl = [np.stack([c.kl() for c in side], axis=1) for side in sides]
-    main = [[c.name for c in side].index(name) for side, name in zip(sides, (a, b), strict=True)]
-    try:
-        found = matched_win_rate(*kl, preferences, *main, **settings.kwargs())
-    except ValueError as error:
-        return {"policy": a, "versus": b, "refused": f"{error}; nothing is extrapolated"}
-    weights = found.pop("weights")
-    found["points"] = {
-        name: {c.name: w for c, w in zip(side, weight, strict=True) if w > 0}
-        for name, side, weight in zip((a, b), sides, weights, strict=True)
-    }
-    return {"policy": a, "versus": b, **found}
-
-
-def frontier(contenders: list[Contender], policies: dict[str, dict], settings: Settings) -> list[dict[str, Any]]:
-    """Points of every method by rising KL; over-optimisation marked where gold is known."""
-    points = []
-    for method in ("ppo", "dpo"):
-        line = curve(contenders, method)
-        if not line:
-            continue
-        marks: list[dict[str, Any]] = [{} for _ in line]
-        if all("gold" in c.draws.scores and PROXY in c.draws.scores for c in line):
-            gold = np.stack([c.score("gold") for c in line], axis=1)
-            proxy = np.stack([c.score(PROXY) for c in line], axis=1)
-            marks = over_optimised([c.kl().mean() for c in line], gold, proxy, **settings.kwargs())
-        for contender, mark in zip(line, marks, strict=True):
-            if mark.get("over_optimised"):
-                mark["against"] = line[mark["against"]].name
-            else:
-                mark.pop("against", None)
-            points.append(_point(contender.name, policies[contender.name], mark))
-    for contender in contenders:
-        if contender.method == "best_of_n":
-            points.append(_point(contender.name, policies[contender.name], {}))
-    return points
-
-
-def _point(name: str, entry: dict[str, Any], mark: dict[str, Any]) -> dict[str, Any]:
-    keys = ("method", "point", "kl", "gold_reward", "gold_reward_ci", "proxy_reward", "proxy_reward_ci", "eos_rate")
-    point = {"policy": name, **{key: entry[key] for key in keys}}
-    if point["kl"]["mean"] is not None:
-        point["sqrt_kl"] = float(np.sqrt(max(point["kl"]["mean"], 0.0)))
-    return {**point, **mark}

@@ -6,7 +6,7 @@ from typing import Any
 
 from artifacts.errors import UserError
 from artifacts.files import read_parquet
-from artifacts.run import RunFolder
+from artifacts.run import RunFolder, point_name
 from compare.config import CompareStage
 from preferences.schema import prompt_id
 
@@ -24,7 +24,8 @@ class Policy:
         method: ``"sft"``, ``"ppo"``, ``"dpo"`` or ``"other"``.
         model: folder or Hub name; ``None`` where completions were made elsewhere.
         completions: a file of completions, or ``None``.
-        point: the point of the sweep.
+        point: the point of the sweep, or ``{"step": 8}`` along training.
+        checkpoint: a point along training.
         identity: what the model depends on; a change makes its completions stale.
     """
 
@@ -33,6 +34,7 @@ class Policy:
     model: str | None = None
     completions: str | None = None
     point: dict[str, Any] = field(default_factory=dict)
+    checkpoint: bool = False
     identity: Any = None
 
 
@@ -74,6 +76,8 @@ def policies_of(run: RunFolder, settings: CompareStage) -> tuple[list[Policy], l
                     identity=[done.get("fingerprint"), done.get("finished")],
                 )
             )
+    along, missing = checkpoints_of(run, settings.checkpoints)
+    found, warnings = found + along, warnings + missing
     for name, source in (settings.policies or {}).items():
         found.append(_added(name, source, {policy.name for policy in found}))
     if len(found) < 2:
@@ -81,6 +85,54 @@ def policies_of(run: RunFolder, settings: CompareStage) -> tuple[list[Policy], l
             f"{run.root} has only the reference policy: there is nothing to compare. Run ppo or dpo first."
         )
     return found, warnings
+
+
+def checkpoints_of(run: RunFolder, wanted: dict[str, Any]) -> tuple[list[Policy], list[str]]:
+    """Checkpoints of the main runs as policies, and a warning for each that is not there.
+
+    A missing checkpoint cannot be had without training again, so it costs a point of the frontier, not the report.
+
+    Raises:
+        UserError: a stage that has no checkpoints of a policy, or steps that are none.
+    """
+    found, warnings = [], []
+    for stage, steps in (wanted or {}).items():
+        where = f"compare.checkpoints.{stage}"
+        if stage not in ("ppo", "dpo"):
+            raise UserError(f"{where}: only ppo and dpo have checkpoints of a policy.")
+        if steps != "all" and not (isinstance(steps, list) and all(type(step) is int and step > 0 for step in steps)):
+            raise UserError(f"{where} is {steps!r}; it must be a list of steps, [8, 16], or all.")
+        done = run.done(stage)
+        if done is None:
+            continue
+        kept = _checkpoints(run.stage_dir(stage) / "checkpoints")
+        figures = done.get("figures") or {}
+        last = figures.get("updates", figures.get("steps"))
+        for step in sorted(kept) if steps == "all" else sorted(set(steps)):
+            if step == last:
+                continue  # the main policy itself
+            if step not in kept:
+                there = ", ".join(map(str, sorted(kept))) or "none"
+                warnings.append(
+                    f"{stage} has no checkpoint of step {step} (there: {there}) and its point is left out of the "
+                    f"frontier. {stage}.save_steps and {stage}.save_total_limit say which are kept."
+                )
+                continue
+            identity = [done.get("fingerprint"), done.get("finished"), step]
+            point = {"step": step}
+            name = point_name(stage, point)
+            found.append(Policy(name, stage, str(kept[step]), point=point, checkpoint=True, identity=identity))
+    return found, warnings
+
+
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    """Step -> folder of every checkpoint that holds a whole model or an adapter."""
+    found = {}
+    for path in folder.glob("checkpoint-*"):
+        number = path.name.removeprefix("checkpoint-")
+        if number.isdigit() and (any(path.glob("model*.safetensors")) or (path / "adapter_config.json").is_file()):
+            found[int(number)] = path
+    return found
 
 
 def _added(name: str, source: Any, taken: set[str]) -> Policy:

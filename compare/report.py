@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from artifacts.files import finite, write_json, write_text
 from compare.contenders import Contender, shown_columns
-from compare.plots import frontier_plot, write_figure
+from compare.plots import TITLES, element_of, frontier_plot, shown_rewards, write_figure
 from compare.policies import REFERENCE, Prompts
 from compare.verdict import label, main_judge, percent
 
@@ -29,6 +29,7 @@ def environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     made.filters.update(percent=percent, label=label, number=number, interval=interval, nats=nats)
+    made.filters.update(duration=duration, si=si)
     return made
 
 
@@ -47,6 +48,41 @@ def interval(ci: list[float] | None, scale: float = 1.0, digits: int = 2) -> str
     if ci is None or ci[0] is None:
         return ""
     return f"[{number(ci[0] * scale, digits)}, {number(ci[1] * scale, digits)}]"
+
+
+def duration(seconds: float | None) -> str:
+    """``43 s``, ``1:43 min``, ``2:05 h``."""
+    if seconds is None:
+        return "–"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    unit, whole = ("min", seconds) if seconds < 6000 else ("h", seconds / 60)
+    minutes, rest = divmod(round(whole), 60)
+    return f"{minutes}:{rest:02d} {unit}"
+
+
+def si(value: float | None, unit: str = "") -> str:
+    """``3.2 T`` with an SI prefix and three digits."""
+    if value is None:
+        return "–"
+    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if abs(value) >= 10**power:
+            return f"{value / 10**power:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}".strip()
+
+
+STAGE_NAMES = {"sft": "SFT", "reward_model": "reward model", "ppo": "PPO", "dpo": "DPO"}
+METHOD_NAMES = {"ppo": "PPO", "dpo": "DPO", "best_of_n": "best-of-n"}
+
+
+def cost_rows(cost: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table of costs: every stage, then every method with all it needs after SFT."""
+    rows = [{"name": STAGE_NAMES[stage], "kind": "stage", **spent} for stage, spent in cost.get("stages", {}).items()]
+    for method, spent in cost.get("methods", {}).items():
+        needs = " + ".join(STAGE_NAMES[stage] for stage in spent["stages"])
+        rows.append({"name": f"{METHOD_NAMES[method]} in all", "needs": needs, "kind": "method", **spent})
+    keys = ("seconds", "peak_memory_mb", "gpu_peak_memory_mb", "tokens_generated", "flops")
+    return [{**dict.fromkeys(keys), "needs": "", **row} for row in rows]
 
 
 def json_for_script(value: Any) -> Markup:
@@ -68,15 +104,19 @@ def write_report(
 def write_pages(folder: Path, report: dict[str, Any], samples: dict[str, Any], title: str) -> None:
     """Write ``report.json``, ``figures/``, ``report.md`` and ``report.html``."""
     write_json(folder / "report.json", report)
-    charts = {}
-    if any(point["gold_reward"] is not None or point["proxy_reward"] is not None for point in report["frontier"]):
-        figure = frontier_plot(report)
-        charts["frontier"] = Markup(write_figure(figure, folder / "figures", "frontier"))
+    charts = []
+    keys = shown_rewards(report)
+    if keys:
+        write_figure(frontier_plot(report), folder / "figures", "frontier")
+        # One element for each reward: side by side on a desk, one under the other on a phone.
+        for key in keys:
+            says = f"{TITLES[key]} against the square root of the KL to SFT, every policy a point"
+            charts.append(Markup(element_of(frontier_plot(report, [key]), says, key)))
     write_text(folder / "report.md", render_markdown(report))
     write_text(folder / "report.html", render_html(report, samples, charts, title))
 
 
-def render_html(report: dict[str, Any], samples: dict[str, Any], charts: dict[str, Markup], title: str = "") -> str:
+def render_html(report: dict[str, Any], samples: dict[str, Any], charts: list[Markup], title: str = "") -> str:
     """The self-contained page."""
     judge = main_judge(report)
     policies = report["policies"].values()
@@ -91,7 +131,9 @@ def render_html(report: dict[str, Any], samples: dict[str, Any], charts: dict[st
         against_sft={e["policy"]: e for e in report["win_rates"] if e["versus"] == REFERENCE and e["judge"] == judge},
         n_pairs=sum(e["judge"] == judge and e["policy"] != e["versus"] for e in report["win_rates"]) // 2,
         ranking=report["ranking"].get(judge, {}).get("entries", []),
-        cost=report["cost"].get("methods", {}),
+        cost=cost_rows(report["cost"]),
+        has_gpu=any(spent.get("gpu_peak_memory_mb") for spent in report["cost"].get("stages", {}).values()),
+        optimum=report.get("optimum"),
         matrices=json_for_script(matrices(report)),
         samples=json_for_script(samples),
         charts=charts,

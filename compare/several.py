@@ -6,51 +6,44 @@ seed would move a figure is in them, which no single run can say.
 
 import argparse
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
-from scipy import stats
 
 from artifacts.errors import UserError, explain_os_error
 from artifacts.files import read_json, read_parquet
 from artifacts.run import RunFolder
+from compare.assemble import judge_agreement, verdict_sides
 from compare.completions import MEASURES, Draws
 from compare.config import CompareStage
-from compare.contenders import PROXY, Contender, contenders_of
-from compare.measure import PairTable, Settings, judge_pairs, matched_kl, reverse
-from compare.policies import Policy, Prompts
+from compare.contenders import along_training, contenders_of
+from compare.cost import pooled_cost
+from compare.judges.llm import Judgement
+from compare.judging import table_of
+from compare.measure import PairTable, Settings, judge_pairs
+from compare.policies import REFERENCE, Policy, Prompts
+from compare.pooling import (
+    Run,
+    mean_of,
+    pooled_control,
+    pooled_frontier,
+    pooled_matched_kl,
+    pooled_optimum,
+    pooled_policy,
+    pooled_power,
+    pooled_ranking,
+    pooled_temperatures,
+    pooled_win_rates,
+    shares_prompts,
+)
 from compare.report import sample_table, write_pages
 from compare.stage import SCHEMA_VERSION
-from compare.statistics import Interval, crossed_interval, holm, nested_interval
-from compare.verdict import main_judge, sentences, warnings
+from compare.verdict import find, main_judge, sentences, warnings
 
 # Sections that may differ between runs that are pooled.
 FREE = ("name", "seed", "output_dir", "stages", "launch", "experiment")
-
-
-@dataclass
-class Run:
-    """One finished comparison, read back.
-
-    Attributes:
-        root: the run folder.
-        seed: its seed.
-        report: its ``report.json``.
-        prompts: what it was judged on.
-        contenders: by name.
-        tables: judge -> preferences of all pairs.
-    """
-
-    root: Path
-    seed: int
-    report: dict[str, Any]
-    prompts: Prompts
-    contenders: dict[str, Contender]
-    tables: dict[str, PairTable]
 
 
 def load(root: str | Path) -> Run:
@@ -100,13 +93,45 @@ def load(root: str | Path) -> Run:
         for name, entry in report["policies"].items()
         if entry["method"] != "best_of_n"
     ]
+    policies += [
+        Policy(point["policy"], point["method"], point=point["point"], checkpoint=True)
+        for point in report["frontier"]
+        if point.get("along") == "training"
+    ]
+    own = report["settings"]
     settings = CompareStage(
-        temperature=report["settings"]["temperature"], best_of_n=list(report["settings"]["best_of_n"])
+        temperature=own["temperature"], best_of_n=list(own["best_of_n"]), best_of=dict(own.get("best_of") or {})
     )
     contenders = contenders_of(policies, draws, settings)
-    tables = {judge: judge_pairs(contenders, judge) for judge in judges}
     prompts = Prompts([texts[identity] for identity in ids], ids)
-    return Run(run.root, report["settings"]["seeds"][0], report, prompts, {c.name: c for c in contenders}, tables)
+    tables = {judge: judge_pairs(contenders, judge) for judge in judges}
+    tables |= read_verdicts(run, [judge for judge in report["judges"] if judge not in judges], prompts)
+    return Run(
+        run.root,
+        own["seeds"][0],
+        report,
+        prompts,
+        {c.name: c for c in contenders},
+        {c.name: c for c in along_training(policies, draws, settings)},
+        tables,
+        judges,
+        next((one for one in draws if (one.policy, one.role) == (REFERENCE, "pool")), None),
+    )
+
+
+def read_verdicts(run: RunFolder, judges: list[str], prompts: Prompts) -> dict[str, PairTable]:
+    """Tables of the judges that read, from the judgements that the run kept; none where a judge named no verdict."""
+    if not judges:
+        return {}
+    kept = read_parquet(run.path("compare", "judgements.parquet"), ["judge", "order", "preference"]).to_list()
+    fields = ("judge", "policy", "versus", "prompt_id", "order", "preference", "raw", "attempts")
+    found = {}
+    for judge in judges:
+        rows = [row for row in kept if row["judge"] == judge and row["order"] != "none"]
+        table, _ = table_of([Judgement(*(row[field] for field in fields)) for row in rows], prompts)
+        if table is not None:
+            found[judge] = table
+    return found
 
 
 def check_alike(runs: list[Run]) -> list[str]:
@@ -143,160 +168,6 @@ def check_alike(runs: list[Run]) -> list[str]:
     return notes
 
 
-Pooling = Callable[[list[np.ndarray]], Interval]
-
-
-def pooling(runs: list[Run], settings: Settings, bounds: tuple[float, float] | None = None) -> Pooling:
-    """The interval over seeds and prompts: crossed where all runs share prompts, nested where each has its own."""
-    shared = len({tuple(run.prompts.ids) for run in runs}) == 1
-    if shared:
-        return lambda groups: crossed_interval(np.stack(groups), bounds=bounds, **settings.kwargs())
-    return lambda groups: nested_interval(groups, bounds=bounds, **settings.kwargs())
-
-
-def pooled_win_rates(runs: list[Run], judge: str, names: list[str], settings: Settings) -> list[dict[str, Any]]:
-    """Win rates of all pairs that every run has; p-values by a t-test on the runs' win rates."""
-    pairs = [
-        pair
-        for pair in runs[0].tables[judge].pairs
-        if set(pair) <= set(names) and all(run.tables[judge].has(*pair) for run in runs)
-    ]
-    groups = [np.stack([run.tables[judge].of(*pair) for pair in pairs], axis=1) for run in runs]
-    interval = pooling(runs, settings, (0.0, 1.0))(groups)
-    of_seed = np.stack([group.mean(axis=0) for group in groups])
-    with np.errstate(invalid="ignore", divide="ignore"):
-        p_values = np.nan_to_num(stats.ttest_1samp(of_seed, 0.5, axis=0).pvalue, nan=1.0)
-    corrected = holm(p_values)
-    entries = []
-    for column, (policy, versus) in enumerate(pairs):
-        low, high = interval.ci(column)
-        entry = {
-            "policy": policy,
-            "versus": versus,
-            "judge": judge,
-            "n": sum(len(group) for group in groups),
-            "win_rate": float(interval.mean[column]),
-            "ci": [low, high],
-            "wilson": [low, high],
-            "length_controlled": None,
-            "ties": float(np.mean([_ties(run.tables[judge], policy, versus) for run in runs])),
-            "p": float(p_values[column]),
-            "p_holm": float(corrected[column]),
-            "per_seed": of_seed[:, column].tolist(),
-        }
-        backwards = {**reverse(entry), "per_seed": (1.0 - of_seed[:, column]).tolist()}
-        entries += [entry, backwards]
-    for entry in entries:
-        entry.pop("wilson")  # of one run's prompts; there is none over seeds
-    return entries
-
-
-def _ties(table: PairTable, policy: str, versus: str) -> float:
-    pair = (policy, versus) if (policy, versus) in table.pairs else (versus, policy)
-    return float(table.ties[:, table.pairs.index(pair)].mean())
-
-
-def pooled_policy(runs: list[Run], name: str, settings: Settings) -> dict[str, Any]:
-    """The entry of one policy under ``policies``, pooled."""
-    pool = pooling(runs, settings)
-    own = [run.contenders[name] for run in runs]
-    first = runs[0].report["policies"][name]
-    entry: dict[str, Any] = {
-        "method": own[0].method,
-        "point": own[0].point,
-        "n_prompts": sum(len(c.weights) for c in own),
-        "draws": own[0].draws.shape[1],
-    }
-    for key, judge in (("gold_reward", "gold"), ("proxy_reward", PROXY)):
-        entry[key], entry[f"{key}_ci"], entry[f"{key}_per_seed"] = None, None, None
-        if all(judge in c.draws.scores for c in own):
-            groups = [c.score(judge)[:, None] for c in own]
-            interval = pool(groups)
-            entry[key], entry[f"{key}_ci"] = float(interval.mean[0]), interval.ci(0)
-            entry[f"{key}_per_seed"] = [float(group.mean()) for group in groups]
-    entry["kl"] = _pooled_kl(runs, name, own, pool)
-    for key, values in (("length", [c.length() for c in own]), ("eos_rate", [c.eos_rate() for c in own])):
-        entry[key] = float(np.mean([value.mean() for value in values]))
-    entry["quality"] = {
-        key: _mean_of([run.report["policies"][name]["quality"][key] for run in runs]) for key in first["quality"]
-    }
-    moved = [run.report["policies"][name].get("displacement") for run in runs]
-    entry["displacement"] = {key: _mean_of([m[key] for m in moved]) for key in moved[0]} if all(moved) else None
-    return entry
-
-
-def _pooled_kl(runs: list[Run], name: str, own: list[Contender], pool: Pooling) -> dict[str, Any]:
-    single = [run.report["policies"][name]["kl"] for run in runs]
-    if any(kl["mean"] is None for kl in single):
-        return {"mean": None, "ci": None, "kind": "not measured"}
-    per_seed = [kl["mean"] for kl in single]
-    if own[0].method == "best_of_n":
-        bound = single[0]["bound"]
-        ci = [min(per_seed), max(per_seed)]
-        return {"mean": float(np.mean(per_seed)), "ci": ci, "kind": single[0]["kind"], "bound": bound}
-    interval = pool([c.kl()[:, None] for c in own])
-    return {"mean": float(interval.mean[0]), "ci": interval.ci(0), "kind": single[0]["kind"], "per_seed": per_seed}
-
-
-def _mean_of(values: list[float | None]) -> float | None:
-    return None if any(value is None for value in values) else float(np.mean(values))
-
-
-def pooled_matched_kl(runs: list[Run], judge: str, settings: Settings) -> dict[str, Any]:
-    """Matched KL in every run, then the mean over runs with a t interval."""
-    found = [matched_kl(list(run.contenders.values()), run.tables[judge], "ppo", "dpo", settings) for run in runs]
-    refused = [one for one in found if "refused" in one]
-    if refused:
-        return refused[0]
-    rates = np.array([one["win_rate"] for one in found])
-    interval = nested_interval([np.array([[rate]]) for rate in rates], bounds=(0.0, 1.0), **settings.kwargs())
-    # Seeds may agree by luck: never narrower than the prompts' share, which every run's own interval shows.
-    width = float(np.mean([one["ci"][1] - one["ci"][0] for one in found])) / np.sqrt(len(found))
-    middle = float(rates.mean())
-    low, high = interval.ci(0)
-    low, high = max(0.0, min(low, middle - width / 2)), min(1.0, max(high, middle + width / 2))
-    return {
-        "policy": "ppo",
-        "versus": "dpo",
-        "kl": float(np.mean([one["kl"] for one in found])),
-        "win_rate": middle,
-        "ci": [low, high],
-        "per_seed": rates.tolist(),
-        "points": found[0]["points"],
-    }
-
-
-def pooled_frontier(policies: dict[str, dict[str, Any]], runs: list[Run]) -> list[dict[str, Any]]:
-    """Points of all methods; over-optimised where every run marks the point so."""
-    marks = [{p["policy"]: p for p in run.report["frontier"]} for run in runs]
-    points = []
-    for name in (p["policy"] for p in runs[0].report["frontier"]):
-        if name not in policies or not all(name in mark for mark in marks):
-            continue
-        entry = policies[name]
-        keys = (
-            "method",
-            "point",
-            "kl",
-            "gold_reward",
-            "gold_reward_ci",
-            "proxy_reward",
-            "proxy_reward_ci",
-            "eos_rate",
-        )
-        point = {"policy": name, **{key: entry[key] for key in keys}}
-        if point["kl"]["mean"] is not None:
-            point["sqrt_kl"] = float(np.sqrt(max(point["kl"]["mean"], 0.0)))
-        marked = [mark[name] for mark in marks]
-        point["over_optimised"] = all(mark.get("over_optimised") for mark in marked)
-        if point["over_optimised"]:
-            point["against"] = marked[0]["against"]
-            point["gold_change"] = float(np.mean([mark["gold_change"] for mark in marked]))
-            point["proxy_change"] = float(np.mean([mark["proxy_change"] for mark in marked]))
-        points.append(point)
-    return points
-
-
 def pool(runs: list[Run], settings: Settings) -> dict[str, Any]:
     """The pooled report."""
     notes = check_alike(runs)
@@ -306,16 +177,20 @@ def pool(runs: list[Run], settings: Settings) -> dict[str, Any]:
         notes.append(f"Left out, because not every run has it: {', '.join(missing)}.")
     judges = [judge for judge in runs[0].tables if all(judge in run.tables for run in runs)]
     if not judges:
-        raise UserError("the runs share no judge that scores (gold, reward model): there is nothing to pool.")
-    reading = sorted({judge for run in runs for judge in run.report["judges"]} - set(judges))
-    if reading:
-        notes.append(f"Not pooled: judges that read or that not every run has ({', '.join(reading)}).")
+        raise UserError("the runs share no judge (gold, reward model, or one that reads): there is nothing to pool.")
+    other = sorted({judge for run in runs for judge in run.report["judges"]} - set(judges))
+    if other:
+        notes.append(f"Not pooled, because not every run has verdicts of it: {', '.join(other)}.")
+    scored = [judge for judge in judges if all(judge in run.scored for run in runs)]
     policies = {name: pooled_policy(runs, name, settings) for name in names}
     win = [entry for judge in judges for entry in pooled_win_rates(runs, judge, names, settings)]
-    first = main_judge({"judges": {judge: runs[0].report["judges"][judge] for judge in judges}})
-    both = {"ppo", "dpo"} <= set(names)
+    controls = [found for judge in scored if (found := pooled_control(runs, judge, settings))]
+    known = {judge: pooled_judge(runs, judge) for judge in judges}
+    first = main_judge({"judges": known})
+    head = find({"win_rates": win}, "ppo", "dpo", first)
     pair_sets = [run.report["pair_set"] for run in runs]
     accuracy = [run.report.get("reward_model") or {} for run in runs]
+    sides = [verdict_sides(list(run.contenders.values()), _only(run, scored), _only(run, judges)) for run in runs]
     report = {
         "schema_version": SCHEMA_VERSION,
         "verdict": [],
@@ -325,7 +200,7 @@ def pool(runs: list[Run], settings: Settings) -> dict[str, Any]:
             "seeds": [run.seed for run in runs],
             "runs": [run.root.name for run in runs],
             "n_prompts": sum(len(run.prompts) for run in runs),
-            "prompts": "shared by all runs" if len({tuple(r.prompts.ids) for r in runs}) == 1 else "each run its own",
+            "prompts": "shared by all runs" if shares_prompts(runs) else "each run its own",
         },
         "pair_set": {
             "hash": ", ".join(pair_set["hash"][:16] for pair_set in pair_sets),
@@ -333,26 +208,52 @@ def pool(runs: list[Run], settings: Settings) -> dict[str, Any]:
             "n_test": sum(pair_set["n_test"] for pair_set in pair_sets),
             "same": all(pair_set["same"] for pair_set in pair_sets),
         },
-        "judges": {judge: runs[0].report["judges"][judge] for judge in judges},
+        "judges": known,
         "policies": policies,
-        "win_rates": win,
-        "control": [],
-        "power": None,
+        "win_rates": win + controls,
+        "control": controls,
+        "power": pooled_power(head, settings),
         "matched_kl": pooled_matched_kl(runs, first, settings)
-        if both
+        if head is not None
         else {"policy": "ppo", "versus": "dpo", "refused": "not every run has PPO and DPO"},
-        "frontier": pooled_frontier(policies, runs),
-        "ranking": {},
-        "agreement": [],
-        "temperatures": [],
-        "reward_model": {key: _mean_of([a.get(key) for a in accuracy]) for key in ("accuracy", "ceiling", "ece")},
-        "cost": {"methods": {}},
+        "frontier": pooled_frontier(policies, runs, settings),
+        "optimum": pooled_optimum(runs, settings),
+        "ranking": {judge: pooled_ranking(runs, judge, names, settings) for judge in judges},
+        "agreement": judge_agreement(sides),
+        "temperatures": pooled_temperatures(runs, settings),
+        "reward_model": {key: mean_of([a.get(key) for a in accuracy]) for key in ("accuracy", "ceiling", "ece")},
+        "cost": pooled_cost([run.report["cost"] for run in runs]),
     }
     if len(runs) == 2:
         notes.append("Two seeds: the spread between them is known from one difference; intervals are wide and rough.")
     report["warnings"] = notes + warnings(report)
     report["verdict"] = sentences(report)
     return report
+
+
+def _only(run: Run, judges: list[str]) -> dict[str, PairTable]:
+    return {judge: run.tables[judge] for judge in judges}
+
+
+def pooled_judge(runs: list[Run], judge: str) -> dict[str, Any]:
+    """A judge's identity, with what all runs asked of it."""
+    entries = [run.report["judges"][judge] for run in runs]
+    found = dict(entries[0])
+    for key in ("judged", "excluded"):
+        if all(key in entry for entry in entries):
+            found[key] = sum(entry[key] for entry in entries)
+    biases = [entry.get("position_bias") for entry in entries]
+    if all(biases):
+        known = [bias for bias in biases if bias["n"]]
+        weights = [bias["n"] for bias in known]
+        found["position_bias"] = {
+            "n": sum(weights),
+            "bias": float(np.average([bias["bias"] for bias in known], weights=weights)) if known else None,
+            "consistent": float(np.average([bias["consistent"] for bias in known], weights=weights))
+            if known
+            else None,
+        }
+    return found
 
 
 def pooled_samples(runs: list[Run], names: list[str], judges: list[str]) -> dict[str, Any]:

@@ -5,18 +5,19 @@ from typing import Any
 
 from artifacts.errors import UserError
 from artifacts.files import read_json
-from artifacts.settings import split
+from artifacts.settings import nearest, split
 from artifacts.stage import StageContext
 from compare.assemble import figures
 from compare.completions import split_draws
 from compare.config import CompareStage
-from compare.contenders import Contender, contenders_of
+from compare.contenders import PROXY, Contender, along_training, contenders_of
 from compare.cost import cost
 from compare.gather import Gatherer, score_all
 from compare.judges.llm import Judgement, LLMJudge
 from compare.judging import comparisons_of, make_judges, table_of
-from compare.measure import judge_pairs
-from compare.policies import Prompts, check_pair_set, heldout_prompts, policies_of
+from compare.measure import Settings, judge_pairs
+from compare.optimal import optimal_figures
+from compare.policies import REFERENCE, Policy, Prompts, check_pair_set, heldout_prompts, policies_of
 from compare.report import write_report
 from compare.tables import write_completions, write_judgements
 from compare.verdict import sentences, warnings
@@ -39,6 +40,7 @@ def run_compare(context: StageContext) -> None:
     pair_set = check_pair_set(context.run)
     prompts = heldout_prompts(context.run, settings.n_prompts)
     policies, notes = policies_of(context.run, settings)
+    check_best_of(settings, policies)
     if prompts.trained_on:
         notes.append(f"{prompts.trained_on} held-out prompts had been trained on in this run and were left out.")
     scoring, reading = make_judges(context, settings.judges)
@@ -52,6 +54,9 @@ def run_compare(context: StageContext) -> None:
         score_all(judge, draws, prompts, settings.workers)
         context.progress(80 + 5 * (number + 1) / len(scoring), 100, f"judged by {judge.name}")
     contenders = contenders_of(policies, draws, settings)
+    checkpoints = along_training(policies, draws, settings)
+    if (settings.best_of_n or settings.best_of) and PROXY not in {judge.name for judge in scoring}:
+        notes.append("There is no reward model, so nothing selects among samples: best-of-n is left out.")
     scored = {judge.name: judge_pairs(contenders, judge.name) for judge in scoring}
     read: list[Judgement] = []
     tables = dict(scored)
@@ -66,6 +71,7 @@ def run_compare(context: StageContext) -> None:
         notes += reading_notes(judge, known, why)
         stopped += [why] if why else []
     # 4. Figures.
+    how = Settings(settings.resamples, context.seed, settings.confidence)
     report = {
         "schema_version": SCHEMA_VERSION,
         "verdict": [],
@@ -73,7 +79,8 @@ def run_compare(context: StageContext) -> None:
         "settings": {"seeds": [context.seed], **vars(settings), "n_prompts": len(prompts)},
         "pair_set": pair_set,
         "judges": judges,
-        **figures(contenders, draws, scored, tables, gatherer, settings, context.seed, learned),
+        **figures(contenders, checkpoints, draws, scored, tables, gatherer, settings, context.seed, learned),
+        "optimum": optimal_figures(contenders, policies, draws, scoring, gatherer, settings, how),
         "reward_model": reward_model_figures(context),
     }
     report["settings"].pop("workers")
@@ -115,6 +122,23 @@ def check_settings(settings: CompareStage) -> None:
         problems.append(f"compare.confidence is {settings.confidence}; it must be in [0.5, 1).")
     if problems:
         raise UserError("\n  ".join(["the configuration has errors:", *problems]))
+
+
+def check_best_of(settings: CompareStage, policies: list[Policy]) -> None:
+    """Refuse best-of-n over policies that cannot be sampled.
+
+    Raises:
+        UserError: an unknown policy, one whose completions were made elsewhere, or an n that is none.
+    """
+    models = [p.name for p in policies if p.model is not None and p.name != REFERENCE and not p.checkpoint]
+    for name, ns in settings.best_of.items():
+        where = f"compare.best_of.{name}"
+        if name == REFERENCE:
+            raise UserError(f"{where}: the reference's values of n are compare.best_of_n.")
+        if name not in models:
+            raise UserError(f"{where}: no policy of this run that can be sampled.{nearest(name, models)}")
+        if not (isinstance(ns, list) and ns and all(type(n) is int and 1 <= n <= 1024 for n in ns)):
+            raise UserError(f"{where} is {ns!r}; it must be a list of values of n, [4, 16].")
 
 
 def ask(

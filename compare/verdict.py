@@ -33,8 +33,13 @@ def main_judge(report: dict[str, Any]) -> str | None:
 
 
 def label(name: str) -> str:
-    """``ppo`` -> ``PPO``, ``ppo,kl_coef=0.0`` -> ``PPO kl_coef 0.0``, ``best_of_16`` -> ``best-of-16``."""
+    """``ppo`` -> ``PPO``, ``ppo,kl_coef=0.0`` -> ``PPO kl_coef 0.0``, ``best_of_16`` -> ``best-of-16``.
+
+    ``best_of_4,policy=ppo`` -> ``best-of-4 of PPO``.
+    """
     method, _, point = name.partition(",")
+    if point.startswith("policy="):
+        return f"{label(method)} of {label(point.removeprefix('policy='))}"
     method = method.upper() if method in ("ppo", "dpo", "sft") else method.replace("best_of_", "best-of-")
     return f"{method} {point.replace('=', ' ').replace(',', ', ')}" if point else method
 
@@ -68,9 +73,12 @@ def _head_to_head(report: dict[str, Any]) -> str:
     text += f"{label(entry['policy'])} wins {rate(entry)}, n = {entry['n']} prompts{at}"
     power = report.get("power")
     if power and not told_apart:
-        text += f"; so many prompts show a gap of {100 * power['detectable_gap']:.1f} points"
-        if power["prompts_needed"]:
-            text += f", the observed one needs {power['prompts_needed']:,}"
+        runs = power.get("runs")
+        text += f"; {f'{runs} such runs' if runs else 'so many prompts'} show a gap of "
+        text += f"{100 * power['detectable_gap']:.1f} points"
+        needed = power.get("runs_needed") if runs else power["prompts_needed"]
+        if needed:
+            text += f", the observed one needs {needed:,}"
     if report["judges"][judge]["in_sample"]:
         text += " (an in-sample judge: PPO was trained to please it, so this favours PPO)"
     return text + "."
@@ -96,7 +104,9 @@ def _matched(report: dict[str, Any]) -> str:
 
 def _against_reference(report: dict[str, Any]) -> str:
     judge = main_judge(report)
-    best = [name for name, policy in report["policies"].items() if policy["method"] == "best_of_n"]
+    best = [
+        name for name, p in report["policies"].items() if p["method"] == "best_of_n" and "policy" not in p["point"]
+    ]
     names = ["ppo", "dpo", *best[-1:]]
     found = [(name, find(report, name, "sft", judge)) for name in names]
     parts = [f"{label(name)} wins {rate(entry)}" for name, entry in found if entry is not None]
@@ -135,8 +145,9 @@ def warnings(report: dict[str, Any]) -> list[str]:
     for name, policy in report["policies"].items():
         if policy["eos_rate"] < 0.95:
             found.append(f"{label(name)} ends only {percent(policy['eos_rate'])} of its completions by itself.")
-        if policy.get("empty_rate", 0) > 0.01:
-            found.append(f"{label(name)} gives an empty completion in {percent(policy['empty_rate'])} of its draws.")
+        empty = policy["quality"]["empty_rate"]
+        if empty > 0.01:
+            found.append(f"{label(name)} gives an empty completion in {percent(empty)} of its draws.")
     for judge in report["judges"]:
         ties = [entry["ties"] for entry in report["win_rates"] if entry["judge"] == judge]
         if ties and min(ties) > 0.99:

@@ -3,10 +3,11 @@
 import itertools
 from pathlib import Path
 
+import jsonschema
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from artifacts.files import write_json, write_parquet, write_text
+from artifacts.files import read_json, write_json, write_parquet, write_text
 from preferences.schema import prompt_id
 
 STARTS = ["the film", "a story", "the plot", "the cast", "a film", "the story"]
@@ -104,3 +105,14 @@ def set_config(root: Path, settings: str) -> None:
     """Put further settings into the section compare of a run's configuration."""
     path = root / "config.yaml"
     path.write_text(path.read_text().replace("resamples: 200", f"{settings}, resamples: 200"))
+
+
+SCHEMA = Path(__file__).parents[2] / "compare" / "report.schema.json"
+
+
+def check_schema(report: dict) -> dict:
+    """The report, which has the shape that ``compare/report.schema.json`` writes down."""
+    validator = jsonschema.Draft202012Validator(read_json(SCHEMA))
+    errors = [f"{'/'.join(map(str, e.absolute_path))}: {e.message[:300]}" for e in validator.iter_errors(report)]
+    assert not errors, "\n".join(errors[:10])
+    return report

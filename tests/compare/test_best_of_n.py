@@ -8,6 +8,9 @@ import pytest
 from scipy.special import comb
 
 from compare.best_of_n import beirami_kl, kl_bound, pool_weights
+from compare.completions import Draws
+from compare.contenders import PROXY, best_of, best_of_n_kl, realised_best
+from compare.judges.scores import preference_by_score
 
 
 def law(p, r, n):
@@ -17,6 +20,18 @@ def law(p, r, n):
         same = r == value
         out[same] = p[same] / p[same].sum() * (p[r <= value].sum() ** n - p[r < value].sum() ** n)
     return out
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_the_law_is_what_all_tuples_give(n):
+    """papers.md 3.3.1 by brute force: every n-tuple of draws, its winner, ties shared."""
+    p, r = np.array([0.5, 0.3, 0.15, 0.05]), np.array([0.0, 1.0, 1.0, 0.5])
+    brute = np.zeros(4)
+    for drawn in itertools.product(range(4), repeat=n):
+        best = [i for i in drawn if r[i] == max(r[list(drawn)])]
+        for i in best:
+            brute[i] += np.prod(p[list(drawn)]) / len(best)
+    assert law(p, r, n) == pytest.approx(brute, abs=1e-15)
 
 
 def kl(p, q):
@@ -104,3 +119,42 @@ def test_gaussian_selection_has_no_hump():
     gold = rng.normal(size=(60_000, 4))
     weights = pool_weights(gold + rng.normal(size=gold.shape), 4)
     assert (weights * gold).sum(1).mean() == pytest.approx(1.0294 / math.sqrt(2), abs=0.012)
+
+
+def test_win_rate_against_one_draw():
+    """papers.md 3.3.4: n / (n + 1) without ties; with ties worth a half strictly between 1/2 and that."""
+    rng = np.random.default_rng(4)
+    continuous, coarse = rng.normal(size=(2, 8000, 16)), rng.integers(0, 3, size=(2, 8000, 16)).astype(float)
+    for n in (2, 4, 8):
+        for scores, low, high in ((continuous, n / (n + 1) - 0.01, n / (n + 1) + 0.01), (coarse, 0.5, n / (n + 1))):
+            pool, others = scores
+            rates, _ = preference_by_score(pool, others, pool_weights(pool, n), np.full(others.shape, 1 / 16))
+            assert low < rates.mean() < high
+
+
+def test_proxy_never_falls_with_n():
+    """papers.md 3.3.6: what is selected by has a mean that does not fall with n, prompt by prompt."""
+    proxy = np.random.default_rng(5).normal(size=(50, 20)).round(1)
+    means = np.stack([(pool_weights(proxy, n) * proxy).sum(1) for n in range(1, 21)])
+    assert (np.diff(means, axis=0) >= -1e-12).all()
+    assert means[0] == pytest.approx(proxy.mean(1))
+    assert means[-1] == pytest.approx(proxy.max(1))
+
+
+def test_kl_of_best_of_n_over_another_policy():
+    """KL(bon || ref) = KL(bon || pi) + E_bon log pi / ref, against the exact law on an enumerable space."""
+    rng = np.random.default_rng(6)
+    reference, policy, r = rng.dirichlet(np.ones(400)), rng.dirichlet(np.ones(400)), rng.normal(size=400)
+    n, prompts, size = 4, 4000, 8
+    drawn = rng.choice(400, size=(prompts, size), p=policy)
+    k1 = np.log(policy / reference)[drawn]
+    draws = Draws(
+        "ppo", "pool", 1.0, [], [], np.ones(drawn.shape), np.ones(drawn.shape), {"k1": k1}, {PROXY: r[drawn]}
+    )
+    contender = best_of(draws, n)
+    chosen = drawn[np.arange(prompts), realised_best(draws, n)]
+    found = best_of_n_kl(contender, np.log(policy)[chosen])
+    best = law(policy, r, n)
+    error = 4 * found["estimate"].std() / math.sqrt(prompts)
+    assert found["estimate"].mean() == pytest.approx(kl(best, reference), abs=error + 0.01)
+    assert kl(best, reference) <= found["bound"] + error

@@ -56,9 +56,12 @@ def small_report(names, judges):
             "gold_reward_ci": [0.4, 0.6],
             "proxy_reward": 0.5,
             "proxy_reward_ci": [0.4, 0.6],
-            "kl": {"mean": 1.0, "ci": [0.9, 1.1]},
+            "n_prompts": ROWS,
+            "draws": 1,
+            "kl": {"mean": 1.0, "ci": [0.9, 1.1], "kind": "exact per token"},
             "length": 20.0,
             "eos_rate": 1.0,
+            "tokens_per_answer": 20.0,
             "displacement": None,
             "quality": dict.fromkeys(("distinct_1", "distinct_2", "self_bleu", "repetition", "empty_rate"), 0.1)
             | {"perplexity_under_reference": None},
@@ -69,7 +72,10 @@ def small_report(names, judges):
         "schema_version": 1,
         "verdict": [f"One {EVIL}", "Two.", "Three."],
         "warnings": ["Mind <this>."],
-        "settings": {"seeds": [1], "n_prompts": ROWS, "temperature": 1.0, "confidence": 0.95},
+        "settings": {
+            **{"seeds": [1], "n_prompts": ROWS, "temperature": 1.0, "confidence": 0.95},
+            **{"top_k": 0, "top_p": 1.0, "resamples": 100},
+        },
         "pair_set": {"hash": "ab" * 32, "n_train": 1, "n_test": 1, "same": True},
         "judges": {judge: {"kind": "function", "in_sample": False} for judge in judges},
         "policies": policies,
@@ -77,13 +83,52 @@ def small_report(names, judges):
         "control": [],
         "power": None,
         "matched_kl": {"policy": "ppo", "versus": "dpo", "refused": "no sweep"},
-        "frontier": [],
+        "frontier": [frontier_point(*about) for about in POINTS],
+        "optimum": {
+            "kind": "importance weights",
+            "draws": 24,
+            "curves": {
+                "gold": [
+                    {"beta": 9 - k, "kl": k, "kl_ci": [k, k], "reward": k / 5, "reward_ci": [0, 1], "ess": 9.0}
+                    for k in range(4)
+                ]
+            },
+            "gaps": [
+                {
+                    **{"policy": "ppo", "judge": "gold", "beta": 0.5, "ess": 9.0, "objective": 1.0, "optimum": 1.5},
+                    **{"gap": 0.5, "objective_ci": [0, 2], "optimum_ci": [1, 2], "gap_ci": [0, 1]},
+                },
+                {"policy": "dpo", "judge": "gold", "beta": 0.1, "ess": 1.5, "refused": "1.5 effective draws"},
+            ],
+            "policies": None,
+        },
         "ranking": {},
         "agreement": [],
         "temperatures": [],
         "reward_model": None,
-        "cost": {"methods": {}},
+        "cost": {
+            "stages": {"ppo": {"seconds": 43.2, "peak_memory_mb": 700.0, "flops": 3.2e12, "tokens_generated": 51_000}},
+            "methods": {"ppo": {"stages": ["ppo"], "seconds": 43.2, "peak_memory_mb": 700.0, "flops": 3.2e12}},
+            "judges": {},
+        },
     }
+
+
+POINTS = [
+    ("ppo", "ppo", {}, "sweep", 4.0),
+    ("ppo,kl_coef=0.0", "ppo", {"kl_coef": 0.0}, "sweep", 9.0),
+    ("ppo,step=8", "ppo", {"step": 8}, "training", 1.0),
+    ("dpo", "dpo", {}, "sweep", 3.0),
+    ("best_of_4", "best_of_n", {"n": 4}, "n", 0.6),
+    ("best_of_4,policy=ppo", "best_of_n", {"n": 4, "policy": "ppo"}, "n", 5.0),
+]
+
+
+def frontier_point(policy, method, point, along, kl):
+    rewards = {"gold_reward": 0.5, "gold_reward_ci": [0.4, 0.6], "proxy_reward": 0.5, "proxy_reward_ci": [0.4, 0.6]}
+    divergence = {"mean": kl, "ci": [kl - 0.1, kl + 0.1], "kind": "exact per token"}
+    about = {"policy": policy, "method": method, "point": point, "along": along, "eos_rate": 1.0}
+    return {**about, "kl": divergence, "sqrt_kl": kl**0.5, **rewards, "over_optimised": policy.endswith("0.0")}
 
 
 def small_samples(names, judges):
@@ -180,6 +225,7 @@ def test_markup_in_completions_stays_text(at):
     assert at.execute_script("return window.hacked") is None
     assert at.execute_script("return document.querySelectorAll('#rows b, #rows img, #rows script').length") == 0
     assert EVIL in by_id(at, "verdict").text
+    assert at.find_element("css selector", "header .run").text == "a <title>"
 
 
 def test_filters_count_what_there_is(at):
@@ -261,6 +307,22 @@ def test_legible_on_a_phone(at):
         assert two.rect["y"] > one.rect["y"]
     finally:
         at.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_cost_optimum_and_frontier_are_told(at):
+    assert "3.2 TFLOP" not in by_id(at, "cost").text  # the unit stands in the heading
+    assert "3.2 T" in by_id(at, "cost").text
+    assert "not estimable: 1.5 effective draws" in by_id(at, "frontier").text
+    figures = at.find_elements("css selector", "#frontier figure svg")
+    assert len(figures) == 2
+    assert figures[0].get_attribute("role") == "img"
+    assert "Gold reward" in figures[0].get_attribute("aria-label")
+    # Two figures of one page share no id, or one would be drawn with the other's parts.
+    doubles = """const ids = [...document.querySelectorAll('[id]')].map((node) => node.id);
+    return ids.length - new Set(ids).size"""
+    assert at.execute_script(doubles) == 0
+    at.execute_script("document.querySelector('#frontier summary').click()")
+    assert "along training" in by_id(at, "frontier").text
 
 
 def test_contrast_of_the_matrix(at):

@@ -1,10 +1,9 @@
-"""LLM judges: templates, parsing, both orders, and an OpenAI-compatible server that behaves and one that does not."""
+"""LLM judges: both orders, an OpenAI-compatible server that behaves and one that does not."""
 
 import json
 import math
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -13,160 +12,11 @@ from artifacts.errors import UserError
 from artifacts.files import read_jsonl
 from compare.agreement import agreement, position_bias
 from compare.judges.backends import RateLimit, Reply
-from compare.judges.llm import Cache, Comparison, LLMJudge, LLMJudgeConfig, preference_from_tokens
-from compare.judges.template import TEMPLATES, load_template
+from compare.judges.llm import Cache, LLMJudge, LLMJudgeConfig, preference_from_tokens
+from compare.judges.template import load_template
 from compare.judging import table_of
 from compare.policies import Prompts
-
-KEY = "sk-very-secret-key"
-
-
-def comparisons(n, ours="a longer and good answer", theirs="short"):
-    return [Comparison("ppo", "dpo", f"id{i}", f"Question {i}?", f"{ours} {i}", f"{theirs} {i}") for i in range(n)]
-
-
-class Server:
-    """A chat-completions endpoint on loopback; ``answer(question, number)`` gives text, a status code or raw bytes."""
-
-    def __init__(self, answer, logprobs=None):
-        self.answer, self.logprobs, self.requests, self.headers = answer, logprobs, [], []
-        lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    outer.requests.append(body)
-                    outer.headers.append({key.lower(): value for key, value in self.headers.items()})
-                    number = len(outer.requests)
-                found = outer.answer(body["messages"][-1]["content"], number)
-                if isinstance(found, int):
-                    found = (found, "no")
-                status, payload = found if isinstance(found, tuple) else (200, found)
-                if status != 200:
-                    payload = json.dumps({"error": {"message": payload}}).encode()
-                if isinstance(payload, str):
-                    choice = {
-                        "index": 0,
-                        "finish_reason": "stop",
-                        "message": {"role": "assistant", "content": payload},
-                    }
-                    if outer.logprobs and body.get("logprobs"):
-                        choice["logprobs"] = {"content": outer.logprobs}
-                    usage = {"prompt_tokens": 50, "completion_tokens": 3, "total_tokens": 53}
-                    content = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
-                    payload = json.dumps({**content, "usage": usage}).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(payload)))
-                self.end_headers()
-                self.wfile.write(payload)
-
-            def log_message(self, *args):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-
-    def close(self):
-        self.http.shutdown()
-        self.http.server_close()
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    """Start servers that are stopped at the end."""
-    monkeypatch.setenv("JUDGE_KEY", KEY)
-    started = []
-
-    def start(answer, **options):
-        started.append(Server(answer, **options))
-        return started[-1]
-
-    yield start
-    for server in started:
-        server.close()
-
-
-def judge_at(server, cache=None, **settings):
-    config = {"model": "m", "base_url": server.url, "api_key_env": "JUDGE_KEY", "retries": 1, "timeout": 5.0}
-    return LLMJudge(LLMJudgeConfig(**{**config, **settings}), cache=cache or Cache(None))
-
-
-def answers_of(question):
-    """The two texts that a question holds, in the order shown."""
-    first = question.split("=== Reply A ===")[1].split("===")[0].strip()
-    return first, question.split("=== Reply B ===")[1].split("===")[0].strip()
-
-
-def prefers_longer(question, number=0):
-    first, second = answers_of(question)
-    return f"One says more than the other.\n{'A' if len(first) > len(second) else 'B'}"
-
-
-# --- templates -------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("path", sorted(TEMPLATES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_template_loads_and_puts_texts_in_as_they_are(path):
-    template = load_template(path.stem)
-    text = template.messages("{{ 7 * 7 }} <b>", "{% raw %}", "second & last")[-1]["content"]
-    assert "{{ 7 * 7 }} <b>" in text
-    assert "{% raw %}" in text
-    assert text.index("{% raw %}") < text.index("second & last")
-    assert template.parse(template.answers["first"]) == 1.0
-    assert template.parse(template.answers["second"]) == 0.0
-
-
-@pytest.mark.parametrize(
-    ("reply", "expected"),
-    [
-        ("Both are fine, A is clearer.\nA", 1.0),
-        ("Reasons.\n\n**B**\n", 0.0),
-        ("The better reply is: (A)", 1.0),
-        ("Verdict: B.", 0.0),
-        ("Neither helps.\nTIE", 0.5),
-        ("the better one is A", 1.0),
-        ("A tie.", None),
-        ("A is shorter than B", None),
-        ("A or B", None),
-        ("B is worse, so A is better", None),
-        ("I cannot say.", None),
-        ("", None),
-        ("\n \n", None),
-        ("Answer", None),
-        ("a", None),
-    ],
-)
-def test_nothing_is_guessed_from_a_reply(reply, expected):
-    assert load_template("hh_helpfulness").parse(reply) == expected
-
-
-def test_one_word_templates():
-    template = load_template("alpaca_eval")
-    assert [template.parse(reply) for reply in ("m", " M.", '"m"', "Model m", "")] == [1.0, 0.0, 1.0, None, None]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("user: '{{ prompt }}'\nanswers: {first: A, second: B}", "first }} is not in it"),
-        ("user: x\nanswer: {}", "Did you mean answers"),
-        ("user: '{{ prompt }}{{ first }}{{ second }}'\nanswers: {first: A}", "first and second are needed"),
-        ("- a", "keys source, system"),
-    ],
-)
-def test_broken_templates_are_explained(tmp_path, content, message):
-    (tmp_path / "mine.yaml").write_text(content)
-    with pytest.raises(UserError, match=message):
-        load_template(str(tmp_path / "mine.yaml"))
-
-
-def test_unknown_template_names_the_nearest():
-    with pytest.raises(UserError, match="Did you mean tldr"):
-        load_template("tdlr")
+from tests.compare.server import KEY, comparisons, judge_at, prefers_longer
 
 
 # --- a server that behaves -------------------------------------------------------------------------------

@@ -57,6 +57,16 @@ def test_expectations_equal_the_enumeration(space, temperature):
     assert found.k1.min() < 0
 
 
+def test_samples_of_one_temperature_say_nothing_about_another(space):
+    """papers.md 3.5.4: completions drawn at 0.7 and measured at 1 do not average to either KL."""
+    policy, reference, sequences = space
+    measured = sequence_kl(policy, reference, [PROMPT] * len(sequences), sequences, 0, temperature=1.0)
+    sharp = np.exp(logprobs(policy, sequences, 0.7))
+    mixed = float(sharp @ measured.k1)
+    assert abs(mixed - exact_kl(space, 1.0)) > 0.05
+    assert abs(mixed - exact_kl(space, 0.7)) > 0.05
+
+
 def test_the_exact_sum_has_the_least_variance(space):
     policy, reference, _ = space
     n = 3000

@@ -1,14 +1,10 @@
 """The length-controlled win rate recovers what was injected, keeps AlpacaEval's identities, equals its own figures."""
 
-import json
-
 import numpy as np
 import pytest
 from scipy.special import expit
 from scipy.stats import norm
 
-from artifacts.errors import UserError
-from compare.annotations import load_annotations, main, statistics_of
 from compare.length_control import length_controlled
 
 
@@ -72,55 +68,3 @@ def test_what_cannot_be_fitted_is_refused():
         length_controlled(np.ones(30), np.arange(30.0))
     with pytest.raises(ValueError, match="too few"):
         length_controlled(np.array([0.0, 1.0]), np.arange(2.0))
-
-
-@pytest.mark.real_data
-def test_alpaca_eval_leaderboard(real_data, capsys):
-    """`python -m compare.annotations` on the published annotations gives the published figures."""
-    folder = real_data / "alpaca_eval"
-    reference = json.loads((folder / "reference.json").read_text())
-    assert main([*map(str, sorted(folder.glob("*.json.gz"))), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found.keys() == reference.keys()
-    for model, figures in reference.items():
-        controlled = figures.pop("length_controlled_minimal")
-        assert {key: found[model][key] for key in figures} == pytest.approx(figures, abs=1e-9)
-        assert found[model]["length_controlled_win_rate"] == pytest.approx(controlled, abs=0.3)
-
-
-def rows(*preferences):
-    return [{"output_1": "a" * (i % 7), "output_2": "b", "preference": p} for i, p in enumerate(preferences)]
-
-
-def test_draws_and_missing_verdicts():
-    found = statistics_of(rows(1, 2, 0, 1.5, None, 1.4, "nan", 7))
-    assert (found["n_wins"], found["n_wins_base"], found["n_draws"], found["n_total"]) == (1, 2, 2, 5)
-    assert found["n_without_preference"] == 3
-    assert found["discrete_win_rate"] == pytest.approx(100 * (1 + 0.5 * 2) / 5)
-    assert found["length_controlled_win_rate"] is None
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("[]", "holds no annotations"),
-        ('[{"output_1": "x", "preference": 1}]', "entry 0: no output_2"),
-        ("{broken", "line 1: not valid JSON"),
-        ('[{"output_1": "x", "output_2": "y", "preference": null}]', "none of 1 annotations"),
-    ],
-)
-def test_bad_files_are_explained(tmp_path, content, message, capsys):
-    path = tmp_path / "model.json"
-    path.write_text(content)
-    assert main([str(path)]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert str(path) in error
-
-
-def test_missing_and_truncated_files(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        load_annotations(tmp_path / "none.json")
-    (tmp_path / "torn.json.gz").write_bytes(b"\x1f\x8b\x08\x00aaaa")
-    with pytest.raises(UserError, match="cannot be read"):
-        load_annotations(tmp_path / "torn.json.gz")

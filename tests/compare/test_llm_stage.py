@@ -15,7 +15,7 @@ from artifacts.files import read_json, read_jsonl, read_parquet
 from compare.judges.backends import OpenAIBackend
 from compare.judges.llm import Comparison, LLMJudge, LLMJudgeConfig
 from tests.compare.helpers import make_run, set_config
-from tests.compare.test_judges import Server, prefers_longer
+from tests.compare.server import Server, prefers_longer
 from tests.compare.test_stage import compare, figures
 
 

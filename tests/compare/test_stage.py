@@ -14,7 +14,7 @@ from artifacts.run import RunFolder
 from artifacts.stage import StageContext, stage_main
 from compare.stage import run_compare
 from preferences.schema import prompt_id
-from tests.compare.helpers import PROMPTS, done, make_run, set_config, small_model, write_prompts
+from tests.compare.helpers import PROMPTS, check_schema, done, make_run, set_config, small_model, write_prompts
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,7 +24,7 @@ def compare(root):
     context = StageContext(RunFolder(root), "compare")
     context.dir.mkdir(parents=True, exist_ok=True)
     run_compare(context)
-    return read_json(root / "compare" / "report.json")
+    return check_schema(read_json(root / "compare" / "report.json"))
 
 
 def figures(report):
@@ -51,7 +51,7 @@ def run(finished, tmp_path):
 
 
 def test_report_has_what_the_issue_asks(finished):
-    report = read_json(finished / "compare" / "report.json")
+    report = check_schema(read_json(finished / "compare" / "report.json"))
     names = ["sft", "ppo", "dpo", "ppo,kl_coef=0.0", "dpo,beta=1.0", "best_of_2", "best_of_4"]
     assert set(report["policies"]) == set(names)
     for name in names:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from compare.judges.scores import preference_by_score
 from compare.statistics import (
     crossed_interval,
     detectable_gap,
@@ -181,3 +182,18 @@ def test_one_seed_is_the_plain_interval():
     plain = mean_interval(values)
     for pooled in (crossed_interval(values[None]), nested_interval([values])):
         assert pooled.low == pytest.approx(plain.low)
+
+
+def test_a_policy_against_itself_is_one_half_with_an_interval():
+    """On the same draws exactly; with the two sides of a pair the win rates add up to 1 exactly."""
+    scores = np.random.default_rng(0).normal(size=(80, 4)).round(1)
+    weights = np.full(scores.shape, 0.25)
+    preference, ties = preference_by_score(scores, scores, weights, weights)
+    assert preference == pytest.approx(np.full(80, 0.5), abs=1e-15)
+    assert ties.min() >= 0.25 - 1e-12
+    low, high = win_rate_interval(preference[:, None]).ci(0)
+    assert low < 0.5 < high
+    others = np.random.default_rng(1).normal(size=(80, 4)).round(1)
+    one, _ = preference_by_score(scores, others, weights, weights)
+    two, _ = preference_by_score(others, scores, weights, weights)
+    assert (one + two == 1.0).all()

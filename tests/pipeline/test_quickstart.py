@@ -65,6 +65,32 @@ def test_the_run_folder_is_what_the_docs_say(finished):
     assert not list(run.rglob("*.tmp"))
 
 
+def test_every_stage_says_what_it_cost_and_the_report_adds_it_up(finished):
+    run = finished[0] / "quickstart"
+    done = {
+        stage: json.loads((run / stage / "done.json").read_text()) for stage in ("sft", "reward_model", "dpo", "ppo")
+    }
+    for stage, last_word in done.items():
+        assert last_word["cost"]["flops"] > 1e8, stage
+        assert 100 < last_word["cost"]["peak_memory_mb"] < 10_000, stage
+    ppo = done["ppo"]["figures"]
+    tokens = done["ppo"]["cost"]["tokens_generated"]
+    assert 2 * ppo["episodes"] < tokens <= 24 * ppo["episodes"]
+    report = json.loads((run / "compare" / "report.json").read_text())
+    methods = report["cost"]["methods"]
+    assert methods["ppo"]["seconds"] == pytest.approx(
+        done["reward_model"]["seconds"] + done["ppo"]["seconds"], abs=0.01
+    )
+    both = done["reward_model"]["cost"]["flops"] + done["ppo"]["cost"]["flops"]
+    assert methods["ppo"]["flops"] == pytest.approx(both)
+    assert methods["dpo"]["flops"] == pytest.approx(done["dpo"]["cost"]["flops"])
+    assert methods["ppo"]["tokens_generated"] == tokens
+    # What the quickstart asks for beyond a run's own policies.
+    assert "best_of_4,policy=ppo" in report["policies"]
+    assert report["optimum"]["kind"] == "importance weights"
+    assert "What it took" in (run / "compare" / "report.html").read_text()
+
+
 def test_held_out_prompts_are_in_no_training_split(finished):
     from artifacts.files import read_parquet
 
