@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from artifacts.files import write_text
+from pipeline.estimate import Job, estimate
 from pipeline.memory import GB, GPUS, Shape, Sharding
-from pipeline.plan import Job, advice, estimate
+from pipeline.plan import advice
 
 # Sizes as published with the models: Biderman et al. 2023 (2304.01373), table 1, and the models' config.json;
 # Llama 3 (2407.21783), table 3.

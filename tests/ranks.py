@@ -62,7 +62,7 @@ def on_ranks(world: int, work: Callable, *arguments: Any, timeout: float | None 
     for process in processes:
         process.start()
     for process in processes:
-        process.join(200)
+        process.join(500)
     assert [process.exitcode for process in processes] == [0] * world
     return [answer for _, answer in sorted(answers.get() for _ in processes)]
 

@@ -1,5 +1,7 @@
 """The plan against published sizes and figures, a counter of FLOPs, and peft's own count."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -7,8 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline import memory
 from pipeline.cli import dispatch
+from pipeline.estimate import estimate
 from pipeline.memory import GB, GPUS, Shape, Sharding
-from pipeline.plan import changed, estimate, fitting
+from pipeline.plan import changed, fitting
 from pipeline.scaling import MODELS, job, markdown, rows, shape_of, write_table
 
 # As their model cards state them (total parameters).
@@ -80,6 +83,17 @@ def test_what_it_advises_makes_it_fit():
     for change in taken:
         without = [other for other in taken if other is not change]
         assert estimate(shape, *changed(work, sharding, without), gpu).peak > gpu.usable, change.text
+
+
+def test_one_base_is_planned_once():
+    work = dataclasses.replace(job("ppo"), adapters=(16, ("q_proj", "v_proj")), reference=False, shared=True)
+    shape = shape_of("Llama-3-8B")
+    parts = {part.role: part for part in estimate(shape, work, Sharding(1, stage=2), GPUS["a100-80gb"]).parts}
+    assert parts["base"].gpu == 2 * shape.parameters
+    adapter = shape.adapters(16, ["q_proj", "v_proj"])
+    assert parts["policy"].gpu == (2 + 2 + 12) * adapter
+    assert parts["reward"].gpu == 2 * (adapter + shape.hidden)
+    assert "reference" not in parts
 
 
 def test_the_command(capsys):

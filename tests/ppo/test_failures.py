@@ -56,14 +56,13 @@ def test_settings_that_contradict_each_other(make_trainer):
             change(deepspeed)
             return make_trainer({}, **{**SHORT, **settings, "deepspeed": deepspeed})
 
-        wrong = build(lambda section: section.update(train_micro_batch_size_per_gpu=5))
         expected = r"deepspeed.train_micro_batch_size_per_gpu=5 against ppo.per_device_train_batch_size=3"
         with pytest.raises(UserError, match=expected):
-            wrong.train()
+            build(lambda section: section.update(train_micro_batch_size_per_gpu=5))
         with pytest.raises(UserError, match=r"stage=0 shards nothing"):
-            build(lambda section: section["zero_optimization"].update(stage=0)).train()
+            build(lambda section: section["zero_optimization"].update(stage=0))
         with pytest.raises(UserError, match=r"ds3_gather_for_generation=false cannot work under ZeRO-3"):
-            build(lambda section: None, ds3_gather_for_generation=False).train()
+            build(lambda section: None, ds3_gather_for_generation=False)
 
     on_ranks(1, work)
 
