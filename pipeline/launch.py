@@ -35,6 +35,11 @@ def launcher(launch: Any) -> list[str]:
         if nodes > 1:
             raise UserError("launch.hostfile and launch.nodes: give one; launch.nodes is for SLURM.")
         check_hostfile(Path(hostfile))
+        missing = [tool for tool in ("ssh", "pdsh") if shutil.which(tool) is None]
+        if missing:
+            raise UserError(
+                f"launch.hostfile reaches other machines by ssh and pdsh: install {' and '.join(missing)}."
+            )
         # DeepSpeed's launcher reaches the machines by ssh (pdsh); the slots of each are in the file.
         runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(Path(hostfile).resolve())]
         return [*runner, "--master_port", str(free_port()), "--no_local_rank", "--module"]
