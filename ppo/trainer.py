@@ -346,8 +346,11 @@ class PPOTrainer(Collection, Persistence, Sharded, Trainer):
             )
         except NonFinite as error:
             where = self.save_rollout(rollout, "nonfinite")
+            kept = "The weights are those before it"
+            if self.is_deepspeed_enabled and "gradient" in str(error):
+                kept = "DeepSpeed's step has taken it into the weights (the last checkpoint is from before)"
             raise UserError(
-                f"{error} is not finite. The weights are those before it, and the rollout is in {where}. "
+                f"{error} is not finite. {kept}, and the rollout is in {where}. "
                 f"Usual causes: a learning rate too high ({args.learning_rate:g}), fp16 overflow (use bf16), "
                 f"rewards of huge size (score_clip)."
             ) from error
