@@ -27,6 +27,8 @@ folder = pathlib.Path(run) / name
 print("working on", name, flush=True)
 if what == "fail":
     sys.exit("\\nerror in stage %s: the pairs file is empty" % name)
+if what == "rank":
+    sys.exit("Root Cause (first observed failure):\\n  rank      : 3 (local_rank: 1)\\n  exitcode  : -9 (pid: 7)")
 if what == "hang":
     time.sleep(60)
 time.sleep(0.3)
@@ -93,6 +95,12 @@ def test_a_killed_stage_is_named(run):
     threading.Thread(target=kill).start()
     with pytest.raises(execute.StageFailed, match="victim was killed by SIGKILL"):
         go(run, [job])
+
+
+def test_a_killed_rank_is_named(run):
+    """What torchrun says at the end of a log, in a sentence."""
+    with pytest.raises(UserError, match=r"rank 3 of stage split was killed by SIGKILL \(out of memory\?\)"):
+        go(run, [Job("split", "ppo", {"what": "rank"})])
 
 
 def test_killing_the_command_kills_its_stages(run):
