@@ -73,6 +73,8 @@ def describe(contender: Contender, judges: list[str], settings: Settings, bon_lo
 def describe_kl(contender: Contender, settings: Settings, bon_logprob: np.ndarray | None) -> dict[str, Any]:
     """KL to the reference with its interval and how it was estimated."""
     if contender.method == "best_of_n":
+        if contender.base != REFERENCE and not np.isfinite(contender.draws.measures["k1"]).all():
+            return {"mean": None, "ci": None, "kind": "not measured"}  # another vocabulary than the reference's
         if bon_logprob is None:
             return {"mean": kl_bound(contender.n), "ci": None, "kind": "bound", "bound": kl_bound(contender.n)}
         found = best_of_n_kl(contender, bon_logprob)

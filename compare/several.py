@@ -24,13 +24,11 @@ from compare.judges.llm import Judgement
 from compare.judging import table_of
 from compare.measure import PairTable, Settings, judge_pairs
 from compare.policies import REFERENCE, Policy, Prompts
+from compare.pooled_curves import pooled_frontier, pooled_matched_kl, pooled_optimum
 from compare.pooling import (
     Run,
     mean_of,
     pooled_control,
-    pooled_frontier,
-    pooled_matched_kl,
-    pooled_optimum,
     pooled_policy,
     pooled_power,
     pooled_ranking,

@@ -227,9 +227,10 @@ def test_an_added_policy_with_another_tokenizer_is_judged_without_kl(run, tmp_pa
     )
     fast.save_pretrained(folder)
     small_model(fast).save_pretrained(folder)
-    set_config(run, f"policies: {{other: {{path: {folder}}}}}")
+    set_config(run, f"policies: {{other: {{path: {folder}}}}}, best_of: {{other: [2]}}")
     report = compare(run)
-    assert report["policies"]["other"]["kl"] == {"mean": None, "ci": None, "kind": "not measured"}
+    unknown = {"mean": None, "ci": None, "kind": "not measured"}
+    assert report["policies"]["other"]["kl"] == report["policies"]["best_of_2,policy=other"]["kl"] == unknown
     assert report["policies"]["other"]["gold_reward"] is not None
     assert any((e["policy"], e["versus"]) == ("other", "sft") for e in report["win_rates"])
     assert not any(point["policy"] == "other" for point in report["frontier"])
