@@ -1,10 +1,13 @@
 """Settings of the DPO stage; every other key of its section is a field of ``trl.DPOConfig``."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from artifacts.errors import UserError
 from models.config import LoraSettings
+
+if TYPE_CHECKING:
+    from trl import DPOConfig
 
 
 @dataclass
@@ -13,12 +16,15 @@ class DPOStage:
 
     Attributes:
         reference_path: the reference policy; ``None`` is the run's SFT policy, which training also starts from.
+        use_soft_labels: where the pairs have ``soft_label``, the probability that chosen is better, train with the
+            cross-entropy to it; else every pair counts as certain.
         lora: train adapters instead of all weights; the reference is then the model with adapters off.
         merge_lora: save the merged model (and the adapter beside it); else the adapter alone.
         test_pairs: at most so many test pairs for the implicit accuracy at the end; ``None`` takes all.
     """
 
     reference_path: str | None = None
+    use_soft_labels: bool = True
     lora: LoraSettings | None = None
     merge_lora: bool = True
     test_pairs: int | None = None
@@ -59,3 +65,19 @@ def smoothed_loss(passed: dict[str, Any]) -> dict[str, Any]:
     passed["loss_type"] = ["sigmoid", "robust"]
     passed["loss_weights"] = [2 * (1 - smoothing), -(1 - 2 * smoothing)]
     return passed
+
+
+def prepare_soft_labels(args: "DPOConfig") -> None:
+    """Set what soft labels need: reference log-probabilities beforehand.
+
+    Raises:
+        UserError: a loss that has no place for them.
+    """
+    plain = list(args.loss_type) == ["sigmoid"] and args.f_divergence_type == "reverse_kl"
+    if not plain or args.use_weighting or args.ld_alpha is not None:
+        raise UserError(
+            f"the pairs have soft labels, and dpo's loss {', '.join(args.loss_type)} (or label_smoothing, "
+            f"f_divergence_type, use_weighting, ld_alpha) has no place for them. Use the sigmoid loss alone, or set "
+            f"dpo.use_soft_labels=false to take every pair for certain."
+        )
+    args.precompute_ref_log_probs = True

@@ -1,32 +1,63 @@
 """What DPO learns from: the pair set, as token ids."""
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from artifacts.errors import UserError
-from models.encoding import drop_long, encode_pairs, pair_lengths
+from models.encoding import drop_long, encode_pair_file, encode_pairs, soft_labels
 
 COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 
 
 def dpo_dataset(
-    pairs: Dataset,
+    pairs: Dataset | Path,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None = None,
     context: int | None = None,
+    use_soft_labels: bool = True,
+    limit: int | None = None,
+    cache: Path | None = None,
 ) -> Dataset:
     """Pairs as ``prompt_ids``, ``chosen_ids``, ``rejected_ids``; the answers end with EOS.
 
     Args:
-        pairs: ``prompt``, ``chosen``, ``rejected``.
+        pairs: ``prompt``, ``chosen``, ``rejected`` and perhaps ``soft_label``; in memory, or a Parquet file.
         tokenizer: of the policy.
         max_length: pairs with a longer sequence are left out (the reward model leaves out the same ones).
         context: the model's context length.
+        use_soft_labels: keep ``soft_label`` where there is one.
+        limit: take the first so many pairs; ``None`` takes all.
+        cache: for a file: the folder of token ids (`models.encoding.encode_pair_file`).
 
     Raises:
         UserError: no rows, chat data without a chat template, pairs that do not fit.
     """
-    if len(pairs) == 0:
+    if isinstance(pairs, Path):
+        encoded = encode_pair_file(tokenizer, pairs, cache or pairs.parent / "tokens")
+    elif len(pairs) == 0:
         raise UserError("pairs/train.parquet has no rows: there is nothing to learn from.")
-    encoded = encode_pairs(tokenizer, pairs)
-    return drop_long(encoded, pair_lengths(encoded), max_length, context, "dpo").select_columns(COLUMNS)
+    else:
+        encoded = encode_pairs(tokenizer, pairs)
+    if limit is not None and limit < len(encoded):
+        encoded = encoded.select(range(limit))
+    encoded = drop_long(encoded, encoded["length"][:], max_length, context, "dpo")
+    return encoded.select_columns([*COLUMNS, *(soft_labels(encoded, "dpo") if use_soft_labels else [])])
+
+
+@dataclass
+class PairCollator(DataCollatorForPreference):
+    """TRL's collator; ``soft_label`` ``(B,)``, where the pairs have it, is 1 for a pair without one."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Chosen sequences in the first half of the batch, rejected ones in the second."""
+        batch = super().torch_call(examples)
+        if "soft_label" in examples[0]:
+            labels = [1.0 if row["soft_label"] is None else row["soft_label"] for row in examples]
+            batch["soft_label"] = torch.tensor(labels, dtype=torch.float)
+        return batch

@@ -9,17 +9,16 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl.trainer.dpo_config import DPOConfig
 
-from artifacts.files import fingerprint_file, read_parquet
+from artifacts.files import fingerprint_file
 from artifacts.settings import split
 from artifacts.stage import StageContext
-from dpo.config import DPOStage, smoothed_loss
+from dpo.config import DPOStage, prepare_soft_labels, smoothed_loss
 from dpo.data import dpo_dataset
 from dpo.trainer import PairTrainer
 from models.config import LoraSettings
+from models.encoding import count_rows
 from models.loading import check_same_vocabulary, context_length, load_policy, load_tokenizer
 from models.training import callbacks, model_settings, save_model, train, training_arguments
-
-PAIR_COLUMNS = ["prompt", "chosen", "rejected"]
 
 
 def build_trainer(
@@ -56,6 +55,8 @@ def build_trainer(
         check_same_vocabulary(model, reference)
     elif lora is None:
         args.precompute_ref_log_probs = True
+    if "soft_label" in dataset.column_names:
+        prepare_soft_labels(args)
     return PairTrainer(
         model=model,
         ref_model=reference,
@@ -78,27 +79,31 @@ def run_stage(context: StageContext) -> None:
     args = training_arguments(DPOConfig, context, smoothed_loss(passed))
     model_config = model_settings(context)
 
-    # 1. Policy and reference.
+    # 1. The policy.
     folder = context.run.path("sft", "model")
     set_seed(context.seed)
     tokenizer = load_tokenizer(folder)
     model = load_policy(folder, model_config, trainable=True)
+
+    # 2. The pair set.
+    pairs, tokens = context.run.path("pairs"), context.run.path("pairs", "tokens")
+    limits = {"max_length": args.max_length, "context": context_length(model), "cache": tokens}
+    dataset = dpo_dataset(pairs / "train.parquet", tokenizer, use_soft_labels=settings.use_soft_labels, **limits)
+    soft = "soft_label" in dataset.column_names
+    if soft:
+        prepare_soft_labels(args)
+    test = None
+    if count_rows(pairs / "test.parquet") > 0:
+        test = dpo_dataset(
+            pairs / "test.parquet", tokenizer, use_soft_labels=soft, limit=settings.test_pairs, **limits
+        )
+
+    # 3. The reference: the model itself where its log-probabilities are taken beforehand, or with adapters off.
     elsewhere = settings.reference_path
-    # The model itself is the reference where its log-probabilities are taken beforehand, or with adapters off.
     needs_its_own = elsewhere is not None or not (args.precompute_ref_log_probs or settings.lora)
     reference = load_policy(elsewhere or folder, model_config) if needs_its_own else None
 
-    # 2. The pair set.
-    pairs = read_parquet(context.run.path("pairs", "train.parquet"), PAIR_COLUMNS)
-    dataset = dpo_dataset(pairs, tokenizer, args.max_length, context_length(model))
-    test = None
-    if context.run.path("pairs", "test.parquet").is_file():
-        test_pairs = read_parquet(context.run.path("pairs", "test.parquet"), PAIR_COLUMNS)
-        test_pairs = test_pairs.select(range(min(len(test_pairs), settings.test_pairs or len(test_pairs))))
-        if len(test_pairs) > 0:
-            test = dpo_dataset(test_pairs, tokenizer, args.max_length, context_length(model))
-
-    # 3. Train.
+    # 4. Train.
     trainer = build_trainer(
         model,
         tokenizer,
@@ -112,14 +117,18 @@ def run_stage(context: StageContext) -> None:
         reference_id=fingerprint_file(elsewhere or folder),
     )
     summary = train(trainer, context)
+    # Counted so far: the policy's passes, 6 N a token. The reference's forward pass takes 2 N, once or each epoch.
+    epochs = trainer.state.epoch or 1.0
+    context.count(flops=context.counted("flops") / 3 / (epochs if args.precompute_ref_log_probs else 1.0))
 
-    # 4. How well its implicit reward beta log(pi/ref) orders pairs it has not seen.
+    # 5. How well its implicit reward beta log(pi/ref) orders pairs it has not seen.
     held_out = trainer.evaluate() if test is not None else {}
     save_model(trainer, context, tokenizer, settings.merge_lora)
     context.finish(
         pair_set=pair_figures.get("pair_set"),
         pairs=len(dataset),
-        left_out=len(pairs) - len(dataset),
+        left_out=count_rows(pairs / "train.parquet") - len(dataset),
+        soft_labels=soft,
         beta=args.beta,
         loss_type=list(args.loss_type),
         steps=trainer.state.global_step,

@@ -1,4 +1,4 @@
-"""TRL's ``DPOTrainer`` with two things added: reference log-probabilities kept between runs, and no padding."""
+"""TRL's ``DPOTrainer`` with reference log-probabilities kept between runs, soft labels, and no padding."""
 
 import hashlib
 import itertools
@@ -10,6 +10,7 @@ from datasets import Dataset, concatenate_datasets
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from artifacts.files import read_parquet, sha256_of, write_parquet
+from dpo.data import COLUMNS, PairCollator
 from models.unpadded import skip_padding
 
 # Under this name the trainer notes how many pairs each batch had.
@@ -32,15 +33,45 @@ class PairTrainer(DPOTrainer):
     def __init__(self, *args, reference_cache: Path | None = None, reference_id: str = "", **kwargs):
         self.reference_cache, self.reference_id = reference_cache, reference_id
         super().__init__(*args, **kwargs)
+        self.data_collator = PairCollator(**vars(self.data_collator))
         skip_padding(self.accelerator.unwrap_model(self.model))
         if self.ref_model is not None:
             skip_padding(self.accelerator.unwrap_model(self.ref_model))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """TRL's loss; the number of pairs is noted beside the metrics that TRL takes of each batch."""
+        """TRL's loss; the number of pairs is noted beside the metrics that TRL takes of each batch.
+
+        With soft labels it is the cross-entropy to p, the probability that chosen is better. With d the difference of
+        the two log-ratios, -p log sigma(beta d) - (1 - p) log sigma(-beta d) = -log sigma(beta d) + (1 - p) beta d:
+        DPO's loss and a linear term. One p for all pairs is conservative DPO with 1 - p for the smoothing.
+        """
         mode = "train" if self.model.training else "eval"
         self._metrics[mode][PAIRS].append(len(inputs["input_ids"]) // 2)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        labels = inputs.pop("soft_label", None)
+        if labels is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        passes = []
+
+        def noted(**kwargs):
+            passes.append(model(**kwargs))
+            return passes[-1]
+
+        result = super().compute_loss(noted, inputs, return_outputs, num_items_in_batch)
+        length = inputs["completion_mask"].shape[1] - 1
+        chosen, rejected = passes[0].log_probs[:, -length:].sum(1).chunk(2)
+        difference = (chosen - inputs["ref_chosen_logps"]) - (rejected - inputs["ref_rejected_logps"])
+        term = ((1 - labels) * self.beta * difference).mean()
+        return (result[0] + term, result[1]) if return_outputs else result + term
+
+    def compute_ref_log_probs(self, model, inputs):
+        """Of a batch whose labels the reference does not need."""
+        return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k != "soft_label"})
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if "soft_label" not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, "soft_label"]
 
     def log(self, logs, start_time=None):
         """Average over pairs. TRL averages over batches, and the last of an evaluation is smaller than the others."""
@@ -67,19 +98,23 @@ class PairTrainer(DPOTrainer):
         broadcast_object_list(found, from_process=0)
         if found[0]:
             return concatenate_datasets([dataset, read_parquet(path, REFERENCE_COLUMNS)], axis=1)
+        known = {file["filename"] for file in dataset.cache_files}
         dataset = super()._precompute_ref_logps(dataset, name, batch_size)
         if self.accelerator.is_main_process:
             write_parquet(path, {column: dataset[column][:] for column in REFERENCE_COLUMNS})
         self.accelerator.wait_for_everyone()
+        # TRL's own copy lies beside mapped data, under a name that says less than ours; it is mapped while in use.
+        for file in {file["filename"] for file in dataset.cache_files} - known:
+            Path(file).unlink(missing_ok=True)
         return dataset
 
     def _reference_key(self, dataset: Dataset, batch_size: int) -> str:
         """Everything the values depend on, the last digit included: model, arithmetic, batches, and the tokens."""
         digest = hashlib.sha256()
-        for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
-            rows = dataset[column][:]
-            digest.update(np.array([len(row) for row in rows]).tobytes())
-            digest.update(np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int64).tobytes())
+        for some in dataset.select_columns(COLUMNS).iter(batch_size=1_000):
+            for rows in some.values():
+                digest.update(np.array([len(row) for row in rows]).tobytes())
+                digest.update(np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int64).tobytes())
         model = self.ref_model or self.model
         settings = [self.reference_id, str(model.dtype), self.args.bf16, self.args.fp16, self.args.ld_alpha]
         settings += [self.args.max_length, batch_size, self.accelerator.num_processes, type(model).__name__]

@@ -13,6 +13,8 @@ class RewardModelStage:
     Attributes:
         head_init: ``zero``, or ``normal`` for N(0, 1/sqrt(d+1)) (Huang et al. 2024, detail 11).
         use_margin: train with the pairs' ``margin`` in the loss, -log sigma(delta - margin) (Llama 2, eq. 2).
+        use_soft_labels: where the pairs have ``soft_label``, the probability that chosen is better, train with the
+            cross-entropy to it (Bai et al. 2022b); else every pair counts as certain.
         lora: train adapters (and the head) instead of all weights.
         merge_lora: save the merged model (and the adapter beside it); else the adapter alone.
         samples: SFT samples that the scores are centred on.
@@ -24,6 +26,7 @@ class RewardModelStage:
 
     head_init: str = "zero"
     use_margin: bool = False
+    use_soft_labels: bool = True
     lora: LoraSettings | None = None
     merge_lora: bool = True
     samples: int = 512

@@ -1,41 +1,67 @@
 """What the reward model learns from: the pair set, as sequences that end where the score is read."""
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from artifacts.errors import UserError
-from models.encoding import drop_long, encode_pairs, pair_lengths
+from models.encoding import drop_long, encode_pair_file, encode_pairs, soft_labels
+
+COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 
 
 def reward_dataset(
-    pairs: Dataset,
+    pairs: Dataset | Path,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None = None,
     context: int | None = None,
     use_margin: bool = False,
+    use_soft_labels: bool = True,
+    cache: Path | None = None,
 ) -> Dataset:
-    """Pairs as ``trl.RewardTrainer`` takes them: ``chosen_ids`` and ``rejected_ids``, prompt and EOS included.
+    """Pairs as `PairCollator` takes them: ``prompt_ids``, ``chosen_ids`` and ``rejected_ids`` (answers, EOS included).
 
     Args:
-        pairs: ``prompt``, ``chosen``, ``rejected`` and, with ``use_margin``, ``margin``.
+        pairs: ``prompt``, ``chosen``, ``rejected`` and, where they are used, ``margin`` and ``soft_label``; in memory,
+            or a Parquet file.
         tokenizer: of the reward model.
         max_length: pairs with a longer sequence are left out.
         context: the model's context length.
         use_margin: keep ``margin``; TRL subtracts it in the loss wherever the column exists.
+        use_soft_labels: keep ``soft_label`` where there is one.
+        cache: for a file: the folder of token ids (`models.encoding.encode_pair_file`).
 
     Raises:
         UserError: no rows, a missing margin, chat data without a chat template, pairs that do not fit.
     """
-    if len(pairs) == 0:
+    if isinstance(pairs, Path):
+        encoded = encode_pair_file(tokenizer, pairs, cache or pairs.parent / "tokens")
+    elif len(pairs) == 0:
         raise UserError("pairs/train.parquet has no rows: there is nothing to learn from.")
-    if use_margin and "margin" not in pairs.column_names:
+    else:
+        encoded = encode_pairs(tokenizer, pairs)
+    if use_margin and "margin" not in encoded.column_names:
         raise UserError("reward_model.use_margin is on, and pairs/train.parquet has no column margin.")
-    encoded = encode_pairs(tokenizer, pairs)
-    encoded = drop_long(encoded, pair_lengths(encoded), max_length, context, "reward_model")
-    columns = {
-        side: [prompt + answer for prompt, answer in zip(encoded["prompt_ids"][:], encoded[side][:], strict=True)]
-        for side in ("chosen_ids", "rejected_ids")
-    }
-    if use_margin:
-        columns["margin"] = encoded["margin"][:]
-    return Dataset.from_dict(columns)
+    encoded = drop_long(encoded, encoded["length"][:], max_length, context, "reward_model")
+    labels = soft_labels(encoded, "reward_model") if use_soft_labels else []
+    return encoded.select_columns([*COLUMNS, *(["margin"] if use_margin else []), *labels])
+
+
+@dataclass
+class PairCollator(DataCollatorForPreference):
+    """TRL's collator, from prompts and answers apart; ``soft_label`` ``(B,)`` is 1 where a pair has none."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Chosen sequences in the first half of the batch, rejected ones in the second."""
+        sides = ("chosen_ids", "rejected_ids")
+        whole = [{**row, **{side: row.get("prompt_ids", []) + row[side] for side in sides}} for row in examples]
+        batch = super().torch_call(whole)
+        if "soft_label" in examples[0]:
+            labels = [1.0 if row["soft_label"] is None else row["soft_label"] for row in examples]
+            batch["soft_label"] = torch.tensor(labels, dtype=torch.float)
+        return batch

@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Dataset
 
 from artifacts.files import atomic_path, write_json
-from models.encoding import encode_pairs, pair_lengths
+from models.encoding import encode_pairs
 from preferences.bradley_terry import accuracy_ceiling, label_entropy, preference_probability
 from reward_model import calibration
 from reward_model.scorer import RewardScorer
@@ -31,7 +31,7 @@ def scored_pairs(scorer: RewardScorer, pairs: Dataset, limit: int | None, max_le
         ``delta``, ``scores`` and ``lengths`` (both sides, ``(2, N)``), and the kept ``pairs``.
     """
     encoded = encode_pairs(scorer.tokenizer, pairs if limit is None else pairs.select(range(min(limit, len(pairs)))))
-    fits = [row for row, n in enumerate(pair_lengths(encoded)) if max_length is None or n <= max_length]
+    fits = [row for row, n in enumerate(encoded["length"][:]) if max_length is None or n <= max_length]
     encoded = encoded.select(fits)
     prompts = encoded["prompt_ids"][:]
     sides = [encoded["chosen_ids"][:], encoded["rejected_ids"][:]]

@@ -4,30 +4,32 @@ Reads ``sft/model``, ``pairs/`` and ``data/prompts_train.parquet``; writes ``rew
 centres scores on SFT samples) and ``reward_model/report.json``.
 """
 
+import itertools
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl.trainer.reward_config import RewardConfig
-from trl.trainer.reward_trainer import RewardTrainer
 
 from artifacts.errors import UserError
 from artifacts.files import read_parquet
 from artifacts.settings import split
 from artifacts.stage import StageContext
 from models.config import LoraSettings
-from models.encoding import encode_prompts
+from models.encoding import count_rows, encode_prompts
 from models.generation import SamplingConfig, generate, row_seed
 from models.loading import context_length, eos_token_ids, load_policy, load_tokenizer, load_value_or_reward, score_head
 from models.prompts import decode_completion
 from models.sharding import is_sharded, unsharded_loading, whole
 from models.training import callbacks, model_settings, save_model, train, training_arguments
 from models.unpadded import score_at_last_token
+from preferences.tables import read_rows
 from reward_model.config import RewardModelStage
 from reward_model.data import reward_dataset
 from reward_model.report import write_report
 from reward_model.scorer import RewardScorer, store_bias
+from reward_model.trainer import PairRewardTrainer
 
 PAIR_COLUMNS = ["prompt", "chosen", "rejected"]
 
@@ -55,12 +57,12 @@ def build_trainer(
     args: RewardConfig,
     lora: LoraSettings | None = None,
     callbacks: list[TrainerCallback] | None = None,
-) -> RewardTrainer:
+) -> PairRewardTrainer:
     """TRL's trainer on a data set from `reward_model.data.reward_dataset`.
 
     The score is read at the last real token by the mask, also where padding is the end-of-sequence token.
     """
-    trainer = RewardTrainer(
+    trainer = PairRewardTrainer(
         model=model,
         args=args,
         train_dataset=dataset,
@@ -161,8 +163,16 @@ def run_stage(context: StageContext) -> None:
     model = initial_model(folder, model_config, settings.head_init, context.seed)
 
     # 2. Train on the pair set.
-    pairs = read_parquet(context.run.path("pairs", "train.parquet"), PAIR_COLUMNS)
-    dataset = reward_dataset(pairs, tokenizer, args.max_length, context_length(model), settings.use_margin)
+    path = context.run.path("pairs", "train.parquet")
+    dataset = reward_dataset(
+        path,
+        tokenizer,
+        args.max_length,
+        context_length(model),
+        settings.use_margin,
+        settings.use_soft_labels,
+        cache=context.run.path("pairs", "tokens"),
+    )
     trainer = build_trainer(model, tokenizer, dataset, args, settings.lora, callbacks(context))
     summary = train(trainer, context)
     saved = save_model(trainer, context, tokenizer, settings.merge_lora)
@@ -172,11 +182,14 @@ def run_stage(context: StageContext) -> None:
     # 3. Centre its scores, and say how good it is.
     from_gold = "label_ceiling" in pair_figures
     with unsharded_loading():
-        report = centre_and_report(context, settings, saved, pairs, test, args.max_length, from_gold)
+        # As many training pairs as test pairs are scored, to see over-fitting.
+        seen = Dataset.from_list(list(itertools.islice(read_rows(path), len(test))))
+        report = centre_and_report(context, settings, saved, seen, test, args.max_length, from_gold)
     context.finish(
         pair_set=pair_figures.get("pair_set"),
         pairs=len(dataset),
-        left_out=len(pairs) - len(dataset),
+        left_out=count_rows(path) - len(dataset),
+        soft_labels="soft_label" in dataset.column_names,
         steps=trainer.state.global_step,
         train_loss=summary["train_loss"],
         **{key: report[key] for key in ("score_bias", "accuracy", "ceiling", "ece", "brier", "warnings")},
