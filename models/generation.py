@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from artifacts.errors import UserError
 from models.kv_cache import ReservedCache
+from models.logprobs import rows_logprobs
 from models.packed import can_pack
 
 # Prompts of similar length that are read together; each run is padded to its own longest.
@@ -54,10 +55,16 @@ class SamplingConfig:
 
 @dataclass
 class Generated:
-    """One completion: its tokens (EOS included when ``finished``) and whether it ended by itself."""
+    """One completion: its tokens (EOS included when ``finished``) and whether it ended by itself.
+
+    Where they were asked for: the log-probability of each token and the entropy (nats) of the distribution that it
+    was drawn from.
+    """
 
     token_ids: list[int]
     finished: bool
+    logprobs: list[float] | None = None
+    entropy: list[float] | None = None
 
 
 def row_seed(seed: int, *parts: int | str) -> int:
@@ -115,6 +122,7 @@ def generate(
     seeds: Sequence[int],
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Callable[[int, int], None] | None = None,
+    with_logprobs: bool = False,
 ) -> list[Generated]:
     """Draw one completion for every prompt.
 
@@ -126,18 +134,23 @@ def generate(
         seeds: ``N`` seeds, one a row; see `row_seed`.
         tokenizer: needed for ``stop_strings`` only.
         progress: called with (rows done, N).
+        with_logprobs: also log-probabilities and entropies, of the model at this temperature (without top-k and
+            top-p); equal to those of a pass over the whole sequence up to rounding.
 
     Returns:
         ``N`` completions in the order of the prompts.
 
     Raises:
-        UserError: an empty prompt (names its number), or stop strings without a tokenizer.
+        UserError: an empty prompt (names its number), stop strings without a tokenizer, log-probabilities at
+            temperature 0.
     """
     for number, ids in enumerate(prompt_ids):
         if not ids:
             raise UserError(f"prompt {number} has no tokens.")
     if sampling.stop_strings and tokenizer is None:
         raise UserError("stop_strings need the tokenizer.")
+    if with_logprobs and sampling.temperature == 0:
+        raise UserError("greedy decoding has no log-probabilities to sample with.")
     # Similar lengths together: less padding. Results are put back in order.
     order = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]))
     results: list[Generated | None] = [None] * len(prompt_ids)
@@ -147,7 +160,13 @@ def generate(
         for start in range(0, len(order), sampling.batch_size):
             rows = order[start : start + sampling.batch_size]
             batch = _generate_batch(
-                model, [prompt_ids[r] for r in rows], [seeds[r] for r in rows], sampling, set(eos_token_ids), tokenizer
+                model,
+                [prompt_ids[r] for r in rows],
+                [seeds[r] for r in rows],
+                sampling,
+                set(eos_token_ids),
+                tokenizer,
+                with_logprobs,
             )
             for row, generated in zip(rows, batch, strict=True):
                 results[row] = generated
@@ -166,6 +185,7 @@ def _generate_batch(
     sampling: SamplingConfig,
     eos: set[int],
     tokenizer: PreTrainedTokenizerBase | None,
+    with_logprobs: bool,
 ) -> list[Generated]:
     device = next(model.parameters()).device
     longest = max(map(len, prompts))
@@ -174,6 +194,8 @@ def _generate_batch(
     uniforms = _uniforms(seeds, sampling.max_new_tokens).to(device)
     eos_tensor = torch.tensor(sorted(eos), device=device)
     tokens = torch.zeros(len(prompts), sampling.max_new_tokens, dtype=torch.long, device=device)
+    # Log-probabilities and entropies.
+    figures = torch.zeros(2, *tokens.shape, device=device) if with_logprobs else None
     lengths = torch.full((len(prompts),), sampling.max_new_tokens, device=device)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     alive = torch.arange(len(prompts), device=device)
@@ -187,6 +209,8 @@ def _generate_batch(
     for step in range(sampling.max_new_tokens):
         picked = pick_tokens(logits, uniforms[alive, step], sampling)
         tokens[alive, step] = picked
+        if figures is not None:
+            figures[:, alive, step] = torch.stack(rows_logprobs(logits, picked, sampling.temperature))
         ended = torch.isin(picked, eos_tensor)
         if sampling.stop_strings:
             texts = tokenizer.batch_decode(tokens[alive, : step + 1], skip_special_tokens=True)
@@ -211,10 +235,14 @@ def _generate_batch(
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
-    return [
+    completions = [
         Generated(row[:length], bool(end))
         for row, length, end in zip(tokens.tolist(), lengths.tolist(), finished.tolist(), strict=True)
     ]
+    if figures is not None:
+        for one, logprobs, entropy in zip(completions, *figures.tolist(), strict=True):
+            one.logprobs, one.entropy = logprobs[: len(one.token_ids)], entropy[: len(one.token_ids)]
+    return completions
 
 
 def _close_gaps(ended: torch.Tensor) -> torch.Tensor:

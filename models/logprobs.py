@@ -160,7 +160,7 @@ class _Logprobs(torch.autograd.Function):
         return gradient.to(ctx.dtype), None, None
 
 
-def _rows_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float):
+def rows_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float):
     """Log-probability of ``tokens`` ``(N,)`` under ``logits`` ``(N, V)``, and the entropy ``(N,)``, in fp32."""
     scaled = logits.float() / temperature
     normaliser = scaled.logsumexp(-1)
@@ -192,9 +192,9 @@ def response_logprobs(
     again = torch.is_grad_enabled() and len(tokens) > ROWS
     rows = ROWS if torch.is_grad_enabled() else max(1, PIECE // logits.shape[-1])
     pieces = [
-        checkpoint(_rows_logprobs, *piece, temperature, use_reentrant=False)
+        checkpoint(rows_logprobs, *piece, temperature, use_reentrant=False)
         if again
-        else _rows_logprobs(*piece, temperature)
+        else rows_logprobs(*piece, temperature)
         for piece in zip(logits.split(rows), tokens.split(rows), strict=True)
     ]
     logprobs, entropy = (torch.cat(both) for both in zip(*pieces, strict=True))

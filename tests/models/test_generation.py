@@ -4,11 +4,19 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from artifacts.errors import UserError
 from models.generation import SamplingConfig, generate, pick_tokens, row_seed
 from models.kv_cache import ReservedCache
+from models.logprobs import pad_batch, response_logprobs
 
 SMALL = {
     "vocab_size": 20, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -58,13 +66,15 @@ def plainly(model, prompt, seed, budget):
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("model_type", ["llama", "grouped queries", "sliding window", "gpt2"])
+@pytest.mark.parametrize("model_type", ["llama", "grouped queries", "sliding window", "alternating windows", "gpt2"])
 @pytest.mark.parametrize("lengths", [[3], [1, 3, 2, 9, 5, 3, 4, 14]])
 def test_equal_to_one_row_without_a_cache(tiny_llama, model_type, lengths):
     """Prompts read in runs, the cache that grows and closes gaps, masks: the same tokens as without all of it."""
     torch.manual_seed(5)
     if model_type == "sliding window":
         model = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=4)).eval()
+    elif model_type == "alternating windows":
+        model = Gemma2ForCausalLM(Gemma2Config(**SMALL, sliding_window=4)).eval()
     elif model_type == "gpt2":
         model = GPT2LMHeadModel(
             GPT2Config(vocab_size=20, n_embd=16, n_layer=2, n_head=2, n_positions=128, initializer_range=0.5)
@@ -73,10 +83,32 @@ def test_equal_to_one_row_without_a_cache(tiny_llama, model_type, lengths):
         heads = 1 if model_type == "grouped queries" else 2
         model = tiny_llama(seed=3, num_key_value_heads=heads, max_position_embeddings=256)
     prompts = [torch.randint(3, 20, (n,)).tolist() for n in lengths * (16 // len(lengths))]
-    budget = 90
+    # More than is reserved at first, where all is reserved.
+    budget = 90 if model_type == "llama" else 24
     drawn = draw(model, prompts, range(16), max_new_tokens=budget)
     assert [g.token_ids for g in drawn] == [plainly(model, p, s, budget) for s, p in enumerate(prompts)]
+    assert len({len(g.token_ids) for g in drawn}) > 2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_of_sampling_are_those_of_a_whole_pass(tiny_llama, temperature):
+    model = tiny_llama(seed=3, initializer_range=0.2)
+    prompts = PROMPTS * 4
+    drawn = generate(
+        model, prompts, SamplingConfig(20, temperature), eos_token_ids=[2], seeds=range(16), with_logprobs=True
+    )
     assert len({len(g.token_ids) for g in drawn}) > 4
+    batch = pad_batch(prompts, [g.token_ids for g in drawn], 0)
+    with torch.no_grad():
+        expected = response_logprobs(model, batch, temperature, with_entropy=True)
+    for row, one in enumerate(drawn):
+        for got, whole in zip((one.logprobs, one.entropy), expected, strict=True):
+            torch.testing.assert_close(torch.tensor(got), whole[row][: len(one.token_ids)], atol=1e-5, rtol=1e-5)
+    free = draw(model, prompts, range(16), max_new_tokens=20, temperature=temperature)
+    assert [g.token_ids for g in free] == [g.token_ids for g in drawn]
+    assert free[0].logprobs is None
+    with pytest.raises(UserError, match="greedy"):
+        generate(model, prompts, SamplingConfig(2, 0), eos_token_ids=[2], seeds=range(16), with_logprobs=True)
 
 
 def test_the_cache_grows_and_closes_gaps(tiny_llama):

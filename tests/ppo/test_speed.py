@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from ppo.roles import PolicyAndValue
+from ppo.trainer import PPOTrainer
+
 SETTINGS = {"num_ppo_epochs": 2, "optim": "sgd", "learning_rate": 1e-2, "max_steps": 2}
 
 
@@ -46,6 +49,31 @@ def test_packed_and_reserved_against_padded(make_trainer, weights, monkeypatch):
     monkeypatch.setattr("models.logprobs.can_pack", lambda model: False)
     monkeypatch.setattr("models.generation.can_pack", lambda model: False)
     check_equal(run(make_trainer), fast, weights)
+
+
+def test_logprobs_from_sampling(make_trainer, weights, monkeypatch):
+    """Taken from sampling in fp32; worked out in a pass of their own where sampling does not give them."""
+    passes = []
+    forward = PolicyAndValue.forward
+
+    def noted(self, *args, with_policy=True, **kwargs):
+        passes.append((with_policy, torch.is_grad_enabled()))
+        return forward(self, *args, with_policy=with_policy, **kwargs)
+
+    monkeypatch.setattr(PolicyAndValue, "forward", noted)
+    fast = run(make_trainer)
+    assert (True, False) not in passes
+    passes.clear()
+    monkeypatch.setattr(PPOTrainer, "_samples_exactly", lambda self: False)
+    check_equal(run(make_trainer), fast, weights)
+    assert (True, False) in passes
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 5}, {"bf16": True}, {"parity": "trl-1.12"}])
+def test_sampling_from_another_distribution_is_not_trusted(make_trainer, settings):
+    trainer = make_trainer(**settings)
+    assert not trainer._samples_exactly()
+    assert make_trainer()._samples_exactly()
 
 
 def test_a_budget_must_be_positive(make_trainer):
