@@ -128,10 +128,11 @@ def weights_of(folder: Path) -> bytes:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("deepspeed", ["zero2", "zero3"])
-def test_resuming_on_the_same_ranks_is_exact(train, tmp_path, deepspeed):
-    on_ranks(2, train, "whole", deepspeed)
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}], ids=["fp32", "bf16"])
+def test_resuming_on_the_same_ranks_is_exact(train, tmp_path, deepspeed, settings):
+    on_ranks(2, train, "whole", deepspeed, False, settings)
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
-    on_ranks(2, train, "again", deepspeed, True)
+    on_ranks(2, train, "again", deepspeed, True, settings)
     ends = [tmp_path / name / "checkpoint-4" for name in ("whole", "again")]
     assert weights_of(ends[0]) == weights_of(ends[1])
     for rank in (0, 1):
