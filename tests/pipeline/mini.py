@@ -32,10 +32,12 @@ def environment() -> dict[str, str]:
 
 
 def run(output_dir: Path, *more: str, check: bool = True) -> subprocess.CompletedProcess:
-    """Run it to the end."""
-    return subprocess.run(
-        command(output_dir, *more), capture_output=True, text=True, check=check, env=environment(), timeout=900
+    """Run it to the end; a run that fails where it should not says so in its own words."""
+    ended = subprocess.run(
+        command(output_dir, *more), capture_output=True, text=True, check=False, env=environment(), timeout=900
     )
+    assert not check or ended.returncode == 0, ended.stderr
+    return ended
 
 
 def without_costs(report: dict) -> dict:
