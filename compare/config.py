@@ -25,7 +25,8 @@ class CompareStage:
         checkpoints: points along training, ``{ppo: [8, 16], dpo: all}``: steps of the main runs whose checkpoints are
             there; they stand on the frontier, not in the matrix.
         length_difficulty: add how hard a prompt is to the length-controlled model (AlpacaEval 2's third term).
-        enumerate_up_to: completions a prompt that are enumerated for the exact optimal frontier; 0 never does.
+        enumerate_up_to: where all prompts together have no more completions than this, they are enumerated, and the
+            optimal frontier is exact; 0 never does.
         policies: further policies: ``{name: {path: MODEL}}`` or ``{name: {completions: FILE}}``.
         judges: further judges; see ``docs/compare.md``. The gold function and the reward model are always asked.
         resamples: bootstrap resamples and random sign flips.
@@ -47,7 +48,7 @@ class CompareStage:
     best_of: dict[str, list[int]] = field(default_factory=dict)
     checkpoints: dict[str, Any] = field(default_factory=dict)
     length_difficulty: bool = False
-    enumerate_up_to: int = 20_000
+    enumerate_up_to: int = 100_000
     policies: dict[str, Any] = field(default_factory=dict)
     judges: list[Any] = field(default_factory=list)
     resamples: int = 2000

@@ -67,7 +67,8 @@ def optimal_figures(
         return None
     reference = gatherer.reference
     ends = eos_token_ids(reference.model, reference.tokenizer)
-    space = space_of(reference.model, ends, settings.max_new_tokens, settings.enumerate_up_to)
+    limit = settings.enumerate_up_to // len(gatherer.prompts)
+    space = space_of(reference.model, ends, settings.max_new_tokens, limit)
     if space is not None:
         return exact(space, contenders, policies, judges, betas, gatherer, settings, how)
     return estimated(contenders, draws, [judge.name for judge in judges], betas, settings, how)
