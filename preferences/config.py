@@ -238,9 +238,14 @@ class ConstitutionalPairs(MadePairs):
         mode: ``revision`` (original against revision), ``feedback`` (a judge chooses between two samples) or ``both``.
         rounds: critiques and revisions, one after the other.
         few_shot: a JSON file with the paper's worked examples, shown before each critique; null: none.
+        system: a system message before every answer and revision, e.g. to ask for short ones; it is not part of the
+            pairs' prompts. Null: none.
         helper: who answers.
         critic: who criticises and revises.
         judge: who chooses.
+        chain_of_thought: the judge reasons in its own words before it chooses.
+        label_clamp: soft labels stay within [1 - label_clamp, label_clamp]; null: 0.6 (the paper's 40-60 %) with
+            ``chain_of_thought``, no limit without.
         max_growth: a revision of more than so many times the original's words is a runaway.
         batch: conversations answered before they are written down.
     """
@@ -250,9 +255,12 @@ class ConstitutionalPairs(MadePairs):
     mode: str = "revision"
     rounds: int = 2
     few_shot: str | None = None
+    system: str | None = None
     helper: Endpoint = field(default_factory=Endpoint)
     critic: Endpoint = field(default_factory=Endpoint)
     judge: Endpoint = field(default_factory=Endpoint)
+    chain_of_thought: bool = False
+    label_clamp: float | None = None
     max_growth: float = 4.0
     batch: int = 64
 
@@ -262,6 +270,17 @@ class ConstitutionalPairs(MadePairs):
             raise UserError(f"data.mode is {self.mode!r}; it must be revision, feedback or both.")
         if self.rounds < 1 or self.batch < 1:
             raise UserError("data.rounds and data.batch must be at least 1.")
+        if self.label_clamp is not None and not 0.5 < self.label_clamp <= 1:
+            raise UserError(f"data.label_clamp is {self.label_clamp}; it must be above 0.5 and at most 1.")
+        if self.chain_of_thought and self.mode == "revision":
+            raise UserError("data.chain_of_thought is for the judge: it needs data.mode=feedback or both.")
+
+    @property
+    def largest_label(self) -> float:
+        """Upper limit of the soft labels."""
+        if self.label_clamp is not None:
+            return self.label_clamp
+        return 0.6 if self.chain_of_thought else 1.0
 
 
 SOURCES: dict[str, type] = {

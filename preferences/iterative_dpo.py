@@ -1,6 +1,6 @@
 """Iterative DPO (Xu et al. 2024, Table 2): sample the policy, score, pair best against worst, train, repeat.
 
-    python -m preferences.iterative_dpo runs/quickstart --rounds 3 dpo.beta=0.1
+    ppo-vs-dpo iterate runs/quickstart --rounds 3 dpo.beta=0.1
 
 Each round is an ordinary run of ``experiment=rejection`` (``RUN-round1``, ``RUN-round2``, ...) whose SFT policy, and
 so DPO's reference, is the policy of the round before; prompts and the reward model are those of the first run. A
@@ -23,14 +23,13 @@ from artifacts.run import RunFolder
 def command(start: RunFolder, round: int, rounds: int, overrides: list[str]) -> list[str]:
     """The command line of one round; the one after the last only samples and scores."""
     folder = round_folder(start, round)
-    policy = start.path("sft", "model") if round == 1 else round_folder(start, round - 1) / "dpo" / "model"
     stages = "data,sft,pairs,dpo" if round <= rounds else "data,sft,pairs"
     mine = {
         "experiment": "rejection",
         "name": folder.name,
         "output_dir": folder.parent,
         "model": "pretrained",
-        "model.path": policy,
+        "model.path": policy_of(start, round),
         "sft.skip_training": "true",
         "stages": f"[{stages}]",
         "seed": int(start.config.get("seed", 0)) + 1000 * round,
@@ -39,6 +38,11 @@ def command(start: RunFolder, round: int, rounds: int, overrides: list[str]) -> 
     }
     given = [item.split("=", 1)[0] for item in overrides]
     return [program(), *(f"{key}={value}" for key, value in mine.items() if key not in given), *overrides]
+
+
+def policy_of(start: RunFolder, round: int) -> Path:
+    """The policy that a round samples and trains further: SFT at first, then the DPO policy of the round before."""
+    return start.path("sft", "model") if round == 1 else round_folder(start, round - 1) / "dpo" / "model"
 
 
 def program() -> str:
@@ -58,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         UserError: the first run lacks its SFT policy or reward model, or a round failed.
     """
-    parser = argparse.ArgumentParser(prog="python -m preferences.iterative_dpo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="ppo-vs-dpo iterate", description=__doc__)
     parser.add_argument("run", help="a run whose stages data, sft and reward_model are done")
     parser.add_argument("--rounds", type=int, default=2, help="how often to sample and train")
     parser.add_argument("overrides", nargs="*", help="settings of every round, e.g. dpo.beta=0.1 data.samples=16")
@@ -81,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(
             {
                 "round": round,
-                "policy": figures["policy"],
+                "policy": str(policy_of(start, round)),
                 "mean_score": figures["best_of_n"]["policy_mean_score"],
                 "best_of_n": figures["best_of_n"]["mean_score"],
                 "pairs": figures["pair_set"]["n_train"],
@@ -94,14 +98,3 @@ def main(argv: list[str] | None = None) -> int:
         table.add_row(name, f"{row['mean_score']:.3f}", f"{row['best_of_n']:.3f}", str(row["pairs"]))
     Console().print(table)
     return 0
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.stderr.write(f"\nerror: {error}\n")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted; the same command goes on.\n")
-        sys.exit(130)

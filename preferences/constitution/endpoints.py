@@ -16,7 +16,7 @@ from artifacts.errors import UserError
 from models.config import ModelConfig
 from models.generation import SamplingConfig, generate
 from models.loading import context_length, eos_token_ids, load_policy, load_tokenizer
-from models.logprobs import pad_batch, response_logprobs
+from models.logprobs import pad_batch
 from models.prompts import decode_completion, encode_prompt
 from preferences.config import Endpoint
 from preferences.gold import load_gold
@@ -52,7 +52,7 @@ class Model(Protocol):
         """Answers to conversations."""
 
     def choose(self, questions: Sequence[Request]) -> Iterator[tuple[int, float]]:
-        """Log-odds of (A) against (B) for questions that end by asking for one of the two letters."""
+        """Log-odds of (A) against (B) for questions that end by asking for one of the two letters; NaN: too long."""
 
 
 class EndpointError(UserError):
@@ -100,21 +100,32 @@ class LocalModel:
             yield number, Answer(text if isinstance(request.conversation, str) else text.strip(), sample.finished)
 
     def choose(self, questions: Sequence[Request]) -> Iterator[tuple[int, float]]:
-        """See `Model.choose`: from the log-probabilities of the two letters after `PREFILL`."""
+        """See `Model.choose`: the logits of the two letters after `PREFILL`; their difference is the log-odds."""
         letters = [self.tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in ("A", "B")]
         if any(len(ids) != 1 for ids in letters):
             raise UserError("the judge's tokenizer has no single tokens for the letters A and B; use another judge.")
         prefill = self.tokenizer(PREFILL, add_special_tokens=False)["input_ids"]
-        for start in range(0, len(questions), self.sampling.batch_size):
-            some = questions[start : start + self.sampling.batch_size]
-            prompts = [self._encode(question.conversation) + prefill for question in some]
-            device = next(self.model.parameters()).device
-            scores = []
+        prompts = [self._encode(question.conversation) + prefill for question in questions]
+        limit = context_length(self.model)
+        too_long = {number for number, ids in enumerate(prompts) if limit is not None and len(ids) >= limit}
+        yield from ((number, math.nan) for number in sorted(too_long))  # counted as "too long"
+        # Similar lengths together: less padding.
+        order = sorted(set(range(len(prompts))) - too_long, key=lambda number: len(prompts[number]))
+        for start in range(0, len(order), self.sampling.batch_size):
+            numbers = order[start : start + self.sampling.batch_size]
+            some = [prompts[number] for number in numbers]
+            # All but the last token left-padded: the last column is each question's end.
+            batch = pad_batch([ids[:-1] for ids in some], [ids[-1:] for ids in some], self.tokenizer.pad_token_id)
+            batch = batch.to(next(self.model.parameters()).device)
             with torch.no_grad():
-                for ids in letters:
-                    batch = pad_batch(prompts, [ids] * len(prompts), self.tokenizer.pad_token_id).to(device)
-                    scores.append(response_logprobs(self.model, batch)[0][:, 0].double())
-            yield from enumerate((scores[0] - scores[1]).tolist(), start=start)
+                logits = self.model(
+                    input_ids=batch.input_ids,
+                    attention_mask=batch.attention_mask,
+                    position_ids=batch.position_ids,
+                    logits_to_keep=1,
+                ).logits[:, -1]
+            first, second = (logits[:, ids[0]].double() for ids in letters)
+            yield from zip(numbers, (first - second).tolist(), strict=True)
 
 
 class OpenAIModel:

@@ -1,6 +1,7 @@
 """Step ``pairs`` of the source ``constitution``: do the steps, filter, write pairs with their provenance."""
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -57,7 +58,7 @@ def pairs_step(context: StageContext, settings: ConstitutionalPairs) -> None:
     items = {
         name: load_items(read_rows(context.run.path("data", f"prompts_{name}.parquet")), logs[name]) for name in splits
     }
-    total = sum(map(len, items.values())) * len(all_steps(settings.mode, settings.rounds))
+    total = sum(map(len, items.values())) * len(all_steps(settings.mode, settings.rounds, settings.chain_of_thought))
     # 2. Do what the logs lack.
     done = 0
     for name in splits:
@@ -65,9 +66,11 @@ def pairs_step(context: StageContext, settings: ConstitutionalPairs) -> None:
             logs[name], context.seed, settings.batch, lambda done, what: context.progress(done, total, what), done
         )
         if settings.mode in ("revision", "both"):
-            critique_and_revise(items[name], runner, helper, critic, principles, settings.rounds, few_shot)
+            critique_and_revise(
+                items[name], runner, helper, critic, principles, settings.rounds, few_shot, settings.system
+            )
         if settings.mode in ("feedback", "both"):
-            compare_samples(items[name], runner, helper, judge, principles)
+            compare_samples(items[name], runner, helper, judge, principles, settings.chain_of_thought, settings.system)
         done = runner.done
     # 3. Filter and write.
     report = Tally(settings)
@@ -122,6 +125,7 @@ class Tally:
         self.principles: dict[str, Counter[str]] = {}
         self.biases: list[float] = []
         self.labels: list[float] = []
+        self.clamped = 0
 
     def note(self, principle: str, outcome: str) -> None:
         """Count an outcome (``pair``, or why there is none) under a principle."""
@@ -139,6 +143,7 @@ class Tally:
             result["position_bias"] = float(np.mean(self.biases))
         if self.labels:
             result["mean_soft_label"] = float(np.mean(self.labels))
+            result["clamped_labels"] = self.clamped
         return result
 
 
@@ -187,23 +192,30 @@ def _feedback_pair(item: Item, settings: ConstitutionalPairs, tally: Tally) -> t
     principle = item.steps["choice", 0]["principle"]
     shown = [item.steps["choice", order]["log_odds"] for order in (0, 1)]
     log_odds = preference_log_odds(*shown)
-    tally.biases.append(position_bias(*shown))
     reason = None
-    if not all(sample["text"].strip() for sample in samples):
+    if math.isnan(log_odds):
+        reason = "too long"
+    elif not all(sample["text"].strip() for sample in samples):
         reason = "empty"
     elif not all(sample["finished"] for sample in samples):
         reason = "runaway"
     elif log_odds == 0:
         reason = "tie"
     tally.note(principle, reason or "pair")
+    if reason != "too long":
+        tally.biases.append(position_bias(*shown))
     if reason is not None:
         return None
     winner = 0 if log_odds > 0 else 1
-    label = soft_label(log_odds)
+    label = soft_label(log_odds, settings.largest_label)
+    tally.clamped += label == settings.largest_label < 1
     tally.labels.append(label)
     sides = (_as_answer(item.prompt, samples[side]["text"]) for side in (winner, 1 - winner))
     pair = make_pair(item.prompt, *sides, soft_label=label)
-    return pair, {"kind": "feedback", "principles": [principle], "log_odds": shown, "soft_label": label}
+    source = {"kind": "feedback", "principles": [principle], "log_odds": shown, "soft_label": label}
+    if settings.chain_of_thought:
+        source["reasoning"] = [item.text("reasoning", order) for order in (0, 1)]
+    return pair, source
 
 
 def _write(

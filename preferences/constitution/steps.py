@@ -19,6 +19,10 @@ from preferences.steplog import StepLog
 
 Key = tuple[str, int]
 
+# How a judge is asked to choose, and to reason before it chooses (Kojima et al. 2022).
+CHOOSE = "Answer with (A) or (B) and nothing else."
+THINK = "Compare the two in a few sentences. Let's think step by step."
+
 
 @dataclass
 class Item:
@@ -99,6 +103,11 @@ def _as_fields(result: Answer | float) -> dict[str, Any]:
     return {"log_odds": result}
 
 
+def _opened(prompt: Text, system: str | None) -> Text:
+    """The prompt, after the system message where there is one."""
+    return prompt if system is None else [{"role": "system", "content": system}, *_messages(prompt)]
+
+
 def _messages(prompt: Text) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
@@ -119,12 +128,13 @@ def critique_and_revise(
     principles: Sequence[Principle],
     rounds: int,
     few_shot: Sequence[dict[str, str]] = (),
+    system: str | None = None,
 ) -> None:
     """Answer, then ``rounds`` times criticise under a principle drawn at random and revise (Bai et al. 2022b, 3.1).
 
     The revision takes the answer's place in the next round.
     """
-    runner.run(items, ("answer", 0), helper.answer, lambda item: item.prompt)
+    runner.run(items, ("answer", 0), helper.answer, lambda item: _opened(item.prompt, system))
     for round in range(1, rounds + 1):
 
         def current(item: Item, round: int = round) -> str:
@@ -134,7 +144,8 @@ def critique_and_revise(
             return draw_principle(principles, runner.seed, item.prompt_id, "critique", round)
 
         def to_criticise(item: Item, current=current, drawn=drawn) -> Text:
-            return [*few_shot, *_messages(item.prompt), _assistant(current(item)), _user(drawn(item).critique)]
+            before = _opened([*few_shot, *_messages(item.prompt)], system)
+            return [*before, _assistant(current(item)), _user(drawn(item).critique)]
 
         def to_revise(item: Item, drawn=drawn, to_criticise=to_criticise, round: int = round) -> Text:
             return [*to_criticise(item), _assistant(item.text("critique", round)), _user(drawn(item).revision)]
@@ -146,35 +157,57 @@ def critique_and_revise(
         runner.run(items, ("revision", round), critic.answer, to_revise, principle)
 
 
-def question(prompt: Text, principle: Principle, first: str, second: str) -> Text:
+def question(prompt: Text, principle: Principle, first: str, second: str, closing: str = CHOOSE) -> Text:
     """The multiple-choice question of the AI-feedback stage (Bai et al. 2022b, section 4.1)."""
     asked = text_of(prompt) if isinstance(prompt, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
     return [
         _user(
             f"Here is a conversation, and two answers to it.\n\n{asked}\n\n{principle.choice}\n\n"
-            f"(A) {first.strip()}\n\n(B) {second.strip()}\n\nAnswer with (A) or (B) and nothing else."
+            f"(A) {first.strip()}\n\n(B) {second.strip()}\n\n{closing}"
         )
     ]
 
 
 def compare_samples(
-    items: Sequence[Item], runner: Runner, helper: Model, judge: Model, principles: Sequence[Principle]
+    items: Sequence[Item],
+    runner: Runner,
+    helper: Model,
+    judge: Model,
+    principles: Sequence[Principle],
+    chain_of_thought: bool = False,
+    system: str | None = None,
 ) -> None:
-    """Two samples of each prompt, judged under one principle in both orders."""
+    """Two samples of each prompt, judged under one principle in both orders.
+
+    With ``chain_of_thought`` the judge first reasons in its own words and then chooses, with its reasoning before it.
+    """
     for draw in (0, 1):
-        runner.run(items, ("sample", draw), helper.answer, lambda item: item.prompt)
+        runner.run(items, ("sample", draw), helper.answer, lambda item: _opened(item.prompt, system))
     different = [item for item in items if item.text("sample", 0) != item.text("sample", 1)]
 
     def drawn(item: Item) -> Principle:
         return draw_principle(principles, runner.seed, item.prompt_id, "choice", 0)
 
+    def principle(item: Item) -> dict[str, str]:
+        return {"principle": drawn(item).id}
+
     for order in (0, 1):
 
-        def ask(item: Item, order: int = order) -> Text:
+        def ask(item: Item, closing: str, order: int = order) -> Text:
             first, second = (item.text("sample", draw) for draw in ((0, 1), (1, 0))[order])
-            return question(item.prompt, drawn(item), first, second)
+            return question(item.prompt, drawn(item), first, second, closing)
 
-        runner.run(different, ("choice", order), judge.choose, ask, lambda item: {"principle": drawn(item).id})
+        def to_reason(item: Item, ask=ask) -> Text:
+            return ask(item, THINK)
+
+        def to_choose(item: Item, ask=ask, order: int = order) -> Text:
+            if not chain_of_thought:
+                return ask(item, CHOOSE)
+            return [*ask(item, THINK), _assistant(item.text("reasoning", order)), _user(CHOOSE)]
+
+        if chain_of_thought:
+            runner.run(different, ("reasoning", order), judge.answer, to_reason, principle)
+        runner.run(different, ("choice", order), judge.choose, to_choose, principle)
 
 
 def preference_log_odds(first_shown: float, second_shown: float) -> float:
@@ -195,13 +228,19 @@ def position_bias(first_shown: float, second_shown: float) -> float:
     return (first_shown + second_shown) / 2
 
 
-def soft_label(log_odds: float) -> float:
-    """Probability of the preferred side: at least 1/2."""
-    return 1 / (1 + math.exp(-abs(log_odds)))
+def soft_label(log_odds: float, limit: float = 1.0) -> float:
+    """Probability of the preferred side: at least 1/2, at most ``limit``.
+
+    A judge that has reasoned is nearly always sure, rightly or not; Bai et al. 2022b (section 4.1) clamp its
+    probabilities to 40-60 %, ``limit`` 0.6. The two orders are averaged first: clamped log-odds would not cancel a
+    position bias.
+    """
+    return min(1 / (1 + math.exp(-abs(log_odds))), limit)
 
 
-def all_steps(mode: str, rounds: int) -> list[Key]:
+def all_steps(mode: str, rounds: int, chain_of_thought: bool = False) -> list[Key]:
     """Keys of everything that is done with one prompt, for the progress."""
     revision = [("answer", 0), *itertools.product(("critique", "revision"), range(1, rounds + 1))]
-    feedback = [("sample", 0), ("sample", 1), ("choice", 0), ("choice", 1)]
+    judged = ("reasoning", "choice") if chain_of_thought else ("choice",)
+    feedback = [("sample", 0), ("sample", 1), *itertools.product(judged, (0, 1))]
     return {"revision": revision, "feedback": feedback, "both": revision + feedback}[mode]

@@ -105,12 +105,24 @@ class Judge:
     def __init__(self, bias: float = 0.7):
         self.bias = bias
 
+    @staticmethod
+    def _shown(question: Request) -> tuple[str, list[str]]:
+        """The prompt and the two reviews of a question."""
+        content = question.conversation[0]["content"]
+        _, prompt, _, first, second, _ = content.split("\n\n")
+        return prompt, [" " + first.removeprefix("(A) "), " " + second.removeprefix("(B) ")]
+
+    def answer(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+        """The reasoning before the choice: what each review is worth."""
+        for number, request in enumerate(requests):
+            prompt, texts = self._shown(request)
+            first, second = gold_reward([prompt] * 2, texts)
+            yield number, Answer(f"(A) is worth {first:.2f}, (B) {second:.2f}.", True)
+
     def choose(self, questions: Sequence[Request]) -> Iterator[tuple[int, float]]:
         """See `preferences.constitution.endpoints.Model.choose`."""
         for number, question in enumerate(questions):
-            content = question.conversation[0]["content"]
-            _, prompt, _, first, second, _ = content.split("\n\n")
-            texts = [" " + first.removeprefix("(A) "), " " + second.removeprefix("(B) ")]
+            prompt, texts = self._shown(question)
             better, worse = gold_reward([prompt] * 2, texts)
             yield number, better - worse + self.bias
 

@@ -15,12 +15,16 @@ from scipy.stats import chisquare
 
 from artifacts.errors import UserError
 from artifacts.files import read_json, read_jsonl, read_parquet
-from preferences.constitution.endpoints import PREFILL, LocalModel, Request
+from preferences.constitution.endpoints import PREFILL, Answer, LocalModel, Request
 from preferences.constitution.principles import load_constitution, load_few_shot
 from preferences.constitution.step import why_not
 from preferences.constitution.steps import (
+    CHOOSE,
+    THINK,
     Item,
     Runner,
+    all_steps,
+    compare_samples,
     critique_and_revise,
     draw_principle,
     load_items,
@@ -153,8 +157,6 @@ def test_violations_never_increase_over_the_rounds_of_the_real_loop(tmp_path):
 
     class Helper:
         def answer(self, requests):
-            from preferences.constitution.endpoints import Answer
-
             texts = {row["prompt"]: row["text"] for row in rows}
             for number, request in enumerate(requests):
                 yield number, Answer(texts[request.conversation], True)
@@ -236,6 +238,105 @@ def test_a_judge_with_a_position_bias_labels_as_one_without(tmp_path, testbed_po
     assert not (run / "pairs" / "revisions_train.parquet").exists()
 
 
+def test_a_judge_that_reasons_first_is_clamped(tmp_path, testbed_policy):
+    """Bai et al. 2022b, 4.1: probabilities after a chain of thought are kept to 40-60 %; the bias cancels before."""
+    run = run_of(tmp_path / "run", testbed_policy, mode="feedback", chain_of_thought=True)
+    run_here(run, "pairs")
+    figures = read_json(run / "pairs" / "done.json")["figures"]
+    assert figures["position_bias"] == pytest.approx(0.7, abs=1e-9)
+    train = read_parquet(run / "pairs" / "train.parquet")
+    provenance = {row["pair_id"]: row for row in read_jsonl(run / "pairs" / "provenance_train.jsonl")}
+    labels = []
+    for row in train:
+        chosen, rejected = gold_reward([row["prompt"]] * 2, [row["chosen"], row["rejected"]])
+        assert chosen > rejected
+        assert row["soft_label"] == pytest.approx(min(0.6, 1 / (1 + np.exp(rejected - chosen))), abs=1e-9)
+        labels.append(row["soft_label"])
+        # What it thought, in both orders, is kept with the pair.
+        first, second = provenance[row["pair_id"]]["reasoning"]
+        assert f"{chosen:.2f}" in first
+        assert f"{rejected:.2f}" in first
+        assert first != second
+    clamped = sum(label == 0.6 for label in labels)
+    assert 0 < clamped < len(labels) <= 60
+    assert clamped <= figures["clamped_labels"] <= clamped + 12  # and those of the test pairs
+    # Two samples, two reasonings, two choices for each prompt, in that order, each once.
+    steps = [(step["what"], step["round"]) for step in read_jsonl(run / "pairs" / "steps_train.jsonl")]
+    assert set(steps) == set(all_steps("feedback", 1, chain_of_thought=True))
+    order = [("sample", 0), ("sample", 1), ("reasoning", 0), ("choice", 0), ("reasoning", 1), ("choice", 1)]
+    assert list(dict.fromkeys(steps)) == order
+    # The limit can be another, or none.
+    free = run_of(tmp_path / "free", testbed_policy, mode="feedback", chain_of_thought=True, label_clamp=1.0)
+    run_here(free, "pairs")
+    assert max(read_parquet(free / "pairs" / "train.parquet")["soft_label"]) > 0.9
+
+
+def test_the_judge_chooses_with_its_reasoning_before_it(tmp_path):
+    """What each model is given, step by step."""
+    given = []
+
+    class Helper:
+        def answer(self, requests):
+            given.extend(("answer", request.conversation) for request in requests)
+            yield from (
+                (number, Answer(f"sample {request.seed % 7919}", True)) for number, request in enumerate(requests)
+            )
+
+    class Judge:
+        def answer(self, requests):
+            given.extend(("reason", request.conversation) for request in requests)
+            yield from ((number, Answer(f"thought {len(given)}", True)) for number, _ in enumerate(requests))
+
+        def choose(self, questions):
+            given.extend(("choose", question.conversation) for question in questions)
+            yield from ((number, 1.0) for number, _ in enumerate(questions))
+
+    log = StepLog(tmp_path / "steps.jsonl", "x")
+    items = load_items([{"prompt": "Why?", "prompt_id": "p"}], log)
+    principles = load_constitution("default")
+    compare_samples(items, Runner(log, 1, 8), Helper(), Judge(), principles, True, "Be brief.")
+    assert [kind for kind, _ in given] == ["answer", "answer", "reason", "choose", "reason", "choose"]
+    # The system message is the helper's, not the judge's.
+    assert given[0][1] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    for reason, choose, order in ((given[2][1], given[3][1], (0, 1)), (given[4][1], given[5][1], (1, 0))):
+        first, second = (items[0].text("sample", draw) for draw in order)
+        assert f"(A) {first}\n\n(B) {second}\n\n{THINK}" in reason[0]["content"]
+        assert choose[:1] == reason
+        assert choose[1]["content"].startswith("thought ")
+        assert choose[2] == {"role": "user", "content": CHOOSE}
+
+
+def test_a_system_message_is_not_part_of_the_pairs(tmp_path):
+    seen = []
+
+    class Model:
+        def answer(self, requests):
+            seen.extend(request.conversation for request in requests)
+            yield from ((number, Answer(f"text {len(seen)}", True)) for number, _ in enumerate(requests))
+
+    log = StepLog(tmp_path / "steps.jsonl", "x")
+    items = load_items([{"prompt": "Why?", "prompt_id": "p"}], log)
+    critique_and_revise(items, Runner(log, 1, 8), Model(), Model(), load_constitution("default"), 2, (), "Be brief.")
+    assert len(seen) == 5
+    assert all(conversation[0] == {"role": "system", "content": "Be brief."} for conversation in seen)
+    assert items[0].prompt == "Why?"
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"chain_of_thought": True}, r"data\.chain_of_thought is for the judge"),
+        ({"mode": "feedback", "label_clamp": 0.5}, r"data\.label_clamp is 0\.5"),
+        ({"mode": "feedback", "label_clamp": 1.2}, r"data\.label_clamp is 1\.2"),
+        ({"mode": "revise"}, r"data\.mode is 'revise'"),
+        ({"rounds": 0}, r"data\.rounds"),
+    ],
+)
+def test_bad_settings(tmp_path, data, said):
+    with pytest.raises(UserError, match=said):
+        run_here(make_run(tmp_path / "run", {**SMALL, **data}), "data")
+
+
 def test_both_modes_together(tmp_path, testbed_policy):
     run = run_of(tmp_path / "run", testbed_policy, mode="both", rounds=1)
     run_here(run, "pairs")
@@ -307,6 +408,9 @@ def test_a_base_model_gets_the_dialogue_as_text_and_stops_at_the_next_turn(plain
     answers = dict(model.answer([Request(conversation, 1), Request("Hi", 2), Request("x" * 5000, 3)]))
     assert len(answers) == 3
     assert (answers[2].text, answers[2].finished) == ("", False)  # longer than the model's context
+    chosen = dict(model.choose([Request("Hi", 1), Request("x" * 5000, 2), Request("Good day to you", 3)]))
+    assert np.isnan(chosen[1])  # counted as "too long", not as a tie
+    assert np.isfinite([chosen[0], chosen[2]]).all()
 
 
 def test_items_keep_what_the_log_has():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import threading
 import time
 import traceback
@@ -13,7 +14,7 @@ from artifacts.errors import UserError
 from artifacts.files import read_json, read_jsonl
 from preferences.config import Endpoint
 from preferences.constitution.endpoints import HARD_LOGIT, EndpointError, OpenAIModel, Request
-from tests.preferences.conftest import make_run, run_here, with_policy
+from tests.preferences.conftest import make_run, run_here, run_step, with_policy
 
 KEY = "sk-secret-0123456789"
 
@@ -219,6 +220,36 @@ def test_a_run_against_an_endpoint_that_dies_keeps_what_was_done_and_goes_on(ser
     assert figures["position_bias"] == pytest.approx(math.log(1.5), abs=1e-5)
     # The key is in no file and in no message.
     assert KEY not in said
+    for path in run.rglob("*"):
+        if path.is_file() and "sft" not in path.parts:
+            assert KEY.encode() not in path.read_bytes(), path
+
+
+def test_the_key_is_in_nothing_that_a_failing_process_leaves(server, tmp_path, testbed_policy):
+    """As the pipeline starts it, its output caught; the endpoint throws the key back in every form it can."""
+    endpoint = {"kind": "openai", "model": "m", "base_url": server.url, "api_key_env": "TEST_KEY", "retries": 1}
+    data = {
+        "source": "constitution",
+        "constitution": "testbed",
+        "rounds": 1,
+        "helper": endpoint,
+        "critic": endpoint,
+        **{"train_prompts": 4, "test_prompts": 2, "heldout_prompts": 2, "sft_examples": 30},
+    }
+    run = with_policy(make_run(tmp_path / "run", data), testbed_policy)
+    run_here(run, "data")
+    troubles = [
+        (500, {"error": {"message": f"key {KEY}"}}),
+        (200, KEY.encode()),
+        (401, f"<html>{KEY}</html>".encode()),
+    ]
+    for trouble in troubles:
+        server.behave = lambda number, body, trouble=trouble: trouble
+        done = run_step(run, "pairs", env={**os.environ, "OPENAI_LOG": "debug"})
+        assert done.returncode == 2
+        assert "the same command goes on" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert KEY not in done.stdout + done.stderr
     for path in run.rglob("*"):
         if path.is_file() and "sft" not in path.parts:
             assert KEY.encode() not in path.read_bytes(), path

@@ -73,6 +73,20 @@ def test_a_gated_set_says_how_to_get_access(hub, tmp_path):
     assert "data.path=FILE" in said
 
 
+def test_an_unreachable_hub(tmp_path):
+    """Nobody listens at that port: refused at once, and said so."""
+    said = read("http://127.0.0.1:9", HF_HOME=str(tmp_path))
+    assert said.startswith("UserError: owner/pairs could not be reached")
+    assert "Check the network" in said
+
+
+def test_a_hub_that_is_too_busy(hub, tmp_path):
+    handler, url = hub
+    handler.status, handler.headers_out = 429, {"Retry-After": "0"}
+    said = read(url, HF_HOME=str(tmp_path))
+    assert said.startswith("UserError: the Hub answered 429 for owner/pairs"), said
+
+
 def test_a_missing_set_asks_to_check_the_name(hub, tmp_path):
     handler, url = hub
     handler.headers_out = {"X-Error-Code": "RepoNotFound"}

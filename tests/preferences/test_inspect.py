@@ -11,7 +11,7 @@ from artifacts.errors import UserError
 from preferences.inspect import main
 from preferences.validation import Checker, Report, Statistics, policies
 from tests.preferences.conftest import ROOT
-from tests.preferences.test_given import ROWS, write_jsonl
+from tests.preferences.files import ROWS, write_jsonl
 
 
 def report_of(capsys, *argv):

@@ -1,7 +1,6 @@
 """The two recipes from the command line, in miniature: pairs are made, the reward model and DPO train on them."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -61,7 +60,7 @@ def test_iterative_dpo_raises_the_reward_models_score(tmp_path):
         "data.test_pairs=200",
     )
     overrides = ["data.train_prompts=200", "data.test_prompts=30", "data.heldout_prompts=32", "dpo.num_train_epochs=1"]
-    said = run(sys.executable, "-m", "preferences.iterative_dpo", str(tmp_path / "first"), "--rounds", "1", *overrides)
+    said = run(program(), "iterate", str(tmp_path / "first"), "--rounds", "1", *overrides)
     rows = read_json(tmp_path / "first-iterative-dpo.json")
     assert [row["round"] for row in rows] == [1, 2]
     assert rows[1]["mean_score"] > rows[0]["mean_score"] + 0.2
@@ -87,9 +86,7 @@ def test_rounds_follow_each_other_and_overrides_win(tmp_path):
 
 def test_a_run_without_a_reward_model_is_refused(tmp_path):
     folder = make_run(tmp_path / "first", {"source": "testbed"})
-    done = subprocess.run(
-        [sys.executable, "-m", "preferences.iterative_dpo", str(folder)], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([program(), "iterate", str(folder)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "stage data" in done.stderr
     assert "Traceback" not in done.stderr
