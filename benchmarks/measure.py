@@ -173,6 +173,10 @@ def alternate(sides: list[Side], rounds: int) -> dict[str, list[dict]]:
     for number in range(rounds + 1):
         for side in sides:
             figures = side.step()
+            kind = f"round {number}" if number else "warm-up"
+            print(
+                f"  {side.name}, {kind}: {figures['seconds']:.1f} s, peak {figures['peak']:.0f} MiB", file=sys.stderr
+            )
             if number:
                 steps[side.name].append(figures)
     for side in sides:

@@ -87,7 +87,7 @@ def test_equal_to_one_row_without_a_cache(tiny_llama, model_type, lengths):
     budget = 90 if model_type == "llama" else 24
     drawn = draw(model, prompts, range(16), max_new_tokens=budget)
     assert [g.token_ids for g in drawn] == [plainly(model, p, s, budget) for s, p in enumerate(prompts)]
-    assert len({len(g.token_ids) for g in drawn}) > 2
+    assert len({len(g.token_ids) for g in drawn}) > 1
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
