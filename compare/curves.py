@@ -49,19 +49,23 @@ def matched_kl(contenders: list[Contender], table: PairTable, a: str, b: str, se
 def frontier(
     contenders: list[Contender], checkpoints: list[Contender], policies: dict[str, dict], settings: Settings
 ) -> list[dict[str, Any]]:
-    """Points of every method by rising KL; over-optimisation marked where gold is known.
+    """Points of every method; over-optimisation marked where gold is known.
 
-    Each point says which line it is on: ``along`` is ``sweep`` (of the coefficient), ``training`` (checkpoints of the
-    main run), ``n`` (best-of-n) or ``other``.
+    Each point says which line it is on: ``along`` is ``sweep`` (of the coefficient, by rising KL), ``training``
+    (checkpoints of the main run, by step), ``n`` (best-of-n) or ``other``. Over-optimised is what has less gold and no
+    less proxy than an *earlier* point of its line.
     """
     points = []
     for method in ("ppo", "dpo"):
-        line = curve(contenders, method)
-        points += _line(line, "sweep", policies, settings)
-        # Training ends at the main policy: it closes this line too, but is written down once.
-        main = [contender for contender in line if contender.name == method]
-        along = sorted([*curve(checkpoints, method), *main], key=lambda c: (c.kl().mean(), c.name))
-        points += [p for p in _line(along, "training", policies, settings) if p["policy"] != method]
+        sweep = _line(curve(contenders, method), "sweep", policies, settings)
+        # In the order of training, which ends at the main policy: it closes this line and is written down once.
+        steps = sorted((c for c in checkpoints if c.method == method), key=lambda c: c.point["step"])
+        main = [c for c in contenders if c.name == method and c.kl() is not None]
+        training = _line([*steps, *main], "training", policies, settings) if steps else []
+        late = next((point for point in training if point["policy"] == method and point.get("over_optimised")), None)
+        # Over-optimised against an own checkpoint counts like against a point of the sweep.
+        points += [{**late, "along": "sweep"} if late and point["policy"] == method else point for point in sweep]
+        points += [point for point in training if point["policy"] != method]
     for contender in contenders:
         if contender.method == "best_of_n":
             points.append({**_point(contender.name, policies[contender.name], {}), "along": "n"})
@@ -77,7 +81,7 @@ def _line(line: list[Contender], along: str, policies: dict[str, dict], settings
     if all("gold" in c.draws.scores and PROXY in c.draws.scores for c in line):
         gold = np.stack([c.score("gold") for c in line], axis=1)
         proxy = np.stack([c.score(PROXY) for c in line], axis=1)
-        marks = over_optimised([c.kl().mean() for c in line], gold, proxy, **settings.kwargs())
+        marks = over_optimised(gold, proxy, **settings.kwargs())
     points = []
     for contender, mark in zip(line, marks, strict=True):
         if mark.get("over_optimised"):

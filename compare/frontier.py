@@ -101,7 +101,6 @@ def matched_win_rate(
 
 
 def over_optimised(
-    kl: list[float],
     gold: np.ndarray,
     proxy: np.ndarray,
     *,
@@ -109,18 +108,17 @@ def over_optimised(
     seed: int,
     confidence: float,
 ) -> list[dict[str, Any]]:
-    """For each point of a curve: is there a point of lower KL with more gold and no more proxy?
+    """For each point of a curve: is there an earlier one (of lower KL, of a lower step) with more gold, no more proxy?
 
     Marked where, against the best earlier point, gold falls (the paired interval lies below 0) while proxy does not
     (its interval does not lie below 0): the learned reward still rises, the true one falls (Gao et al. 2022).
 
     Args:
-        kl: ``K`` mean KLs, rising.
         gold: ``(P, K)`` gold rewards.
         proxy: ``(P, K)`` rewards of the model that was optimised.
     """
     found = []
-    for column in range(len(kl)):
+    for column in range(gold.shape[1]):
         mark: dict[str, Any] = {"over_optimised": False}
         if column:
             best = int(np.argmax(gold[:, :column].mean(0)))

@@ -88,7 +88,8 @@ def _draw(axis: Any, report: dict[str, Any], key: str) -> None:
         if series[1] == "training":
             # From SFT through the checkpoints to the main policy.
             main = [p for p in known if p["policy"] == series[0]]
-            line = [(0.0, start[key]), *((p["sqrt_kl"], p[key]) for p in sorted([*points, *main], key=_by_kl))]
+            by_step = sorted(points, key=lambda point: point["point"]["step"])
+            line = [(0.0, start[key]), *((p["sqrt_kl"], p[key]) for p in [*by_step, *main])]
             axis.plot(*zip(*line, strict=True), color=style["color"], linewidth=0.9, linestyle="-.", zorder=1)
             style |= {"linestyle": "none", "markerfacecolor": "white"}
         elif series[1] == "policy":
@@ -97,10 +98,6 @@ def _draw(axis: Any, report: dict[str, Any], key: str) -> None:
     axis.set_xlabel("√KL to SFT (√nats)")
     axis.set_title(TITLES[key])
     axis.set_xlim(0, furthest * 1.08)
-
-
-def _by_kl(point: dict[str, Any]) -> float:
-    return point["sqrt_kl"]
 
 
 def _draw_points(

@@ -3,7 +3,11 @@
 import numpy as np
 import pytest
 
+from compare.completions import Draws
+from compare.contenders import PROXY, Contender
+from compare.curves import frontier
 from compare.frontier import matched_win_rate, mixture_weights, over_optimised
+from compare.measure import Settings, describe
 from compare.optimum import exact_frontier, kl_divergence, optimal_policy, suboptimality
 from tests.compare.test_best_of_n import law
 
@@ -65,15 +69,54 @@ def test_over_optimisation_is_marked_only_where_gold_falls_and_proxy_does_not():
     noise = rng.normal(0, 1, (300, 4))
     settings = {"resamples": 300, "seed": 0, "confidence": 0.95}
     hump, rise = np.array([0.0, 2.0, 1.0, -2.0]), np.array([0.0, 1.0, 1.5, 1.6])
-    marks = over_optimised([0.5, 2, 8, 30], hump + noise, rise + noise, **settings)
+    marks = over_optimised(hump + noise, rise + noise, **settings)
     assert [mark["over_optimised"] for mark in marks] == [False, False, True, True]
     assert marks[3]["against"] == 1
     assert marks[3]["gold_change"] == pytest.approx(-4.0, abs=0.4)
     # Both fall: a bad policy, not an over-optimised one. Gold level within noise: nothing.
-    both = over_optimised([0.5, 2, 8, 30], hump + noise, hump + noise, **settings)
+    both = over_optimised(hump + noise, hump + noise, **settings)
     assert not any(mark["over_optimised"] for mark in both)
-    level = over_optimised([0.5, 2], noise[:, :2] * 3, rise[:2] + noise[:, :2], **settings)
+    level = over_optimised(noise[:, :2] * 3, rise[:2] + noise[:, :2], **settings)
     assert not level[1]["over_optimised"]
+
+
+def on_frontier(name, method, point, kl, gold, proxy):
+    """A contender with 200 prompts around given figures."""
+    noise = np.random.default_rng(0).normal(0, 0.1, (200, 1))
+    ones = np.ones_like(noise)
+    measures = dict.fromkeys(("kl", "k1", "k3"), kl + 0 * noise)
+    scores = {"gold": gold + noise, PROXY: proxy + noise}
+    draws = Draws(name, "sample", 1.0, [], [], ones, ones, measures, scores)
+    return Contender(name, method, draws, ones, point)
+
+
+def test_checkpoints_are_a_line_in_the_order_of_training():
+    """KL may fall along training; an early checkpoint of higher KL is not over-optimised against the end."""
+    settings = Settings(200)
+    contenders = [
+        on_frontier("ppo", "ppo", {}, 3.0, 2.8, 2.8),
+        on_frontier("ppo,kl_coef=1.0", "ppo", {"kl_coef": 1.0}, 1, 1, 1),
+    ]
+    early = [
+        on_frontier("ppo,step=16", "ppo", {"step": 16}, 3.7, 2.6, 2.8),
+        on_frontier("ppo,step=8", "ppo", {"step": 8}, 4, 2.5, 2.7),
+    ]
+    figures = {c.name: describe(c, ["gold", PROXY], settings, None) for c in [*contenders, *early]}
+    points = frontier(contenders, early, figures, settings)
+    assert [(p["policy"], p["along"]) for p in points] == [
+        ("ppo,kl_coef=1.0", "sweep"),
+        ("ppo", "sweep"),
+        ("ppo,step=8", "training"),
+        ("ppo,step=16", "training"),
+    ]
+    assert not any(p["over_optimised"] for p in points)
+    # Training that goes on too long: the main policy is held against its own checkpoint.
+    contenders[0] = on_frontier("ppo", "ppo", {}, 9.0, 1.0, 3.0)
+    figures["ppo"] = describe(contenders[0], ["gold", PROXY], settings, None)
+    marked = {p["policy"]: p for p in frontier(contenders, early, figures, settings)}
+    assert marked["ppo"]["over_optimised"]
+    assert (marked["ppo"]["against"], marked["ppo"]["along"]) == ("ppo,step=16", "sweep")
+    assert marked["ppo"]["gold_change"] == pytest.approx(-1.6)
 
 
 def test_gao_hump_on_an_enumerable_space():
