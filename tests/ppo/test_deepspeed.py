@@ -58,13 +58,14 @@ def train(make_trainer, prompts, tiny_reward, tmp_path):
 
 
 def agree(one: list[dict], other: list[dict], updates: int) -> None:
-    """At most 1e-4 apart in any update, and an order less on average."""
+    """Losses at most 1e-4 apart in any update, and an order less on average; sums over a response five times that."""
     assert len(one) == len(other) == updates
     for name in FIGURES:
         mine, theirs = (torch.tensor([row[name] for row in rows]) for rows in (one, other))
-        residual = (mine - theirs).abs()
-        assert residual.max() <= 1e-4, (name, residual)
-        assert residual.mean() <= 1e-5, (name, residual)
+        residual, scale = (mine - theirs).abs(), 1 if name.startswith("loss/") else 5
+        print(f"{name}: max {residual.max():.1e}, mean {residual.mean():.1e}")
+        assert residual.max() <= 1e-4 * scale, (name, residual)
+        assert residual.mean() <= 1e-5 * scale, (name, residual)
 
 
 @pytest.mark.parametrize("deepspeed", ["zero3", slow("zero2"), slow("zero2_offload"), slow("zero3_offload")])
@@ -97,7 +98,9 @@ def test_two_ranks_give_the_run_of_one(train, tmp_path, deepspeed):
 )
 def test_twenty_updates_on_any_number_of_ranks(train, tmp_path, ranks, deepspeed):
     """Data order, sampling, whitening, losses: twenty updates do not know how many ranks made them."""
-    settings = {"max_steps": 20, "save_steps": 20, "eval_strategy": "no", "learning_rate": 1e-3}
+    # Rates at which it learns for twenty updates without the chaos that amplifies rounding.
+    settings = {"max_steps": 20, "save_steps": 20, "eval_strategy": "no"}
+    settings |= {"learning_rate": 1e-3, "value_learning_rate": 3e-3}
     # As many rows on each rank at once as there are: gradients accumulate on one rank and not on four.
     on_ranks(1, train, "one", None, False, settings)
     on_ranks(ranks, train, "many", deepspeed, False, settings)
