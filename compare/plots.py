@@ -61,7 +61,7 @@ def frontier_plot(report: dict[str, Any], keys: list[str] | None = None) -> Figu
         figure, axes = plt.subplots(1, len(keys), figsize=(5.4 * len(keys), 4.5), squeeze=False, sharex=True)
         for axis, key in zip(axes[0], keys, strict=True):
             _draw(axis, report, key)
-        axes[0][0].legend(frameon=False, fontsize=8.5, loc="lower right")
+        axes[0][0].legend(fontsize=8.5, loc="best", framealpha=0.85, edgecolor="none")
         figure.tight_layout()
     return figure
 
