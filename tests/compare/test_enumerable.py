@@ -51,20 +51,20 @@ def test_the_gap_to_the_optimum_is_the_spaces_own(run):
     (gap,) = found["gaps"]
     assert gap["policy"] == "dpo"
     # papers.md 3.1.2: J* - J = beta KL(pi || pi*).
-    assert gap["gap"] == pytest.approx(BETA * measured["kl"], abs=1e-6)
-    assert gap["optimum"] == pytest.approx(SPACE.optimum(BETA)[1], abs=1e-6)
+    assert gap["gap"] == pytest.approx(BETA * measured["kl"], abs=1e-5)
+    assert gap["optimum"] == pytest.approx(SPACE.optimum(BETA)[1], abs=1e-5)
     # DPO was on its way: nearer to its optimum than the reference is.
     assert 0 < gap["gap"] < BETA * measured["kl_start"]
     log_pi = SPACE.log_probabilities(policy)
     kl = (np.exp(log_pi) * (log_pi - SPACE.log_reference)).sum(1).mean()
-    assert found["policies"]["dpo"]["kl"] == pytest.approx(kl, abs=1e-6)
+    assert found["policies"]["dpo"]["kl"] == pytest.approx(kl, abs=1e-5)
     assert found["policies"]["dpo"]["rewards"]["gold"] == pytest.approx(
-        (np.exp(log_pi) * SPACE.rewards).sum(1).mean(), abs=1e-6
+        (np.exp(log_pi) * SPACE.rewards).sum(1).mean(), abs=1e-5
     )
     # The exact curve, point by point.
     start = np.exp(SPACE.log_reference)
     for point in found["curves"]["gold"][::7]:
         best = [optimal_policy(p, r, point["beta"]) for p, r in zip(start, SPACE.rewards, strict=True)]
         expected = np.mean([pi @ r for pi, r in zip(best, SPACE.rewards, strict=True)])
-        assert point["reward"] == pytest.approx(expected, abs=1e-6)
+        assert point["reward"] == pytest.approx(expected, abs=1e-5)
     assert "It is exact: all 40 completions" in " ".join((root / "compare" / "report.html").read_text().split())
