@@ -182,7 +182,7 @@ def run_ours(workload: Workload, steps: int, folder: str, bf16: bool) -> None:
 
     trainer = PPOTrainer(
         args=PPOConfig(
-            output_dir=folder, missing_eos="subtract", micro_batch_tokens=TOKENS,
+            output_dir=folder, missing_eos="subtract", micro_batch_tokens=TOKENS, logprobs_from_sampling=True,
             **{**settings(workload, steps), "bf16": bf16},
         ),
         processing_class=tokenizer, model=policy, ref_model=reference, reward_model=reward, value_model=value,

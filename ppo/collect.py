@@ -109,10 +109,11 @@ class Collection:
     def sample(self, prompt_ids: list[list[int]], seeds: list[int], reference: bool = False) -> list[Generated]:
         """Responses of the policy (or of the reference) to some prompts, one seed each.
 
-        The policy's come with their log-probabilities where those are what a pass over the responses would give.
+        With ``logprobs_from_sampling`` the policy's come with their log-probabilities, where those are what a pass
+        over the responses would give.
         """
         kwargs = {"eos_token_ids": self.eos_ids, "seeds": seeds, "tokenizer": self.processing_class}
-        kwargs["with_logprobs"] = not reference and self._samples_exactly()
+        kwargs["with_logprobs"] = self.args.logprobs_from_sampling and not reference and self._samples_exactly()
         model = self.reference.module if reference else self.policy
         if not self.is_deepspeed_enabled:
             return generate(model, prompt_ids, self.sampling, **kwargs)

@@ -107,6 +107,11 @@ class PPOConfig(TrainingArguments):
         "Also at most so many real tokens per pass, forward or training: less memory, and on a CPU more speed "
         "(activations stay in the cache). The same update up to rounding. On a single process only.",
     )
+    logprobs_from_sampling: bool = _option(
+        False,
+        "Take the rollout's log-probabilities and entropies from sampling where both compute the same (fp32, same "
+        "temperature, no top-k or top-p, no DeepSpeed): one pass less. They then carry the rounding of decoding.",
+    )
     ds3_gather_for_generation: bool = _option(True, "ZeRO-3: gather the weights once per rollout (TRL).")
 
     # -- the reward

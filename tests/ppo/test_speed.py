@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from ppo.roles import PolicyAndValue
-from ppo.trainer import PPOTrainer
 
 SETTINGS = {"num_ppo_epochs": 2, "optim": "sgd", "learning_rate": 1e-2, "max_steps": 2}
 
@@ -52,7 +51,7 @@ def test_packed_and_reserved_against_padded(make_trainer, weights, monkeypatch):
 
 
 def test_logprobs_from_sampling(make_trainer, weights, monkeypatch):
-    """Taken from sampling in fp32; worked out in a pass of their own where sampling does not give them."""
+    """Taken from sampling in fp32 where asked for; worked out in a pass of their own otherwise."""
     passes = []
     forward = PolicyAndValue.forward
 
@@ -61,19 +60,20 @@ def test_logprobs_from_sampling(make_trainer, weights, monkeypatch):
         return forward(self, *args, with_policy=with_policy, **kwargs)
 
     monkeypatch.setattr(PolicyAndValue, "forward", noted)
-    fast = run(make_trainer)
+    fast = run(make_trainer, logprobs_from_sampling=True)
     assert (True, False) not in passes
     passes.clear()
-    monkeypatch.setattr(PPOTrainer, "_samples_exactly", lambda self: False)
-    check_equal(run(make_trainer), fast, weights)
+    plain = run(make_trainer)
     assert (True, False) in passes
+    check_equal(plain, fast, weights)
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 5}, {"bf16": True}, {"parity": "trl-1.12"}])
 def test_sampling_from_another_distribution_is_not_trusted(make_trainer, settings):
-    trainer = make_trainer(**settings)
-    assert not trainer._samples_exactly()
-    assert make_trainer()._samples_exactly()
+    trainer = make_trainer(logprobs_from_sampling=True, **settings)
+    trainer._prepare_once()
+    drawn = trainer.sample(trainer.prompts.ids[:2], [0, 1])
+    assert [one.logprobs for one in drawn] == [None, None]
 
 
 def test_a_budget_must_be_positive(make_trainer):
