@@ -144,7 +144,7 @@ def test_two_machines_of_a_hostfile(tiny, tmp_path, tools):
 def test_the_batch_script(tmp_path):
     """What it hands to the command, and that SLURM's signal before the time limit reaches it."""
     stand_in = tmp_path / "ppo-vs-dpo"
-    stand_in.write_text('#!/bin/bash\necho "got $*"\ntrap "echo stopped; exit 130" INT\nsleep 20 & wait\n')
+    stand_in.write_text('#!/bin/bash\necho "got $*"\ntrap "echo stopped; exit 130" INT\nsleep 20 > /dev/null & wait\n')
     stand_in.chmod(0o755)
     allocation = {"SLURM_NNODES": "2", "SLURM_GPUS_PER_NODE": "8"}
     job = subprocess.Popen(
