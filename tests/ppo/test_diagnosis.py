@@ -89,7 +89,7 @@ def said(make_trainer, **settings):
 
 def test_real_runs_that_go_wrong(make_trainer):
     """The figures a real trainer logs set the checks off, not only made-up ones."""
-    assert "no EOS" in said(make_trainer, response_length=2, max_steps=1)
+    assert "no EOS" in said(make_trainer, response_length=1, max_steps=1)
     constant = {"reward": lambda prompts, completions: [1.0] * len(prompts), "max_steps": 31, "num_ppo_epochs": 1}
     assert "reward does not rise" in said(make_trainer, **constant, kl_coef=0.0, missing_eos_penalty=None)
     frozen = {"value_learning_rate": 0.0, "max_steps": 20, "learning_rate": 1e-5}
