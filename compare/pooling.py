@@ -57,7 +57,25 @@ def pooling(runs: list[Run], settings: Settings, bounds: tuple[float, float] | N
     """The interval over seeds and prompts: crossed where all runs share prompts, nested where each has its own."""
     if shares_prompts(runs):
         return lambda groups: crossed_interval(np.stack(groups), bounds=bounds, **settings.kwargs())
-    return lambda groups: nested_interval(groups, bounds=bounds, **settings.kwargs())
+    return lambda groups: nested(groups, settings, bounds)
+
+
+def nested(groups: list[np.ndarray], settings: Settings, bounds: tuple[float, float] | None = None) -> Interval:
+    """`nested_interval`, never narrower than the prompts' share: a few seeds may agree by luck.
+
+    With two seeds a t interval covers as it should on average, and is absurdly narrow whenever the two happen to
+    agree; what their prompts leave open is known from each seed alone.
+    """
+    interval = nested_interval(groups, **settings.kwargs())
+    z = stats.norm.ppf(0.5 + settings.confidence / 2)
+    shares = [group.var(axis=0, ddof=1) / len(group) for group in groups if len(group) > 1]
+    half = z * np.sqrt(np.sum(shares, axis=0)) / len(groups) if shares else 0.0
+    low, high = np.minimum(interval.low, interval.mean - half), np.maximum(interval.high, interval.mean + half)
+    return (
+        Interval(interval.mean, low, high)
+        if bounds is None
+        else Interval(interval.mean, np.clip(low, *bounds), np.clip(high, *bounds))
+    )
 
 
 def over_runs(
@@ -98,8 +116,7 @@ def pooled_win_rates(runs: list[Run], judge: str, names: list[str], settings: Se
     else:
         # A judge that reads left comparisons out: each run counts those that it has.
         intervals = [
-            nested_interval([_known(group[:, [k]]) for group in groups], bounds=(0.0, 1.0), **settings.kwargs()).ci(0)
-            for k in range(len(pairs))
+            nested([_known(group[:, [k]]) for group in groups], settings, (0.0, 1.0)).ci(0) for k in range(len(pairs))
         ]
     of_seed = np.stack([np.nanmean(group, axis=0) for group in groups])
     with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():

@@ -8,7 +8,7 @@ import pytest
 
 from artifacts.files import read_json, read_parquet, write_json
 from compare.measure import Settings
-from compare.pooling import over_runs
+from compare.pooling import nested, over_runs
 from compare.several import main
 from tests.compare.helpers import PROMPTS, check_schema, done, make_run, set_config, write_prompts
 from tests.compare.server import Server, prefers_longer
@@ -174,6 +174,18 @@ def test_intervals_over_runs_cover():
     # Runs that agree by luck are no narrower than what their prompts leave open.
     middle, (low, high) = over_runs([0.6] * 4, [[0.5, 0.7]] * 4, Settings(400))
     assert (middle, high - low) == (pytest.approx(0.6), pytest.approx(0.1))
+
+
+def test_seeds_that_agree_by_luck_are_not_believed():
+    """Two seeds of one mean: a t interval of width 0, and each seed's prompts leave much open."""
+    rng = np.random.default_rng(0)
+    one = (rng.random((200, 1)) < 0.6).astype(float)
+    interval = nested([one, one[::-1]], Settings(400), (0.0, 1.0))
+    error = one.std(ddof=1) / np.sqrt(400)
+    assert interval.ci(0) == pytest.approx([one.mean() - 1.96 * error, one.mean() + 1.96 * error], abs=1e-4)
+    # Seeds that differ: the spread between them decides.
+    far = nested([one, np.ones((200, 1))], Settings(400), (0.0, 1.0))
+    assert far.high[0] - far.low[0] > 0.5
 
 
 def test_prompts_of_their_own_are_nested(runs, tmp_path):
