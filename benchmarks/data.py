@@ -1,6 +1,6 @@
 """How long 160,000 pairs (HH's size) take: read, checked, split and written by the step ``data``; then tokenised.
 
-    python benchmarks/data.py [--pairs 160000] [--model FOLDER]
+    python -m benchmarks.data [--pairs 160000] [--model FOLDER]
 
 Prints seconds and the highest memory of each part, each in a process of its own.
 """
@@ -82,22 +82,14 @@ def measured(name: str, *command: str) -> dict[str, float]:
     return row
 
 
-def tokenise(run: str, model: str, cache: str) -> None:
-    """Token ids of the training pairs by the project's rules, a thousand pairs at a time, cached by ``datasets``."""
-    from datasets import Dataset, load_dataset
-
-    from models.encoding import encode_pairs
+def tokenise(run: str, model: str) -> None:
+    """Token ids of the training pairs, as the reward model and DPO get them; the second time they are found."""
+    from models.encoding import encode_pair_file
     from models.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(model)
-    pairs = load_dataset("parquet", data_files=f"{run}/pairs/train.parquet", split="train", cache_dir=cache)
-    pairs.map(
-        lambda batch: encode_pairs(tokenizer, Dataset.from_dict(batch)).to_dict(),
-        batched=True,
-        batch_size=1_000,
-        writer_batch_size=1_000,
-        remove_columns=["prompt", "chosen", "rejected"],
-    )
+    pairs = encode_pair_file(load_tokenizer(model), Path(run, "pairs", "train.parquet"), Path(run, "pairs", "tokens"))
+    lengths = pairs["length"][:]
+    sys.stderr.write(f"{len(lengths)} pairs, {max(lengths)} tokens at most\n")
 
 
 def main() -> None:
@@ -106,7 +98,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=160_000, help="how many pairs")
     parser.add_argument("--model", help="a model folder whose tokenizer is used; default: a byte-level BPE made here")
     parser.add_argument("--folder", help="where to work; default: a temporary folder, removed at the end")
-    parser.add_argument("--tokenise", nargs=3, metavar=("RUN", "MODEL", "CACHE"), help="one part alone")
+    parser.add_argument("--tokenise", nargs=2, metavar=("RUN", "MODEL"), help="one part alone")
     options = parser.parse_args()
     if options.tokenise:
         tokenise(*options.tokenise)
@@ -132,9 +124,10 @@ def main() -> None:
             "data (read, check, count tokens, split, write)", python, "-m", "preferences", str(run), "--step", "data"
         )
         measured("pairs (hand on, hash)", python, "-m", "preferences", str(run), "--step", "pairs")
-        part = (python, str(Path(__file__).resolve()), "--tokenise", str(run), str(model), str(folder / "cache"))
+        part = (python, "-m", "benchmarks.data", "--tokenise", str(run), str(model))
         measured("tokenise for training and cache", *part)
         measured("the same again, from the cache", *part)
+        measured("importing torch, transformers and datasets", python, "-c", "import models.encoding, models.loading")
     finally:
         if not options.folder:
             shutil.rmtree(folder)

@@ -1,17 +1,24 @@
 """Every example of docs/data.md: the sources' rows through the commands below them; the settings it names exist."""
 
+import json
 import re
 import shlex
+import subprocess
 
 import pytest
 
+from artifacts.files import read_parquet
 from preferences.config import SOURCES
 from preferences.inspect import main
+from preferences.iterative_dpo import program
 from preferences.validation import PROBLEMS
 from tests.preferences.conftest import ROOT
 
 TEXT = (ROOT / "docs" / "data.md").read_text()
 FILES = dict(re.findall(r"```json (\S+)\n(.*?)```", TEXT, re.DOTALL))
+WHOLE = TEXT.replace("\\\n", " ")
+# Commands that only read: those of the sources that `data inspect` cannot show.
+RUNS = re.findall(r"^    ppo-vs-dpo (.*'stages=\[data\]'.*?)(?: {2,}#.*)?$", WHOLE, re.MULTILINE)
 COMMANDS = re.findall(r"^    ppo-vs-dpo data inspect (\S+\.json.*?)(?: {2,}#.*)?$", TEXT, re.MULTILINE)
 
 
@@ -28,9 +35,31 @@ def test_every_source_has_an_example_that_runs(command, tmp_path, monkeypatch, c
     assert re.search(r"chosen: .*(animal|spits)", said)
 
 
-def test_there_is_one_for_each_file():
-    assert {shlex.split(command)[0] for command in COMMANDS} == {*FILES, "pairs.jsonl"}
-    assert len(FILES) == 8
+@pytest.mark.parametrize("command", RUNS)
+def test_a_source_that_makes_its_pairs_has_one_too(command, tmp_path, byte_model):
+    for name, content in FILES.items():
+        (tmp_path / name).write_text(content)
+    arguments = shlex.split(command.replace("MODEL", str(byte_model)))
+    done = subprocess.run([program(), *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    name = next(item.removeprefix("name=") for item in arguments if item.startswith("name="))
+    folder = tmp_path / "runs" / name
+    prompts = read_parquet(folder / "data" / "prompts_train.parquet", ["prompt"])["prompt"][:]
+    assert prompts
+    if name == "inline":
+        chosen = read_parquet(folder / "data" / "pairs_train.parquet")["chosen"][:]
+        assert chosen == [[{"role": "assistant", "content": "An animal."}]]
+    if name == "imdb":
+        texts = [json.loads(line)["text"].replace("<br />", " ") for line in FILES["imdb.jsonl"].splitlines()]
+        assert any(" ".join(text.split()).startswith(prompts[0]) for text in texts)
+        assert 2 <= len(prompts[0].split()) <= 8
+
+
+def test_there_is_one_for_each_source():
+    named = [shlex.split(command)[0] for command in COMMANDS]
+    assert set(named) == {*FILES, "pairs.jsonl"} - {"imdb.jsonl"}
+    assert len(FILES) == 9
+    assert [re.search(r"name=(\w+)", command)[1] for command in RUNS] == ["inline", "imdb", "world"]
 
 
 def test_the_settings_that_the_page_names_exist():

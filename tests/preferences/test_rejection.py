@@ -138,20 +138,35 @@ def test_a_log_of_other_settings_is_started_anew(tmp_path):
 
 
 def test_no_more_than_a_step_of_texts_is_held(tmp_path):
-    """64 samples for 1,000 prompts: the sampler is asked for a few prompts at a time, and the log has them all."""
+    """64 samples for 1,000 prompts, 32 MB of text: sampled, scored, paired and best-of-n within a tenth of that."""
+    import tracemalloc
+
+    from artifacts.run import RunFolder
+    from artifacts.stage import StageContext
+    from preferences.config import RejectionSampling
+    from preferences.rejection.step import Counts, _write_best, _write_pairs
+
     asked = []
 
     class FakeSampler:
         def draw(self, prompts, ids, samples):
             asked.append(len(prompts) * samples)
-            return [[{"text": f" {draw}", "finished": True} for draw in range(samples)] for _ in prompts]
+            return [[{"text": f"{draw:02d}" * 250, "finished": True} for draw in range(samples)] for _ in prompts]
 
     prompts = ({"prompt": f"p{i}", "prompt_id": prompt_id(f"p{i}")} for i in range(1000))
     log = StepLog(tmp_path / "log.jsonl", "x")
-    sample_and_score(prompts, log, FakeSampler(), lambda p, t, f: [float(x) for x in t], 64, 8)
+    context = StageContext(RunFolder(make_run(tmp_path / "run", SMALL)), "pairs")
+    tracemalloc.start()
+    sample_and_score(prompts, log, FakeSampler(), lambda p, t, f: [float(x[:2]) for x in t], 64, 8)
+    ids = _write_pairs(context, RejectionSampling(gold=GOLD, samples=64), "train", log, Counts())
+    best = _write_best(context, log)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     assert max(asked) == 8 * 64
-    assert sum(asked) == 64_000
-    assert sum(len(row["samples"]) for row in log) == 64_000
+    assert sum(asked) == sum(len(row["samples"]) for row in log) == 64_000
+    assert len(ids) == best["examples"] == 1000
+    assert (tmp_path / "log.jsonl").stat().st_size > 32e6
+    assert most < 3.2e6
 
 
 def test_an_earlier_run_lends_its_prompts_and_keeps_its_heldout_ones(tmp_path, testbed_policy):

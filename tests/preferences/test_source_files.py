@@ -141,7 +141,7 @@ SOURCES = {
     "Anthropic HH": (hh, ".jsonl.gz", "hh", True, set()),
     "TL;DR of N+": (n_plus, ".parquet", "tldr", False, set()),
     "TL;DR of TRL": (tldr_of_trl, ".parquet", "pairs", False, set()),
-    "UltraFeedback binarized": (ultrafeedback, ".parquet", "ultrafeedback", True, {"chosen_score", "rejected_score"}),
+    "UltraFeedback binarized": (ultrafeedback, ".parquet", "pairs", True, {"chosen_score", "rejected_score"}),
     "SHP": (shp, ".jsonl", "shp", False, {"chosen_score", "rejected_score"}),
     "PKU-SafeRLHF": (safe_rlhf, ".jsonl", "safe_rlhf", False, set()),
     "AlpacaEval": (alpaca_eval, ".json", "alpaca_eval", False, {"chosen_score", "rejected_score"}),
