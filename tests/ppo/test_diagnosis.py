@@ -94,17 +94,3 @@ def test_real_runs_that_go_wrong(make_trainer):
     assert "reward does not rise" in said(make_trainer, **constant, kl_coef=0.0, missing_eos_penalty=None)
     frozen = {"value_learning_rate": 0.0, "max_steps": 20, "learning_rate": 1e-5}
     assert "value model not learning" in said(make_trainer, **frozen)
-
-
-def test_a_real_run_whose_lengths_run_away(make_trainer):
-    def long(prompts, completions):
-        return [float(len(completion.split())) for completion in completions]
-
-    settings = {
-        "response_length": 24,
-        "max_steps": 12,
-        "learning_rate": 1e-2,
-        "rollout_batch_size": 32,
-        "kl_coef": 0.0,
-    }
-    assert "length drift" in said(make_trainer, reward=long, missing_eos_penalty=None, **settings)
