@@ -107,7 +107,17 @@ def test_prepared_overrides_keep_groups_and_deletions():
 def settings_in(config, prefix=""):
     """Dotted names of all settings; what stands in a commented mapping of data (pairs, weights) is not one."""
     for key, value in config.items():
-        mappings = ("inline", "lora", "sweep", "expected_seconds", "on_problem", "answers", "hydra")
+        mappings = (
+            "inline",
+            "lora",
+            "sweep",
+            "expected_seconds",
+            "on_problem",
+            "answers",
+            "hydra",
+            "checkpoints",
+            "best_of",
+        )
         if isinstance(value, dict) and value and key not in mappings:
             yield from settings_in(value, f"{prefix}{key}.")
         else:
