@@ -3,6 +3,7 @@
 import argparse
 import copy
 import random
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -102,5 +103,5 @@ def compare(module: str, title: str, bound: float, run_trl: Callable, run_ours: 
     print(measure.table(head.split(", "), rows))
     ratios = sorted(measure.ratios(steps["trl"], steps["ours"]))
     print(f"\nrounds: {', '.join(f'{ratio:.2f}' for ratio in ratios)}\n")
-    print(measure.bar(f"{title}, pairs/s over TRL's", ratios[len(ratios) // 2], bound))
+    print(measure.bar(f"{title}, pairs/s over TRL's", statistics.median(ratios), bound))
     sys.stdout.flush()

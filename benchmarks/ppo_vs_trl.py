@@ -12,6 +12,7 @@ average (a bias on EOS gives every token the same chance to be the last, on both
 
 import argparse
 import random
+import statistics
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -245,7 +246,7 @@ def compare(name: str, rounds: int, trl: str, bf16: bool) -> None:
     print(f"pairs: {', '.join(f'{pair:.2f}' for pair in pairs)}; wall/CPU seconds of ours "
           f"{measure.median(ours, 'wall') / measure.median(ours, 'seconds'):.2f}\n")  # fmt: skip
     wanted = 5.0 if bf16 and name == "real" else BARS[name]
-    print(measure.bar(f"{name}, samples/s over TRL's", pairs[len(pairs) // 2], wanted))
+    print(measure.bar(f"{name}, samples/s over TRL's", statistics.median(pairs), wanted))
     peak = [max(step["peak"] for step in side) for side in (ours, theirs)]
     print(measure.bar(f"{name}, peak memory over TRL's", peak[0] / peak[1], 0.6, at_most=True))
     work = [one - side.loaded["memory"] for one, side in zip(peak, reversed(sides), strict=True)]
