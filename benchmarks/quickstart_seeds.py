@@ -71,7 +71,8 @@ def judge_seed(report: dict, main_kl_coef: float) -> tuple[dict[str, str], dict[
     control = win(report, "sft", "sft")
     zero = next(policy for name, policy in policies.items() if name.startswith("ppo") and name.endswith("kl_coef=0.0"))
     frontier = report["frontier"]
-    ppo_points = [point for point in frontier if point["method"] == "ppo"]
+    # Checkpoints stand on the frontier too; the bar is about the sweep of coefficients.
+    ppo_points = [point for point in frontier if point["method"] == "ppo" and point["along"] == "sweep"]
     ppo_points.sort(key=lambda point: point["point"].get("kl_coef", main_kl_coef))
     kls = [point["kl"]["mean"] for point in ppo_points]
     figures = {
