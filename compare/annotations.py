@@ -247,13 +247,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         models: dict[str, list[dict[str, Any]]] = {}
+        source: dict[str, str] = {}
         for path in arguments.files:
             for name, rows in models_in(load_annotations(path), path).items():
                 if name in models:
                     raise UserError(f"{path}: {name} was read already from another file.")
-                models[name] = rows
+                models[name], source[name] = rows, f"{path}, model {name}"
         hard = difficulties(models) if arguments.difficulty else {}
-        results = {name: statistics_of(rows, name, hard.get(name)) for name, rows in models.items()}
+        results = {name: statistics_of(rows, source[name], hard.get(name)) for name, rows in models.items()}
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -14,7 +14,7 @@ from scipy.special import softmax
 # Mean effective draws a prompt below which nothing is claimed, and the largest share of prompts that may hang on
 # (nearly) one draw. On an enumerable space the estimate is then close (tests/compare/test_tilted.py says how close).
 LEAST_ESS = 4.0
-HANGS_ON_ONE, MOST_HANGING = 2.0, 0.1
+HANGS_ON_ONE, MOST_HANGING = 2.0, 0.02
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def fields_from_source(module: str, name: str) -> set[str]:
 def _find(module: str) -> ModuleSpec | None:
     """Where a module's source is. Unlike ``importlib.util.find_spec`` it does not import the packages around it."""
     package, *rest = module.split(".")
-    # The second is for editable installs. Asked first, it would answer with a lazy stand-in for an imported transformers.
+    # The second is for editable installs. Asked first, it would answer with a lazy stand-in for transformers.
     spec = PathFinder.find_spec(package) or importlib.util.find_spec(package)
     for part in rest:
         if spec is None or spec.submodule_search_locations is None:

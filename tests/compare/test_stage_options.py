@@ -74,8 +74,24 @@ def test_checkpoints_change_no_other_figure(run, word_tokenizer):
     set_config(run, "checkpoints: {ppo: [8]}")
     after = compare(run)
     for key in ("policies", "win_rates", "matched_kl", "ranking", "optimum"):
-        assert after[key] == before[key]
-    assert [p for p in after["frontier"] if p["along"] != "training"] == before["frontier"]
+        assert_near(after[key], before[key])
+    assert_near([p for p in after["frontier"] if p["along"] != "training"], before["frontier"])
+
+
+def assert_near(found, wanted):
+    """Equal but for what fp32 says about one text in batches of other widths."""
+    if isinstance(wanted, dict):
+        assert set(found) == set(wanted)
+        for key in wanted:
+            assert_near(found[key], wanted[key])
+    elif isinstance(wanted, list):
+        assert len(found) == len(wanted)
+        for one, other in zip(found, wanted, strict=True):
+            assert_near(one, other)
+    elif isinstance(wanted, float):
+        assert found == pytest.approx(wanted, abs=1e-6)
+    else:
+        assert found == wanted
 
 
 def test_best_of_n_over_a_trained_policy(run):

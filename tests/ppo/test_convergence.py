@@ -43,10 +43,10 @@ def test_labels_are_bradley_terry():
 
 
 def test_ppo_moves_most_of_the_way():
-    """60 updates of 256 samples (the grid's bar is 0.01, with 400 of 510)."""
+    """80 updates of 256 samples (the grid's bar is 0.01, with 400 of 510); the KL coefficient falls until the 40th."""
     torch.set_num_threads(1)
     space = Space(0)
-    policy = run_ppo(space, 0.5, epochs=1, minibatches=1, updates=60, seed=0, batch=256, lr=2e-3)
+    policy = run_ppo(space, 0.5, epochs=1, minibatches=1, updates=80, seed=0, batch=256, lr=2e-3)
     assert space.measure(policy, 0.5)["gap"] < 0.35
 
 
