@@ -168,8 +168,8 @@ PPO_SETTINGS = {
     "ppo-4x4": {"epochs": 4, "minibatches": 4, "updates": 40, "batch": 516, "lr": 1e-3, "anneal": 0.4},
 }
 DPO_SETTINGS = {
-    "dpo-1e5": {"pairs": 10**5, "batch": 1000, "epochs": 4, "lr": 2e-3},
-    "dpo-1e6": {"pairs": 10**6, "batch": 4000, "epochs": 2, "lr": 2e-3},
+    "dpo-1e5": {"pairs": 10**5, "batch": 1000, "epochs": 15, "lr": 1e-2},
+    "dpo-1e6": {"pairs": 10**6, "batch": 2000, "epochs": 3, "lr": 1e-2},
 }
 
 
