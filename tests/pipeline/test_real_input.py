@@ -16,7 +16,7 @@ FEW = [
     "reward_model.samples=16", "reward_model.sample_max_new_tokens=8", "dpo.max_steps=2",
     "dpo.gradient_accumulation_steps=1", "ppo.max_steps=2", "ppo.rollout_batch_size=8", "ppo.num_ppo_epochs=1",
     "ppo.response_length=8", "ppo.validation_prompts=4", "compare.n_prompts=32", "compare.max_new_tokens=8",
-    "compare.pool_size=2", "compare.best_of_n=[2]", "compare.resamples=50", "data.max_prompt_tokens=300",
+    "compare.pool_size=2", "compare.best_of_n=[2]", "compare.resamples=100", "data.max_prompt_tokens=300",
 ]  # fmt: skip
 
 
