@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from artifacts.files import read_json
+from artifacts.resources import parameter_size
 from artifacts.stage import StageContext
 from models.config import ModelConfig
 from models.loading import is_adapter
@@ -52,7 +53,7 @@ class Frozen:
 
     def count_parameters(self) -> int:
         """How many parameters the model has, those of other ranks included."""
-        return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.model.parameters())
+        return sum(map(parameter_size, self.model.parameters()))
 
 
 class Ranks:
