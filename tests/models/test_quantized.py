@@ -65,7 +65,7 @@ def test_what_cannot_be(make):
     for load in (load_policy, load_value_or_reward):
         with pytest.raises(UserError, match="holds an adapter alone"):
             load(run.path("adapter"), config, quantization=object())
-    run.config.model.path = None
+    run.config.deepspeed, run.config.model.path = None, None
     if importlib.util.find_spec("bitsandbytes"):
         with pytest.raises(UserError, match=r"sft.lora.load_in_4bit .* model.path names none"):
             sft.train.run_stage(context_of(run, "sft"))
@@ -82,7 +82,7 @@ def test_a_base_in_4_bits(make):
     assert not any(parameter.requires_grad for parameter in packed.parameters())
     ids = torch.arange(4, 12)[None]
     one, other = whole(ids).logits.log_softmax(-1), packed(ids).logits.log_softmax(-1)
-    assert 1e-4 < (one - other).abs().mean() < 0.3 * one.std()
+    assert 1e-4 < (one - other).abs().mean() < 0.5 * one.std()
     assert parameters_without_embeddings(whole) == parameters_without_embeddings(packed)
     scorer = load_value_or_reward(folder, config, True, base)
     assert type(scorer.score) is torch.nn.Linear
@@ -127,10 +127,13 @@ def test_a_stage_on_a_base_in_4_bits(make, monkeypatch, stage):
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("settings", [{}, {"value_from": "policy"}, {"shared_base": True}], ids=str)
-def test_ppo_on_a_base_in_4_bits(run_folder, word_tokenizer, settings):  # noqa: F811
+def test_ppo_on_a_base_in_4_bits(run_folder, word_tokenizer, tiny_llama, tiny_reward, settings):  # noqa: F811
     """Four updates, the ratio 1 on each first pass (the trainer checks), a merged policy that loads by itself."""
     run = run_folder(lora=LORA, learning_rate=1e-2, **settings)
-    base = run.path("sft", "model")
+    base, wide = run.path("sft", "model"), {"hidden_size": 64, "intermediate_size": 128}
+    # bitsandbytes has kernels for widths from 32 on.
+    tiny_llama(0, **wide).save_pretrained(base)
+    tiny_reward(1, **wide).save_pretrained(run.path("reward_model", "model"))
     save_reward_adapter(base, run.path("reward_model", "adapter"))
     word_tokenizer.save_pretrained(run.path("reward_model", "adapter"))
     ppo.train.run_stage(StageContext(run, "ppo"))
