@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from artifacts.errors import UserError
 from models.config import ModelConfig
+from models.quantized import keep_differentiable
 
 
 def _check_local(path: str, what: str) -> None:
@@ -171,7 +172,7 @@ def load_policy(
             revision=_revision(path, config),
             **_kwargs(config, quantization),
         )
-    return _prepare(model, trainable and quantization is None)
+    return _prepare(model, trainable, quantization)
 
 
 def load_value_or_reward(
@@ -214,7 +215,7 @@ def load_value_or_reward(
     head = score_head(model)
     if any(key.split(".")[0] in ("score", "classifier") for key in report["missing_keys"]):
         torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
-    return _prepare(model, trainable and quantization is None)
+    return _prepare(model, trainable, quantization)
 
 
 def _refuse_adapter(path: str, quantization: Any) -> None:
@@ -234,8 +235,9 @@ def score_head(model: torch.nn.Module) -> torch.nn.Linear:
     raise UserError(f"{type(model).__name__} has no scalar head named score or classifier; it cannot score or value.")
 
 
-def _prepare(model: PreTrainedModel, trainable: bool) -> PreTrainedModel:
-    model.requires_grad_(trainable)
+def _prepare(model: PreTrainedModel, trainable: bool, quantization: Any = None) -> PreTrainedModel:
+    model.requires_grad_(trainable and quantization is None)
+    keep_differentiable(model)
     disable_dropout(model)
     return model.train(trainable)
 

@@ -43,6 +43,18 @@ def quantization(lora: LoraSettings | None, config: ModelConfig, context: StageC
     )
 
 
+def keep_differentiable(model: torch.nn.Module) -> None:
+    """Keep 4-bit layers on a CPU in the layout that gradients pass through.
+
+    Where the CPU knows bfloat16, bitsandbytes repacks a layer at its first call in evaluation mode, for good, and the
+    repacked product has no gradient: after one generation everything below would train on the rest of the gradient,
+    without a word. Its own switch keeps it from that.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+
+
 def in_4bit(model: torch.nn.Module) -> bool:
     """Whether a model's base is held in 4 bits (through a PEFT wrapper, too)."""
     return bool(getattr(model, "is_loaded_in_4bit", False))

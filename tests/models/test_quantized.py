@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from omegaconf import OmegaConf
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import dpo.train
@@ -88,6 +88,27 @@ def test_a_base_in_4_bits(make):
     assert type(scorer.score) is torch.nn.Linear
     linear = packed.model.layers[0].mlp.up_proj
     assert linear.weight.numel() * linear.weight.element_size() == 64 * 128 / 2
+
+
+@needs_bitsandbytes
+def test_gradients_after_an_evaluation(make):
+    """A pass in evaluation mode leaves the gradients of the next one as they were."""
+    run = make()
+    lora, config = LoraSettings(**LORA), ModelConfig()
+    base = quantization(lora, config, context_of(run, "dpo"))
+    model = get_peft_model(load_policy(run.path("sft", "model"), config, True, base), lora.peft_config("CAUSAL_LM"))
+    ids = torch.arange(4, 12)[None]
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model.train()(ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(ids)
+    for one, other in zip(before, gradients(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
 @needs_bitsandbytes
