@@ -152,7 +152,7 @@ def test_ppo_on_a_base_in_4_bits(run_folder, word_tokenizer, tiny_llama, tiny_re
     """Four updates, the ratio 1 on each first pass (the trainer checks), a merged policy that loads by itself."""
     run = run_folder(lora=LORA, learning_rate=1e-2, **settings)
     base, wide = run.path("sft", "model"), {"hidden_size": 64, "intermediate_size": 128}
-    # bitsandbytes has kernels for widths from 32 on.
+    # A row as wide as one of bitsandbytes' blocks of 64 weights.
     tiny_llama(0, **wide).save_pretrained(base)
     tiny_reward(1, **wide).save_pretrained(run.path("reward_model", "model"))
     save_reward_adapter(base, run.path("reward_model", "adapter"))
