@@ -17,13 +17,16 @@ def peak_memory() -> dict[str, float]:
     return found
 
 
+def parameter_size(parameter: Any) -> int:
+    """How many numbers a parameter stands for: of a shard those of all ranks, of packed 4-bit weights two a byte."""
+    if type(parameter).__name__ == "Params4bit" and parameter.quant_state is not None:
+        return parameter.quant_state.shape.numel()
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 def parameters_without_embeddings(model: Any) -> int:
     """N of the rule "2 N FLOPs a token forward, 6 N with backward"; of a sharded model all parameters count."""
     from torch.nn import Embedding
 
     embeddings = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, Embedding)}
-    return sum(
-        getattr(parameter, "ds_numel", parameter.numel())
-        for name, parameter in model.named_parameters()
-        if name not in embeddings
-    )
+    return sum(parameter_size(parameter) for name, parameter in model.named_parameters() if name not in embeddings)

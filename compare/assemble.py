@@ -35,7 +35,7 @@ def figures(
     draws: list[Draws],
     scored: dict[str, PairTable],
     tables: dict[str, PairTable],
-    gatherer: Gatherer,
+    logprobs: dict[str, np.ndarray],
     settings: CompareStage,
     seed: int,
     learned: dict[str, dict[str, Any]],
@@ -48,16 +48,15 @@ def figures(
         draws: all completions with their scores.
         scored: pair tables of the judges that score every completion.
         tables: those, and the tables of the judges that read.
-        gatherer: has the reference policy.
+        logprobs: from `best_of_n_logprobs`.
         settings: of the stage.
         seed: of all resampling.
         learned: policy -> what was learned while its completions were drawn.
     """
     how = Settings(settings.resamples, seed, settings.confidence)
     judges, all_judges = list(scored), list(tables)
-    pool = next((one for one in draws if (one.policy, one.role) == (REFERENCE, "pool")), None)
+    pool = pool_of(draws)
     baseline = next(one for one in draws if one.role == "baseline")
-    logprobs = best_of_n_logprobs(contenders, pool, gatherer)
     policies = {c.name: describe(c, judges, how, logprobs.get(c.name)) for c in contenders}
     steps = {c.name: describe(c, judges, how, None) for c in checkpoints}
     for contender in contenders:
@@ -169,26 +168,37 @@ def temperatures(
     return found
 
 
-def best_of_n_logprobs(contenders: list[Contender], pool: Draws | None, gatherer: Gatherer) -> dict[str, np.ndarray]:
-    """Best-of-n -> log-probability under its base policy ``(P,)`` of one of its completions a prompt."""
+def best_of_n_logprobs(contenders: list[Contender], draws: list[Draws], gatherer: Gatherer) -> dict[str, np.ndarray]:
+    """Best-of-n -> log-probability under its base policy ``(P,)`` of one of its completions a prompt.
+
+    All ranks must call this: the reference's are worked out here, each rank its share.
+    """
     best = [contender for contender in contenders if contender.n is not None]
     chosen = {contender.name: realised_best(contender.draws, contender.n) for contender in best}
     found = {c.name: c.draws.measures["logprob"][np.arange(len(chosen[c.name])), chosen[c.name]] for c in best}
+    pool = pool_of(draws)
     over_reference = [contender.name for contender in best if contender.draws is pool]
     if not over_reference:
         return found
     # The reference's pool is large, and its log-probabilities are needed here only: of what was chosen.
     slots = sorted({(row, int(column)) for name in over_reference for row, column in enumerate(chosen[name])})
-    reference = gatherer.reference
+    reference, ranks = gatherer.reference, gatherer.ranks
+    ranks.step = "log-probabilities of best-of-n"
+    own = [slots[number] for number in ranks.share(len(slots))]
     measured = sequence_kl(
         reference.model,
         reference.model,
-        [reference.prompt_ids[row] for row, _ in slots],
-        [pool.token_ids[row * pool.shape[1] + column] for row, column in slots],
+        [reference.prompt_ids[row] for row, _ in own],
+        [pool.token_ids[row * pool.shape[1] + column] for row, column in own],
         reference.tokenizer.pad_token_id,
         temperature=pool.temperature,
     )
-    of = dict(zip(slots, measured.logprob, strict=True))
+    of = dict(zip(slots, ranks.merge(measured.logprob, len(slots)), strict=True))
     for name in over_reference:
         found[name] = np.array([of[row, int(column)] for row, column in enumerate(chosen[name])])
     return found
+
+
+def pool_of(draws: list[Draws]) -> Draws | None:
+    """The draws of the reference that best-of-n selects from."""
+    return next((one for one in draws if (one.policy, one.role) == (REFERENCE, "pool")), None)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from transformers import PreTrainedModel
 
 from artifacts.errors import UserError
@@ -20,6 +19,7 @@ from compare.policies import REFERENCE, Policy, Prompts
 from models.config import ModelConfig
 from models.encoding import encode_prompts
 from models.generation import SamplingConfig, generate, row_seed
+from models.inference import Frozen, Ranks
 from models.loading import (
     check_response_budget,
     check_same_vocabulary,
@@ -98,11 +98,6 @@ def plan(policy: Policy, settings: CompareStage) -> list[DrawPlan]:
     return plans + [DrawPlan("sample", 1, t, t > 0) for t in settings.other_temperatures if t != main]
 
 
-def on_device(model: PreTrainedModel) -> PreTrainedModel:
-    """The model on the accelerator, where there is one."""
-    return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
-
-
 class Reference:
     """The reference policy, loaded once, with its tokenizer and the encoded prompts."""
 
@@ -112,11 +107,13 @@ class Reference:
         prompts: Prompts,
         settings: CompareStage,
         model_config: ModelConfig,
+        ranks: Ranks,
         pairs: Sequence[dict[str, Any]] = (),
     ):
-        self.folder, self.model_config, self.pairs = str(folder), model_config, pairs
+        self.folder, self.model_config, self.ranks, self.pairs = str(folder), model_config, ranks, pairs
         self.tokenizer = load_tokenizer(folder, model_config)
-        self.model = on_device(load_policy(folder, model_config))
+        self.frozen = ranks.load(load_policy, folder, model_config)
+        self.model = self.frozen.model
         self.prompts = prompts
         self.prompt_ids = encode_prompts(self.tokenizer, prompts.prompts)
         longest = max(map(len, self.prompt_ids))
@@ -143,10 +140,11 @@ def draw(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """Draw and measure all completions of one policy.
+    """Draw and measure all completions of one policy; all ranks must call this, and all get everything.
 
     Every row has its own stream, named by policy, role, draw, temperature and prompt: policies never share random
-    numbers (their win rate is between *independent* draws), and batch size changes nothing.
+    numbers (their win rate is between *independent* draws), and neither batch size nor the number of ranks changes
+    anything.
 
     Returns:
         One row a completion, and what else was learned while the model was loaded (`displacement`, cost).
@@ -155,12 +153,11 @@ def draw(
         UserError: another vocabulary than the reference's.
     """
     started = time.monotonic()
-    if policy.name == REFERENCE:
-        model, tokenizer = reference.model, reference.tokenizer
-    else:
-        model = on_device(load_policy(policy.model, reference.model_config))
+    frozen, tokenizer = reference.frozen, reference.tokenizer
+    if policy.name != REFERENCE:
+        frozen = reference.ranks.load(load_policy, policy.model, reference.model_config)
         tokenizer = load_tokenizer(policy.model, reference.model_config)
-    measurable = _same_tokens(policy, model, tokenizer, reference)
+    measurable = _same_tokens(policy, frozen.model, tokenizer, reference)
     prompt_ids = reference.prompt_ids if measurable else encode_prompts(tokenizer, reference.prompts.prompts)
     plans = plan(policy, settings)
     total = sum(p.draws for p in plans) * len(prompt_ids)
@@ -173,25 +170,27 @@ def draw(
                 progress(start + done, total)
 
         table = draw_part(
-            policy.name, part, model, tokenizer, prompt_ids, reference, measurable, settings, seed, report_progress
+            policy.name, part, frozen, tokenizer, prompt_ids, reference, measurable, settings, seed, report_progress
         )
         before += len(table)
         tables.append(table)
     table = pa.concat_tables(tables)
     extra = {
         "measurable": measurable,
-        "displacement": displacement(model, reference, seed) if measurable and not policy.checkpoint else None,
+        "displacement": displacement(frozen.model, reference, seed) if measurable and not policy.checkpoint else None,
         "tokens_generated": int(np.sum(table["tokens"].to_numpy())),
         "seconds": round(time.monotonic() - started, 3),
-        "parameters": model.num_parameters(),
+        "parameters": frozen.count_parameters(),
     }
+    if frozen is not reference.frozen:
+        frozen.release()
     return table, extra
 
 
 def draw_part(
     name: str,
     part: DrawPlan,
-    model: PreTrainedModel,
+    frozen: Frozen,
     tokenizer: Any,
     prompt_ids: list[list[int]],
     reference: Reference,
@@ -200,7 +199,7 @@ def draw_part(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> pa.Table:
-    """Draw one role at one temperature; a row a completion, draw by draw."""
+    """Draw one role at one temperature; a row a completion, draw by draw. Each rank draws and measures its share."""
     sampling = SamplingConfig(
         max_new_tokens=settings.max_new_tokens,
         temperature=part.temperature,
@@ -208,29 +207,32 @@ def draw_part(
         top_p=settings.top_p,
         batch_size=settings.batch_size,
     )
-    ids = reference.prompts.ids
+    ids, ranks = reference.prompts.ids, reference.ranks
     slots = [(draw, row) for draw in range(part.draws) for row in range(len(prompt_ids))]
-    generated = generate(
-        model,
-        [prompt_ids[row] for _, row in slots],
-        sampling,
-        eos_token_ids=eos_token_ids(model, tokenizer),
-        seeds=[row_seed(seed, "compare", name, part.role, part.temperature, draw, ids[row]) for draw, row in slots],
-        progress=progress,
-    )
     n = len(slots)
+    own = [slots[number] for number in ranks.share(n)]
+    with frozen.generating():
+        drawn = generate(
+            frozen.model,
+            [prompt_ids[row] for _, row in own],
+            sampling,
+            eos_token_ids=eos_token_ids(frozen.model, tokenizer),
+            seeds=[row_seed(seed, "compare", name, part.role, part.temperature, draw, ids[row]) for draw, row in own],
+            progress=None if progress is None else lambda done, _: progress(min(done * ranks.world, n), n),
+        )
+    generated = ranks.merge(drawn, n)
     measures = {measure: np.full(n, np.nan) for measure in MEASURES}
     if part.measure and measurable:
         found = sequence_kl(
-            model,
+            frozen.model,
             reference.model,
-            [prompt_ids[row] for _, row in slots],
-            [sample.token_ids for sample in generated],
+            [prompt_ids[row] for _, row in own],
+            [sample.token_ids for sample in drawn],
             reference.tokenizer.pad_token_id,
             temperature=part.temperature,
         )
-        values = (found.exact, found.k1, found.k3, found.logprob, found.reference_logprob)
-        measures = dict(zip(MEASURES, values, strict=True))
+        of_row = np.stack([found.exact, found.k1, found.k3, found.logprob, found.reference_logprob], axis=1)
+        measures = dict(zip(MEASURES, np.stack(ranks.merge(of_row, n), axis=1), strict=True))
     return pa.table(
         {
             "policy": [name] * n,
@@ -283,30 +285,43 @@ def load_or_draw(
     policy: Policy,
     folder: Path,
     key: str,
+    ranks: Ranks,
     make: Callable[[], tuple[pa.Table, dict[str, Any]]],
 ) -> tuple[pa.Table, dict[str, Any]]:
     """The policy's completions and what was learned with them, from their files, or drawn now and written.
 
-    Files of the same policy under another key are removed.
+    Files of the same policy under another key are removed. The main process reads and writes; all ranks draw.
     """
+    path = completions_path(folder, policy, key)
+    found = ranks.agree(lambda: _kept(path))
+    if found is None:
+        found = make()
+        if ranks.is_main:
+            _keep(path, key, *found)
+    return found
+
+
+def _kept(path: Path) -> tuple[pa.Table, dict[str, Any]] | None:
+    if not path.is_file():
+        return None
+    try:
+        table = read_parquet(path, ["completion", "role", "row"]).data.table
+        return table, read_json(path.with_suffix(".json"))
+    except UserError:
+        path.unlink()  # truncated, or without its companion: to be drawn again
+        return None
+
+
+def _keep(path: Path, key: str, table: pa.Table, extra: dict[str, Any]) -> None:
     from datasets import Dataset
 
-    path = completions_path(folder, policy, key)
-    if path.is_file():
-        try:
-            table = read_parquet(path, ["completion", "role", "row"]).data.table
-            return table, read_json(path.with_suffix(".json"))
-        except UserError:
-            path.unlink()  # truncated, or without its companion: drawn again below
-    table, extra = make()
     # The companion first: a Parquet file that is there is complete.
     write_json(path.with_suffix(".json"), extra)
     write_parquet(path, Dataset(table))
     stem = path.stem[: -len(key)]
-    for old in folder.glob(f"{glob.escape(stem)}{'?' * len(key)}.*"):
+    for old in path.parent.glob(f"{glob.escape(stem)}{'?' * len(key)}.*"):
         if old.stem != path.stem:
             old.unlink()
-    return table, extra
 
 
 def split_draws(table: pa.Table, n_prompts: int) -> list[Draws]:

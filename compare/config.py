@@ -15,8 +15,9 @@ class CompareStage:
         other_temperatures: further temperatures at which each trained policy is sampled once; 0 is greedy.
         top_k: 0 samples from the whole distribution; anything else samples another policy, and KL is then flagged.
         top_p: 1 samples from the whole distribution; see ``top_k``.
-        batch_size: completions decoded at once.
-        workers: policies that draw at the same time, each in a process of its own (CPU only); changes no figure.
+        batch_size: completions decoded at once, on each rank.
+        workers: policies that draw at the same time, each in a process of its own (CPU only, and where no ranks share
+            the work); changes no figure.
         samples: draws a prompt from each trained policy.
         baseline_draws: draws a prompt from the reference (sft), shared by no other estimate.
         pool_size: further draws a prompt from the reference: best-of-n selects from these, the control uses them.

@@ -18,6 +18,7 @@ from compare.config import CompareStage
 from compare.elsewhere import completions_elsewhere
 from compare.policies import REFERENCE, Policy, Prompts
 from models.config import ModelConfig
+from models.inference import Ranks
 
 
 def model_config_of(run: RunFolder) -> ModelConfig:
@@ -31,8 +32,8 @@ def model_config_of(run: RunFolder) -> ModelConfig:
 class Gatherer:
     """Draws, or finds on disk, the completions of every policy of a run."""
 
-    def __init__(self, context: StageContext, settings: CompareStage, prompts: Prompts):
-        self.context, self.settings, self.prompts = context, settings, prompts
+    def __init__(self, context: StageContext, settings: CompareStage, prompts: Prompts, ranks: Ranks):
+        self.context, self.settings, self.prompts, self.ranks = context, settings, prompts, ranks
         self.folder = Path(context.dir) / "completions"
         self.model_config = model_config_of(context.run)
         done = context.run.require(REFERENCE)
@@ -46,7 +47,7 @@ class Gatherer:
             folder = self.context.run.stage_dir(REFERENCE) / "model"
             test = self.context.run.path("pairs", "test.parquet")
             pairs = read_parquet(test, ["prompt", "chosen", "rejected"]) if test.is_file() else ()
-            self._reference = Reference(folder, self.prompts, self.settings, self.model_config, pairs)
+            self._reference = Reference(folder, self.prompts, self.settings, self.model_config, self.ranks, pairs)
         return self._reference
 
     def key(self, policy: Policy) -> str:
@@ -69,12 +70,13 @@ class Gatherer:
                 return completions_elsewhere(policy, self.reference, self.settings)
             return draw(policy, self.reference, self.settings, self.context.seed, progress)
 
-        return load_or_draw(policy, self.folder, self.key(policy), make)
+        self.ranks.step = f"completions of {policy.name}"
+        return load_or_draw(policy, self.folder, self.key(policy), self.ranks, make)
 
     def all(self, policies: list[Policy]) -> list[tuple[pa.Table, dict[str, Any]]]:
-        """Completions of every policy, in order, and what was learned with each."""
+        """Completions of every policy, in order, and what was learned with each; all ranks must call this."""
         missing = [policy for policy in policies if not self.is_done(policy)]
-        if len(missing) > 1 and may_fork(self.settings.workers):
+        if len(missing) > 1 and may_fork(self.settings.workers, self.ranks):
             # The reference has most to draw: it goes first.
             ordered = sorted(missing, key=lambda policy: policy.name != REFERENCE)
             for number, policy in in_processes(self._draw, ordered, self.settings.workers):
@@ -89,9 +91,11 @@ class Gatherer:
         self.one(policy, report_progress=False)
 
 
-def may_fork(workers: int) -> bool:
-    """Whether work is shared between forked processes: asked for, and no GPU (which survives no fork)."""
-    return workers > 1 and not torch.accelerator.is_available() and "fork" in multiprocessing.get_all_start_methods()
+def may_fork(workers: int, ranks: Ranks) -> bool:
+    """Whether work is shared between forked processes: asked for, by one rank, without a GPU (it survives no fork)."""
+    if workers < 2 or not ranks.alone:
+        return False
+    return not torch.accelerator.is_available() and "fork" in multiprocessing.get_all_start_methods()
 
 
 def in_processes(function: Callable[[Any], Any], items: Sequence[Any], workers: int):
@@ -111,31 +115,51 @@ def in_processes(function: Callable[[Any], Any], items: Sequence[Any], workers: 
 SCORING_ROWS = 2048
 
 
-def score_all(judge: Any, draws: list[Draws], prompts: Prompts, workers: int) -> None:
-    """Let one scoring judge score every completion; fills ``draws[i].scores[judge.name]``."""
-    asked, texts, finished = [], [], []
+def score_all(judge: Any, draws: list[Draws], prompts: Prompts, workers: int, ranks: Ranks) -> None:
+    """Let one scoring judge score every completion; fills ``draws[i].scores[judge.name]`` on every rank.
+
+    A model's rows are shared between the ranks. A function is called on the main process.
+    """
+    ranks.step = f"scores of {judge.name}"
+    rows: list[tuple[int, str, bool]] = []
     for one in draws:
-        asked += [prompt for prompt in prompts.prompts for _ in range(one.shape[1])]
-        texts += one.texts
-        finished += one.finished.ravel().tolist()
-    starts = range(0, len(texts), SCORING_ROWS)
-
-    def part(start: int) -> np.ndarray:
-        rows = slice(start, start + SCORING_ROWS)
-        return judge.score(asked[rows], texts[rows], finished[rows])
-
-    if judge.heavy and len(starts) > 1 and may_fork(workers):
-        global _scoring
-        _scoring = part
-        context = multiprocessing.get_context("fork")
-        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-            scores = np.concatenate(list(pool.map(_score_part, starts)))
+        prompt_of = np.repeat(np.arange(len(prompts)), one.shape[1]).tolist()
+        rows += zip(prompt_of, one.texts, one.finished.ravel().tolist(), strict=True)
+    if not judge.heavy:
+        scores = ranks.agree(lambda: judge.score(*_columns(rows, prompts)))
     else:
-        scores = np.concatenate([part(start) for start in starts])
+        # The same completion is scored once: in another batch its score would differ in the last digit, and a tie
+        # would be won by rounding.
+        distinct = list(dict.fromkeys(rows))
+        of = dict(zip(distinct, _by_model(judge, distinct, prompts, workers, ranks), strict=True))
+        scores = np.array([of[row] for row in rows])
     before = 0
     for one in draws:
         one.scores[judge.name] = scores[before : before + one.finished.size].reshape(one.shape)
         before += one.finished.size
+
+
+def _columns(rows: list[tuple[int, str, bool]], prompts: Prompts) -> tuple[list, list[str], list[bool]]:
+    return [prompts.prompts[row] for row, _, _ in rows], [text for _, text, _ in rows], [end for _, _, end in rows]
+
+
+def _by_model(
+    judge: Any, rows: list[tuple[int, str, bool]], prompts: Prompts, workers: int, ranks: Ranks
+) -> np.ndarray:
+    """A model's scores ``(N,)`` of completions: each rank scores its share, or forked processes a part each."""
+    own = [rows[number] for number in ranks.share(len(rows))]
+    starts = range(0, len(own), SCORING_ROWS)
+
+    def part(start: int) -> np.ndarray:
+        return judge.score(*_columns(own[start : start + SCORING_ROWS], prompts))
+
+    if len(starts) > 1 and may_fork(workers, ranks):
+        global _scoring
+        _scoring = part
+        context = multiprocessing.get_context("fork")
+        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+            return np.concatenate(list(pool.map(_score_part, starts)))
+    return np.array(ranks.merge(np.concatenate([part(start) for start in starts]), len(rows)))
 
 
 # What a forked process scores with: inherited by the fork, since a closure cannot be sent.

@@ -15,13 +15,14 @@ from compare.judges.llm import Cache, Comparison, Judgement, LLMJudge, LLMJudgeC
 from compare.judges.scores import FunctionJudge, RewardModelJudge
 from compare.measure import PairTable
 from compare.policies import REFERENCE, Prompts
+from models.inference import Ranks
 from preferences.schema import text_of
 
 KINDS = ("function", "reward_model", "llm")
 
 
 def make_judges(
-    context: StageContext, entries: list[Any]
+    context: StageContext, entries: list[Any], ranks: Ranks
 ) -> tuple[list[FunctionJudge | RewardModelJudge], list[LLMJudge]]:
     """The gold function and the reward model of the run, where there are any, and the judges of ``compare.judges``.
 
@@ -38,7 +39,7 @@ def make_judges(
         scoring.append(FunctionJudge(gold))
     if context.run.done("reward_model") is not None:
         folder = context.run.stage_dir("reward_model") / "model"
-        scoring.append(RewardModelJudge(folder, model_config_of(context.run)))
+        scoring.append(RewardModelJudge(folder, model_config_of(context.run), ranks))
     taken = {judge.name for judge in scoring}
     for number, entry in enumerate(entries):
         where = f"compare.judges[{number}]"
@@ -55,13 +56,15 @@ def make_judges(
             config, _ = split({**entry, "name": name}, LLMJudgeConfig, where=where)
             reading.append(LLMJudge(config, cache=Cache(context.dir / "judge_cache.jsonl")))
         else:
-            scoring.append(_scoring(entry, name, where, context))
+            scoring.append(_scoring(entry, name, where, context, ranks))
     if not scoring and not reading:
         raise UserError("there is no judge: no data.gold, no reward model, and compare.judges is empty. Name one.")
     return scoring, reading
 
 
-def _scoring(entry: dict[str, Any], name: str, where: str, context: StageContext) -> FunctionJudge | RewardModelJudge:
+def _scoring(
+    entry: dict[str, Any], name: str, where: str, context: StageContext, ranks: Ranks
+) -> FunctionJudge | RewardModelJudge:
     key = {"function": "function", "reward_model": "path"}[entry["kind"]]
     unknown = sorted(set(entry) - {"kind", "name", key})
     if unknown or key not in entry:
@@ -69,7 +72,7 @@ def _scoring(entry: dict[str, Any], name: str, where: str, context: StageContext
         raise UserError(f"{where}.{problem}. A judge of kind {entry['kind']} has name and {key}.")
     if entry["kind"] == "function":
         return FunctionJudge(str(entry[key]), name)
-    judge = RewardModelJudge(str(entry[key]), model_config_of(context.run), name)
+    judge = RewardModelJudge(str(entry[key]), model_config_of(context.run), ranks, name)
     judge.in_sample = False  # no policy of this run was trained on it
     return judge
 

@@ -4,12 +4,13 @@ pi*(y|x) = p(y|x) e^{r(x, y) / beta} / Z(x), with one beta for all prompts, has 
 with its mean KL. J* - J = beta KL(pi || pi*) ranks methods with no judge (papers.md 3.1 and 3.8.5).
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from artifacts.run import RunFolder
-from compare.completions import Draws, on_device
+from compare.completions import Draws
 from compare.config import CompareStage
 from compare.contenders import PROXY, Contender
 from compare.enumeration import Space, log_probabilities, space_of
@@ -19,6 +20,7 @@ from compare.optimum import kl_divergence, optimal_policy, suboptimality
 from compare.policies import REFERENCE, Policy, Prompts
 from compare.statistics import mean_interval
 from compare.tilted import tilt, usable_betas
+from models.inference import Ranks
 from models.loading import eos_token_ids, load_policy
 from models.prompts import decode_completion
 
@@ -41,12 +43,77 @@ def coefficients_of(run: RunFolder, contenders: list[Contender]) -> dict[str, fl
     return found
 
 
+@dataclass(frozen=True)
+class Enumerated:
+    """Every completion of every prompt: what only the models can say about them.
+
+    Attributes:
+        space: the completions.
+        rewards: judge -> ``P`` arrays ``(Y,)``.
+        laws: policy -> ``P`` arrays ``(Y,)`` of probabilities.
+    """
+
+    space: Space
+    rewards: dict[str, list[np.ndarray]]
+    laws: dict[str, list[np.ndarray]]
+
+
+def asked(scoring: list[Any]) -> list[Any]:
+    """The judges whose rewards have an optimum here: the gold function and the reward model."""
+    return [judge for judge in scoring if judge.name in ("gold", PROXY)]
+
+
+def enumerate_policies(
+    contenders: list[Contender], policies: list[Policy], scoring: list[Any], gatherer: Gatherer, settings: CompareStage
+) -> Enumerated | None:
+    """Probabilities and rewards of all completions, or ``None`` where there are too many.
+
+    All ranks must call this: each works on its share of the prompts, which have equally many completions.
+
+    Args:
+        contenders: the policies at the main temperature.
+        policies: where their models are.
+        scoring: the judges that score.
+        gatherer: has the reference policy.
+        settings: of the stage.
+    """
+    judges = asked(scoring)
+    if not judges:
+        return None
+    reference, prompts, ranks = gatherer.reference, gatherer.prompts, gatherer.ranks
+    ends = eos_token_ids(reference.model, reference.tokenizer)
+    limit = settings.enumerate_up_to // len(prompts)
+    space = space_of(reference.model, ends, settings.max_new_tokens, limit)
+    if space is None:
+        return None
+    ranks.step = "enumeration of all completions"
+    ids, finished = space.completions()
+    texts = [decode_completion(reference.tokenizer, one) for one in ids]
+    rewards = {judge.name: score_all_texts(judge, prompts, texts, finished, ranks) for judge in judges}
+    pad, temperature = reference.tokenizer.pad_token_id, settings.temperature
+
+    def laws(model) -> list[np.ndarray]:
+        rows = ranks.share(len(prompts))
+        own = [log_probabilities(model, reference.prompt_ids[row], space, pad, temperature) for row in rows]
+        return [np.exp(one) for one in ranks.merge(own, len(prompts))]
+
+    found = {REFERENCE: laws(reference.model)}
+    by_name = {policy.name: policy for policy in policies}
+    for contender in contenders:
+        policy = by_name.get(contender.name)
+        if policy is not None and policy.model and contender.kl() is not None and policy.name != REFERENCE:
+            frozen = ranks.load(load_policy, policy.model, gatherer.model_config)
+            found[policy.name] = laws(frozen.model)
+            frozen.release()
+    return Enumerated(space, rewards, found)
+
+
 def optimal_figures(
     contenders: list[Contender],
-    policies: list[Policy],
     draws: list[Draws],
     scoring: list[Any],
-    gatherer: Gatherer,
+    enumerated: Enumerated | None,
+    run: RunFolder,
     settings: CompareStage,
     how: Settings,
 ) -> dict[str, Any] | None:
@@ -54,24 +121,20 @@ def optimal_figures(
 
     Args:
         contenders: the policies at the main temperature.
-        policies: where their models are.
         draws: all completions with their scores.
         scoring: the judges that score.
-        gatherer: has the reference policy.
+        enumerated: from `enumerate_policies`.
+        run: says which beta each policy was trained with.
         settings: of the stage.
         how: of the intervals.
     """
-    judges = [judge for judge in scoring if judge.name in ("gold", PROXY)]
-    betas = coefficients_of(gatherer.context.run, contenders)
+    judges = [judge.name for judge in asked(scoring)]
     if not judges:
         return None
-    reference = gatherer.reference
-    ends = eos_token_ids(reference.model, reference.tokenizer)
-    limit = settings.enumerate_up_to // len(gatherer.prompts)
-    space = space_of(reference.model, ends, settings.max_new_tokens, limit)
-    if space is not None:
-        return exact(space, contenders, policies, judges, betas, gatherer, settings, how)
-    return estimated(contenders, draws, [judge.name for judge in judges], betas, settings, how)
+    betas = coefficients_of(run, contenders)
+    if enumerated is not None:
+        return exact(enumerated, betas, how)
+    return estimated(contenders, draws, judges, betas, settings, how)
 
 
 def entry(how: Settings, **columns: np.ndarray) -> dict[str, Any]:
@@ -123,34 +186,10 @@ def estimated(
     return {"kind": "importance weights", "draws": n, "curves": curves, "gaps": gaps, "policies": None}
 
 
-def exact(
-    space: Space,
-    contenders: list[Contender],
-    policies: list[Policy],
-    judges: list[Any],
-    betas: dict[str, float],
-    gatherer: Gatherer,
-    settings: CompareStage,
-    how: Settings,
-) -> dict[str, Any]:
-    """By enumeration: every completion of every prompt, its probability under every policy, its rewards."""
-    reference, prompts = gatherer.reference, gatherer.prompts
-    ids, finished = space.completions()
-    texts = [decode_completion(reference.tokenizer, one) for one in ids]
-    rewards = {judge.name: score_all_texts(judge, prompts, texts, finished) for judge in judges}
-    pad, temperature = reference.tokenizer.pad_token_id, settings.temperature
-
-    def laws(model) -> list[np.ndarray]:
-        found = [log_probabilities(model, prompt, space, pad, temperature) for prompt in reference.prompt_ids]
-        return [np.exp(one) for one in found]
-
-    start = laws(reference.model)
-    by_name = {policy.name: policy for policy in policies}
-    measured: dict[str, list[np.ndarray]] = {REFERENCE: start}
-    for contender in contenders:
-        policy = by_name.get(contender.name)
-        if policy is not None and policy.model and contender.kl() is not None and policy.name != REFERENCE:
-            measured[policy.name] = laws(on_device(load_policy(policy.model, gatherer.model_config)))
+def exact(enumerated: Enumerated, betas: dict[str, float], how: Settings) -> dict[str, Any]:
+    """From every completion of every prompt, its probability under every policy, its rewards."""
+    measured, rewards = enumerated.laws, enumerated.rewards
+    start = measured[REFERENCE]
     curves: dict[str, list[dict[str, Any]]] = {}
     gaps = []
     for judge, of_prompt in rewards.items():
@@ -172,9 +211,17 @@ def exact(
         kl = np.array([kl_divergence(one, p) for one, p in zip(pi, start, strict=True)])
         means = {judge: np.array([a @ b for a, b in zip(pi, r, strict=True)]) for judge, r in rewards.items()}
         about[name] = {"kl": float(kl.mean()), "rewards": {judge: float(m.mean()) for judge, m in means.items()}}
-    return {"kind": "exact", "completions": space.size, "curves": curves, "gaps": gaps, "policies": about}
+    return {"kind": "exact", "completions": enumerated.space.size, "curves": curves, "gaps": gaps, "policies": about}
 
 
-def score_all_texts(judge: Any, prompts: Prompts, texts: list[str], finished: list[bool]) -> list[np.ndarray]:
+def score_all_texts(
+    judge: Any, prompts: Prompts, texts: list[str], finished: list[bool], ranks: Ranks
+) -> list[np.ndarray]:
     """``P`` arrays ``(Y,)``: a judge's score of every completion of every prompt."""
-    return [np.asarray(judge.score([prompt] * len(texts), texts, finished)) for prompt in prompts.prompts]
+
+    def of(rows: list[int]) -> list[np.ndarray]:
+        return [np.asarray(judge.score([prompts.prompts[row]] * len(texts), texts, finished)) for row in rows]
+
+    if judge.heavy:
+        return ranks.merge(of(ranks.share(len(prompts))), len(prompts))
+    return ranks.agree(lambda: of(list(range(len(prompts)))))

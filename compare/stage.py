@@ -1,26 +1,31 @@
 """The stage ``compare``: completions, judges, win rates, KL, frontier, one report."""
 
 import time
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from artifacts.errors import UserError
 from artifacts.files import read_json
 from artifacts.settings import nearest, split
 from artifacts.stage import StageContext
-from compare.assemble import figures
-from compare.completions import split_draws
+from compare.assemble import best_of_n_logprobs, figures
+from compare.completions import Draws, split_draws
 from compare.config import CompareStage
 from compare.contenders import PROXY, Contender, along_training, contenders_of
 from compare.cost import cost
-from compare.gather import Gatherer, score_all
+from compare.gather import Gatherer, model_config_of, score_all
 from compare.judges.llm import Judgement, LLMJudge
 from compare.judging import comparisons_of, make_judges, table_of
 from compare.measure import Settings, judge_pairs
-from compare.optimal import optimal_figures
+from compare.optimal import Enumerated, enumerate_policies, optimal_figures
 from compare.policies import REFERENCE, Policy, Prompts, check_pair_set, heldout_prompts, policies_of
 from compare.report import write_report
 from compare.tables import write_completions, write_judgements
 from compare.verdict import sentences, warnings
+from models.inference import Ranks
+from models.sharding import held_bytes, named_step, tell_held_bytes
 
 # Version of report.json; docs/compare.md describes the fields.
 SCHEMA_VERSION = 1
@@ -43,34 +48,29 @@ def run_compare(context: StageContext) -> None:
     check_best_of(settings, policies)
     if prompts.trained_on:
         notes.append(f"{prompts.trained_on} held-out prompts had been trained on in this run and were left out.")
-    scoring, reading = make_judges(context, settings.judges)
-    # 2. Completions of every policy, with their KL to the reference.
-    gatherer = Gatherer(context, settings, prompts)
-    gathered = gatherer.all(policies)
-    draws = [one for table, _ in gathered for one in split_draws(table, len(prompts))]
-    learned = {policy.name: extra for policy, (_, extra) in zip(policies, gathered, strict=True)}
-    # 3. Judges that score see every completion, judges that read see one of each policy, in both orders.
-    for number, judge in enumerate(scoring):
-        score_all(judge, draws, prompts, settings.workers)
-        context.progress(80 + 5 * (number + 1) / len(scoring), 100, f"judged by {judge.name}")
-    contenders = contenders_of(policies, draws, settings)
+    # 2. and 3. What takes models; under a launcher all ranks do it together, the rest is the main process's.
+    found = ask_models(context, settings, prompts, policies)
+    if found is None:
+        return
+    scoring, reading, draws, contenders = found.scoring, found.reading, found.draws, found.contenders
     checkpoints = along_training(policies, draws, settings)
     if (settings.best_of_n or settings.best_of) and PROXY not in {judge.name for judge in scoring}:
         notes.append("There is no reward model, so nothing selects among samples: best-of-n is left out.")
+    # 4. Judges that read see one completion of each policy, in both orders.
     scored = {judge.name: judge_pairs(contenders, judge.name) for judge in scoring}
     read: list[Judgement] = []
     tables = dict(scored)
     judges: dict[str, dict[str, Any]] = {j.name: {**j.identity(), "in_sample": j.in_sample} for j in scoring}
     stopped: list[str] = []
     for judge in reading:
-        found, why = ask(context, judge, contenders, prompts)
-        table, known = table_of(found, prompts)
+        verdicts, why = ask(context, judge, contenders, prompts)
+        table, known = table_of(verdicts, prompts)
         judges[judge.name] = {**judge.identity(), "in_sample": False, **known}
-        read += found
+        read += verdicts
         tables |= {judge.name: table} if table is not None else {}
         notes += reading_notes(judge, known, why)
         stopped += [why] if why else []
-    # 4. Figures.
+    # 5. Figures.
     how = Settings(settings.resamples, context.seed, settings.confidence)
     report = {
         "schema_version": SCHEMA_VERSION,
@@ -79,16 +79,18 @@ def run_compare(context: StageContext) -> None:
         "settings": {"seeds": [context.seed], **vars(settings), "n_prompts": len(prompts)},
         "pair_set": pair_set,
         "judges": judges,
-        **figures(contenders, checkpoints, draws, scored, tables, gatherer, settings, context.seed, learned),
-        "optimum": optimal_figures(contenders, policies, draws, scoring, gatherer, settings, how),
+        **figures(
+            contenders, checkpoints, draws, scored, tables, found.logprobs, settings, context.seed, found.learned
+        ),
+        "optimum": optimal_figures(contenders, draws, scoring, found.enumerated, context.run, settings, how),
         "reward_model": reward_model_figures(context),
     }
     report["settings"].pop("workers")
     report["warnings"] = notes + warnings(report)
     report["verdict"] = sentences(report)
-    report["cost"] = cost(context, learned, started)
+    report["cost"] = cost(context, found.learned, started)
     report["cost"]["judges"] = {judge.name: judge.counted() for judge in reading}
-    # 5. Files.
+    # 6. Files.
     context.progress(97, 100, "report")
     write_completions(context.dir / "completions.parquet", draws, prompts)
     write_judgements(context.dir / "judgements.parquet", scored, read, prompts)
@@ -99,6 +101,60 @@ def run_compare(context: StageContext) -> None:
             f"start the same command again to ask for the rest."
         )
     context.finish(verdict=report["verdict"], n_prompts=len(prompts), pair_set=pair_set["hash"])
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the models of a run said.
+
+    Attributes:
+        scoring: judges that score; they have scored every completion.
+        reading: judges that read; not asked yet.
+        draws: all completions, with scores.
+        learned: policy -> what was learned while its completions were drawn.
+        contenders: the policies at the main temperature.
+        logprobs: of what best-of-n selects.
+        enumerated: all completions that there are, where they are few.
+    """
+
+    scoring: list[Any]
+    reading: list[LLMJudge]
+    draws: list[Draws]
+    learned: dict[str, dict[str, Any]]
+    contenders: list[Contender]
+    logprobs: dict[str, np.ndarray]
+    enumerated: Enumerated | None
+
+
+def ask_models(
+    context: StageContext, settings: CompareStage, prompts: Prompts, policies: list[Policy]
+) -> Asked | None:
+    """Everything that takes a model, on all ranks together; ``None`` on those that are done with it.
+
+    The main process goes on alone: a judge that reads may take longer than ranks wait for each other.
+    """
+    config = model_config_of(context.run)
+    ranks = Ranks.join(context, config, context.run.stage_dir(REFERENCE) / "model")
+    with named_step(lambda: f"compare, {ranks.step}"):
+        scoring, reading = make_judges(context, settings.judges, ranks)
+        # 2. Completions of every policy, with their KL to the reference.
+        gatherer = Gatherer(context, settings, prompts, ranks)
+        gathered = gatherer.all(policies)
+        draws = [one for table, _ in gathered for one in split_draws(table, len(prompts))]
+        # 3. Judges that score see every completion.
+        for number, judge in enumerate(scoring):
+            score_all(judge, draws, prompts, settings.workers, ranks)
+            context.progress(80 + 5 * (number + 1) / len(scoring), 100, f"judged by {judge.name}")
+        contenders = contenders_of(policies, draws, settings)
+        logprobs = best_of_n_logprobs(contenders, draws, gatherer)
+        enumerated = enumerate_policies(contenders, policies, scoring, gatherer, settings)
+        if ranks.settings is not None:
+            held = {judge.name: held_bytes(judge.frozen.model) for judge in scoring if judge.heavy}
+            tell_held_bytes(ranks.rank, {"reference": held_bytes(gatherer.reference.model), **held})
+        if not ranks.leave():
+            return None
+    learned = {policy.name: extra for policy, (_, extra) in zip(policies, gathered, strict=True)}
+    return Asked(scoring, reading, draws, learned, contenders, logprobs, enumerated)
 
 
 def check_settings(settings: CompareStage) -> None:

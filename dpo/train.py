@@ -18,6 +18,7 @@ from dpo.trainer import PairTrainer
 from models.config import LoraSettings
 from models.encoding import count_rows
 from models.loading import check_same_vocabulary, context_length, load_policy, load_tokenizer
+from models.quantized import quantization, train_adapters_in_full
 from models.training import callbacks, model_settings, save_model, train, training_arguments
 
 
@@ -57,7 +58,7 @@ def build_trainer(
         args.precompute_ref_log_probs = True
     if "soft_label" in dataset.column_names:
         prepare_soft_labels(args)
-    return PairTrainer(
+    trainer = PairTrainer(
         model=model,
         ref_model=reference,
         args=args,
@@ -69,6 +70,8 @@ def build_trainer(
         reference_cache=reference_cache,
         reference_id=reference_id,
     )
+    train_adapters_in_full(trainer.model)
+    return trainer
 
 
 def run_stage(context: StageContext) -> None:
@@ -83,7 +86,8 @@ def run_stage(context: StageContext) -> None:
     folder = context.run.path("sft", "model")
     set_seed(context.seed)
     tokenizer = load_tokenizer(folder)
-    model = load_policy(folder, model_config, trainable=True)
+    base = quantization(settings.lora, model_config, context)
+    model = load_policy(folder, model_config, trainable=True, quantization=base)
 
     # 2. The pair set.
     pairs, tokens = context.run.path("pairs"), context.run.path("pairs", "tokens")

@@ -42,12 +42,14 @@ class LoraSettings:
         alpha: scale; the update is ``alpha / r * B A``.
         dropout: on the adapter's input; PPO needs 0 (a ratio of 1 on the first pass).
         target_modules: names of the layers, e.g. ``[q_proj, v_proj]``; empty lets peft choose by architecture.
+        load_in_4bit: hold the frozen base in 4 bits while training (QLoRA, Dettmers et al. 2023); needs bitsandbytes.
     """
 
     r: int = 16
     alpha: int = 32
     dropout: float = 0.0
     target_modules: list[str] = field(default_factory=list)
+    load_in_4bit: bool = False
 
     def peft_config(self, task_type: str):
         """The ``peft.LoraConfig`` for ``task_type`` (``"CAUSAL_LM"`` or ``"SEQ_CLS"``)."""

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from artifacts.errors import UserError
 from models.config import ModelConfig
+from models.quantized import keep_differentiable
 
 
 def _check_local(path: str, what: str) -> None:
@@ -42,10 +43,12 @@ def _load(loader: Any, path: str, what: str, **kwargs: Any) -> Any:
         ) from error
 
 
-def _kwargs(config: ModelConfig) -> dict[str, Any]:
+def _kwargs(config: ModelConfig, quantization: Any = None) -> dict[str, Any]:
     kwargs: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "dtype": config.dtype}
     if config.attn_implementation:
         kwargs["attn_implementation"] = config.attn_implementation
+    if quantization is not None:
+        kwargs["quantization_config"] = quantization
     return kwargs
 
 
@@ -136,17 +139,27 @@ def is_adapter(path: str | Path) -> bool:
     return (Path(path) / "adapter_config.json").is_file()
 
 
-def load_policy(path: str | Path, config: ModelConfig | None = None, trainable: bool = False) -> PreTrainedModel:
+def load_policy(
+    path: str | Path,
+    config: ModelConfig | None = None,
+    trainable: bool = False,
+    quantization: Any = None,
+) -> PreTrainedModel:
     """Load a causal language model; an adapter folder is loaded onto its base and merged into it.
 
     Args:
         path: Hub name or folder (whole model or PEFT adapter).
         config: how to load it.
         trainable: parameters require gradients. Dropout is off in either case.
+        quantization: a transformers quantisation config (`models.quantized`); the weights are then frozen.
+
+    Raises:
+        UserError: not found, or an adapter on a base that is to be quantised.
     """
     config = config or ModelConfig()
     path = str(path)
     if is_adapter(path):
+        _refuse_adapter(path, quantization)
         from peft import AutoPeftModelForCausalLM
 
         model = _load(AutoPeftModelForCausalLM.from_pretrained, path, "an adapter", **_kwargs(config))
@@ -157,22 +170,27 @@ def load_policy(path: str | Path, config: ModelConfig | None = None, trainable: 
             path,
             "a causal language model",
             revision=_revision(path, config),
-            **_kwargs(config),
+            **_kwargs(config, quantization),
         )
-    return _prepare(model, trainable)
+    return _prepare(model, trainable, quantization)
 
 
 def load_value_or_reward(
-    path: str | Path, config: ModelConfig | None = None, trainable: bool = False
+    path: str | Path,
+    config: ModelConfig | None = None,
+    trainable: bool = False,
+    quantization: Any = None,
 ) -> PreTrainedModel:
     """Load a model with a scalar head (``AutoModelForSequenceClassification``, one label).
 
     From a causal language model's folder the backbone is taken and the head is new: its weights are drawn from
     N(0, 1/sqrt(d+1)) (Huang et al. 2024, detail 11), so seed torch first. An adapter folder is merged into its base.
+    The arguments are those of `load_policy`.
     """
     config = config or ModelConfig()
     path = str(path)
     if is_adapter(path):
+        _refuse_adapter(path, quantization)
         from peft import AutoPeftModelForSequenceClassification
 
         model = _load(
@@ -190,14 +208,22 @@ def load_value_or_reward(
             num_labels=1,
             revision=_revision(path, config),
             output_loading_info=True,
-            **_kwargs(config),
+            **_kwargs(config, quantization),
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
     head = score_head(model)
     if any(key.split(".")[0] in ("score", "classifier") for key in report["missing_keys"]):
         torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
-    return _prepare(model, trainable)
+    return _prepare(model, trainable, quantization)
+
+
+def _refuse_adapter(path: str, quantization: Any) -> None:
+    if quantization is not None:
+        raise UserError(
+            f"{path} holds an adapter alone, and lora.load_in_4bit starts from a whole model: train the stage before "
+            f"with merge_lora=true."
+        )
 
 
 def score_head(model: torch.nn.Module) -> torch.nn.Linear:
@@ -209,8 +235,9 @@ def score_head(model: torch.nn.Module) -> torch.nn.Linear:
     raise UserError(f"{type(model).__name__} has no scalar head named score or classifier; it cannot score or value.")
 
 
-def _prepare(model: PreTrainedModel, trainable: bool) -> PreTrainedModel:
-    model.requires_grad_(trainable)
+def _prepare(model: PreTrainedModel, trainable: bool, quantization: Any = None) -> PreTrainedModel:
+    model.requires_grad_(trainable and quantization is None)
+    keep_differentiable(model)
     disable_dropout(model)
     return model.train(trainable)
 

@@ -23,10 +23,12 @@ from transformers.utils import logging as transformers_logging
 from artifacts.callbacks import RunCallback
 from artifacts.errors import UserError
 from artifacts.files import atomic_folder
+from artifacts.resources import parameter_size
 from artifacts.settings import field_names, nearest
 from artifacts.stage import StageContext
 from models.config import ModelConfig
 from models.loading import load_policy, load_value_or_reward
+from models.quantized import in_4bit
 from models.sharded_state import portable_checkpoints
 from models.sharding import (
     check_settings,
@@ -217,7 +219,7 @@ def _tell_held_bytes(trainer: Trainer) -> None:
 
 def parameter_counts(trainer: Trainer) -> dict[str, int]:
     """``parameters`` and ``trainable_parameters`` of the model, shards of other ranks counted too."""
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in trainer.model.parameters()]
+    sizes = [(parameter_size(p), p.requires_grad) for p in trainer.model.parameters()]
     return {
         "parameters": sum(size for size, _ in sizes),
         "trainable_parameters": sum(size for size, trainable in sizes if trainable),
@@ -253,8 +255,8 @@ def save_model(
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     if is_peft and merge and trainer.args.should_save:
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-            # Merged from the files: the model in memory is in pieces.
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or in_4bit(model):
+            # Merged from the files, into the base as it was saved: the model in memory is in pieces, or in 4 bits.
             load = load_value_or_reward if getattr(model.config, "num_labels", 2) == 1 else load_policy
             with unsharded_loading():
                 merged = load(first, model_settings(context))

@@ -30,8 +30,8 @@ READS = {
     "ppo": ("model", "data"),
     "compare": ("model", "data"),
 }
-# Stages that train on several ranks when launch.processes says so.
-DISTRIBUTED = ("sft", "reward_model", "dpo", "ppo")
+# Stages that run on several ranks when launch.processes says so.
+DISTRIBUTED = ("sft", "reward_model", "dpo", "ppo", "compare")
 # Keys that change how a result is made, not what it is.
 COSMETIC = ("report_to", "disable_tqdm", "logging_steps", "run_name", "workers")
 COSMETIC += ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision")

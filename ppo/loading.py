@@ -1,11 +1,16 @@
 """The models of the stage, from the run folder: four separate ones, or adapters on one base."""
 
+from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import PreTrainedModel
 
 from artifacts.errors import UserError
 from artifacts.stage import StageContext
 from models.config import ModelConfig
-from models.loading import load_policy, load_tokenizer, load_value_or_reward
+from models.loading import load_policy, load_tokenizer, load_value_or_reward, score_head
+from models.quantized import quantization
 from models.sharding import is_sharded
 from ppo.config import PPOConfig
 from ppo.roles import value_model_from
@@ -31,7 +36,8 @@ def load_roles(context: StageContext, own: PPOStage, config: ModelConfig, args: 
 
 def _separate(context: StageContext, own: PPOStage, config: ModelConfig, args: PPOConfig) -> dict[str, Any]:
     sft, folder = context.run.path("sft", "model"), context.run.path("reward_model", "model")
-    policy = load_policy(sft, config, trainable=True)
+    base = quantization(own.lora, config, context)
+    policy = load_policy(sft, config, trainable=True, quantization=base)
     roles: dict[str, Any] = {"model": policy}
     if own.lora is not None:
         roles["peft_config"] = own.lora.peft_config("CAUSAL_LM")
@@ -39,15 +45,26 @@ def _separate(context: StageContext, own: PPOStage, config: ModelConfig, args: P
         # ZeRO-3 splits what it loads as it is read; the trainer's copy of the policy would be whole for a moment.
         roles["ref_model"] = load_policy(sft, config)
     if own.gold_reward:
+        if base is not None:
+            roles["value_model"] = _backbone_of(sft, config, base)
         return roles
     reward = RewardScorer.load(folder, config, batch_size=args.local_rollout_forward_batch_size)
     roles["reward_model"] = reward
     if own.value_from == "reward_model":
-        roles["value_model"] = load_value_or_reward(folder, config, trainable=True)
+        roles["value_model"] = load_value_or_reward(folder, config, trainable=True, quantization=base)
         rescale_values(roles["value_model"], 1.0, reward.bias + args.fixed_score_bias)
+    elif base is not None:
+        roles["value_model"] = _backbone_of(sft, config, base)
     else:
         roles["value_model"] = value_model_from(None, policy)
     return roles
+
+
+def _backbone_of(sft: Path, config: ModelConfig, base: Any) -> PreTrainedModel:
+    """What `value_model_from` gives without a reward model, on a quantised backbone, which cannot be copied."""
+    value_model = load_value_or_reward(sft, config, trainable=True, quantization=base)
+    torch.nn.init.zeros_(score_head(value_model).weight)
+    return value_model
 
 
 def _on_one_base(context: StageContext, own: PPOStage, config: ModelConfig, args: PPOConfig) -> dict[str, Any]:
@@ -59,7 +76,12 @@ def _on_one_base(context: StageContext, own: PPOStage, config: ModelConfig, args
         raise UserError("ppo.sync_ref_model moves the reference, and with ppo.shared_base it is the frozen base.")
     sft = context.run.path("sft", "model")
     folder = None if own.gold_reward else reward_adapter(context.run.path("reward_model"), sft)
-    policy, value_model, reward = share_base(load_policy(sft, config), own.lora, folder, own.value_from)
+    policy, value_model, reward = share_base(
+        load_policy(sft, config, quantization=quantization(own.lora, config, context)),
+        own.lora,
+        folder,
+        own.value_from,
+    )
     roles: dict[str, Any] = {"model": policy, "value_model": value_model}
     if reward is not None:
         bias = read_bias(folder)

@@ -18,6 +18,7 @@ from artifacts.files import atomic_folder, read_parquet
 from artifacts.settings import split
 from artifacts.stage import StageContext
 from models.loading import load_policy, load_tokenizer
+from models.quantized import in_4bit
 from models.sharding import tell_held_bytes, unsharded_loading, whole_state
 from models.training import model_settings, training_arguments
 from ppo.checkpoint import last_checkpoint
@@ -161,10 +162,10 @@ def save_final(trainer: PPOTrainer, context: StageContext) -> None:
         if is_peft(policy):
             with atomic_folder(context.dir / "adapter") as folder:
                 policy.save_pretrained(folder, state_dict=weights, selected_adapters=[policy.active_adapter])
-            if weights is None:
+            if weights is None and not in_4bit(policy):
                 policy = policy.merge_and_unload(adapter_names=[policy.active_adapter])
             else:
-                # Merged from the files: the model in memory is in pieces.
+                # Merged from the files, into the base as it was saved: in memory it is in pieces, or in 4 bits.
                 with unsharded_loading():
                     policy = load_policy(context.dir / "adapter", model_settings(context))
                 weights = None

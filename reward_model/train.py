@@ -21,6 +21,7 @@ from models.encoding import count_rows, encode_prompts
 from models.generation import SamplingConfig, generate, row_seed
 from models.loading import context_length, eos_token_ids, load_policy, load_tokenizer, load_value_or_reward, score_head
 from models.prompts import decode_completion
+from models.quantized import quantization, train_adapters_in_full
 from models.sharding import is_sharded, unsharded_loading, whole
 from models.training import callbacks, model_settings, save_model, train, training_arguments
 from models.unpadded import score_at_last_token
@@ -34,13 +35,14 @@ from reward_model.trainer import PairRewardTrainer
 PAIR_COLUMNS = ["prompt", "chosen", "rejected"]
 
 
-def initial_model(path, config, head_init: str, seed: int) -> PreTrainedModel:
+def initial_model(path, config, head_init: str, seed: int, base=None) -> PreTrainedModel:
     """The SFT policy's backbone under a new scalar head.
 
-    With ``zero`` every score is 0 before the first step and the loss is log 2 exactly.
+    With ``zero`` every score is 0 before the first step and the loss is log 2 exactly. ``base``: how the backbone is
+    quantised (`models.quantized`).
     """
     set_seed(seed)
-    model = load_value_or_reward(path, config, trainable=True)
+    model = load_value_or_reward(path, config, trainable=True, quantization=base)
     head = score_head(model)
     with whole([head.weight]):
         if head_init == "zero":
@@ -71,6 +73,7 @@ def build_trainer(
         callbacks=callbacks,
     )
     score_at_last_token(trainer.model)
+    train_adapters_in_full(trainer.model)
     return trainer
 
 
@@ -160,7 +163,8 @@ def run_stage(context: StageContext) -> None:
     # 1. Where it starts: the SFT policy's weights, a head that knows nothing.
     folder = context.run.path("sft", "model")
     tokenizer = load_tokenizer(folder)
-    model = initial_model(folder, model_config, settings.head_init, context.seed)
+    base = quantization(settings.lora, model_config, context)
+    model = initial_model(folder, model_config, settings.head_init, context.seed, base)
 
     # 2. Train on the pair set.
     path = context.run.path("pairs", "train.parquet")

@@ -3,6 +3,8 @@
 Reads ``data/sft_train.parquet``; writes ``sft/model``, where the reward model, PPO and DPO all start.
 """
 
+from typing import Any
+
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl.trainer.sft_config import SFTConfig
@@ -14,6 +16,7 @@ from artifacts.settings import split
 from artifacts.stage import StageContext
 from models.config import LoraSettings, ModelConfig
 from models.loading import build_policy, context_length, load_policy, load_tokenizer
+from models.quantized import quantization, train_adapters_in_full
 from models.sharding import unsharded_loading
 from models.training import callbacks, model_settings, parameter_counts, save_model, train, training_arguments
 from models.unpadded import skip_padding
@@ -22,15 +25,21 @@ from sft.data import sft_dataset
 
 
 def initial_policy(
-    context: StageContext, config: ModelConfig, trainable: bool = True
+    context: StageContext, config: ModelConfig, trainable: bool = True, base: Any = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that the run starts from and its tokenizer: ``model.path``, or the architecture with new weights."""
+    """The model that the run starts from and its tokenizer: ``model.path``, or the architecture with new weights.
+
+    Raises:
+        UserError: new weights are to be quantised (``base``, from `models.quantized`) and frozen.
+    """
+    if config.path is None and base is not None:
+        raise UserError("sft.lora.load_in_4bit freezes the model it starts from, and model.path names none.")
     if config.path is None:
         tokenizer = load_tokenizer(context.run.path("data", "tokenizer"), config)
         set_seed(context.seed)
         with unsharded_loading():
             return build_policy(config, tokenizer), tokenizer
-    return load_policy(config.path, config, trainable=trainable), load_tokenizer(config.path, config)
+    return load_policy(config.path, config, trainable, base), load_tokenizer(config.path, config)
 
 
 def build_trainer(
@@ -52,6 +61,7 @@ def build_trainer(
     )
     if not trainer.padding_free:
         skip_padding(trainer.model)
+    train_adapters_in_full(trainer.model)
     return trainer
 
 
@@ -64,7 +74,8 @@ def run_stage(context: StageContext) -> None:
     # 1. Where it starts.
     if settings.skip_training and model_config.path is None:
         raise UserError("sft.skip_training needs a trained model in model.path; there is only an architecture.")
-    model, tokenizer = initial_policy(context, model_config, trainable=not settings.skip_training)
+    base = None if settings.skip_training else quantization(settings.lora, model_config, context)
+    model, tokenizer = initial_policy(context, model_config, not settings.skip_training, base)
     if settings.skip_training:
         if context.is_main_process:
             with atomic_folder(context.dir / "model") as folder:

@@ -10,7 +10,11 @@ from typing import Any
 import numpy as np
 
 from artifacts.errors import UserError
+from models.config import ModelConfig
+from models.inference import Ranks
+from models.loading import load_tokenizer, load_value_or_reward
 from preferences.gold import load_gold
+from reward_model.scorer import RewardScorer, read_bias
 
 
 class FunctionJudge:
@@ -48,11 +52,11 @@ class RewardModelJudge:
     in_sample = True
     heavy = True
 
-    def __init__(self, folder: str | Path, model_config: Any = None, name: str = "reward_model"):
-        from reward_model.scorer import RewardScorer
-
+    def __init__(self, folder: str | Path, model_config: ModelConfig, ranks: Ranks, name: str = "reward_model"):
         self.name, self.folder = name, str(folder)
-        self.scorer = RewardScorer.load(folder, model_config, batch_size=256)
+        self.frozen = ranks.load(load_value_or_reward, folder, model_config)
+        tokenizer = load_tokenizer(folder, model_config)
+        self.scorer = RewardScorer(self.frozen.model, tokenizer, read_bias(folder), batch_size=256)
 
     def identity(self) -> dict[str, Any]:
         """What its verdicts depend on."""
