@@ -38,8 +38,9 @@ from ppo.collect import Clock, Collection
 from ppo.config import CONVENTIONS, PPOConfig
 from ppo.cost import Sizes, size_of, update_flops
 from ppo.diagnosis import Diagnosis
+from ppo.engines import make_engine
 from ppo.evaluation import Evaluator
-from ppo.metrics import rollout_metrics
+from ppo.metrics import engine_metrics, rollout_metrics
 from ppo.persistence import Persistence
 from ppo.prompts import PromptSet, allowed_prompt_length
 from ppo.ptx import PretrainingText
@@ -192,6 +193,7 @@ class PPOTrainer(Collection, Persistence, Sharded, Trainer):
             reward=sum(size_of(part.model) for part in self.rewards.parts if hasattr(part, "model")),
         )
         self._prepared = False
+        self.engine = make_engine(self)
 
     # ------------------------------------------------------------------------------------------------ the plan
 
@@ -375,6 +377,8 @@ class PPOTrainer(Collection, Persistence, Sharded, Trainer):
         """Everything the log says about one update."""
         metrics = rollout_metrics(rollout, self.kl.coef)
         metrics.update(done.metrics)
+        if self.engine.keeps_weights:
+            metrics.update(engine_metrics(rollout, self.args.importance_sampling_cap))
         metrics["val/first_ratio_deviation"] = done.first_deviation
         metrics["policy/stopped_early"] = float(done.stopped_early)
         metrics["episode"] = (self.state.global_step + 1) * self.rollout_size
