@@ -145,7 +145,7 @@ class VLLMEngine:
                 )
                 # What its kernels do not support shows in the first step only; better here than after a rollout began.
                 once = SamplingParams(max_tokens=1, detokenize=False)
-                self.llm.generate({"prompt_token_ids": self.eos_token_ids[:1]}, once, use_tqdm=False)
+                self.llm.generate({"prompt_token_ids": [0]}, once, use_tqdm=False)
             except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
                 raise UserError(
                     f"ppo.generation_engine=vllm: vLLM cannot start with {type(base).__name__} in {dtype}: {error} "

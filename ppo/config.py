@@ -119,8 +119,8 @@ class PPOConfig(TrainingArguments):
     )
     vllm_gpu_memory_utilization: float = _option(
         0.3,
-        "Share of the GPU's memory (of the machine's on a CPU) for vLLM's weights and key-value cache, beside training "
-        "(TRL's GRPO: 0.3).",
+        "Share of the GPU's memory (of the machine's on a CPU) for vLLM's weights and key-value cache, beside "
+        "training (TRL's GRPO: 0.3).",
     )
     importance_sampling_cap: float | None = _option(
         2.0,

@@ -242,8 +242,10 @@ class PPOTrainer(Collection, Persistence, Sharded, Trainer):
         """Optimizer, wrapping (DDP, DeepSpeed, mixed precision) and schedule."""
         if self._prepared:
             return
-        if self.args.activation_checkpointing:
-            self.model.gradient_checkpointing_enable(self.args.activation_checkpointing_kwargs)
+        # The name before transformers 5.20, to which vLLM holds, is gradient_checkpointing.
+        kind = "activation" if hasattr(self.args, "activation_checkpointing") else "gradient"
+        if getattr(self.args, f"{kind}_checkpointing"):
+            self.model.gradient_checkpointing_enable(getattr(self.args, f"{kind}_checkpointing_kwargs"))
         self.create_optimizer()
         self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         if self.is_deepspeed_enabled:
