@@ -175,6 +175,29 @@ def gae(
 # ------------------------------------------------------------------------------------------------ losses
 
 
+def truncated_importance_weights(
+    old_logprobs: torch.Tensor, engine_logprobs: torch.Tensor, mask: torch.Tensor, cap: float | None
+) -> torch.Tensor:
+    """Per-token weights that correct for an engine that samples with other probabilities than the trainer computes.
+
+    ``min(pi_trainer(y) / pi_engine(y), C)`` (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You
+    Off-Policy RL Training", truncated importance sampling). The cap bounds the variance; it lets a little bias in.
+
+    Args:
+        old_logprobs: ``(B, T)``, of the policy before the update, as the trainer computes them.
+        engine_logprobs: ``(B, T)``, of the same tokens, as the engine sampled them.
+        mask: ``(B, T)``.
+        cap: C, >= 1; ``None`` corrects nothing.
+
+    Returns:
+        ``(B, T)``, without gradients; exactly 1 where the two agree, at masked positions, and without a cap.
+    """
+    if cap is None:
+        return torch.ones_like(old_logprobs)
+    log_weights = torch.where(mask.bool(), (old_logprobs - engine_logprobs).detach(), 0)
+    return log_weights.exp().clamp_max(cap)
+
+
 def policy_loss(
     logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,
@@ -182,10 +205,11 @@ def policy_loss(
     mask: torch.Tensor,
     clip_range: float,
     count: float | torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The clipped surrogate (Schulman et al. 2017, eq. 7) as a loss, averaged over real tokens.
 
-    ``-mean min(rho A, clip(rho, 1 - eps, 1 + eps) A)``, ``rho = exp(logprobs - old_logprobs)``.
+    ``-mean w min(rho A, clip(rho, 1 - eps, 1 + eps) A)``, ``rho = exp(logprobs - old_logprobs)``.
 
     Args:
         logprobs: ``(B, T)``, with gradients.
@@ -194,6 +218,7 @@ def policy_loss(
         mask: ``(B, T)``.
         clip_range: eps.
         count: number of real tokens to average over; see `masked_mean`.
+        weights: ``(B, T)``, w: see `truncated_importance_weights`; 1 by default.
 
     Returns:
         The loss, and detached statistics over the real tokens given: ``ratio_mean``, ``ratio_max``, ``approx_kl``
@@ -207,7 +232,11 @@ def policy_loss(
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = masked_mean(torch.maximum(unclipped, clipped), mask, count)
+    surrogate = torch.maximum(unclipped, clipped)
+    if weights is not None:
+        # Yao et al. 2025: the weight multiplies the token's clipped term, and the mean is still over all tokens.
+        surrogate = surrogate * torch.where(mask, weights, 1)
+    loss = masked_mean(surrogate, mask, count)
     with torch.no_grad():
         stats = {
             "ratio_mean": masked_mean(ratio, mask),

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from artifacts.errors import UserError
-from models.generation import Generated, generate, row_seed
+from models.engine import TransformersEngine
+from models.generation import Generated, row_seed
 from models.prompts import decode_completion
 from models.sharding import gathered
 from ppo.algorithm import gae, token_rewards, whiten
@@ -112,23 +113,20 @@ class Collection:
         With ``logprobs_from_sampling`` the policy's come with their log-probabilities, where those are what a pass
         over the responses would give.
         """
-        kwargs = {"eos_token_ids": self.eos_ids, "seeds": seeds, "tokenizer": self.processing_class}
-        kwargs["with_logprobs"] = self.args.logprobs_from_sampling and not reference and self._samples_exactly()
-        model = self.reference.module if reference else self.policy
-        if not self.is_deepspeed_enabled:
-            return generate(model, prompt_ids, self.sampling, **kwargs)
-        engine = self.model_wrapped
-        whole = self.reference.generating(engine) if reference else gathered(engine, self.policy)
-        # ZeRO-3: the weights are gathered once for the whole rollout.
-        with whole if self.args.ds3_gather_for_generation else contextlib.nullcontext():
-            return generate(model, prompt_ids, self.sampling, **kwargs)
-
-    def _samples_exactly(self) -> bool:
-        """Whether sampling and training compute the same probabilities up to fp32 rounding."""
-        full = {parameter.dtype for parameter in self.policy.parameters()} == {torch.float32}
-        plain = self.args.mixed_precision == "no" and not self.is_deepspeed_enabled
-        same = self.temperature == self.sampling.temperature and not self.sampling.changes_distribution
-        return full and plain and same
+        if reference:
+            # Sampled once a run, unless it moves: not worth weights of its own in another engine.
+            engine, model = TransformersEngine(self.eos_ids, self.processing_class), self.reference.module
+        else:
+            engine, model = self.engine, self.policy
+        whole = contextlib.nullcontext()
+        if self.is_deepspeed_enabled and self.args.ds3_gather_for_generation:
+            # ZeRO-3: the weights are gathered once for the whole rollout.
+            wrapped = self.model_wrapped
+            whole = self.reference.generating(wrapped) if reference else gathered(wrapped, self.policy)
+        with whole:
+            # Each time: whatever moved the weights (an update, a resume, the best checkpoint), they are sampled from.
+            engine.update_weights(model)
+            return engine.generate(prompt_ids, self.sampling, seeds)
 
     def score(self, rows: list[int], generated: list[Generated], prompts: PromptSet, rollout: Rollout | None = None):
         """Scores ``(N,)`` of responses to the prompts ``rows``.
@@ -176,11 +174,14 @@ class Collection:
         What sampling has worked out already is not worked out again.
         """
         device = self.accelerator.device
-        known = all(g.logprobs is not None for g in generated)
-        if known:
-            for row, one in enumerate(generated):
-                rollout.logprobs[row, : len(one.logprobs)] = torch.tensor(one.logprobs)
+        known = not self.engine.keeps_weights and all(g.logprobs is not None for g in generated)
+        for row, one in enumerate(generated):
+            if one.logprobs is not None:
+                rollout.engine_logprobs[row, : len(one.logprobs)] = torch.tensor(one.logprobs)
+            if known:
                 rollout.entropy[row, : len(one.entropy)] = torch.tensor(one.entropy)
+        if known:
+            rollout.logprobs = rollout.engine_logprobs.clone()
         self.model_wrapped.train()
         tokens = self.args.micro_batch_tokens if self.accelerator.num_processes == 1 else None
         for rows in rollout.micro_batches(self.args.local_rollout_forward_batch_size, tokens):
@@ -193,3 +194,6 @@ class Collection:
             width = part.mask.shape[1]
             for name, values in out.items():
                 getattr(rollout, name)[rows, :width] = values.float().cpu()
+        if not self.engine.keeps_weights:
+            # Sampled by the model that trains: nothing to correct for.
+            rollout.engine_logprobs = rollout.logprobs.clone()

@@ -112,6 +112,22 @@ class PPOConfig(TrainingArguments):
         "Take the rollout's log-probabilities and entropies from sampling where both compute the same (fp32, same "
         "temperature, no top-k or top-p, no DeepSpeed): one pass less. They then carry the rounding of decoding.",
     )
+    generation_engine: Literal["transformers", "vllm"] = _option(
+        "transformers",
+        "What samples: the project's own loop on the model that trains, or vLLM in the same process (extra vllm; one "
+        "process, no DeepSpeed), which gets the weights before each sampling.",
+    )
+    vllm_gpu_memory_utilization: float = _option(
+        0.3,
+        "Share of the GPU's memory (of the machine's on a CPU) for vLLM's weights and key-value cache, beside "
+        "training (TRL's GRPO: 0.3).",
+    )
+    importance_sampling_cap: float | None = _option(
+        2.0,
+        "C of truncated importance sampling (Yao et al. 2025; 2.0 as there): a token's policy loss is weighted by "
+        "min(exp(logprob of the trainer - logprob of the engine), C). All 1 with generation_engine=transformers. "
+        "None: no correction.",
+    )
     ds3_gather_for_generation: bool = _option(True, "ZeRO-3: gather the weights once per rollout (TRL).")
 
     # -- the reward
@@ -246,11 +262,27 @@ class PPOConfig(TrainingArguments):
             "kl_in": ("reward", "loss"),
             "kl_controller": ("fixed", "adaptive"),
             "missing_eos": ("replace", "subtract"),
+            "generation_engine": ("transformers", "vllm"),
             "parity": (None, "trl-1.12", "summarize-from-feedback"),
         }
         for name, valid in choices.items():
             if getattr(self, name) not in valid:
                 yield f"ppo.{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(str, valid))}."
+        if not 0 < self.vllm_gpu_memory_utilization <= 1:
+            yield (
+                f"ppo.vllm_gpu_memory_utilization is {self.vllm_gpu_memory_utilization}; it is a share of memory, "
+                f"above 0 and at most 1."
+            )
+        if self.importance_sampling_cap is not None and self.importance_sampling_cap < 1:
+            yield (
+                f"ppo.importance_sampling_cap is {self.importance_sampling_cap}; below 1 it would shrink the weights "
+                f"of tokens that engine and trainer agree on. Use at least 1, or null for no correction."
+            )
+        if self.generation_engine == "vllm" and self.logprobs_from_sampling:
+            yield (
+                "ppo.logprobs_from_sampling with generation_engine=vllm: the ratio must compare log-probabilities of "
+                "the trainer's own, and vLLM's differ. Set it to false."
+            )
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             yield (
                 "ppo.kl_in=loss with kl_estimator=k1: as a loss its expected gradient is 0, so it would restrain "

@@ -105,3 +105,22 @@ def rollout_metrics(rollout: Rollout, kl_coef: float) -> dict[str, float]:
         "response/length_max": lengths.max(),
     }
     return {name: float(value) for name, value in figures.items()}
+
+
+def engine_metrics(rollout: Rollout, cap: float | None) -> dict[str, float]:
+    """How far an engine's log-probabilities are from the trainer's, over the real tokens of a whole, gathered rollout.
+
+    Without rounding the differences are 0 and the importance ratios 1. Without a cap the share above it is 0.
+    """
+    mask = rollout.mask
+    log_ratio = torch.where(mask, rollout.logprobs - rollout.engine_logprobs, 0)
+    ratio = log_ratio.exp()
+    above = ratio > cap if cap is not None else torch.zeros_like(mask)
+    figures = {
+        "engine/logprob_difference_mean": masked_mean(log_ratio.abs(), mask),
+        "engine/logprob_difference_max": log_ratio.abs().max(),
+        "engine/importance_ratio_mean": masked_mean(ratio, mask),
+        "engine/importance_ratio_max": torch.where(mask, ratio, 0).max(),
+        "engine/importance_ratio_capped": masked_mean(above.float(), mask),
+    }
+    return {name: float(value) for name, value in figures.items()}

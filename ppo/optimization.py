@@ -5,7 +5,7 @@ import torch
 from artifacts.errors import UserError
 from ppo.collect import Clock
 from ppo.cost import update_flops
-from ppo.metrics import rollout_metrics
+from ppo.metrics import engine_metrics, rollout_metrics
 from ppo.rollout import Rollout
 from ppo.update import NonFinite, Update, run_update
 
@@ -65,6 +65,8 @@ class Optimization:
         """Everything the log says about one update."""
         metrics = rollout_metrics(rollout, self.kl.coef)
         metrics.update(done.metrics)
+        if self.engine.keeps_weights:
+            metrics.update(engine_metrics(rollout, self.args.importance_sampling_cap))
         metrics["val/first_ratio_deviation"] = done.first_deviation
         metrics["policy/stopped_early"] = float(done.stopped_early)
         metrics["episode"] = (self.state.global_step + 1) * self.rollout_size

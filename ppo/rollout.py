@@ -31,7 +31,9 @@ class Rollout:
         mask: ``(N, R)`` bool, True at real response tokens.
         value_mask: ``(N, R)`` bool, where values count; ``mask`` but for the parity conventions (one longer).
         finished: ``(N,)`` bool, the response ended by itself.
-        logprobs: ``(N, R)`` of the policy that sampled, at the sampling temperature.
+        logprobs: ``(N, R)`` of the policy that sampled, at the sampling temperature, as the trainer computes them.
+        engine_logprobs: ``(N, R)`` of the same tokens, as the engine that sampled them computed them; ``logprobs``
+            where that was the trainer's own loop.
         entropy: ``(N, R)`` of its next-token distributions, nats.
         ref_logprobs: ``(N, R)`` of the reference.
         values: ``(N, R)`` of the states before each token.
@@ -49,6 +51,7 @@ class Rollout:
     value_mask: torch.Tensor
     finished: torch.Tensor
     logprobs: torch.Tensor
+    engine_logprobs: torch.Tensor
     entropy: torch.Tensor
     ref_logprobs: torch.Tensor
     values: torch.Tensor
@@ -189,7 +192,16 @@ class Rollout:
             raise UserError(f"{path} is not a rollout written by ppo: {error}") from None
 
 
-TOKEN_FLOATS = ("logprobs", "entropy", "ref_logprobs", "values", "rewards", "advantages", "returns")
+TOKEN_FLOATS = (
+    "logprobs",
+    "engine_logprobs",
+    "entropy",
+    "ref_logprobs",
+    "values",
+    "rewards",
+    "advantages",
+    "returns",
+)
 FIELDS = tuple(field.name for field in dataclasses.fields(Rollout))
 
 

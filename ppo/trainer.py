@@ -38,6 +38,7 @@ from ppo.collect import Clock, Collection
 from ppo.config import CONVENTIONS, PPOConfig
 from ppo.cost import Sizes, size_of
 from ppo.diagnosis import Diagnosis
+from ppo.engines import make_engine
 from ppo.evaluation import Evaluator
 from ppo.optimization import Optimization
 from ppo.persistence import Persistence
@@ -190,6 +191,7 @@ class PPOTrainer(Collection, Optimization, Persistence, Sharded, Trainer):
             reward=sum(size_of(part.model) for part in self.rewards.parts if hasattr(part, "model")),
         )
         self._prepared = False
+        self.engine = make_engine(self)
 
     # ------------------------------------------------------------------------------------------------ the plan
 
@@ -238,8 +240,10 @@ class PPOTrainer(Collection, Optimization, Persistence, Sharded, Trainer):
         """Optimizer, wrapping (DDP, DeepSpeed, mixed precision) and schedule."""
         if self._prepared:
             return
-        if self.args.activation_checkpointing:
-            self.model.gradient_checkpointing_enable(self.args.activation_checkpointing_kwargs)
+        # The name before transformers 5.20, to which vLLM holds, is gradient_checkpointing.
+        kind = "activation" if hasattr(self.args, "activation_checkpointing") else "gradient"
+        if getattr(self.args, f"{kind}_checkpointing"):
+            self.model.gradient_checkpointing_enable(getattr(self.args, f"{kind}_checkpointing_kwargs"))
         self.create_optimizer()
         self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         if self.is_deepspeed_enabled:

@@ -13,7 +13,14 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from models.logprobs import Batch
-from ppo.algorithm import global_sum, kl_estimate, masked_mean, policy_loss, value_loss
+from ppo.algorithm import (
+    global_sum,
+    kl_estimate,
+    masked_mean,
+    policy_loss,
+    truncated_importance_weights,
+    value_loss,
+)
 from ppo.config import PPOConfig
 from ppo.metrics import Averages, any_rank
 from ppo.ptx import PretrainingText
@@ -158,7 +165,13 @@ def _micro_loss(
     if value_only:
         return loss
     tokens, logprobs = part.mask.sum(), out["logprobs"]
-    pg_loss, stats = policy_loss(logprobs, part.logprobs, part.advantages, part.mask, args.cliprange, counts["tokens"])
+    # All 1 where the trainer's own loop sampled.
+    weights = truncated_importance_weights(
+        part.logprobs, part.engine_logprobs, part.mask, args.importance_sampling_cap
+    )
+    pg_loss, stats = policy_loss(
+        logprobs, part.logprobs, part.advantages, part.mask, args.cliprange, counts["tokens"], weights
+    )
     loss = loss + pg_loss
     averages.add(
         tokens,

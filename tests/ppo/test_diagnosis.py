@@ -15,6 +15,7 @@ HEALTHY = {
     "policy/entropy": 1.5,
     "policy/clipfrac_avg": 0.05,
     "val/explained_variance": 0.6,
+    "engine/logprob_difference_mean": 0.02,
 }
 
 
@@ -48,6 +49,7 @@ def test_a_healthy_run_is_left_in_peace():
             [{"val/explained_variance": -0.3, "objective/rlhf_reward": i} for i in range(20)],
         ),
         ("updates too large", [{"policy/clipfrac_avg": 0.5}] * 3),
+        ("engine and trainer apart", [{"engine/logprob_difference_mean": 0.3}]),
     ],
 )
 def test_each_illness_is_named_once(kind, rows):

@@ -1,0 +1,73 @@
+"""Which engine samples the rollouts, and what must hold for it."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from artifacts.errors import UserError
+from models.engine import Engine, TransformersEngine
+
+if TYPE_CHECKING:
+    from ppo.trainer import PPOTrainer
+
+
+def make_engine(trainer: "PPOTrainer") -> Engine:
+    """The engine that ``ppo.generation_engine`` names.
+
+    Raises:
+        UserError: it cannot work with the other settings, is not installed, or cannot run the policy.
+    """
+    args = trainer.args
+    if args.generation_engine == "transformers":
+        exactly = args.logprobs_from_sampling and samples_exactly(trainer)
+        return TransformersEngine(trainer.eos_ids, trainer.processing_class, with_logprobs=exactly)
+    # Here, so that nothing asks for vLLM unless it is chosen.
+    from models.engine_vllm import VLLMEngine
+
+    check_colocated(trainer)
+    longest = max(prompts.longest for prompts in (trainer.prompts, trainer.eval_prompts) if prompts is not None)
+    return VLLMEngine(
+        trainer.policy,
+        trainer.sampling,
+        trainer.eos_ids,
+        longest + trainer.sampling.max_new_tokens,
+        engine_dtype(args.mixed_precision, trainer.policy.dtype),
+        args.vllm_gpu_memory_utilization,
+    )
+
+
+def check_colocated(trainer: "PPOTrainer") -> None:
+    """vLLM shares the process of one trainer that holds all weights whole.
+
+    Raises:
+        UserError: several ranks, sharded or quantized weights; names the key and the cause.
+    """
+    ranks = trainer.accelerator.num_processes
+    chosen, instead = "ppo.generation_engine=vllm", "use generation_engine=transformers"
+    if trainer.is_deepspeed_enabled:
+        raise UserError(
+            f"{chosen} does not work with deepspeed: the engine takes whole weights from one process, and DeepSpeed's "
+            f"are in its own partitions. Leave out deepspeed, or {instead}."
+        )
+    if trainer.is_fsdp_enabled:
+        raise UserError(f"{chosen} does not work with ppo.fsdp: weights are in pieces. Leave it out, or {instead}.")
+    if ranks > 1:
+        raise UserError(
+            f"{chosen} works on one process, and there are {ranks}: each would start an engine on the same device. "
+            f"Start one process, or {instead}."
+        )
+    if getattr(trainer.policy, "is_quantized", False):
+        raise UserError(f"{chosen} needs a policy in plain weights, and this one is quantized; or {instead}.")
+
+
+def samples_exactly(trainer: "PPOTrainer") -> bool:
+    """Whether sampling and training compute the same probabilities up to fp32 rounding."""
+    full = {parameter.dtype for parameter in trainer.policy.parameters()} == {torch.float32}
+    plain = trainer.args.mixed_precision == "no" and not trainer.is_deepspeed_enabled
+    same = trainer.temperature == trainer.sampling.temperature and not trainer.sampling.changes_distribution
+    return full and plain and same
+
+
+def engine_dtype(mixed_precision: str, weights: torch.dtype) -> torch.dtype:
+    """The arithmetic of the trainer's forward pass, so that engine and trainer round as alike as they can."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, weights)

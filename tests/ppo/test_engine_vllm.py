@@ -1,0 +1,66 @@
+"""vLLM for real, in an environment that has it: `PPO_VS_DPO_VLLM_PYTHON` names its Python (docs/performance.md)."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ppo.vllm_run import STALE, SYNCED
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def vllm_run(tmp_path, tiny_llama, word_tokenizer):
+    """A function that trains a tiny Llama with vLLM in a process of its own: ``vllm_run("full" or "lora")``."""
+    python = os.environ.get("PPO_VS_DPO_VLLM_PYTHON")
+    if not python:
+        pytest.skip("PPO_VS_DPO_VLLM_PYTHON does not name a Python with vLLM")
+    # vLLM's CPU kernels need heads of 32.
+    model = tiny_llama(0, initializer_range=0.2, hidden_size=64)
+    with torch.no_grad():  # likelier to end: responses of different lengths
+        model.lm_head.weight[word_tokenizer.eos_token_id] += 3 * model.lm_head.weight[10]
+    model.save_pretrained(tmp_path / "model")
+    word_tokenizer.save_pretrained(tmp_path / "model")
+
+    def start(kind):
+        done = subprocess.run(
+            [python, "-m", "tests.ppo.vllm_run", str(tmp_path / "model"), str(tmp_path / "out"), kind],
+            cwd=ROOT,
+            env={"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=1800,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_ppo_with_vllm(vllm_run, kind):
+    """Engine and trainer agree after every update to 1e-3 (fp32), and do not once weights are no longer sent."""
+    report = vllm_run(kind)
+    rows = report["log"]
+    assert len(rows) == SYNCED + STALE
+    assert max(row["engine/logprob_difference_max"] for row in rows[:SYNCED]) < 1e-3
+    assert max(abs(row["engine/importance_ratio_mean"] - 1) for row in rows[:SYNCED]) < 1e-4
+    # The policy moved in each update, so that the agreement is the synchronisation's.
+    assert min(row["policy/approxkl_avg"] for row in rows) > 1e-4
+    assert min(row["engine/logprob_difference_max"] for row in rows[SYNCED + 1 :]) > 1e-2
+    assert max(row["val/first_ratio_deviation"] for row in rows) < 1e-5
+
+    first, again, reordered, other = report["draws"]
+    assert first == again == reordered
+    assert first != other
+    # A response ends at an end token, which it keeps, or with the budget.
+    for tokens, finished in zip(first, report["finished"], strict=True):
+        assert len(tokens) <= report["budget"]
+        assert finished == (tokens[-1] in report["eos"])
+        assert finished or len(tokens) == report["budget"]
+        assert not set(tokens[:-1]) & set(report["eos"])
