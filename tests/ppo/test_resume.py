@@ -73,6 +73,8 @@ def test_killed_at_five_random_points(make_trainer, prompts, tmp_path, uninterru
     for _ in range(5):
         process = context.Process(target=child)
         process.start()
+        while last_checkpoint(output) is None and process.is_alive():
+            time.sleep(0.01)  # the first one is killed after a checkpoint, however busy the machine is
         # Long enough to get past a checkpoint now and then, short enough not to finish.
         process.join(rng.uniform(0.25, 0.6) * seconds + 0.3)
         if process.is_alive():
