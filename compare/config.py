@@ -54,3 +54,20 @@ class CompareStage:
     judges: list[Any] = field(default_factory=list)
     resamples: int = 2000
     confidence: float = 0.95
+
+    def problems(self) -> list[str]:
+        """What cannot be meant, a sentence each; the command asks before the first stage starts."""
+        least = {"n_prompts": 1, "samples": 1, "baseline_draws": 1, "pool_size": 0, "resamples": 100}
+        found = [
+            f"compare.{name} is {getattr(self, name)}; it must be at least {lowest}."
+            for name, lowest in least.items()
+            if getattr(self, name) < lowest
+        ]
+        if self.temperature <= 0:
+            found.append("compare.temperature is 0: a greedy policy has no KL. Put 0 into compare.other_temperatures.")
+        too_large = [n for n in self.best_of_n if not 1 <= n <= self.pool_size]
+        if too_large:
+            found.append(f"compare.best_of_n: {too_large[0]} is not in 1..pool_size ({self.pool_size}).")
+        if not 0.5 <= self.confidence < 1:
+            found.append(f"compare.confidence is {self.confidence}; it must be in [0.5, 1).")
+        return found

@@ -163,20 +163,7 @@ def check_settings(settings: CompareStage) -> None:
     Raises:
         UserError: all of them at once.
     """
-    least = {"n_prompts": 1, "samples": 1, "baseline_draws": 1, "pool_size": 0, "resamples": 100}
-    problems = [
-        f"compare.{name} is {getattr(settings, name)}; it must be at least {lowest}."
-        for name, lowest in least.items()
-        if getattr(settings, name) < lowest
-    ]
-    if settings.temperature <= 0:
-        problems.append("compare.temperature is 0: a greedy policy has no KL. Put 0 into compare.other_temperatures.")
-    too_large = [n for n in settings.best_of_n if not 1 <= n <= settings.pool_size]
-    if too_large:
-        problems.append(f"compare.best_of_n: {too_large[0]} is not in 1..pool_size ({settings.pool_size}).")
-    if not 0.5 <= settings.confidence < 1:
-        problems.append(f"compare.confidence is {settings.confidence}; it must be in [0.5, 1).")
-    if problems:
+    if problems := settings.problems():
         raise UserError("\n  ".join(["the configuration has errors:", *problems]))
 
 

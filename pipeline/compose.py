@@ -189,6 +189,11 @@ def check_section(section: str, values: DictConfig | dict, own: str) -> list[str
         except OmegaConfBaseException as error:
             first = str(error.msg or error).splitlines()[0]
             problems.append(f"{section}.{error.full_key or key}: {first}")
+    if not problems and hasattr(own_class, "problems"):
+        # What stages refuse about values is refused here, before the first of them has worked for hours.
+        settings = OmegaConf.merge(OmegaConf.structured(own_class), mine)
+        if not OmegaConf.missing_keys(settings):
+            problems += OmegaConf.to_object(settings).problems()
     sweep = values.get("sweep") if hasattr(values, "get") else None
     for key, points in (sweep or {}).items():
         if key not in valid or key in PIPELINE_KEYS:

@@ -67,6 +67,8 @@ def test_all_problems_at_once_with_the_nearest_name():
         (["experiment=quickstart", "sft.output_dir=x"], r"sft\.output_dir: set by the stage itself"),
         (["experiment=hh"], r"model\.path: required, and not set"),
         (["experiment=quickstart", "model.dtype=fp32"], r"dtype"),
+        (["experiment=quickstart", "compare.resamples=50"], r"compare\.resamples is 50; it must be at least 100"),
+        (["experiment=quickstart", "compare.pool_size=4"], r"compare\.best_of_n: .* is not in 1\.\.pool_size \(4\)"),
         (["experiment=quickstart", "what is this"], "cannot read the command line"),
     ],
 )
