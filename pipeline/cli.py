@@ -131,11 +131,18 @@ def run_one(overrides: list[str]) -> int:
 def sweep(overrides: list[str]) -> int:
     """Run once for each combination of the swept values, by Hydra's sweeper and launcher."""
     import hydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
 
     from pipeline.compose import prepare_overrides
     from pipeline.schema import CONFIGS
 
-    sys.argv = ["ppo-vs-dpo", "--multirun", *prepare_overrides(overrides)]
+    prepared = prepare_overrides(overrides)
+    # Runs are named after what differs between them; Hydra carries the rest to the jobs as keys to leave out.
+    fixed = [
+        one.key_or_group for one in OverridesParser.create().parse_overrides(prepared) if not one.is_sweep_override()
+    ]
+    leave_out = "hydra.job.config.override_dirname.exclude_keys=[" + ",".join(f"'{key}'" for key in fixed) + "]"
+    sys.argv = ["ppo-vs-dpo", "--multirun", *prepared, leave_out]
     hydra.main(config_path=str(CONFIGS), config_name="config", version_base="1.3")(sweep_job)()
     return 0
 
@@ -149,9 +156,9 @@ def sweep_job(config: DictConfig) -> None:
 
     hydra_config = HydraConfig.get()
     OmegaConf.set_struct(config, False)
-    resolved = finish(
-        config, hydra_config.runtime.choices.get("experiment"), list(hydra_config.overrides.task), multirun=True
-    )
+    fixed = set(hydra_config.job.config.override_dirname.exclude_keys) - {"seed"}
+    naming = [one for one in hydra_config.overrides.task if one.lstrip("+").partition("=")[0] not in fixed]
+    resolved = finish(config, hydra_config.runtime.choices.get("experiment"), naming, multirun=True)
     run_pipeline(resolved)
 
 

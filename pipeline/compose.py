@@ -1,6 +1,7 @@
 """From the command line to one resolved, checked configuration; all that is wrong is said at once."""
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,8 @@ from pipeline.schema import CONFIGS, PIPELINE_KEYS, SECTIONS, load_class, root_k
 from preferences.config import data_class
 
 GROUPS = ("experiment", "model", "data", "sft", "reward_model", "dpo", "ppo", "compare", "judge", "deepspeed")
+# Bytes of a run's default name before it is cut; most file systems end at 255, and folders stand beside it.
+LONGEST_NAME = 120
 # Mappings whose keys are somebody else's: any name is taken.
 OPEN_SECTIONS = ("model.architecture.", "launch.expected_seconds.", "deepspeed.")
 
@@ -119,7 +122,7 @@ def finish(
 
 
 def run_name(experiment: str, overrides: list[str], multirun: bool) -> str:
-    """The default name: the experiment, the seed where one was given, and in a sweep every other override."""
+    """The default name: the experiment, the seed where one was given, and in a sweep what else differs."""
     parts = [experiment.replace("/", "-")]
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
@@ -127,7 +130,10 @@ def run_name(experiment: str, overrides: list[str], multirun: bool) -> str:
             parts.append(f"seed{value}")
         elif multirun and key.split(".")[0] not in ("experiment", "stages", "launch", "output_dir", "name", "hydra"):
             parts.append(f"{key}={value}".replace("/", "-"))
-    return "-".join(parts)
+    name = "-".join(parts)
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    return f"{name.encode()[:LONGEST_NAME].decode(errors='ignore')}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def explain(error: Exception) -> str:

@@ -1,14 +1,17 @@
 """Configuration: composition, everything that is wrong at once, names, comments."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
 from artifacts.errors import UserError
-from pipeline.compose import experiments, load, prepare_overrides
+from pipeline.compose import experiments, load, prepare_overrides, run_name
 from pipeline.schema import CONFIGS, SECTIONS, fields_from_source, load_class, section_keys
 from pipeline.show import comments_of, list_experiments, show
+from tests.pipeline import mini
 
 
 def test_every_experiment_composes_and_has_a_line():
@@ -148,3 +151,20 @@ def test_show_prints_every_key_with_its_comment_and_can_be_read_back():
     place = next(i for i, line in enumerate(lines) if line.strip() == "kl_coef: 0.33")
     assert "KL penalty" in lines[place - 1]
     assert OmegaConf.create(text) == load(["experiment=quickstart", "ppo.kl_coef=0.33"])
+
+
+def test_runs_of_a_sweep_are_named_after_what_differs(tmp_path):
+    small = ["data.sft_examples=40", "data.train_prompts=20", "data.heldout_prompts=8", "data.pairs=16"]
+    words = ["-m", "experiment=quickstart", "seed=1,2", "ppo.kl_coef=0.1,0.2", "stages=[data]", *small]
+    line = [sys.executable, "-m", "pipeline.cli", *words, f"output_dir={tmp_path}", "data.test_pairs=8"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=300, env=mini.environment())
+    assert done.returncode == 0, done.stderr
+    assert {one.name for one in tmp_path.iterdir()} - {"sweeps"} == {
+        f"quickstart-seed{seed}-ppo.kl_coef={coef}" for seed in (1, 2) for coef in (0.1, 0.2)
+    }
+
+
+def test_a_long_name_is_cut_and_stays_unique():
+    names = {run_name("quickstart", [f"data.path={'x' * 300}{end}"], multirun=True) for end in "ab"}
+    assert len(names) == 2
+    assert all(len(name) < 150 for name in names)
