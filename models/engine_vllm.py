@@ -6,6 +6,7 @@ extra `vllm`; nothing here imports it before an engine is made.
 """
 
 import contextlib
+import copy
 import os
 import random
 import tempfile
@@ -121,9 +122,12 @@ class VLLMEngine:
             ) from error
         base = policy.get_base_model() if hasattr(policy, "peft_config") else policy
         self.eos_token_ids, self.max_length, self.dtype = sorted(eos_token_ids), max_length, dtype
-        on_cpu = next(policy.parameters()).device.type == "cpu"
+        self.on_cpu = next(policy.parameters()).device.type == "cpu"
         with tempfile.TemporaryDirectory() as folder, _generators_kept():
-            base.config.save_pretrained(folder)
+            config = copy.deepcopy(base.config)
+            # A model that was built and not loaded does not say what it is.
+            config.architectures = [type(base).__name__]
+            config.save_pretrained(folder)
             try:
                 self.llm = LLM(
                     model=folder,
@@ -139,7 +143,7 @@ class VLLMEngine:
                     # After the temperature, as the trainer takes them.
                     logprobs_mode="processed_logprobs",
                     # Compiling for a CPU takes longer than it saves.
-                    enforce_eager=on_cpu,
+                    enforce_eager=self.on_cpu,
                     seed=0,
                     disable_log_stats=True,
                 )
@@ -158,6 +162,8 @@ class VLLMEngine:
         weights = ((name, weight.to(self.dtype)) for name, weight in named_weights(model))
         with torch.no_grad():
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            if self.on_cpu:
+                self.llm.apply_model(_pack_heads)
         self.llm.reset_prefix_cache()
 
     def generate(
@@ -201,6 +207,20 @@ class VLLMEngine:
         tokens = list(output.token_ids)
         logprobs = [float(at[token].logprob) for at, token in zip(output.logprobs, tokens, strict=True)]
         return Generated(tokens, bool(tokens) and tokens[-1] in self.eos_token_ids, logprobs)
+
+
+def _pack_heads(model: torch.nn.Module) -> None:
+    """Pack the heads of vLLM's model anew.
+
+    Its CPU kernels multiply with a packed copy of a layer's weights. Reloading renews the copies of all layers that it
+    loads, and a head that is tied to the embedding is not among them: its copy stays as it was when vLLM started
+    (0.32; without this the log-probabilities of a tied model are off by several nats).
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
 
 
 def check_sampling(sampling: SamplingConfig) -> None:

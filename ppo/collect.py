@@ -12,6 +12,7 @@ from models.generation import Generated, row_seed
 from models.prompts import decode_completion
 from models.sharding import gathered
 from ppo.algorithm import gae, token_rewards, whiten
+from ppo.engines import check_agreement
 from ppo.metrics import any_rank
 from ppo.prompts import PromptSet
 from ppo.rewards import RewardError
@@ -81,6 +82,8 @@ class Collection:
         # 4. log-probabilities and values
         with clock("time/forward"):
             self._forward(rollout, generated)
+        if self.engine.keeps_weights and args.check_first_ratio:
+            check_agreement(self, rollout)
 
         # What follows may be summed over ranks, and some backends do so on the device only.
         rollout = rollout.to(self.accelerator.device)

@@ -197,7 +197,11 @@ class PPOConfig(TrainingArguments):
 
     # -- watching
     num_eval_samples: int = _option(8, "Completions shown side by side with the reference's at each evaluation.")
-    check_first_ratio: bool = _option(True, "Stop when the ratio is not 1 on the first pass (N+: it must be).")
+    check_first_ratio: bool = _option(
+        True,
+        "Stop when the ratio is not 1 on the first pass (N+: it must be), or another engine's log-probabilities are "
+        "further from the trainer's than rounding.",
+    )
     diagnose: bool = _option(True, "Warn in words when a run goes bad.")
     parity: Literal["trl-1.12", "summarize-from-feedback"] | None = _option(
         None, "Conventions of another implementation, for comparison: docs/ppo.md names each."

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.ppo.vllm_run import STALE, SYNCED
 
@@ -14,19 +15,17 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def vllm_run(tmp_path, tiny_llama, word_tokenizer):
-    """A function that trains a tiny Llama with vLLM in a process of its own: ``vllm_run("full" or "lora")``."""
+def vllm_run(tmp_path, word_tokenizer):
+    """A function that trains a tiny model with vLLM in a process of its own: ``vllm_run("full" or "lora", model)``."""
     python = os.environ.get("PPO_VS_DPO_VLLM_PYTHON")
     if not python:
         pytest.skip("PPO_VS_DPO_VLLM_PYTHON does not name a Python with vLLM")
-    # vLLM's CPU kernels need heads of 32.
-    model = tiny_llama(0, initializer_range=0.2, hidden_size=64)
-    with torch.no_grad():  # likelier to end: responses of different lengths
-        model.lm_head.weight[word_tokenizer.eos_token_id] += 3 * model.lm_head.weight[10]
-    model.save_pretrained(tmp_path / "model")
-    word_tokenizer.save_pretrained(tmp_path / "model")
 
-    def start(kind):
+    def start(kind, model):
+        with torch.no_grad():  # likelier to end: responses of different lengths
+            model.lm_head.weight[word_tokenizer.eos_token_id] += 3 * model.lm_head.weight[10]
+        model.save_pretrained(tmp_path / "model")
+        word_tokenizer.save_pretrained(tmp_path / "model")
         done = subprocess.run(
             [python, "-m", "tests.ppo.vllm_run", str(tmp_path / "model"), str(tmp_path / "out"), kind],
             cwd=ROOT,
@@ -42,10 +41,20 @@ def vllm_run(tmp_path, tiny_llama, word_tokenizer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_ppo_with_vllm(vllm_run, kind):
-    """Engine and trainer agree after every update to 1e-3 (fp32), and do not once weights are no longer sent."""
-    report = vllm_run(kind)
+@pytest.mark.parametrize(
+    ("kind", "architecture", "tied"), [("full", "llama", False), ("lora", "llama", True), ("full", "qwen2", True)]
+)
+def test_ppo_with_vllm(vllm_run, tiny_llama, kind, architecture, tied):
+    """Engine and trainer agree after every update to 1e-3 (fp32), and do not once weights are no longer sent.
+
+    A head of its own and one tied to the embedding, without and with biases, weights whole and merged.
+    """
+    # vLLM's CPU kernels need heads of 32.
+    model = tiny_llama(0, initializer_range=0.2, hidden_size=64, tie_word_embeddings=tied)
+    if architecture == "qwen2":
+        config = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures")}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **config))
+    report = vllm_run(kind, model)
     rows = report["log"]
     assert len(rows) == SYNCED + STALE
     assert max(row["engine/logprob_difference_max"] for row in rows[:SYNCED]) < 1e-3

@@ -119,7 +119,8 @@ def test_without_mismatch_the_run_is_the_same(make_trainer, weights, monkeypatch
 def test_mismatch_is_measured_and_corrected(make_trainer):
     """Log-probabilities 0.5 too low, 1 too low, 0.25 too high: weights e^0.5, e^1 cut to 2, e^-0.25."""
     shifts = [0.5, 1.0, -0.25]
-    trainer, rollouts = run(make_trainer, shifts, max_steps=2, num_ppo_epochs=1, num_mini_batches=1)
+    settings = {"num_ppo_epochs": 1, "num_mini_batches": 1, "check_first_ratio": False}
+    trainer, rollouts = run(make_trainer, shifts, max_steps=2, **settings)
     assert trainer.engine.updates == 2
     for rollout, row in zip(rollouts, logs(trainer), strict=True):
         place = torch.arange(rollout.mask.shape[1]) % 3
@@ -139,9 +140,10 @@ def test_mismatch_is_measured_and_corrected(make_trainer):
 
 
 def test_no_cap_no_correction(make_trainer, weights):
-    uncorrected, _ = run(make_trainer, [0.5, 1.0, -0.25], importance_sampling_cap=None)
+    shifts = {"shifts": [0.5, 1.0, -0.25], "check_first_ratio": False}
+    uncorrected, _ = run(make_trainer, **shifts, importance_sampling_cap=None)
     exact, _ = run(make_trainer, [0.0], importance_sampling_cap=None)
-    corrected, _ = run(make_trainer, [0.5, 1.0, -0.25])
+    corrected, _ = run(make_trainer, **shifts)
     assert same(weights(uncorrected), weights(exact))
     assert not same(weights(uncorrected), weights(corrected))
     assert logs(uncorrected)[0]["engine/importance_ratio_capped"] == 0
@@ -156,6 +158,13 @@ def test_weights_are_new_at_each_sampling(make_trainer, prompts):
     assert max(row["engine/logprob_difference_max"] for row in logs(trainer)) < 1e-5
     trainer.evaluate()
     assert same(dict(trainer.engine.model.named_parameters()), dict(trainer.policy.named_parameters()))
+
+
+@pytest.mark.parametrize("shift", [0.02, float("nan")])
+def test_an_engine_with_other_weights_stops_the_run(make_trainer, shift):
+    with pytest.raises(UserError, match=r"update 1 with differ from the trainer's by .* more than rounding"):
+        run(make_trainer, [shift])
+    run(make_trainer, [1e-3])
 
 
 # ------------------------------------------------------------------------------------------------ vLLM's settings

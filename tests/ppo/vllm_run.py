@@ -39,7 +39,8 @@ def main(model: str, folder: str, kind: str) -> None:
         args=PPOConfig(
             output_dir=folder, generation_engine="vllm", max_steps=SYNCED + STALE, rollout_batch_size=32,
             response_length=12, learning_rate=2e-3, lr_scheduler_type="constant", num_ppo_epochs=2, num_mini_batches=2,
-            save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, diagnose=False, seed=7,
+            check_first_ratio=False, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+            diagnose=False, seed=7,
         ),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS * 4}),
         peft_config=lora if kind == "lora" else None,
