@@ -144,7 +144,9 @@ def test_two_machines_of_a_hostfile(tiny, tmp_path, tools):
 def test_the_batch_script(tmp_path):
     """What it hands to the command, and that SLURM's signal before the time limit reaches it."""
     stand_in = tmp_path / "ppo-vs-dpo"
-    stand_in.write_text('#!/bin/bash\necho "got $*"\ntrap "echo stopped; exit 130" INT\nsleep 20 > /dev/null & wait\n')
+    stand_in.write_text(
+        '#!/bin/bash\ntrap "echo stopped; exit 130" INT\necho "got $*"\nsleep 300 > /dev/null & wait\n'
+    )
     stand_in.chmod(0o755)
     allocation = {"SLURM_NNODES": "2", "SLURM_GPUS_PER_NODE": "8"}
     job = subprocess.Popen(
@@ -152,13 +154,15 @@ def test_the_batch_script(tmp_path):
         env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", **allocation},
         stdout=subprocess.PIPE,
         text=True,
+        # Tests that were started in the background have the signal ignored, and would hand that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     job.stdout.readline()
     got = job.stdout.readline().strip()
     assert got == "got experiment=hh deepspeed=zero3 launch.nodes=2 launch.processes=8 launch.workers=1"
     time.sleep(0.3)
     job.send_signal(signal.SIGINT)
-    assert "stopped" in job.communicate(timeout=10)[0]
+    assert "stopped" in job.communicate(timeout=60)[0]
 
 
 def documented(start: str) -> list[str]:
