@@ -13,8 +13,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from models.fused import packed_states
 from models.loading import score_head
-from models.packed import Pick, can_pack, forward_packed, pack
+from models.packed import can_pack, forward_packed, pack
 
 # Logits turned into log-probabilities at once: bounds the extra memory, and 1 MiB stays in a core's cache.
 PIECE = 1 << 18
@@ -94,8 +95,8 @@ def response_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         if not isinstance(base(model), PreTrainedModel):
             # A wrapper that must be called as a whole.
             return forward_packed(model, model, packing, batch.input_ids, logits_to_keep=before).logits[0]
-        states = forward_packed(backbone(model), base(model), packing, batch.input_ids).last_hidden_state[0]
-        return base(model).get_output_embeddings()(Pick.apply(states, before))
+        states = packed_states(backbone(model), base(model), packing, batch.input_ids, before)
+        return base(model).get_output_embeddings()(states)
     length = batch.response_ids.shape[1]
     logits = model(
         input_ids=batch.input_ids,
@@ -243,8 +244,8 @@ def response_values(value_model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     mask = batch.response_mask
     if can_pack(value_model):
         packing = pack(batch.attention_mask)
-        states = forward_packed(backbone(value_model), base(value_model), packing, batch.input_ids).last_hidden_state
-        states = Pick.apply(states[0], _positions_before_response(batch, packing.starts, packing.lengths))
+        before = _positions_before_response(batch, packing.starts, packing.lengths)
+        states = packed_states(backbone(value_model), base(value_model), packing, batch.input_ids, before)
     else:
         length = batch.response_ids.shape[1]
         states = _padded_states(value_model, batch.input_ids, batch.attention_mask)[:, -length - 1 : -1][mask]
@@ -262,8 +263,8 @@ def sequence_scores(
     """
     if can_pack(reward_model):
         packing = pack(attention_mask)
-        states = forward_packed(backbone(reward_model), base(reward_model), packing, input_ids).last_hidden_state
-        picked = states[0, packing.starts + packing.lengths - 1]
+        last = packing.starts + packing.lengths - 1
+        picked = packed_states(backbone(reward_model), base(reward_model), packing, input_ids, last)
     else:
         columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
         last = (attention_mask * columns).argmax(-1)

@@ -146,20 +146,45 @@ def packed_attention(
     if packed_groups is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     heads, width = query.shape[1], query.shape[-1]
-    sizes = [group.stop - group.start for group in packed_groups]
+    flat = [x[0].transpose(0, 1).reshape(x.shape[2], -1) for x in (query, key, value)]
+    return attend(*flat, width, packed_groups, dropout, scaling).view(1, -1, heads, width), None
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    width: int,
+    groups: list[Group],
+    dropout: float = 0.0,
+    scaling: float | None = None,
+) -> torch.Tensor:
+    """Causal attention of each sequence to itself.
+
+    Args:
+        query: ``(T, H * width)``; ``key`` and ``value`` ``(T, H_kv * width)``.
+        width: of a head.
+        groups: `Packing.groups`.
+        dropout: of attention weights.
+        scaling: of the products; ``1 / sqrt(width)`` by default.
+
+    Returns:
+        ``(T, H * width)``.
+    """
+    sizes = [group.stop - group.start for group in groups]
     # Split once: the backward pass of a split is one concatenation, that of a slice a tensor of zeros each.
-    flat = [x[0].transpose(0, 1).reshape(x.shape[2], -1).split(sizes) for x in (query, key, value)]
+    flat = [x.split(sizes) for x in (query, key, value)]
     pieces = []
-    for group, *parts in zip(packed_groups, *flat, strict=True):
+    for group, *parts in zip(groups, *flat, strict=True):
         if group.places is not None:
             parts = [Spread.apply(x, group.places, group.rows * group.longest) for x in parts]
         padded = [x.view(group.rows, group.longest, -1, width).transpose(1, 2) for x in parts]
         out = F.scaled_dot_product_attention(
-            *padded, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=heads != key.shape[1]
+            *padded, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
         )
-        out = out.transpose(1, 2).reshape(-1, heads * width)
+        out = out.transpose(1, 2).reshape(-1, query.shape[1])
         pieces.append(out if group.places is None else Pick.apply(out, group.places))
-    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(1, -1, heads, width), None
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -12,8 +12,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, SequenceClassifierOutputWithPast
 
+from models.fused import packed_states
 from models.logprobs import backbone, base, score_head_of, sequence_scores
-from models.packed import Pick, Spread, can_pack, forward_packed, pack
+from models.packed import Spread, can_pack, pack
 
 # Arguments of a backbone that mean nothing here.
 _IGNORED = {"use_cache", "position_ids", "return_dict"}
@@ -31,13 +32,13 @@ def _teach_backbone(owner: PreTrainedModel) -> None:
         if keep is None and (not padded or kwargs.get("use_cache") or others):
             return plain(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         packing = pack(attention_mask)
-        states = forward_packed(plain, owner, packing, input_ids).last_hidden_state[0]
         if keep is None:
+            states = packed_states(inner, owner, packing, input_ids, call=plain)
             rows = Spread.apply(states, packing.order, input_ids.numel())
             return BaseModelOutputWithPast(last_hidden_state=rows.view(*input_ids.shape, -1))
         packed_index = torch.zeros(input_ids.numel(), dtype=torch.long, device=input_ids.device)
         packed_index[packing.order] = torch.arange(len(packing.order), device=input_ids.device)
-        kept = Pick.apply(states, packed_index[keep])
+        kept = packed_states(inner, owner, packing, input_ids, packed_index[keep], call=plain)
         return BaseModelOutputWithPast(last_hidden_state=kept.unsqueeze(0))
 
     inner.forward = forward

@@ -66,9 +66,18 @@ class Switched(nn.Module):
 
     def forward(self, **inputs):
         """The transformer's forward pass."""
-        inner = self.shared.model.get_base_model()
         with self.shared.active(self.adapter):
-            return getattr(inner, inner.base_model_prefix)(**inputs)
+            return self._inner(**inputs)
+
+    @property
+    def _inner(self) -> nn.Module:
+        base = self.shared.model.get_base_model()
+        return getattr(base, base.base_model_prefix)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The base's, which `models.fused` looks at."""
+        return self._inner.layers
 
 
 class SharedRole(nn.Module):

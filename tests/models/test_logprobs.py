@@ -27,8 +27,8 @@ def test_equal_to_each_row_alone(tiny_llama, temperature, pad):
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         expected, expected_entropy, _ = plain(model, prompt, response, temperature)
         n = len(response)
-        torch.testing.assert_close(logprobs[row, :n], expected, atol=2e-6, rtol=0)
-        torch.testing.assert_close(entropy[row, :n], expected_entropy, atol=2e-6, rtol=0)
+        torch.testing.assert_close(logprobs[row, :n], expected, atol=5e-6, rtol=0)
+        torch.testing.assert_close(entropy[row, :n], expected_entropy, atol=5e-6, rtol=0)
         assert logprobs[row, n:].abs().sum() == 0
 
 
