@@ -7,10 +7,13 @@
 The same 6 M-parameter Llamas (four roles), prompts, rollout size, epochs, micro-batch rows and optimizer on both
 sides, one thread each; the two take turns within one run. ``fixed``: prompts of equal length and no EOS, so that
 there is nothing to skip. ``real``: prompts of 8 to 96 tokens, responses that end by EOS after a third of the budget on
-average (a bias on EOS gives every token the same chance to be the last, on both sides). Seconds are CPU seconds.
+average: a bias on EOS gives every token the same chance to be the last, and both sides get the same lengths, 32
+quantiles of that distribution in another order at each update. Seconds are CPU seconds.
 """
 
 import argparse
+import itertools
+import math
 import random
 import statistics
 import sys
@@ -26,7 +29,7 @@ VOCABULARY, PAD, BOS, EOS = 4096, 0, 1, 2
 SHAPE = floor.Shape(hidden=256, intermediate=688, layers=5, vocabulary=VOCABULARY)
 EPOCHS = 4
 # Of one pass of ours at most; TRL's passes are counted in rows.
-TOKENS = 512
+TOKENS = 1024
 
 
 @dataclass
@@ -58,6 +61,15 @@ def hazard(mean: float, budget: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if (1 - (1 - middle) ** budget) / middle > mean else (low, middle)
     return low
+
+
+def planned_lengths(workload: Workload, update: int) -> list[int]:
+    """Response lengths of an update: the quantiles of the distribution, shuffled; ``budget`` and more never ended."""
+    chance = hazard(workload.mean, workload.budget)
+    quantiles = [(row + 0.5) / workload.rows for row in range(workload.rows)]
+    lengths = [math.ceil(math.log1p(-share) / math.log1p(-chance)) for share in quantiles]
+    random.Random(update).shuffle(lengths)
+    return lengths
 
 
 def models(workload: Workload) -> tuple:
@@ -130,6 +142,27 @@ def step_end(turns: measure.Turns, steps: int, figures):
     return StepEnd()
 
 
+def planned_generation(workload: Workload, generate):
+    """``generate`` of transformers, such that responses have the planned lengths (one call an update)."""
+    from transformers import LogitsProcessor
+
+    class Planned(LogitsProcessor):
+        def __init__(self, lengths: list[int]):
+            self.lengths, self.step = torch.tensor(lengths), 0
+
+        def __call__(self, input_ids, scores):
+            self.step += 1
+            scores[:, EOS] = torch.where(self.lengths == self.step, 1e4, -1e4)
+            return scores
+
+    updates = itertools.count()
+
+    def planned(*args, **kwargs):
+        return generate(*args, logits_processor=[Planned(planned_lengths(workload, next(updates)))], **kwargs)
+
+    return planned
+
+
 def run_trl(workload: Workload, steps: int, folder: str, bf16: bool) -> None:
     """TRL's side."""
     from datasets import Dataset
@@ -137,6 +170,8 @@ def run_trl(workload: Workload, steps: int, folder: str, bf16: bool) -> None:
 
     turns, seen = measure.Turns(), {}
     policy, reference, reward, value, tokenizer = models(workload)
+    if workload.mean:
+        policy.generate = planned_generation(workload, policy.generate)
     forward = ppo_trainer.forward
 
     def watched(model, query_responses, pad_token_id):
@@ -167,14 +202,41 @@ def run_trl(workload: Workload, steps: int, folder: str, bf16: bool) -> None:
     ).train()  # fmt: skip
 
 
+def planned_uniforms(workload: Workload, steps: int, uniforms):
+    """The generator's random numbers, such that responses have the planned lengths.
+
+    A number picks the token where the cumulative distribution reaches it, and EOS is the third token: 0.01 picks it
+    (its chance is 0.03 to 0.05), 0.2 and more picks another.
+    """
+    from models.generation import row_seed
+
+    planned = {
+        row_seed(1, "rollout", update, position): length
+        for update in range(steps)
+        for position, length in enumerate(planned_lengths(workload, update))
+    }
+
+    def drawn(seeds, length):
+        numbers = 0.2 + 0.8 * uniforms(seeds, length)
+        for row, seed in enumerate(seeds):
+            if planned[seed] <= length:
+                numbers[row, planned[seed] - 1] = 0.01
+        return numbers
+
+    return drawn
+
+
 def run_ours(workload: Workload, steps: int, folder: str, bf16: bool) -> None:
     """Our side."""
     from datasets import Dataset
 
+    from models import generation
     from ppo.config import PPOConfig
     from ppo.trainer import PPOTrainer
 
     turns, seen = measure.Turns(), {}
+    if workload.mean:
+        generation._uniforms = planned_uniforms(workload, steps, generation._uniforms)
     policy, reference, reward, value, tokenizer = models(workload)
 
     def figures() -> dict:
@@ -214,7 +276,9 @@ def compare(name: str, rounds: int, trl: str, bf16: bool) -> None:
     steps = measure.alternate(sides, rounds)
     rate, band = measure.matmul_rate(), measure.bandwidth()
     ours, theirs = steps["ours"], steps["trl"]
-    # The floor of the lengths that ours sampled; TRL's lengths come from the same distribution.
+    # Equal on both sides; the floor is of these.
+    for one, other in zip(ours, theirs, strict=True):
+        assert sorted(one["responses"]) == sorted(other["responses"]), "the two sides sampled other lengths"
     needed = []
     for step in ours:
         counted = floor.update(SHAPE, step["prompts"], step["responses"], workload.epochs)

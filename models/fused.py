@@ -170,7 +170,7 @@ def layer_forward(
     residual = hidden_states if keep is None else Pick.apply(hidden_states[0], keep).unsqueeze(0)
     hidden_states = residual + attended
     normal, mlp = layer.post_attention_layernorm(hidden_states, packed=True), layer.mlp
-    if isinstance(mlp.act_fn, nn.SiLU):
+    if type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation"):
         inner = GatedUnit.apply(mlp.gate_proj(normal), mlp.up_proj(normal))
         return hidden_states + mlp.down_proj(inner)
     return hidden_states + mlp(normal)
