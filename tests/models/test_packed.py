@@ -61,7 +61,7 @@ def test_logprobs_and_gradients(tiny_llama, monkeypatch, heads, checkpointing, l
 
     for packed, padded in zip(*both(compute, monkeypatch), strict=True):
         # Gradients of this loss reach hundreds: rounding is measured against the largest entry.
-        assert (packed - padded).abs().max() <= 5e-6 * padded.abs().max().clamp_min(1)
+        assert (packed - padded).abs().max() <= 1e-5 * padded.abs().max().clamp_min(1)
 
 
 def test_a_model_that_was_packed_still_takes_padded_rows(tiny_llama):
