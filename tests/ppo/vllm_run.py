@@ -9,7 +9,7 @@ import sys
 
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from ppo.config import PPOConfig
 from ppo.trainer import PPOTrainer
@@ -43,6 +43,8 @@ def main(model: str, folder: str, kind: str) -> None:
             diagnose=False, seed=7,
         ),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS * 4}),
+        # Not the class that belongs to the architecture, which would read the files otherwise.
+        processing_class=PreTrainedTokenizerFast.from_pretrained(model),
         peft_config=lora if kind == "lora" else None,
         callbacks=[stop],
     )  # fmt: skip
