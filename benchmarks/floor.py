@@ -27,12 +27,23 @@ class Shape:
         return self.hidden * self.vocabulary
 
 
-def forward(shape: Shape, lengths: list[int], heads: int) -> float:
-    """FLOPs of one causal pass over sequences, the language-model head at ``heads`` positions."""
-    body = 2 * shape.layer_weights * sum(lengths)
+def forward(shape: Shape, tokens: list[int], states: list[int], heads: int) -> float:
+    """FLOPs of one causal pass over sequences.
+
+    The last layer needs keys and values of every token, and all else only where its states are asked for.
+
+    Args:
+        shape: of the model.
+        tokens: of each sequence.
+        states: last hidden states that are needed, at the end of each sequence.
+        heads: positions for the language-model head.
+    """
+    asked = 2 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate
+    body = 2 * ((shape.layer_weights - asked) * sum(tokens) + asked * sum(states))
     # Queries by keys and weights by values: 2 x 2 d a pair of positions, and half of the pairs are causal.
-    attention = shape.layers * sum(2 * shape.hidden * length * (length + 1) for length in lengths)
-    return body + attention + 2 * shape.head_weights * heads
+    pairs = (shape.layers - 1) * sum(n * (n + 1) / 2 for n in tokens)
+    pairs += sum(s * n - s * (s - 1) / 2 for n, s in zip(tokens, states, strict=True))
+    return body + 4 * shape.hidden * pairs + 2 * shape.head_weights * heads
 
 
 def update(shape: Shape, prompts: list[int], responses: list[int], epochs: int) -> dict[str, float]:
@@ -47,15 +58,16 @@ def update(shape: Shape, prompts: list[int], responses: list[int], epochs: int) 
         responses: tokens of each response.
         epochs: passes over the rollout.
     """
-    whole = [p + r for p, r in zip(prompts, responses, strict=True)]
-    # The last token of a response is never fed back.
-    generated = forward(shape, [length - 1 for length in whole], sum(responses))
-    with_head, without = forward(shape, whole, sum(responses)), forward(shape, whole, 0)
+    # The last token of a response is never fed back; the state after it is nobody's but the reward model's.
+    fed = [p + r - 1 for p, r in zip(prompts, responses, strict=True)]
+    ones, drawn = [1] * len(fed), sum(responses)
+    policy, value = forward(shape, fed, responses, drawn), forward(shape, fed, responses, 0)
+    reward = forward(shape, [length + 1 for length in fed], ones, 0)
     kept = sum(2 * shape.hidden * (p * r + r * (r + 1) // 2) for p, r in zip(prompts, responses, strict=True))
     return {
-        "generate": generated,
-        "score": with_head + 2 * without,
-        "train": epochs * 3 * (with_head + without),
+        "generate": policy,
+        "score": policy + value + reward,
+        "train": epochs * 3 * (policy + value),
         # Weights once a step, keys and values of every live row at every step; 4 bytes each.
         "bytes": 4.0 * ((shape.layer_weights + shape.head_weights) * max(responses) + shape.layers * kept),
     }
