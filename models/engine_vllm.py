@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from artifacts.errors import UserError
 from models.generation import Generated, SamplingConfig
+from models.vllm_worker import pack_heads
 
 # Read by vLLM when it is imported or an engine starts; what the user has set stays.
 ENVIRONMENT = {
@@ -163,7 +164,7 @@ class VLLMEngine:
         with torch.no_grad():
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             if self.on_cpu:
-                self.llm.apply_model(_pack_heads)
+                self.llm.apply_model(pack_heads)
         self.llm.reset_prefix_cache()
 
     def generate(
@@ -207,20 +208,6 @@ class VLLMEngine:
         tokens = list(output.token_ids)
         logprobs = [float(at[token].logprob) for at, token in zip(output.logprobs, tokens, strict=True)]
         return Generated(tokens, bool(tokens) and tokens[-1] in self.eos_token_ids, logprobs)
-
-
-def _pack_heads(model: torch.nn.Module) -> None:
-    """Pack the heads of vLLM's model anew.
-
-    Its CPU kernels multiply with a packed copy of a layer's weights. Reloading renews the copies of all layers that it
-    loads, and a head that is tied to the embedding is not among them: its copy stays as it was when vLLM started
-    (0.32; without this the log-probabilities of a tied model are off by several nats).
-    """
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead):
-            module.quant_method.process_weights_after_loading(module)
 
 
 def check_sampling(sampling: SamplingConfig) -> None:

@@ -114,9 +114,15 @@ class PPOConfig(TrainingArguments):
     )
     generation_engine: Literal["transformers", "vllm"] = _option(
         "transformers",
-        "What samples: the project's own loop on the model that trains, or vLLM in the same process (extra vllm; one "
-        "process, no DeepSpeed), which gets the weights before each sampling.",
+        "What samples: the project's own loop on the model that trains, or vLLM, which gets the weights before each "
+        "sampling.",
     )
+    vllm_mode: Literal["colocate", "server"] = _option(
+        "colocate",
+        "Where vLLM runs (TRL's names): in the trainer's process (extra vllm; one process, no DeepSpeed), or as a "
+        "server that `python -m models.vllm_server MODEL` started; any number of ranks.",
+    )
+    vllm_server_base_url: str = _option("http://127.0.0.1:8000", "Of the server, with vllm_mode=server.")
     vllm_gpu_memory_utilization: float = _option(
         0.3,
         "Share of the GPU's memory (of the machine's on a CPU) for vLLM's weights and key-value cache, beside "
@@ -267,6 +273,7 @@ class PPOConfig(TrainingArguments):
             "kl_controller": ("fixed", "adaptive"),
             "missing_eos": ("replace", "subtract"),
             "generation_engine": ("transformers", "vllm"),
+            "vllm_mode": ("colocate", "server"),
             "parity": (None, "trl-1.12", "summarize-from-feedback"),
         }
         for name, valid in choices.items():

@@ -23,43 +23,54 @@ def make_engine(trainer: "PPOTrainer") -> Engine:
     if args.generation_engine == "transformers":
         exactly = args.logprobs_from_sampling and samples_exactly(trainer)
         return TransformersEngine(trainer.eos_ids, trainer.processing_class, with_logprobs=exactly)
+    check_whole(trainer)
+    longest = max(prompts.longest for prompts in (trainer.prompts, trainer.eval_prompts) if prompts is not None)
+    dtype = engine_dtype(args.mixed_precision, trainer.policy.dtype)
+    given = (trainer.policy, trainer.sampling, trainer.eos_ids, longest + trainer.sampling.max_new_tokens, dtype)
     # Here, so that nothing asks for vLLM unless it is chosen.
+    if args.vllm_mode == "server":
+        from models.engine_vllm_server import VLLMServerEngine
+
+        return VLLMServerEngine(args.vllm_server_base_url, args.output_dir, *given)
     from models.engine_vllm import VLLMEngine
 
     check_colocated(trainer)
-    longest = max(prompts.longest for prompts in (trainer.prompts, trainer.eval_prompts) if prompts is not None)
-    return VLLMEngine(
-        trainer.policy,
-        trainer.sampling,
-        trainer.eos_ids,
-        longest + trainer.sampling.max_new_tokens,
-        engine_dtype(args.mixed_precision, trainer.policy.dtype),
-        args.vllm_gpu_memory_utilization,
-    )
+    return VLLMEngine(*given, args.vllm_gpu_memory_utilization)
+
+
+def check_whole(trainer: "PPOTrainer") -> None:
+    """vLLM gets whole, plain weights.
+
+    Raises:
+        UserError: they are in pieces when it samples, or quantized; names the key and the cause.
+    """
+    chosen, instead = "ppo.generation_engine=vllm", "use generation_engine=transformers"
+    if trainer.is_fsdp_enabled:
+        raise UserError(f"{chosen} does not work with ppo.fsdp: weights are in pieces. Leave it out, or {instead}.")
+    if trainer.is_deepspeed_enabled and not trainer.args.ds3_gather_for_generation:
+        raise UserError(f"{chosen} needs ppo.ds3_gather_for_generation: weights are sent whole. Set it, or {instead}.")
+    if getattr(trainer.policy, "is_quantized", False):
+        raise UserError(f"{chosen} needs a policy in plain weights, and this one is quantized; or {instead}.")
 
 
 def check_colocated(trainer: "PPOTrainer") -> None:
     """vLLM shares the process of one trainer that holds all weights whole.
 
     Raises:
-        UserError: several ranks, sharded or quantized weights; names the key and the cause.
+        UserError: several ranks, or DeepSpeed; names the key and the cause.
     """
     ranks = trainer.accelerator.num_processes
-    chosen, instead = "ppo.generation_engine=vllm", "use generation_engine=transformers"
+    chosen, instead = "ppo.generation_engine=vllm", "use vllm_mode=server or generation_engine=transformers"
     if trainer.is_deepspeed_enabled:
         raise UserError(
             f"{chosen} does not work with deepspeed: the engine takes whole weights from one process, and DeepSpeed's "
             f"are in its own partitions. Leave out deepspeed, or {instead}."
         )
-    if trainer.is_fsdp_enabled:
-        raise UserError(f"{chosen} does not work with ppo.fsdp: weights are in pieces. Leave it out, or {instead}.")
     if ranks > 1:
         raise UserError(
             f"{chosen} works on one process, and there are {ranks}: each would start an engine on the same device. "
             f"Start one process, or {instead}."
         )
-    if getattr(trainer.policy, "is_quantized", False):
-        raise UserError(f"{chosen} needs a policy in plain weights, and this one is quantized; or {instead}.")
 
 
 def samples_exactly(trainer: "PPOTrainer") -> bool:

@@ -174,6 +174,7 @@ def test_an_engine_with_other_weights_stops_the_run(make_trainer, shift):
     ("settings", "words"),
     [
         ({"generation_engine": "vlm"}, "generation_engine is 'vlm'; it must be one of transformers, vllm"),
+        ({"vllm_mode": "remote"}, "vllm_mode is 'remote'; it must be one of colocate, server"),
         ({"importance_sampling_cap": 0.5}, "importance_sampling_cap is 0.5; below 1"),
         ({"vllm_gpu_memory_utilization": 1.5}, "vllm_gpu_memory_utilization is 1.5"),
         ({"generation_engine": "vllm", "logprobs_from_sampling": True}, "logprobs_from_sampling with generation_eng"),
@@ -194,28 +195,30 @@ def test_a_missing_vllm_names_the_extra(make_trainer, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "words"),
+    ("name", "check", "words"),
     [
-        ("is_deepspeed_enabled", True, "does not work with deepspeed: the engine takes whole weights"),
-        ("is_fsdp_enabled", True, r"does not work with ppo\.fsdp"),
+        ("is_deepspeed_enabled", "check_colocated", "does not work with deepspeed: the engine takes whole weights"),
+        ("is_deepspeed_enabled", "check_whole", "needs ppo.ds3_gather_for_generation"),
+        ("is_fsdp_enabled", "check_whole", r"does not work with ppo\.fsdp"),
     ],
 )
-def test_sharded_weights_are_refused(make_trainer, name, value, words):
-    from ppo.engines import check_colocated
+def test_sharded_weights_are_refused(make_trainer, name, check, words):
+    from ppo import engines
 
     trainer = make_trainer()
-    setattr(trainer, name, value)
+    setattr(trainer, name, True)
+    trainer.args.ds3_gather_for_generation = False
     with pytest.raises(UserError, match=words):
-        check_colocated(trainer)
+        getattr(engines, check)(trainer)
 
 
 def test_several_ranks_and_quantized_weights_are_refused(make_trainer, monkeypatch):
-    from ppo.engines import check_colocated
+    from ppo.engines import check_colocated, check_whole
 
     trainer = make_trainer()
     trainer.policy.is_quantized = True
     with pytest.raises(UserError, match="plain weights, and this one is quantized"):
-        check_colocated(trainer)
+        check_whole(trainer)
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
     with pytest.raises(UserError, match="works on one process, and there are 2"):
         check_colocated(trainer)
