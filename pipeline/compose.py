@@ -50,7 +50,9 @@ def prepare_overrides(overrides: list[str]) -> list[str]:
         key = override.key_or_group
         section, _, rest = key.partition(".")
         text = override.input_line
-        if (key in GROUPS and _names_a_group(override)) or section == "hydra" or override.is_add():
+        # Its keys (hydra.sweep.dir) and its groups (hydra/launcher).
+        hydras = section == "hydra" or key.startswith("hydra/")
+        if (key in GROUPS and _names_a_group(override)) or hydras or override.is_add():
             prepared.append(text)
         elif section in SECTIONS and rest:
             valid = keys.setdefault(section, section_keys(section))

@@ -203,3 +203,21 @@ def test_documented_commands_compose():
             assert main(words[1:]) in (0, 1)
         else:
             load([word.split(",")[0] for word in words if not word.startswith("hydra")])
+
+
+def test_a_sweep_by_submitit(tmp_path):
+    """Hydra's submitit launcher, with its queue on this machine instead of SLURM's: a job of its own for each run."""
+    line = ["-m", "pipeline.cli", "-m", "experiment=quickstart", "stages=[data]", "seed=1,2"]
+    line += [f"output_dir={tmp_path}", "hydra/launcher=submitit_local"]
+    subprocess.run([sys.executable, *line], cwd=ROOT, check=True, capture_output=True, timeout=600)
+    for seed in (1, 2):
+        assert RunFolder(tmp_path / f"quickstart-seed{seed}").done("data")
+    assert len(list(tmp_path.glob("sweeps/*/.submitit/*/*_result.pkl"))) == 2
+
+
+def test_an_unknown_key_of_hydras_name_is_refused():
+    from pipeline.compose import prepare_overrides
+
+    assert prepare_overrides(["hydra/launcher=submitit_slurm"]) == ["hydra/launcher=submitit_slurm"]
+    with pytest.raises(UserError, match="hydrae/launcher: no such key"):
+        prepare_overrides(["hydrae/launcher=submitit_slurm"])
