@@ -38,6 +38,7 @@ ROLES = {"policy": True, "value": True, "reference": False, "reward": False}
 LOSSES = ("loss/policy_avg", "loss/value_avg", "policy/approxkl_avg")
 # Sums over a response, over all gradients.
 SUMS = ("objective/kl", "loss/grad_norm")
+FIGURES = (*LOSSES, *SUMS)
 
 
 def history(folder: Path, step: int) -> list[dict]:
@@ -62,7 +63,7 @@ def train(make_trainer, prompts, tiny_reward, tmp_path):
 def agree(one: list[dict], other: list[dict], updates: int) -> None:
     """Losses at most 1e-4 apart in any update, and an order less on average; sums five times that."""
     assert len(one) == len(other) == updates
-    for name in (*LOSSES, *SUMS):
+    for name in FIGURES:
         mine, theirs = (torch.tensor([row[name] for row in rows]) for rows in (one, other))
         residual, scale = (mine - theirs).abs(), 1 if name in LOSSES else 5
         print(f"{name} (up to {mine.abs().max():.2g}): max {residual.max():.1e}, mean {residual.mean():.1e}")
