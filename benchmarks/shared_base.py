@@ -1,6 +1,6 @@
 """PPO with adapters: one base for four roles beside four separate models; samples/s and peak memory of an update.
 
-    python -m benchmarks.shared_base MODEL [--rounds 2] [--rows 8] [--prompt-tokens 32] [--new-tokens 32]
+    python -m benchmarks.shared_base MODEL [--rounds 2] [--rows 8] [--micro-rows 1]
 
 Two processes of one thread take turns, as in `benchmarks.ppo_vs_trl`: the same prompts, settings and adapters (policy
 and value model train them; the reward model is an adapter of its own; the reference is the bare base).
@@ -18,6 +18,7 @@ from benchmarks import measure
 from benchmarks.memory import save_reward_adapter, targets
 
 EPOCHS, RANK = 4, 16
+NUMBERS = ("rounds", "rows", "micro-rows", "prompt-tokens", "new-tokens")
 
 
 def roles(kind: str, path: str, reward: Path) -> dict:
@@ -64,7 +65,9 @@ def worker(kind: str, given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         PPOTrainer(
             args=PPOConfig(
-                output_dir=folder, per_device_train_batch_size=given.rows, total_episodes=steps * given.rows,
+                output_dir=folder, per_device_train_batch_size=given.micro_rows,
+                gradient_accumulation_steps=given.rows // given.micro_rows,
+                local_rollout_forward_batch_size=given.micro_rows, total_episodes=steps * given.rows,
                 num_ppo_epochs=EPOCHS, num_mini_batches=1, response_length=given.new_tokens, save_strategy="no",
                 report_to="none", use_cpu=True, disable_tqdm=True, diagnose=False, seed=1,
             ),
@@ -79,6 +82,7 @@ def main() -> None:
     parser.add_argument("model", help="folder or name of a causal language model")
     for name, default in (("rounds", 2), ("rows", 8), ("prompt-tokens", 32), ("new-tokens", 32)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--micro-rows", type=int, default=1, help="of one pass: activations are on top of the models")
     parser.add_argument("--side", choices=("separate", "shared"), help=argparse.SUPPRESS)
     parser.add_argument("--reward", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -91,16 +95,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         lora = LoraSettings(r=RANK, alpha=2 * RANK, target_modules=targets(given.model))
         save_reward_adapter(given.model, lora, Path(folder))
-        sizes = [f"--{name}={getattr(given, name.replace('-', '_'))}" for name in ("rounds", "rows", "prompt-tokens")]
-        line = ["-m", "benchmarks.shared_base", given.model, *sizes, f"--new-tokens={given.new_tokens}"]
-        line += [f"--reward={folder}"]
+        sizes = [f"--{name}={getattr(given, name.replace('-', '_'))}" for name in NUMBERS]
+        line = ["-m", "benchmarks.shared_base", given.model, *sizes, f"--reward={folder}"]
         sides = [measure.Side(name, [*line, f"--side={name}"], [str(measure.ROOT)]) for name in ("separate", "shared")]
         steps = measure.alternate(sides, given.rounds)
     rows = [
-        [name, f"{given.rows / measure.median(one, 'seconds'):.3f}", f"{max(step['peak'] for step in one):.0f}"]
-        for name, one in steps.items()
-    ]
-    print(measure.table(["models", "samples/s", "peak MiB"], rows))
+        [side.name, f"{given.rows / measure.median(steps[side.name], 'seconds'):.3f}", f"{side.loaded['memory']:.0f}",
+         f"{max(step['peak'] for step in steps[side.name]):.0f}"]
+        for side in sides
+    ]  # fmt: skip
+    print(measure.table(["models", "samples/s", "MiB before the first update", "peak MiB"], rows))
     pairs = measure.ratios(steps["separate"], steps["shared"])
     print(measure.bar("one base, samples/s over separate", statistics.median(pairs), 1.0))
     peak = {name: max(step["peak"] for step in one) for name, one in steps.items()}
