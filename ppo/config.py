@@ -4,6 +4,7 @@ Papers: Ziegler 2019 (1909.08593), Stiennon 2020 (2009.01325), InstructGPT (2203
 (2403.17031), Xu 2024 (2404.10719), Llama 2 (2307.09288), Schulman 2017 (1707.06347).
 """
 
+import dataclasses
 import json
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -36,6 +37,27 @@ CONVENTIONS = {
     None: Conventions(),
     "trl-1.12": Conventions(True, True, 1e-7, "subtract"),
     "summarize-from-feedback": Conventions(True, False, 1e-7, "replace"),
+}
+
+
+# Settings of TrainingArguments that transformers' own loop reads and PPO's does not: refused, not ignored.
+UNUSED = {
+    "torch_compile": "passes without padding have another shape each time, and compiling them did not pay "
+    "(docs/performance.md)",
+    "use_liger_kernel": "its kernels are not put into PPO's four models",
+    "neftune_noise_alpha": "noise on embeddings would make the policy that trains another than the one that samples",
+    "label_smoothing_factor": "there are no labels",
+    "auto_find_batch_size": "set per_device_train_batch_size or micro_batch_tokens",
+    "torch_empty_cache_steps": "the cache is not emptied between steps",
+    "train_sampling_strategy": "prompts are drawn at random, without replacement",
+    "dataloader_num_workers": "prompts are tokenised before training",
+    "dataloader_drop_last": "prompts are drawn, not cut into batches",
+    "ignore_data_skip": "a resumed run goes on with the next prompts, at no cost",
+    "eval_accumulation_steps": "evaluation is PPO's own",
+    "batch_eval_metrics": "evaluation is PPO's own",
+    "include_for_metrics": "evaluation is PPO's own",
+    "prediction_loss_only": "evaluation is PPO's own",
+    "label_names": "there are no labels",
 }
 
 
@@ -247,6 +269,14 @@ class PPOConfig(TrainingArguments):
 
     def _problems(self):
         """One sentence for each setting that cannot be meant."""
+        fields = {one.name: one for one in dataclasses.fields(TrainingArguments)}
+        for name, why in UNUSED.items():
+            one = fields.get(name)
+            if one is None:  # Not in every version of transformers.
+                continue
+            default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
+            if getattr(self, name) not in (default, None):
+                yield f"ppo.{name} has no meaning in PPO: {why}. Leave it out."
         positive = (
             "response_length",
             "num_ppo_epochs",

@@ -1,5 +1,7 @@
 """What each option of the trainer does, seen from outside."""
 
+import dataclasses
+
 import pytest
 import torch
 from datasets import Dataset
@@ -161,3 +163,26 @@ def test_stop_strings_and_generation_settings(make_trainer):
     assert all("good" not in text.split()[:-1] for text in texts)
     with pytest.raises(UserError, match=r"generation_kwargs.max_tokens.*Did you mean"):
         make_trainer(generation_kwargs={"max_tokens": 3})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("torch_compile", True),
+        ("use_liger_kernel", True),
+        ("neftune_noise_alpha", 5.0),
+        ("train_sampling_strategy", "group_by_length"),
+    ],
+)
+def test_what_the_loop_does_not_read_is_refused(tmp_path, name, value):
+    with pytest.raises(UserError, match=f"ppo.{name} has no meaning in PPO"):
+        PPOConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})
+
+
+def test_the_refused_settings_are_the_trainers():
+    """Each is a field of this version, and its default passes."""
+    from transformers import TrainingArguments
+
+    from ppo.config import UNUSED
+
+    assert set(UNUSED) <= {field.name for field in dataclasses.fields(TrainingArguments)}
