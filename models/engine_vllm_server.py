@@ -8,6 +8,7 @@ weights, each asks for the completions of its own prompts.
 import http.client
 import json
 import os
+import shutil
 import tempfile
 import urllib.error
 import urllib.request
@@ -28,6 +29,7 @@ REQUESTS = 64
 # Seconds that one completion or one set of weights may take.
 TIMEOUT = 1800
 KEY = "VLLM_API_KEY"
+PREFIX = ".weights-"
 
 
 class VLLMServerEngine:
@@ -62,15 +64,19 @@ class VLLMServerEngine:
         check_sampling(sampling)
         check_mergeable(policy)
         self.url, self.eos_token_ids, self.dtype = url.rstrip("/"), sorted(eos_token_ids), dtype
-        (served,) = self._ask("/v1/models")["data"][:1]
-        room = served.get("max_model_len")
+        served = self._ask("/v1/models").get("data") or [{}]
+        room = served[0].get("max_model_len")
         if room is not None and room < max_length:
             raise UserError(
                 f"the vLLM server at {self.url} takes {room} tokens, and the longest prompt with its response has "
                 f"{max_length}. Start it with --max-model-len {max_length}."
             )
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.folder = tempfile.TemporaryDirectory(prefix=".weights-", dir=folder)
+        self.folder = None
+        if _rank() == 0:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            for left in Path(folder).glob(f"{PREFIX}*"):  # of a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            self.folder = tempfile.TemporaryDirectory(prefix=PREFIX, dir=folder)
 
     def update_weights(self, model: PreTrainedModel) -> None:
         """Send the present weights, adapters merged; all ranks wait until the server has them."""
@@ -147,7 +153,15 @@ class VLLMServerEngine:
                 f"no vLLM server at {self.url} (ppo.vllm_server_base_url): {error}. Start one with "
                 f"`python -m models.vllm_server MODEL`; the run goes on from its last checkpoint."
             ) from error
-        return json.loads(text) if text else {}
+        try:
+            found = json.loads(text) if text else {}
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(
+                f"{self.url} (ppo.vllm_server_base_url) is no vLLM server: it answers {path} with {text[:80]!r}."
+            )
+        return found
 
 
 def _rank() -> int:

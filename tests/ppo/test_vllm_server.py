@@ -1,12 +1,13 @@
 """vLLM as a server: the whole exchange with a stand-in that samples by the own loop, and with vLLM's own server."""
 
+import functools
 import json
 import os
 import subprocess
 import threading
 import time
 import urllib.request
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,31 @@ def test_a_server_without_the_endpoints(make_trainer, stand_in):
     stand_in.collective_rpc = None
     with pytest.raises(UserError, match=r"answers 404 to .*collective_rpc.*python -m models.vllm_server"):
         make_trainer(max_steps=1, **served(stand_in)).train()
+
+
+def test_something_else_answers(make_trainer, tmp_path):
+    """A web server of another kind, at the same address."""
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "v1" / "models").write_text("<html>hello</html>")
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        with pytest.raises(UserError, match=r"is no vLLM server: it answers /v1/models with b'<html>hello"):
+            make_trainer(generation_engine="vllm", vllm_mode="server", vllm_server_base_url=url)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_weights_left_by_a_killed_run_are_removed(make_trainer, stand_in, tmp_path):
+    left = tmp_path / "out" / ".weights-old"
+    left.mkdir(parents=True)
+    (left / "policy.safetensors").write_bytes(b"0")
+    trainer = make_trainer(max_steps=1, **served(stand_in))
+    assert not left.exists()
+    assert Path(trainer.engine.folder.name).exists()
 
 
 def test_too_little_room(make_trainer, stand_in):
