@@ -142,3 +142,16 @@ def test_half_precision_keeps_transformers_norms(tiny_llama):
     norm = tiny_llama().model.layers[0].input_layernorm.bfloat16()
     x = torch.randn(3, 16).bfloat16()
     assert torch.equal(fused.norm_forward(norm, x, packed=True), type(norm).forward(norm, x))
+
+
+def test_every_piece_is_used(tiny_llama, monkeypatch):
+    """A model of this kind goes through all three; none is passed by for a class of another name."""
+    used = []
+    for piece in (RMSNorm, GatedUnit, Rotary):
+        forward = piece.forward
+        monkeypatch.setattr(
+            piece, "forward", staticmethod(lambda *given, p=piece, f=forward: (used.append(p.__name__), f(*given))[1])
+        )
+    response_logprobs(tiny_llama(), pad_batch(PROMPTS, RESPONSES, 0))
+    # Two layers: two norms and two rotations (queries, keys) in each.
+    assert sorted(used) == ["GatedUnit"] * 2 + ["RMSNorm"] * 4 + ["Rotary"] * 4

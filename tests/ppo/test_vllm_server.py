@@ -23,6 +23,12 @@ from tests.ranks import free_port, on_ranks, settings_of
 ROOT = Path(__file__).parents[2]
 
 
+class Server(ThreadingHTTPServer):
+    """As many connections waiting as the engine opens at once; five, the default, are reset now and then."""
+
+    request_queue_size = 128
+
+
 class StandIn:
     """A server with vLLM's three endpoints on this project's own loop, in threads of this process."""
 
@@ -52,7 +58,7 @@ class StandIn:
             def log_message(self, *arguments):
                 """Nothing."""
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
