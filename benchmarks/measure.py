@@ -47,11 +47,23 @@ def bandwidth(megabytes: int = 256) -> float:
     return best
 
 
-def machine() -> str:
-    """The machine in words, without its name."""
+def _cpuinfo() -> dict[str, str]:
+    """Linux's facts about the (last) processor; empty elsewhere."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def processor() -> str:
+    """The processor in words; its generation by number, for virtual machines give several the same name."""
+    fields = _cpuinfo()
+    name = fields.get("model name", platform.machine())
+    return f"{name}, family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else name
+
+
+def machine() -> str:
+    """The machine in words, without its name."""
+    fields = _cpuinfo()
     wide = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in fields.get("flags", "").split()]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return (

@@ -26,8 +26,7 @@ def real_data() -> Path:
 WORDS = ["the", "film", "was", "good", "bad", "and", "dull", "bright", "very", "not", "plot", "cast", "a", "story"]
 
 
-@pytest.fixture(scope="session")
-def word_tokenizer():
+def build_word_tokenizer():
     """A word-level tokenizer of 20 tokens with distinct <pad>, <s>, </s>, <unk> and a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -45,6 +44,12 @@ def word_tokenizer():
         "{% if add_generation_prompt %}<|assistant|> {% endif %}"
     )
     return fast
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer():
+    """The tokenizer of `build_word_tokenizer`."""
+    return build_word_tokenizer()
 
 
 @pytest.fixture
