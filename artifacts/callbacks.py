@@ -4,9 +4,9 @@ import json
 
 from transformers import TrainerCallback
 
-from artifacts.files import finite, read_jsonl, write_jsonl
-from artifacts.resources import parameters_without_embeddings
-from artifacts.stage import StageContext
+from ppo_vs_dpo.artifacts.files import finite, read_jsonl, write_jsonl
+from ppo_vs_dpo.artifacts.resources import parameters_without_embeddings
+from ppo_vs_dpo.artifacts.stage import StageContext
 
 
 class RunCallback(TrainerCallback):

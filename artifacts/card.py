@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from artifacts.files import finite, write_text
+from ppo_vs_dpo.artifacts.files import finite, write_text
 
 TITLES = {
     "sft": "Reference policy (supervised fine-tuning)",

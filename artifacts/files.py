@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError
 
 
 def _sync_folder(folder: Path) -> None:

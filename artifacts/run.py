@@ -7,9 +7,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from artifacts.errors import UserError
-from artifacts.files import read_json, write_json
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import read_json, write_json
 
+# Runs of versions before this one name modules, and are fingerprinted by names, that are no longer there.
+OLDEST = (0, 2)
 STAGES = ("data", "sft", "pairs", "reward_model", "dpo", "ppo", "compare")
 
 
@@ -25,7 +27,7 @@ class RunFolder:
         path: the folder; it must hold a ``config.yaml``.
 
     Raises:
-        UserError: there is no such folder or no configuration in it.
+        UserError: there is no such folder, no configuration in it, or it is a run of a version before 0.2.
     """
 
     def __init__(self, path: str | Path):
@@ -35,7 +37,18 @@ class RunFolder:
                 f"{self.root} is not a run folder: it has no config.yaml. "
                 f"Start a run with `ppo-vs-dpo experiment=...` or name an existing folder."
             )
+        self._check_version()
         self.config: DictConfig = OmegaConf.load(self.root / "config.yaml")
+
+    def _check_version(self) -> None:
+        manifest = self.root / "manifest.json"
+        versions = (read_json(manifest).get("versions") or {}) if manifest.is_file() else {}
+        version = versions.get("ppo-vs-dpo")
+        if version is not None and tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+            raise UserError(
+                f"{self.root} was made by ppo-vs-dpo {version}, whose modules had other names: this version cannot go "
+                f"on with it. Start anew under another name (name=...); its models and its report stay as they are."
+            )
 
     def path(self, *parts: str) -> Path:
         """A path inside the folder."""

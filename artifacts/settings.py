@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError
 
 Own = TypeVar("Own")
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from artifacts.card import write_card
-from artifacts.errors import UserError, explain_os_error
-from artifacts.files import read_json, write_json
-from artifacts.resources import peak_memory
-from artifacts.run import RunFolder, point_name
+from ppo_vs_dpo.artifacts.card import write_card
+from ppo_vs_dpo.artifacts.errors import UserError, explain_os_error
+from ppo_vs_dpo.artifacts.files import read_json, write_json
+from ppo_vs_dpo.artifacts.resources import peak_memory
+from ppo_vs_dpo.artifacts.run import RunFolder, point_name
 
 # Seconds between two notes of the time spent so far: what a killed stage loses of its account.
 SPENT_EVERY = 5.0

@@ -28,8 +28,8 @@ ROOT = Path(__file__).parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from artifacts.files import append_jsonl, read_jsonl, write_text  # noqa: E402
 from benchmarks.enumerable import BUDGET, Space, bradley_terry_pairs  # noqa: E402
+from ppo_vs_dpo.artifacts.files import append_jsonl, read_jsonl, write_text  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "convergence.jsonl"
 # Largest (J* - J) / (J* - J_ref) for PPO, largest KL(pi || pi*) for DPO at beta 0.5.
@@ -82,8 +82,8 @@ def run_ppo(
         lr: learning rate of policy and value model at first; it falls linearly to 0.
         anneal: share of the updates in which the coefficient falls from 1 to ``beta``.
     """
-    from ppo.config import PPOConfig
-    from ppo.trainer import PPOTrainer
+    from ppo_vs_dpo.ppo.config import PPOConfig
+    from ppo_vs_dpo.ppo.trainer import PPOTrainer
 
     annealing = [Annealing(1.0, beta, anneal * updates)] if anneal else []
     with tempfile.TemporaryDirectory() as folder:
@@ -132,7 +132,7 @@ def run_dpo(space: Space, beta: float, pairs: int, seed: int, batch: int, epochs
     """Train with the trainer that the dpo stage builds; returns the policy."""
     from trl.trainer.dpo_config import DPOConfig
 
-    from dpo.train import build_trainer
+    from ppo_vs_dpo.dpo.train import build_trainer
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(
@@ -285,14 +285,14 @@ What remains with fixed pairs is the noise of their labels: it falls as one over
 
 | what | where |
 |---|---|
-| closed forms of GAE, token rewards, whitening | `tests/ppo/test_advantages.py` |
-| closed forms of KL estimators and controllers | `tests/ppo/test_kl.py` |
-| losses and the score-function gradient | `tests/ppo/test_losses.py` |
+| closed forms of GAE, token rewards, whitening | `tests/ppo/algorithm/test_advantages.py` |
+| closed forms of KL estimators and controllers | `tests/ppo/algorithm/test_kl.py` |
+| losses and the score-function gradient | `tests/ppo/algorithm/test_losses.py` |
 | TRL 1.12 beside ours: rewards, advantages, returns, losses, weights after an update | `benchmarks/parity_trl.py` |
-| recorded numbers of TRL 1.12; summarize-from-feedback by its formulas | `tests/ppo/test_parity.py` |
-| 1 x 8, 2 x 4 and 8 x 1 give one update | `tests/ppo/test_trainer.py` |
-| kill -9 at five random points, bit-identical end | `tests/ppo/test_resume.py` |
-| two processes give the run of one | `tests/ppo/test_distributed.py` |
+| recorded numbers of TRL 1.12; summarize-from-feedback by its formulas | `tests/ppo/whole/test_parity.py` |
+| 1 x 8, 2 x 4 and 8 x 1 give one update | `tests/ppo/whole/test_trainer.py` |
+| kill -9 at five random points, bit-identical end | `tests/ppo/checkpoints/test_resume.py` |
+| two processes give the run of one | `tests/ppo/whole/test_distributed.py` |
 """
 
 

@@ -84,8 +84,8 @@ def measured(name: str, *command: str) -> dict[str, float]:
 
 def tokenise(run: str, model: str) -> None:
     """Token ids of the training pairs, as the reward model and DPO get them; the second time they are found."""
-    from models.encoding import encode_pair_file
-    from models.loading import load_tokenizer
+    from ppo_vs_dpo.models.loading.pretrained import load_tokenizer
+    from ppo_vs_dpo.models.text.encoding import encode_pair_file
 
     pairs = encode_pair_file(load_tokenizer(model), Path(run, "pairs", "train.parquet"), Path(run, "pairs", "tokens"))
     lengths = pairs["length"][:]
@@ -119,15 +119,21 @@ def main() -> None:
         )
         (run / "config.yaml").write_text(config)
         python = sys.executable
-        measured("inspect (read, map, check)", python, "-m", "pipeline.cli", "data", "inspect", str(source))
+        measured("inspect (read, map, check)", python, "-m", "ppo_vs_dpo.pipeline.cli", "data", "inspect", str(source))
         measured(
-            "data (read, check, count tokens, split, write)", python, "-m", "preferences", str(run), "--step", "data"
+            "data (read, check, count tokens, split, write)",
+            python,
+            "-m",
+            "ppo_vs_dpo.preferences",
+            str(run),
+            "--step",
+            "data",
         )
-        measured("pairs (hand on, hash)", python, "-m", "preferences", str(run), "--step", "pairs")
+        measured("pairs (hand on, hash)", python, "-m", "ppo_vs_dpo.preferences", str(run), "--step", "pairs")
         part = (python, "-m", "benchmarks.data", "--tokenise", str(run), str(model))
         measured("tokenise for training and cache", *part)
         measured("the same again, from the cache", *part)
-        measured("importing torch, transformers and datasets", python, "-c", "import models.encoding, models.loading")
+        measured("importing torch, transformers and datasets", python, "-c", "import ppo_vs_dpo.models.text.encoding")
     finally:
         if not options.folder:
             shutil.rmtree(folder)

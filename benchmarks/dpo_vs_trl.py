@@ -25,8 +25,8 @@ def run_ours(roles, tokenizer, data, folder):
     """The stage's trainer on the stage's data set."""
     from trl import DPOConfig
 
-    from dpo.data import dpo_dataset
-    from dpo.train import build_trainer
+    from ppo_vs_dpo.dpo.data import dpo_dataset
+    from ppo_vs_dpo.dpo.train import build_trainer
 
     args = DPOConfig(output_dir=folder, **pairs_vs_trl.SETTINGS)
     return build_trainer(roles[0], tokenizer, dpo_dataset(data, tokenizer, args.max_length), args)

@@ -14,11 +14,11 @@ import time
 import torch
 
 from benchmarks.measure import machine
-from models.engine import Engine, TransformersEngine
-from models.engine_vllm import VLLMEngine
-from models.generation import Generated, SamplingConfig
-from models.loading import load_policy, load_tokenizer
-from models.logprobs import pad_batch, response_logprobs
+from ppo_vs_dpo.models.loading.pretrained import load_policy, load_tokenizer
+from ppo_vs_dpo.models.passes.logprobs import pad_batch, response_logprobs
+from ppo_vs_dpo.models.sampling.engine import Engine, TransformersEngine
+from ppo_vs_dpo.models.sampling.generation import Generated, SamplingConfig
+from ppo_vs_dpo.models.sampling.vllm_colocated import VLLMEngine
 
 
 def cpu_seconds(function, *args):

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from models.logprobs import pad_batch, response_logprobs
+from ppo_vs_dpo.models.passes.logprobs import pad_batch, response_logprobs
 
 WORDS, EOS, BUDGET = ("a", "b", "c"), 3, 3
 

@@ -12,14 +12,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 
 def separate(path: str, rank: int) -> dict[str, int]:
     """Policy and value model with adapters of their own, reference and reward model whole: four copies of the base."""
-    from models.config import LoraSettings
-    from models.loading import load_policy, load_value_or_reward
-    from ppo.roles import add_adapters, held_by_role
+    from ppo_vs_dpo.models.loading.config import LoraSettings
+    from ppo_vs_dpo.models.loading.pretrained import load_policy, load_value_or_reward
+    from ppo_vs_dpo.ppo.roles.roles import add_adapters, held_by_role
 
     lora = LoraSettings(r=rank, alpha=2 * rank, target_modules=targets(path))
     policy, value_model = load_policy(path), load_value_or_reward(path)
@@ -32,10 +30,10 @@ def shared(path: str, rank: int) -> dict[str, int]:
     """The four as adapters on one base."""
     from tempfile import TemporaryDirectory
 
-    from models.config import LoraSettings
-    from models.loading import load_policy
-    from ppo.roles import held_by_role
-    from ppo.shared import share_base
+    from ppo_vs_dpo.models.loading.config import LoraSettings
+    from ppo_vs_dpo.models.loading.pretrained import load_policy
+    from ppo_vs_dpo.ppo.roles.roles import held_by_role
+    from ppo_vs_dpo.ppo.roles.shared import share_base
 
     lora = LoraSettings(r=rank, alpha=2 * rank, target_modules=targets(path))
     with TemporaryDirectory() as folder:
@@ -47,21 +45,21 @@ def shared(path: str, rank: int) -> dict[str, int]:
 def save_reward_adapter(path: str, lora, folder: Path) -> None:
     """An adapter as the reward-model stage leaves it; made in a process of its own, so that it costs nothing here."""
     code = (
-        "import sys; from models.loading import load_value_or_reward; from models.config import LoraSettings;"
+        "import sys; from ppo_vs_dpo.models.loading.pretrained import load_value_or_reward;"
+        "from ppo_vs_dpo.models.loading.config import LoraSettings;"
         "from peft import get_peft_model; path, rank, names, out = sys.argv[1:];"
         "lora = LoraSettings(r=int(rank), alpha=2 * int(rank), target_modules=names.split(','));"
         "get_peft_model(load_value_or_reward(path), lora.peft_config('SEQ_CLS')).save_pretrained(out)"
     )
     names = ",".join(lora.target_modules)
-    root = Path(__file__).parents[1]
-    subprocess.run([sys.executable, "-c", code, path, str(lora.r), names, str(folder)], check=True, cwd=root)
+    subprocess.run([sys.executable, "-c", code, path, str(lora.r), names, str(folder)], check=True)
 
 
 def targets(path: str) -> list[str]:
     """The layers that peft adapts by default in this architecture."""
     from transformers import AutoConfig
 
-    from pipeline.plan import default_targets
+    from ppo_vs_dpo.pipeline.planning.plan import default_targets
 
     return default_targets(AutoConfig.from_pretrained(path).model_type)
 
@@ -107,7 +105,7 @@ def main() -> None:
     text = table(figures)
     print(text)
     if given.markdown:
-        from artifacts.files import write_text
+        from ppo_vs_dpo.artifacts.files import write_text
 
         write_text(given.markdown, text + "\n")
 

@@ -174,9 +174,9 @@ def run_ours(folder: Path, case: str) -> None:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    from models.generation import Generated
-    from ppo.config import PPOConfig
-    from ppo.trainer import PPOTrainer
+    from ppo_vs_dpo.models.sampling.generation import Generated
+    from ppo_vs_dpo.ppo.config import PPOConfig
+    from ppo_vs_dpo.ppo.trainer import PPOTrainer
 
     responses = read_rollouts(folder)
     load = AutoModelForCausalLM.from_pretrained

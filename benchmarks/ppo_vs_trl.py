@@ -208,7 +208,7 @@ def planned_uniforms(workload: Workload, steps: int, uniforms):
     A number picks the token where the cumulative distribution reaches it, and EOS is the third token: 0.01 picks it
     (its chance is 0.03 to 0.05), 0.2 and more picks another.
     """
-    from models.generation import row_seed
+    from ppo_vs_dpo.models.sampling.generation import row_seed
 
     planned = {
         row_seed(1, "rollout", update, position): length
@@ -230,9 +230,9 @@ def run_ours(workload: Workload, steps: int, folder: str, bf16: bool) -> None:
     """Our side."""
     from datasets import Dataset
 
-    from models import generation
-    from ppo.config import PPOConfig
-    from ppo.trainer import PPOTrainer
+    from ppo_vs_dpo.models.sampling import generation
+    from ppo_vs_dpo.ppo.config import PPOConfig
+    from ppo_vs_dpo.ppo.trainer import PPOTrainer
 
     turns, seen = measure.Turns(), {}
     if workload.mean:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from artifacts.files import read_json, write_text
+from ppo_vs_dpo.artifacts.files import read_json, write_text
 
 COLUMNS = (
     "seed",
@@ -41,7 +41,7 @@ def run_seed(seed: int, output_dir: str) -> tuple[Path, float]:
     command = [
         sys.executable,
         "-m",
-        "pipeline.cli",
+        "ppo_vs_dpo.pipeline.cli",
         "experiment=quickstart",
         f"seed={seed}",
         f"output_dir={output_dir}",

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError
 
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run",

@@ -21,8 +21,8 @@ def run_ours(roles, tokenizer, data, folder):
     """The stage's trainer on the stage's data set."""
     from trl import RewardConfig
 
-    from reward_model.data import reward_dataset
-    from reward_model.train import build_trainer
+    from ppo_vs_dpo.reward_model.data import reward_dataset
+    from ppo_vs_dpo.reward_model.train import build_trainer
 
     args = RewardConfig(output_dir=folder, **pairs_vs_trl.SETTINGS)
     return build_trainer(roles[2], tokenizer, reward_dataset(data, tokenizer, args.max_length), args)

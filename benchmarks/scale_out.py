@@ -34,11 +34,11 @@ def worker(deepspeed: str, rounds: int, out: Path) -> None:
     from omegaconf import OmegaConf
     from transformers import TrainerCallback
 
-    from models import generation
-    from models.sharding import start_deepspeed
-    from pipeline.memory import Sharding, held
-    from ppo.config import PPOConfig
-    from ppo.trainer import PPOTrainer
+    from ppo_vs_dpo.models.sampling import generation
+    from ppo_vs_dpo.models.sharding.deepspeed import start_deepspeed
+    from ppo_vs_dpo.pipeline.planning.memory import Sharding, held
+    from ppo_vs_dpo.ppo.config import PPOConfig
+    from ppo_vs_dpo.ppo.trainer import PPOTrainer
 
     torch.set_num_threads(1)
     start_deepspeed(use_cpu=True)

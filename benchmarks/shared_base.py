@@ -25,9 +25,9 @@ def roles(kind: str, path: str, reward: Path) -> dict:
     """The trainer's models in one arrangement."""
     from peft import AutoPeftModelForSequenceClassification, get_peft_model
 
-    from models.config import LoraSettings
-    from models.loading import load_policy
-    from ppo.shared import share_base
+    from ppo_vs_dpo.models.loading.config import LoraSettings
+    from ppo_vs_dpo.models.loading.pretrained import load_policy
+    from ppo_vs_dpo.ppo.roles.shared import share_base
 
     lora = LoraSettings(r=RANK, alpha=2 * RANK, target_modules=targets(path))
     if kind == "shared":
@@ -47,9 +47,9 @@ def worker(kind: str, given: argparse.Namespace) -> None:
     from datasets import Dataset
     from transformers import TrainerCallback
 
-    from models.loading import load_tokenizer
-    from ppo.config import PPOConfig
-    from ppo.trainer import PPOTrainer
+    from ppo_vs_dpo.models.loading.pretrained import load_tokenizer
+    from ppo_vs_dpo.ppo.config import PPOConfig
+    from ppo_vs_dpo.ppo.trainer import PPOTrainer
 
     turns, steps = measure.Turns(), given.rounds + 1
 
@@ -89,7 +89,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if given.side:
         return worker(given.side, given)
-    from models.config import LoraSettings
+    from ppo_vs_dpo.models.loading.config import LoraSettings
 
     print(measure.machine(), flush=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -38,14 +38,14 @@ import transformers
 import trl
 from omegaconf import OmegaConf
 
-import dpo.train
-import ppo.train
-import reward_model.train
-import sft.train
-from artifacts.files import read_jsonl, write_text
-from artifacts.run import RunFolder
-from artifacts.stage import StageContext
+import ppo_vs_dpo.dpo.train as dpo_train
+import ppo_vs_dpo.ppo.stage.train as ppo_train
+import ppo_vs_dpo.reward_model.train as reward_model_train
+import ppo_vs_dpo.sft.train as sft_train
 from benchmarks.measure import processor
+from ppo_vs_dpo.artifacts.files import read_jsonl, write_text
+from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.artifacts.stage import StageContext
 from tests.conftest import build_word_tokenizer
 from tests.sft.tiny_run import ARCHITECTURE, context_of, make_run
 
@@ -58,10 +58,10 @@ TOLERANCE = 1e-4
 ROUNDING = ("val/first_ratio_deviation", "rewards/accuracies")
 
 STAGES: dict[str, Callable[[StageContext], None]] = {
-    "sft": sft.train.run_stage,
-    "reward_model": reward_model.train.run_stage,
-    "dpo": dpo.train.run_stage,
-    "ppo": ppo.train.run_stage,
+    "sft": sft_train.run_stage,
+    "reward_model": reward_model_train.run_stage,
+    "dpo": dpo_train.run_stage,
+    "ppo": ppo_train.run_stage,
 }
 # What must have run before.
 NEEDS = {"sft": [], "reward_model": ["sft"], "dpo": ["sft"], "ppo": ["sft", "reward_model"]}

@@ -6,26 +6,33 @@ from typing import Any
 
 import numpy as np
 
-from artifacts.errors import UserError
-from artifacts.files import read_json
-from artifacts.settings import nearest, split
-from artifacts.stage import StageContext
-from compare.assemble import best_of_n_logprobs, figures
-from compare.completions import Draws, split_draws
-from compare.config import CompareStage
-from compare.contenders import PROXY, Contender, along_training, contenders_of
-from compare.cost import cost
-from compare.gather import Gatherer, model_config_of, score_all
-from compare.judges.llm import Judgement, LLMJudge
-from compare.judging import comparisons_of, make_judges, table_of
-from compare.measure import Settings, judge_pairs
-from compare.optimal import Enumerated, enumerate_policies, optimal_figures
-from compare.policies import REFERENCE, Policy, Prompts, check_pair_set, heldout_prompts, policies_of
-from compare.report import write_report
-from compare.tables import write_completions, write_judgements
-from compare.verdict import sentences, warnings
-from models.inference import Ranks
-from models.sharding import held_bytes, named_step, tell_held_bytes
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import read_json
+from ppo_vs_dpo.artifacts.settings import nearest, split
+from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.compare.config import CompareStage
+from ppo_vs_dpo.compare.estimates.judgements import comparisons_of, make_judges, table_of
+from ppo_vs_dpo.compare.estimates.win_rates import Settings, judge_pairs
+from ppo_vs_dpo.compare.frontier.gaps import Enumerated, enumerate_policies, optimal_figures
+from ppo_vs_dpo.compare.judges.llm import Judgement, LLMJudge
+from ppo_vs_dpo.compare.report.assemble import best_of_n_logprobs, figures
+from ppo_vs_dpo.compare.report.cost import cost
+from ppo_vs_dpo.compare.report.pages import write_report
+from ppo_vs_dpo.compare.report.tables import write_completions, write_judgements
+from ppo_vs_dpo.compare.report.verdict import sentences, warnings
+from ppo_vs_dpo.compare.sampling.completions import Draws, split_draws
+from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender, along_training, contenders_of
+from ppo_vs_dpo.compare.sampling.gather import Gatherer, model_config_of, score_all
+from ppo_vs_dpo.compare.sampling.policies import (
+    REFERENCE,
+    Policy,
+    Prompts,
+    check_pair_set,
+    heldout_prompts,
+    policies_of,
+)
+from ppo_vs_dpo.models.passes.inference import Ranks
+from ppo_vs_dpo.models.sharding.deepspeed import held_bytes, named_step, tell_held_bytes
 
 # Version of report.json; docs/compare.md describes the fields.
 SCHEMA_VERSION = 1

@@ -1,7 +1,7 @@
-"""``python -m dpo RUN [--point beta=0.3]``: train the DPO policy of a run folder, or a point of its sweep."""
+"""``python -m ppo_vs_dpo.dpo RUN [--point beta=0.3]``: a run folder's DPO policy, or a point of its sweep."""
 
-from artifacts.stage import stage_main
-from dpo.train import run_stage
+from ppo_vs_dpo.artifacts.stage import stage_main
+from ppo_vs_dpo.dpo.train import run_stage
 
 if __name__ == "__main__":
     stage_main("dpo", run_stage)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from artifacts.errors import UserError
-from models.config import LoraSettings
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.loading.config import LoraSettings
 
 if TYPE_CHECKING:
     from trl import DPOConfig

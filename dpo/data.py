@@ -9,8 +9,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from artifacts.errors import UserError
-from models.encoding import drop_long, encode_pair_file, encode_pairs, soft_labels
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.text.encoding import drop_long, encode_pair_file, encode_pairs, soft_labels
 
 COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 
@@ -33,7 +33,7 @@ def dpo_dataset(
         context: the model's context length.
         use_soft_labels: keep ``soft_label`` where there is one.
         limit: take the first so many pairs; ``None`` takes all.
-        cache: for a file: the folder of token ids (`models.encoding.encode_pair_file`).
+        cache: for a file: the folder of token ids (`models.text.encoding.encode_pair_file`).
 
     Raises:
         UserError: no rows, chat data without a chat template, pairs that do not fit.

@@ -9,17 +9,17 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl.trainer.dpo_config import DPOConfig
 
-from artifacts.files import fingerprint_file
-from artifacts.settings import split
-from artifacts.stage import StageContext
-from dpo.config import DPOStage, prepare_soft_labels, smoothed_loss
-from dpo.data import dpo_dataset
-from dpo.trainer import PairTrainer
-from models.config import LoraSettings
-from models.encoding import count_rows
-from models.loading import check_same_vocabulary, context_length, load_policy, load_tokenizer
-from models.quantized import quantization, train_adapters_in_full
-from models.training import callbacks, model_settings, save_model, train, training_arguments
+from ppo_vs_dpo.artifacts.files import fingerprint_file
+from ppo_vs_dpo.artifacts.settings import split
+from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.dpo.config import DPOStage, prepare_soft_labels, smoothed_loss
+from ppo_vs_dpo.dpo.data import dpo_dataset
+from ppo_vs_dpo.dpo.trainer import PairTrainer
+from ppo_vs_dpo.models.loading.config import LoraSettings
+from ppo_vs_dpo.models.loading.pretrained import check_same_vocabulary, context_length, load_policy, load_tokenizer
+from ppo_vs_dpo.models.loading.quantized import quantization, train_adapters_in_full
+from ppo_vs_dpo.models.text.encoding import count_rows
+from ppo_vs_dpo.models.training import callbacks, model_settings, save_model, train, training_arguments
 
 
 def build_trainer(

@@ -9,9 +9,9 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from artifacts.files import read_parquet, sha256_of, write_parquet
-from dpo.data import COLUMNS, PairCollator
-from models.unpadded import skip_padding
+from ppo_vs_dpo.artifacts.files import read_parquet, sha256_of, write_parquet
+from ppo_vs_dpo.dpo.data import COLUMNS, PairCollator
+from ppo_vs_dpo.models.passes.unpadded import skip_padding
 
 # Under this name the trainer notes how many pairs each batch had.
 PAIRS = "pairs"

@@ -20,17 +20,16 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging as transformers_logging
 
-from artifacts.callbacks import RunCallback
-from artifacts.errors import UserError
-from artifacts.files import atomic_folder
-from artifacts.resources import parameter_size
-from artifacts.settings import field_names, nearest
-from artifacts.stage import StageContext
-from models.config import ModelConfig
-from models.loading import load_policy, load_value_or_reward
-from models.quantized import in_4bit
-from models.sharded_state import portable_checkpoints
-from models.sharding import (
+from ppo_vs_dpo.artifacts.callbacks import RunCallback
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import atomic_folder
+from ppo_vs_dpo.artifacts.resources import parameter_size
+from ppo_vs_dpo.artifacts.settings import field_names, nearest
+from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.models.loading.config import ModelConfig
+from ppo_vs_dpo.models.loading.pretrained import load_policy, load_value_or_reward
+from ppo_vs_dpo.models.loading.quantized import in_4bit
+from ppo_vs_dpo.models.sharding.deepspeed import (
     check_settings,
     deepspeed_settings,
     held_bytes,
@@ -39,6 +38,7 @@ from models.sharding import (
     tell_held_bytes,
     unsharded_loading,
 )
+from ppo_vs_dpo.models.sharding.state import portable_checkpoints
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
@@ -46,7 +46,8 @@ Arguments = TypeVar("Arguments", bound=TrainingArguments)
 def training_arguments(cls: type[Arguments], context: StageContext, passed: dict[str, Any]) -> Arguments:
     """TRL's argument class from the keys that the user passed through, with what the run folder asks for.
 
-    The run's ``deepspeed`` section shards the models (`models.sharding`). Where the user says nothing: no bfloat16 and
+    The run's ``deepspeed`` section shards the models (`models.sharding.deepspeed`). Where the user says nothing: no
+    bfloat16 and
     no gradient checkpointing on a CPU (TRL turns both on), TensorBoard files in the stage's folder, a progress bar on
     terminals only, pinned memory with an accelerator only.
 
@@ -69,7 +70,7 @@ def training_arguments(cls: type[Arguments], context: StageContext, passed: dict
         defaults["deepspeed"] = sharding
         start_deepspeed(use_cpu=not accelerator, timeout=passed.get("ddp_timeout"))
     fixed = {"output_dir": str(context.dir / "checkpoints"), "seed": context.seed, "data_seed": context.seed}
-    fixed["push_to_hub"] = False  # the finished model is pushed, by `pipeline.publish`; checkpoints are not
+    fixed["push_to_hub"] = False  # the finished model is pushed, by `pipeline.running.publish`; checkpoints are not
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(context.dir / "tensorboard")
     try:
         with warnings.catch_warnings():

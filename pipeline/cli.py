@@ -5,8 +5,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from artifacts.errors import UserError, explain_os_error
-from artifacts.run import STAGES
+from ppo_vs_dpo.artifacts.errors import UserError, explain_os_error
+from ppo_vs_dpo.artifacts.run import STAGES
 
 HELP = f"""\
 From preference pairs to a verdict: SFT, reward model, PPO, DPO, best-of-n, compared on the same pairs.
@@ -29,7 +29,7 @@ Often used
   launch.workers=2          stages at once on this machine;  launch.processes=8: ranks of a training stage
   --config-dir DIR          experiments of your own: DIR/experiment/NAME.yaml
 
-Each stage alone: python -m reward_model RUN_FOLDER
+Each stage alone: python -m ppo_vs_dpo.reward_model RUN_FOLDER
 """
 
 
@@ -59,37 +59,37 @@ def dispatch(arguments: list[str]) -> int:
         sys.stdout.write(HELP)
         return 0
     if arguments[0] == "--version":
-        from pipeline.manifest import versions
+        from ppo_vs_dpo.pipeline.running.manifest import versions
 
         sys.stdout.write(f"ppo-vs-dpo {versions()['ppo-vs-dpo']}\n")
         return 0
     first, rest = arguments[0], arguments[1:]
     if first == "list":
-        from pipeline.show import list_experiments
+        from ppo_vs_dpo.pipeline.composing.show import list_experiments
 
         sys.stdout.write(list_experiments())
         return 0
     if first == "show":
-        from pipeline.show import show
+        from ppo_vs_dpo.pipeline.composing.show import show
 
         sys.stdout.write(show(with_config_dir(rest)))
         return 0
     if first == "data":
         if rest[:1] != ["inspect"]:
             raise UserError("usage: ppo-vs-dpo data inspect SOURCE")
-        from preferences.inspect import main as inspect
+        from ppo_vs_dpo.preferences.reading.inspect import main as inspect
 
         return inspect(rest[1:]) or 0
     if first == "plan":
-        from pipeline.plan import main as plan
+        from ppo_vs_dpo.pipeline.planning.plan import main as plan
 
         return plan(rest)
     if first == "iterate":
-        from preferences.iterative_dpo import main as iterate
+        from ppo_vs_dpo.preferences.recipes.iterative_dpo import main as iterate
 
         return iterate(rest)
     if first == "compare":
-        from compare.several import main as compare_several
+        from ppo_vs_dpo.compare.pooled.runs import main as compare_several
 
         return compare_several(rest) or 0
     if first in ("-m", "--multirun"):
@@ -122,8 +122,8 @@ def with_config_dir(arguments: list[str]) -> list[str]:
 
 def run_one(overrides: list[str]) -> int:
     """Compose one configuration and run it."""
-    from pipeline.compose import load
-    from pipeline.run import run_pipeline
+    from ppo_vs_dpo.pipeline.composing.compose import load
+    from ppo_vs_dpo.pipeline.running.run import run_pipeline
 
     return run_pipeline(load(overrides))
 
@@ -133,8 +133,8 @@ def sweep(overrides: list[str]) -> int:
     import hydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from pipeline.compose import prepare_overrides
-    from pipeline.schema import CONFIGS
+    from ppo_vs_dpo.pipeline.composing.compose import prepare_overrides
+    from ppo_vs_dpo.pipeline.composing.schema import CONFIGS
 
     prepared = prepare_overrides(overrides)
     # Runs are named after what differs between them; Hydra carries the rest to the jobs as keys to leave out.
@@ -151,8 +151,8 @@ def sweep_job(config: DictConfig) -> None:
     """One job of a sweep; runs wherever Hydra's launcher puts it."""
     from hydra.core.hydra_config import HydraConfig
 
-    from pipeline.compose import finish
-    from pipeline.run import run_pipeline
+    from ppo_vs_dpo.pipeline.composing.compose import finish
+    from ppo_vs_dpo.pipeline.running.run import run_pipeline
 
     hydra_config = HydraConfig.get()
     OmegaConf.set_struct(config, False)

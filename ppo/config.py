@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 from transformers import TrainingArguments
 
-from artifacts.errors import UserError
-from artifacts.settings import field_names, nearest
-from models.generation import SamplingConfig
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.settings import field_names, nearest
+from ppo_vs_dpo.models.sampling.generation import SamplingConfig
 
 
 class Conventions(NamedTuple):
@@ -142,7 +142,7 @@ class PPOConfig(TrainingArguments):
     vllm_mode: Literal["colocate", "server"] = _option(
         "colocate",
         "Where vLLM runs (TRL's names): in the trainer's process (extra vllm; one process, no DeepSpeed), or as a "
-        "server that `python -m models.vllm_server MODEL` started; any number of ranks.",
+        "server that `python -m ppo_vs_dpo.models.sampling.vllm_server MODEL` started; any number of ranks.",
     )
     vllm_server_base_url: str = _option("http://127.0.0.1:8000", "Of the server, with vllm_mode=server.")
     vllm_gpu_memory_utilization: float = _option(

@@ -28,24 +28,15 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from artifacts.errors import UserError
-from models.loading import eos_token_ids, load_tokenizer
-from models.logprobs import base, score_head_of
-from models.sharded_state import keep_written
-from models.sharding import named_step
-from ppo.algorithm import AdaptiveKL, FixedKL
-from ppo.collect import Clock, Collection
-from ppo.config import CONVENTIONS, PPOConfig
-from ppo.cost import Sizes, size_of
-from ppo.diagnosis import Diagnosis
-from ppo.engines import make_engine
-from ppo.evaluation import Evaluator
-from ppo.optimization import Optimization
-from ppo.persistence import Persistence
-from ppo.prompts import PromptSet, allowed_prompt_length
-from ppo.ptx import PretrainingText
-from ppo.rewards import RewardFunction, make_rewards
-from ppo.roles import (
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.loading.pretrained import eos_token_ids, load_tokenizer
+from ppo_vs_dpo.models.passes.logprobs import base, score_head_of
+from ppo_vs_dpo.models.sharding.deepspeed import named_step
+from ppo_vs_dpo.models.sharding.state import keep_written
+from ppo_vs_dpo.ppo.algorithm import AdaptiveKL, FixedKL
+from ppo_vs_dpo.ppo.checkpoints.persistence import Persistence
+from ppo_vs_dpo.ppo.config import CONVENTIONS, PPOConfig
+from ppo_vs_dpo.ppo.roles.roles import (
     PolicyAndValue,
     Reference,
     add_adapters,
@@ -55,8 +46,17 @@ from ppo.roles import (
     prepare_frozen,
     value_model_from,
 )
-from ppo.sharded import Sharded
-from ppo.value_head import rescale_values, shift_values
+from ppo_vs_dpo.ppo.roles.sharded import Sharded
+from ppo_vs_dpo.ppo.roles.value_head import rescale_values, shift_values
+from ppo_vs_dpo.ppo.rollouts.collect import Clock, Collection
+from ppo_vs_dpo.ppo.rollouts.engines import make_engine
+from ppo_vs_dpo.ppo.rollouts.prompts import PromptSet, allowed_prompt_length
+from ppo_vs_dpo.ppo.rollouts.rewards import RewardFunction, make_rewards
+from ppo_vs_dpo.ppo.updates.optimization import Optimization
+from ppo_vs_dpo.ppo.updates.pretraining import PretrainingText
+from ppo_vs_dpo.ppo.watching.cost import Sizes, size_of
+from ppo_vs_dpo.ppo.watching.diagnosis import Diagnosis
+from ppo_vs_dpo.ppo.watching.evaluation import Evaluator
 
 logger = logging.get_logger(__name__)
 

@@ -1,4 +1,4 @@
-"""The data room's two steps: ``python -m preferences RUN --step data`` and ``--step pairs``.
+"""The data room's two steps: ``python -m ppo_vs_dpo.preferences RUN --step data`` and ``--step pairs``.
 
 ``data`` writes prompts (and SFT examples, and the testbed's tokenizer); ``pairs`` writes the pair set that the reward
 model and DPO both train on.
@@ -8,8 +8,8 @@ import importlib
 
 from omegaconf import OmegaConf
 
-from artifacts.stage import StageContext, stage_main
-from preferences.config import data_settings, step_module
+from ppo_vs_dpo.artifacts.stage import StageContext, stage_main
+from ppo_vs_dpo.preferences.config import data_settings, step_module
 
 
 def _run(context: StageContext, step: str) -> None:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any
 
-from artifacts.errors import UserError
-from artifacts.settings import nearest, split
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.settings import nearest, split
 
 
 @dataclass
@@ -25,7 +25,7 @@ class ReviewTestbed:
     """
 
     source: str = "testbed"
-    gold: str = "preferences.testbed.gold:gold_reward"
+    gold: str = "ppo_vs_dpo.preferences.testbed.gold:gold_reward"
     sft_examples: int = 12_000
     train_prompts: int = 6_000
     heldout_prompts: int = 1_024
@@ -49,7 +49,7 @@ class GivenPairs:
         source: ``pairs``.
         path: a Hub name, a file (``.jsonl``, ``.json``, ``.parquet``, ``.csv``; ``.gz`` too) or a folder of files.
         inline: in place of ``path``: the pairs themselves, ``{prompt: [...], chosen: [...], rejected: [...]}``.
-        format: ``auto`` or a name in `preferences.mappings.MAPPINGS`.
+        format: ``auto`` or a name in `preferences.reading.mappings.MAPPINGS`.
         columns: schema name -> the source's name, for ``format: pairs``.
         split: the Hub's split to train on.
         subset: the Hub's configuration.
@@ -177,7 +177,7 @@ class RejectionSampling(MadePairs):
     source: str = "rejection"
     policy: str | None = None
     reward_model: str | None = None
-    scorer: str = "reward_model.scorer:RewardScorer"
+    scorer: str = "ppo_vs_dpo.reward_model.scorer:RewardScorer"
     samples: int = 8
     rule: str = "best_vs_worst"
     rso_beta: float = 0.5
@@ -291,10 +291,10 @@ SOURCES: dict[str, type] = {
 }
 # Where each source's two steps are.
 _STEPS = {
-    "testbed": {"data": "preferences.testbed.world", "pairs": "preferences.testbed.pairs"},
-    "pairs": {"data": "preferences.given", "pairs": "preferences.given"},
-    "rejection": {"data": "preferences.prompting", "pairs": "preferences.rejection.step"},
-    "constitution": {"data": "preferences.prompting", "pairs": "preferences.constitution.step"},
+    "testbed": {"data": "testbed.world", "pairs": "testbed.pairs"},
+    "pairs": {"data": "given.pairs", "pairs": "given.pairs"},
+    "rejection": {"data": "given.prompts", "pairs": "rejection.step"},
+    "constitution": {"data": "given.prompts", "pairs": "constitution.step"},
 }
 
 # Every key that any source has: what the root configuration may hold before the source is looked at.
@@ -328,4 +328,4 @@ def data_settings(section: dict[str, Any]) -> Any:
 
 def step_module(source: str, step: str) -> str:
     """The module with ``data_step`` or ``pairs_step`` of a source."""
-    return _STEPS[source][step]
+    return f"{__package__}.{_STEPS[source][step]}"

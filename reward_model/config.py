@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from artifacts.errors import UserError
-from models.config import LoraSettings
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.loading.config import LoraSettings
 
 
 @dataclass

@@ -9,8 +9,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from artifacts.errors import UserError
-from models.encoding import drop_long, encode_pair_file, encode_pairs, soft_labels
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.text.encoding import drop_long, encode_pair_file, encode_pairs, soft_labels
 
 COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 
@@ -34,7 +34,7 @@ def reward_dataset(
         context: the model's context length.
         use_margin: keep ``margin``; TRL subtracts it in the loss wherever the column exists.
         use_soft_labels: keep ``soft_label`` where there is one.
-        cache: for a file: the folder of token ids (`models.encoding.encode_pair_file`).
+        cache: for a file: the folder of token ids (`models.text.encoding.encode_pair_file`).
 
     Raises:
         UserError: no rows, a missing margin, chat data without a chat template, pairs that do not fit.

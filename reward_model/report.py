@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from artifacts.files import atomic_path, write_json
-from models.encoding import encode_pairs
-from preferences.bradley_terry import accuracy_ceiling, label_entropy, preference_probability
-from reward_model import calibration
-from reward_model.scorer import RewardScorer
+from ppo_vs_dpo.artifacts.files import atomic_path, write_json
+from ppo_vs_dpo.models.text.encoding import encode_pairs
+from ppo_vs_dpo.preferences.recipes.bradley_terry import accuracy_ceiling, label_entropy, preference_probability
+from ppo_vs_dpo.reward_model import calibration
+from ppo_vs_dpo.reward_model.scorer import RewardScorer
 
 # Below this share of what the labels allow, (accuracy - 0.5) / (ceiling - 0.5), PPO mostly learns the model's errors.
 ENOUGH = 0.6

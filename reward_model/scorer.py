@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from artifacts.errors import UserError
-from artifacts.files import read_json, write_json
-from models.config import ModelConfig
-from models.encoding import encode_completions, encode_prompts
-from models.loading import context_length, load_tokenizer, load_value_or_reward
-from models.logprobs import Batch, sequence_scores
-from models.prompts import Prompt
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import read_json, write_json
+from ppo_vs_dpo.models.loading.config import ModelConfig
+from ppo_vs_dpo.models.loading.pretrained import context_length, load_tokenizer, load_value_or_reward
+from ppo_vs_dpo.models.passes.logprobs import Batch, sequence_scores
+from ppo_vs_dpo.models.text.encoding import encode_completions, encode_prompts
+from ppo_vs_dpo.models.text.prompts import Prompt
 
 # The mean score of SFT samples, in the saved model's config.json; subtracted from every score.
 BIAS_KEY = "score_bias"
@@ -121,7 +121,7 @@ class RewardScorer:
         """Score a batch of the policy's own tokens (the tokenizers must be the same).
 
         Args:
-            batch: from `models.logprobs.pad_batch`.
+            batch: from `models.passes.logprobs.pad_batch`.
 
         Returns:
             ``(B,)`` fp32.

@@ -12,25 +12,32 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl.trainer.reward_config import RewardConfig
 
-from artifacts.errors import UserError
-from artifacts.files import read_parquet
-from artifacts.settings import split
-from artifacts.stage import StageContext
-from models.config import LoraSettings
-from models.encoding import count_rows, encode_prompts
-from models.generation import SamplingConfig, generate, row_seed
-from models.loading import context_length, eos_token_ids, load_policy, load_tokenizer, load_value_or_reward, score_head
-from models.prompts import decode_completion
-from models.quantized import quantization, train_adapters_in_full
-from models.sharding import is_sharded, unsharded_loading, whole
-from models.training import callbacks, model_settings, save_model, train, training_arguments
-from models.unpadded import score_at_last_token
-from preferences.tables import read_rows
-from reward_model.config import RewardModelStage
-from reward_model.data import reward_dataset
-from reward_model.report import write_report
-from reward_model.scorer import RewardScorer, store_bias
-from reward_model.trainer import PairRewardTrainer
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import read_parquet
+from ppo_vs_dpo.artifacts.settings import split
+from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.models.loading.config import LoraSettings
+from ppo_vs_dpo.models.loading.pretrained import (
+    context_length,
+    eos_token_ids,
+    load_policy,
+    load_tokenizer,
+    load_value_or_reward,
+    score_head,
+)
+from ppo_vs_dpo.models.loading.quantized import quantization, train_adapters_in_full
+from ppo_vs_dpo.models.passes.unpadded import score_at_last_token
+from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate, row_seed
+from ppo_vs_dpo.models.sharding.deepspeed import is_sharded, unsharded_loading, whole
+from ppo_vs_dpo.models.text.encoding import count_rows, encode_prompts
+from ppo_vs_dpo.models.text.prompts import decode_completion
+from ppo_vs_dpo.models.training import callbacks, model_settings, save_model, train, training_arguments
+from ppo_vs_dpo.preferences.reading.tables import read_rows
+from ppo_vs_dpo.reward_model.config import RewardModelStage
+from ppo_vs_dpo.reward_model.data import reward_dataset
+from ppo_vs_dpo.reward_model.report import write_report
+from ppo_vs_dpo.reward_model.scorer import RewardScorer, store_bias
+from ppo_vs_dpo.reward_model.trainer import PairRewardTrainer
 
 PAIR_COLUMNS = ["prompt", "chosen", "rejected"]
 
@@ -39,7 +46,7 @@ def initial_model(path, config, head_init: str, seed: int, base=None) -> PreTrai
     """The SFT policy's backbone under a new scalar head.
 
     With ``zero`` every score is 0 before the first step and the loss is log 2 exactly. ``base``: how the backbone is
-    quantised (`models.quantized`).
+    quantised (`models.loading.quantized`).
     """
     set_seed(seed)
     model = load_value_or_reward(path, config, trainable=True, quantization=base)

@@ -2,7 +2,7 @@
 
 from trl.trainer.reward_trainer import RewardTrainer
 
-from reward_model.data import COLUMNS, PairCollator
+from ppo_vs_dpo.reward_model.data import COLUMNS, PairCollator
 
 
 class PairRewardTrainer(RewardTrainer):

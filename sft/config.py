@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from models.config import LoraSettings
+from ppo_vs_dpo.models.loading.config import LoraSettings
 
 
 @dataclass

@@ -3,9 +3,9 @@
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from artifacts.errors import UserError
-from models.encoding import drop_long, encode_completions, encode_prompts
-from models.prompts import is_conversational, require_chat_template
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.text.encoding import drop_long, encode_completions, encode_prompts
+from ppo_vs_dpo.models.text.prompts import is_conversational, require_chat_template
 
 # What TRL's SFTTrainer takes; the first match decides.
 FORMATS = (("prompt", "completion"), ("messages",), ("text",))
@@ -21,7 +21,7 @@ def sft_dataset(
     """Examples in a form that ``trl.SFTTrainer`` trains on.
 
     ``prompt`` and ``completion`` are turned into ``input_ids`` and ``labels`` here, by the rules that sampling and
-    scoring use too (`models.encoding`). ``messages`` and ``text`` are left to TRL.
+    scoring use too (`models.text.encoding`). ``messages`` and ``text`` are left to TRL.
 
     Args:
         examples: columns of one of `FORMATS`.

@@ -10,18 +10,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from artifacts.errors import UserError
-from artifacts.files import atomic_folder, read_parquet
-from artifacts.settings import split
-from artifacts.stage import StageContext
-from models.config import LoraSettings, ModelConfig
-from models.loading import build_policy, context_length, load_policy, load_tokenizer
-from models.quantized import quantization, train_adapters_in_full
-from models.sharding import unsharded_loading
-from models.training import callbacks, model_settings, parameter_counts, save_model, train, training_arguments
-from models.unpadded import skip_padding
-from sft.config import SFTStage
-from sft.data import sft_dataset
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import atomic_folder, read_parquet
+from ppo_vs_dpo.artifacts.settings import split
+from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.models.loading.config import LoraSettings, ModelConfig
+from ppo_vs_dpo.models.loading.pretrained import build_policy, context_length, load_policy, load_tokenizer
+from ppo_vs_dpo.models.loading.quantized import quantization, train_adapters_in_full
+from ppo_vs_dpo.models.passes.unpadded import skip_padding
+from ppo_vs_dpo.models.sharding.deepspeed import unsharded_loading
+from ppo_vs_dpo.models.training import (
+    callbacks,
+    model_settings,
+    parameter_counts,
+    save_model,
+    train,
+    training_arguments,
+)
+from ppo_vs_dpo.sft.config import SFTStage
+from ppo_vs_dpo.sft.data import sft_dataset
 
 
 def initial_policy(
@@ -30,7 +37,7 @@ def initial_policy(
     """The model that the run starts from and its tokenizer: ``model.path``, or the architecture with new weights.
 
     Raises:
-        UserError: new weights are to be quantised (``base``, from `models.quantized`) and frozen.
+        UserError: new weights are to be quantised (``base``, from `models.loading.quantized`) and frozen.
     """
     if config.path is None and base is not None:
         raise UserError("sft.lora.load_in_4bit freezes the model it starts from, and model.path names none.")

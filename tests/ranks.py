@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from artifacts.run import RunFolder
-from models.sharding import start_deepspeed
+from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.models.sharding.deepspeed import start_deepspeed
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "deepspeed"
 
@@ -75,3 +75,11 @@ def launch(run: RunFolder, stage: str, ranks: int = 2, code: int = 0) -> str:
     )
     assert ended.returncode == code, ended.stderr[-3000:]
     return ended.stdout + ended.stderr
+
+
+def beside_tests(folder: Path) -> str:
+    """A ``PYTHONPATH`` for an interpreter without this project: a link ``ppo_vs_dpo`` in ``folder``, and ``tests``."""
+    root = Path(__file__).parents[1]
+    (folder / "importable").mkdir(exist_ok=True)
+    (folder / "importable" / "ppo_vs_dpo").symlink_to(root)
+    return os.pathsep.join([str(folder / "importable"), str(root)])

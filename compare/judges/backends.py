@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError
 
 
 @dataclass
@@ -169,7 +169,7 @@ class LocalBackend:
     """
 
     def __init__(self, path: str, model_config: Any = None):
-        from models.loading import eos_token_ids, load_policy, load_tokenizer
+        from ppo_vs_dpo.models.loading.pretrained import eos_token_ids, load_policy, load_tokenizer
 
         self.path = path
         self._tokenizer = load_tokenizer(path, model_config)
@@ -186,9 +186,9 @@ class LocalBackend:
     @torch.no_grad()
     def ask(self, messages: list[dict[str, str]], max_tokens: int, temperature: float, seed: int) -> Reply:
         """One reply with the ten likeliest tokens at every step; one at a time."""
-        from models.generation import SamplingConfig, generate
-        from models.logprobs import pad_batch, response_logits
-        from models.prompts import decode_completion, encode_prompt
+        from ppo_vs_dpo.models.passes.logprobs import pad_batch, response_logits
+        from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate
+        from ppo_vs_dpo.models.text.prompts import decode_completion, encode_prompt
 
         with self._lock:
             prompt = encode_prompt(self._tokenizer, messages)

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from artifacts.errors import UserError
-from artifacts.files import append_jsonl, read_jsonl, sha256_of
-from compare.judges.backends import Backend, EndpointDown, LocalBackend, OpenAIBackend, Reply
-from compare.judges.template import JudgeTemplate, load_template
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import append_jsonl, read_jsonl, sha256_of
+from ppo_vs_dpo.compare.judges.backends import Backend, EndpointDown, LocalBackend, OpenAIBackend, Reply
+from ppo_vs_dpo.compare.judges.template import JudgeTemplate, load_template
 
 ORDERS = ("forward", "swapped")
 

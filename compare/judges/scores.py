@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from artifacts.errors import UserError
-from models.config import ModelConfig
-from models.inference import Ranks
-from models.loading import load_tokenizer, load_value_or_reward
-from preferences.gold import load_gold
-from reward_model.scorer import RewardScorer, read_bias
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.loading.config import ModelConfig
+from ppo_vs_dpo.models.loading.pretrained import load_tokenizer, load_value_or_reward
+from ppo_vs_dpo.models.passes.inference import Ranks
+from ppo_vs_dpo.preferences.recipes.gold import load_gold
+from ppo_vs_dpo.reward_model.scorer import RewardScorer, read_bias
 
 
 class FunctionJudge:

@@ -11,9 +11,9 @@ from jinja2.sandbox import SandboxedEnvironment
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from artifacts.errors import UserError
-from artifacts.files import sha256_of
-from artifacts.settings import nearest
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import sha256_of
+from ppo_vs_dpo.artifacts.settings import nearest
 
 TEMPLATES = Path(__file__).parents[2] / "configs" / "judge"
 KEYS = ("source", "system", "user", "answers", "verdict", "max_tokens")

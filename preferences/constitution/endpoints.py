@@ -12,16 +12,16 @@ from typing import Any, Protocol
 
 import torch
 
-from artifacts.errors import UserError
-from models.config import ModelConfig
-from models.generation import SamplingConfig, generate
-from models.loading import context_length, eos_token_ids, load_policy, load_tokenizer
-from models.logprobs import pad_batch
-from models.prompts import decode_completion, encode_prompt
-from preferences.config import Endpoint
-from preferences.gold import load_gold
-from preferences.mappings import dialogue_text
-from preferences.schema import Text
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.loading.config import ModelConfig
+from ppo_vs_dpo.models.loading.pretrained import context_length, eos_token_ids, load_policy, load_tokenizer
+from ppo_vs_dpo.models.passes.logprobs import pad_batch
+from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate
+from ppo_vs_dpo.models.text.prompts import decode_completion, encode_prompt
+from ppo_vs_dpo.preferences.config import Endpoint
+from ppo_vs_dpo.preferences.reading.mappings import dialogue_text
+from ppo_vs_dpo.preferences.recipes.gold import load_gold
+from ppo_vs_dpo.preferences.schema import Text
 
 # What the judge's answer starts with, so that the next token is the letter (Bai et al. 2022b, section 4.1).
 PREFILL = "The answer is ("

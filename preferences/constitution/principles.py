@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "constitution"
 _KEYS = ("id", "critique", "revision", "choice")

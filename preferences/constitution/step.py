@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from artifacts.errors import UserError
-from artifacts.files import fingerprint_file, write_json, write_jsonl
-from artifacts.stage import StageContext
-from models.generation import SamplingConfig
-from models.training import model_settings
-from preferences.config import ConstitutionalPairs
-from preferences.constitution.endpoints import load_model
-from preferences.constitution.principles import load_constitution, load_few_shot
-from preferences.constitution.steps import (
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import fingerprint_file, write_json, write_jsonl
+from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.models.sampling.generation import SamplingConfig
+from ppo_vs_dpo.models.training import model_settings
+from ppo_vs_dpo.preferences.config import ConstitutionalPairs
+from ppo_vs_dpo.preferences.constitution.endpoints import load_model
+from ppo_vs_dpo.preferences.constitution.principles import load_constitution, load_few_shot
+from ppo_vs_dpo.preferences.constitution.steps import (
     Item,
     Runner,
     all_steps,
@@ -28,10 +28,16 @@ from preferences.constitution.steps import (
     preference_log_odds,
     soft_label,
 )
-from preferences.rejection.step import identity_of, policy_path
-from preferences.schema import OPTIONAL_NUMBERS, Text, make_pair, pair_set_hash
-from preferences.steplog import StepLog
-from preferences.tables import TableWriter, example_schema, pair_schema, read_rows, without_empty_columns
+from ppo_vs_dpo.preferences.reading.tables import (
+    TableWriter,
+    example_schema,
+    pair_schema,
+    read_rows,
+    without_empty_columns,
+)
+from ppo_vs_dpo.preferences.recipes.steplog import StepLog
+from ppo_vs_dpo.preferences.rejection.step import identity_of, policy_path
+from ppo_vs_dpo.preferences.schema import OPTIONAL_NUMBERS, Text, make_pair, pair_set_hash
 
 # Openings of answers that only refuse. A revision of this kind teaches to refuse, not to answer better.
 REFUSAL = re.compile(

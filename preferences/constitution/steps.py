@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from models.generation import row_seed
-from preferences.constitution.endpoints import Answer, Model, Request
-from preferences.constitution.principles import Principle
-from preferences.schema import Text, text_of
-from preferences.steplog import StepLog
+from ppo_vs_dpo.models.sampling.generation import row_seed
+from ppo_vs_dpo.preferences.constitution.endpoints import Answer, Model, Request
+from ppo_vs_dpo.preferences.constitution.principles import Principle
+from ppo_vs_dpo.preferences.recipes.steplog import StepLog
+from ppo_vs_dpo.preferences.schema import Text, text_of
 
 Key = tuple[str, int]
 

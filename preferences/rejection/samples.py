@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from models.config import ModelConfig
-from models.generation import SamplingConfig, generate, row_seed
-from models.loading import eos_token_ids, load_policy, load_tokenizer
-from models.prompts import decode_completion, encode_prompt
-from preferences.schema import Text
-from preferences.steplog import StepLog
+from ppo_vs_dpo.models.loading.config import ModelConfig
+from ppo_vs_dpo.models.loading.pretrained import eos_token_ids, load_policy, load_tokenizer
+from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate, row_seed
+from ppo_vs_dpo.models.text.prompts import decode_completion, encode_prompt
+from ppo_vs_dpo.preferences.recipes.steplog import StepLog
+from ppo_vs_dpo.preferences.schema import Text
 
 # Scores of completions: (prompts, texts, finished) -> one number each.
 Scorer = Callable[[Sequence[Text], Sequence[str], Sequence[bool]], list[float]]

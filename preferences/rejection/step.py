@@ -8,18 +8,24 @@ from typing import Any
 
 import numpy as np
 
-from artifacts.errors import UserError
-from artifacts.files import read_json
-from artifacts.stage import StageContext
-from models.generation import SamplingConfig, row_seed
-from models.training import model_settings
-from preferences.config import RejectionSampling
-from preferences.gold import load_gold
-from preferences.rejection.samples import Sampler, Scorer, sample_and_score
-from preferences.rejection.select import best_against_worst, bradley_terry_pairs, pick_best, rso_pairs
-from preferences.schema import OPTIONAL_NUMBERS, Text, make_pair, pair_set_hash
-from preferences.steplog import StepLog
-from preferences.tables import TableWriter, example_schema, pair_schema, read_rows, without_empty_columns
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import read_json
+from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.models.sampling.generation import SamplingConfig, row_seed
+from ppo_vs_dpo.models.training import model_settings
+from ppo_vs_dpo.preferences.config import RejectionSampling
+from ppo_vs_dpo.preferences.reading.tables import (
+    TableWriter,
+    example_schema,
+    pair_schema,
+    read_rows,
+    without_empty_columns,
+)
+from ppo_vs_dpo.preferences.recipes.gold import load_gold
+from ppo_vs_dpo.preferences.recipes.steplog import StepLog
+from ppo_vs_dpo.preferences.rejection.samples import Sampler, Scorer, sample_and_score
+from ppo_vs_dpo.preferences.rejection.select import best_against_worst, bradley_terry_pairs, pick_best, rso_pairs
+from ppo_vs_dpo.preferences.schema import OPTIONAL_NUMBERS, Text, make_pair, pair_set_hash
 
 
 def load_scorer(settings: RejectionSampling) -> Scorer:

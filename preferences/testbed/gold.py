@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 
-from preferences.testbed.grammar import ASPECTS, ASPECTS_OF, DEGREES, LEXICON, legal_pairs, thing_of
+from ppo_vs_dpo.preferences.testbed.grammar import ASPECTS, ASPECTS_OF, DEGREES, LEXICON, legal_pairs, thing_of
 
 # Unit of the reward: at 1.2 two samples of the SFT policy are told apart with probability .82 or so.
 SCALE = 1.2

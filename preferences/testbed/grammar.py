@@ -17,7 +17,7 @@ import itertools
 import random
 from collections.abc import Iterator
 
-from preferences.schema import prompt_id
+from ppo_vs_dpo.preferences.schema import prompt_id
 
 # --- the sentiment lexicon: weight of each word ------------------------------------------------------------------
 ADJECTIVES = {

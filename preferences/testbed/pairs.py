@@ -4,17 +4,22 @@ from collections.abc import Callable
 
 import numpy as np
 
-from artifacts.errors import UserError
-from artifacts.files import read_parquet, write_parquet
-from artifacts.stage import StageContext
-from models.generation import SamplingConfig, generate, row_seed
-from models.loading import eos_token_ids, load_policy, load_tokenizer
-from models.prompts import decode_completion, encode_prompt
-from preferences.bradley_terry import accuracy_ceiling, draw_labels, label_entropy, preference_probability
-from preferences.config import ReviewTestbed
-from preferences.gold import load_gold
-from preferences.schema import make_pair, pair_set_hash
-from preferences.testbed.grammar import distinct_prompts
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import read_parquet, write_parquet
+from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.models.loading.pretrained import eos_token_ids, load_policy, load_tokenizer
+from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate, row_seed
+from ppo_vs_dpo.models.text.prompts import decode_completion, encode_prompt
+from ppo_vs_dpo.preferences.config import ReviewTestbed
+from ppo_vs_dpo.preferences.recipes.bradley_terry import (
+    accuracy_ceiling,
+    draw_labels,
+    label_entropy,
+    preference_probability,
+)
+from ppo_vs_dpo.preferences.recipes.gold import load_gold
+from ppo_vs_dpo.preferences.schema import make_pair, pair_set_hash
+from ppo_vs_dpo.preferences.testbed.grammar import distinct_prompts
 
 # A second sample that equals the first says nothing; after this many further draws the prompt gives no pair.
 REDRAWS = 4

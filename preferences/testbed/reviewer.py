@@ -7,10 +7,10 @@ never adds a violation, and after enough rounds there is none.
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from preferences.constitution.endpoints import Answer, Request
-from preferences.constitution.principles import Principle, load_constitution
-from preferences.testbed.gold import LENGTH_FREE, gold_reward, words_of
-from preferences.testbed.grammar import ADJECTIVES, LEXICON, VERBS, spell
+from ppo_vs_dpo.preferences.constitution.endpoints import Answer, Request
+from ppo_vs_dpo.preferences.constitution.principles import Principle, load_constitution
+from ppo_vs_dpo.preferences.testbed.gold import LENGTH_FREE, gold_reward, words_of
+from ppo_vs_dpo.preferences.testbed.grammar import ADJECTIVES, LEXICON, VERBS, spell
 
 
 def dispraise(words: Sequence[str]) -> list[int]:
@@ -128,10 +128,10 @@ class Judge:
 
 
 def critic() -> Critic:
-    """The critic, for ``critic: {kind: python, function: preferences.testbed.reviewer:critic}``."""
+    """The critic, for ``critic: {kind: python, function: ppo_vs_dpo.preferences.testbed.reviewer:critic}``."""
     return Critic()
 
 
 def judge() -> Judge:
-    """The judge, for ``judge: {kind: python, function: preferences.testbed.reviewer:judge}``."""
+    """The judge, for ``judge: {kind: python, function: ppo_vs_dpo.preferences.testbed.reviewer:judge}``."""
     return Judge()

@@ -9,7 +9,7 @@ that a badly trained policy writes, is split again as it was: ``encode(decode(id
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from preferences.testbed.grammar import vocabulary
+from ppo_vs_dpo.preferences.testbed.grammar import vocabulary
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 

@@ -1,11 +1,11 @@
 """The testbed's step ``data``: write its world (reviews to learn from, prompts, the tokenizer)."""
 
-from artifacts.files import atomic_folder, write_parquet
-from artifacts.stage import StageContext
-from preferences.config import ReviewTestbed
-from preferences.schema import prompt_id
-from preferences.testbed.grammar import distinct_prompts, reviews
-from preferences.testbed.tokenizer import build_tokenizer
+from ppo_vs_dpo.artifacts.files import atomic_folder, write_parquet
+from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.preferences.config import ReviewTestbed
+from ppo_vs_dpo.preferences.schema import prompt_id
+from ppo_vs_dpo.preferences.testbed.grammar import distinct_prompts, reviews
+from ppo_vs_dpo.preferences.testbed.tokenizer import build_tokenizer
 
 
 def prompt_rows(prompts: list[str]) -> dict[str, list[str]]:

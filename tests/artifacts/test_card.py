@@ -4,9 +4,9 @@ import yaml
 from huggingface_hub import ModelCard
 from omegaconf import OmegaConf
 
-from artifacts.card import write_card
-from artifacts.run import RunFolder
-from artifacts.stage import StageContext
+from ppo_vs_dpo.artifacts.card import write_card
+from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.artifacts.stage import StageContext
 
 CONFIG = {
     "seed": 3,

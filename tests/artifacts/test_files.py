@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from artifacts.errors import UserError
-from artifacts.files import (
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import (
     append_jsonl,
     atomic_folder,
     fingerprint_file,
@@ -51,7 +51,7 @@ def test_a_killed_writer_leaves_the_old_folder(tmp_path):
     write_text(tmp_path / "model" / "weights", "old")
     code = f"""
         import os, signal
-        from artifacts.files import atomic_folder
+        from ppo_vs_dpo.artifacts.files import atomic_folder
         with atomic_folder({str(tmp_path / "model")!r}) as folder:
             (folder / "weights").write_text("new")
             os.kill(os.getpid(), signal.SIGKILL)

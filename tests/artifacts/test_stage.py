@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from artifacts.errors import UserError
-from artifacts.run import RunFolder, point_name
-from artifacts.settings import MISSING, split
-from artifacts.stage import StageContext, parse_point
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import write_json
+from ppo_vs_dpo.artifacts.run import RunFolder, point_name
+from ppo_vs_dpo.artifacts.settings import MISSING, split
+from ppo_vs_dpo.artifacts.stage import StageContext, parse_point
 
 
 @dataclass
@@ -66,8 +67,8 @@ def test_points_read_back_as_written():
 
 STAGE = """
     import errno
-    from artifacts.errors import UserError
-    from artifacts.stage import stage_main
+    from ppo_vs_dpo.artifacts.errors import UserError
+    from ppo_vs_dpo.artifacts.stage import stage_main
 
     def run_stage(context):
         what = context.config["do"]
@@ -134,7 +135,7 @@ def test_cost_is_counted_apart_from_the_figures(run):
 
 
 def test_time_of_an_interrupted_attempt_counts(run, monkeypatch):
-    monkeypatch.setattr("artifacts.stage.SPENT_EVERY", -1.0)
+    monkeypatch.setattr("ppo_vs_dpo.artifacts.stage.SPENT_EVERY", -1.0)
     first = StageContext(RunFolder(run), "ppo")
     first._started -= 100
     first.progress(1, 2)  # killed after this
@@ -144,3 +145,12 @@ def test_time_of_an_interrupted_attempt_counts(run, monkeypatch):
     assert RunFolder(run).done("ppo")["seconds"] >= 100
     # Run again after its end: a new account.
     assert StageContext(RunFolder(run), "ppo").seconds < 50
+
+
+def test_a_run_of_another_age_is_refused_in_one_sentence(tmp_path):
+    (tmp_path / "config.yaml").write_text("name: old\n")
+    write_json(tmp_path / "manifest.json", {"versions": {"ppo-vs-dpo": "0.1.0"}})
+    with pytest.raises(UserError, match=r"made by ppo-vs-dpo 0\.1\.0.*cannot go on with it.*name="):
+        RunFolder(tmp_path)
+    write_json(tmp_path / "manifest.json", {"versions": {"ppo-vs-dpo": "0.2.0"}})
+    assert RunFolder(tmp_path).config.name == "old"

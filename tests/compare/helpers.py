@@ -7,8 +7,8 @@ import jsonschema
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from artifacts.files import read_json, write_json, write_parquet, write_text
-from preferences.schema import prompt_id
+from ppo_vs_dpo.artifacts.files import read_json, write_json, write_parquet, write_text
+from ppo_vs_dpo.preferences.schema import prompt_id
 
 STARTS = ["the film", "a story", "the plot", "the cast", "a film", "the story"]
 MIDDLES = ["was very", "was not", "was", "and the plot was", "and a cast was"]
@@ -107,11 +107,11 @@ def set_config(root: Path, settings: str) -> None:
     path.write_text(path.read_text().replace("resamples: 200", f"{settings}, resamples: 200"))
 
 
-SCHEMA = Path(__file__).parents[2] / "compare" / "report.schema.json"
+SCHEMA = Path(__file__).parents[2] / "compare" / "report" / "report.schema.json"
 
 
 def check_schema(report: dict) -> dict:
-    """The report, which has the shape that ``compare/report.schema.json`` writes down."""
+    """The report, which has the shape that ``compare/report/report.schema.json`` writes down."""
     validator = jsonschema.Draft202012Validator(read_json(SCHEMA))
     errors = [f"{'/'.join(map(str, e.absolute_path))}: {e.message[:300]}" for e in validator.iter_errors(report)]
     assert not errors, "\n".join(errors[:10])

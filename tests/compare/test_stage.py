@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from artifacts.errors import UserError
-from artifacts.files import read_json, read_parquet, write_json, write_jsonl, write_parquet
-from artifacts.run import RunFolder
-from artifacts.stage import StageContext, stage_main
-from compare.stage import run_compare
-from preferences.schema import prompt_id
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import read_json, read_parquet, write_json, write_jsonl, write_parquet
+from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.artifacts.stage import StageContext, stage_main
+from ppo_vs_dpo.compare.stage import run_compare
+from ppo_vs_dpo.preferences.schema import prompt_id
 from tests.compare.helpers import PROMPTS, check_schema, done, make_run, set_config, small_model, write_prompts
 
 ROOT = Path(__file__).parents[2]
@@ -34,10 +34,14 @@ def figures(report):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, word_tokenizer):
-    """A run that `python -m compare` has compared, and the process's output."""
+    """A run that `python -m ppo_vs_dpo.compare` has compared, and the process's output."""
     root = make_run(tmp_path_factory.mktemp("run"), word_tokenizer)
     process = subprocess.run(
-        [sys.executable, "-m", "compare", str(root)], cwd=ROOT, env={**os.environ}, capture_output=True, text=True
+        [sys.executable, "-m", "ppo_vs_dpo.compare", str(root)],
+        cwd=ROOT,
+        env={**os.environ},
+        capture_output=True,
+        text=True,
     )
     assert process.returncode == 0, process.stderr
     return root

@@ -8,12 +8,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from artifacts.errors import UserError
-from artifacts.files import read_json, read_parquet, write_jsonl
-from compare.best_of_n import kl_bound, pool_weights
-from models.encoding import encode_prompts
-from models.loading import load_policy, load_tokenizer
-from models.logprobs import pad_batch, response_logprobs
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import read_json, read_parquet, write_jsonl
+from ppo_vs_dpo.compare.sampling.best_of_n import kl_bound, pool_weights
+from ppo_vs_dpo.models.loading.pretrained import load_policy, load_tokenizer
+from ppo_vs_dpo.models.passes.logprobs import pad_batch, response_logprobs
+from ppo_vs_dpo.models.text.encoding import encode_prompts
 from tests.compare.helpers import HASH, PROMPTS, done, gold, make_run, set_config, small_model
 from tests.compare.test_stage import compare
 

@@ -15,17 +15,17 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 from trl.trainer.dpo_config import DPOConfig
 
-import dpo.train
-from artifacts.errors import UserError
-from artifacts.files import read_jsonl, write_parquet
-from artifacts.run import RunFolder
-from dpo.config import smoothed_loss
-from dpo.data import dpo_dataset
-from dpo.train import build_trainer, run_stage
-from models.config import LoraSettings
-from models.loading import load_policy
-from models.logprobs import pad_batch, response_logprobs
-from models.training import callbacks
+import ppo_vs_dpo.dpo.train as dpo_train
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import read_jsonl, write_parquet
+from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.dpo.config import smoothed_loss
+from ppo_vs_dpo.dpo.data import dpo_dataset
+from ppo_vs_dpo.dpo.train import build_trainer, run_stage
+from ppo_vs_dpo.models.loading.config import LoraSettings
+from ppo_vs_dpo.models.loading.pretrained import load_policy
+from ppo_vs_dpo.models.passes.logprobs import pad_batch, response_logprobs
+from ppo_vs_dpo.models.training import callbacks
 from tests.sft.test_sft import InterruptAt, fails, without_time
 from tests.sft.tiny_run import context_of, make_rows, make_run, weights
 
@@ -280,7 +280,7 @@ def test_an_interrupted_run_ends_bit_for_bit_as_if_it_had_not_been(word_tokenize
     run_stage(context_of(whole, "dpo"))
     cut = make_run(tmp_path / "cut", word_tokenizer, tiny_llama())
     with monkeypatch.context() as patch:
-        patch.setattr(dpo.train, "callbacks", lambda context: [*callbacks(context), InterruptAt(5)])
+        patch.setattr(dpo_train, "callbacks", lambda context: [*callbacks(context), InterruptAt(5)])
         with pytest.raises(KeyboardInterrupt):
             run_stage(context_of(cut, "dpo"))
     run_stage(context_of(cut, "dpo"))
@@ -290,7 +290,7 @@ def test_an_interrupted_run_ends_bit_for_bit_as_if_it_had_not_been(word_tokenize
 
 
 def command(run: RunFolder) -> list[str]:
-    return [sys.executable, "-m", "dpo", str(run.root)]
+    return [sys.executable, "-m", "ppo_vs_dpo.dpo", str(run.root)]
 
 
 def test_killed_process(word_tokenizer, tiny_llama, tmp_path):

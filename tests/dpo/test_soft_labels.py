@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
-from artifacts.files import read_parquet, write_parquet
-from dpo.data import dpo_dataset
-from dpo.train import run_stage
-from models.config import LoraSettings
+from ppo_vs_dpo.artifacts.files import read_parquet, write_parquet
+from ppo_vs_dpo.dpo.data import dpo_dataset
+from ppo_vs_dpo.dpo.train import run_stage
+from ppo_vs_dpo.models.loading.config import LoraSettings
 from tests.dpo.test_dpo import batch_of, log_ratio, trained_margin, trainer_for  # noqa: F401
 from tests.sft.test_sft import fails
 from tests.sft.tiny_run import context_of, make_run

@@ -21,7 +21,7 @@ SMALL = [
 
 def command(output_dir: Path, *more: str) -> list[str]:
     """The command line of a small run."""
-    return [sys.executable, "-m", "pipeline.cli", *SMALL, f"output_dir={output_dir}", *more]
+    return [sys.executable, "-m", "ppo_vs_dpo.pipeline.cli", *SMALL, f"output_dir={output_dir}", *more]
 
 
 def environment() -> dict[str, str]:

@@ -79,8 +79,8 @@ def tiny_reward(tiny_llama):
 @pytest.fixture
 def make_trainer(tmp_path, tiny_llama, word_tokenizer, prompts):
     """A function that builds a `PPOTrainer`; keywords are `PPOConfig`'s, those in ``parts`` the trainer's."""
-    from ppo.config import PPOConfig
-    from ppo.trainer import PPOTrainer
+    from ppo_vs_dpo.ppo.config import PPOConfig
+    from ppo_vs_dpo.ppo.trainer import PPOTrainer
 
     def build(parts=None, **settings):
         defaults = {

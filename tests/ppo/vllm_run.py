@@ -11,8 +11,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from ppo.config import PPOConfig
-from ppo.trainer import PPOTrainer
+from ppo_vs_dpo.ppo.config import PPOConfig
+from ppo_vs_dpo.ppo.trainer import PPOTrainer
 from tests.ppo.conftest import PROMPTS, count_good
 
 SYNCED, STALE = 4, 2

@@ -18,12 +18,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from artifacts.files import write_json
-from artifacts.run import RunFolder
-from artifacts.stage import StageContext
-from preferences.__main__ import run_data, run_pairs
-from preferences.testbed.grammar import reviews
-from preferences.testbed.tokenizer import build_tokenizer
+from ppo_vs_dpo.artifacts.files import write_json
+from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.preferences.__main__ import run_data, run_pairs
+from ppo_vs_dpo.preferences.testbed.grammar import reviews
+from ppo_vs_dpo.preferences.testbed.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,8 +36,8 @@ def make_run(folder: Path, data: dict, **sections) -> Path:
 
 
 def run_step(folder: Path, step: str, **kwargs) -> subprocess.CompletedProcess:
-    """``python -m preferences RUN --step STEP`` as the pipeline starts it."""
-    command = [sys.executable, "-m", "preferences", str(folder), "--step", step]
+    """``python -m ppo_vs_dpo.preferences RUN --step STEP`` as the pipeline starts it."""
+    command = [sys.executable, "-m", "ppo_vs_dpo.preferences", str(folder), "--step", step]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **kwargs)
 
 

@@ -2,7 +2,7 @@
 
 import json
 
-from artifacts.files import read_json
+from ppo_vs_dpo.artifacts.files import read_json
 from tests.preferences.conftest import make_run, run_here
 
 ROWS = [{"prompt": f"Question {i}?", "chosen": f" Answer {i}.", "rejected": f" Nonsense {i}."} for i in range(60)]

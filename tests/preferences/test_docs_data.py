@@ -7,11 +7,11 @@ import subprocess
 
 import pytest
 
-from artifacts.files import read_parquet
-from preferences.config import SOURCES
-from preferences.inspect import main
-from preferences.iterative_dpo import program
-from preferences.validation import PROBLEMS
+from ppo_vs_dpo.artifacts.files import read_parquet
+from ppo_vs_dpo.preferences.config import SOURCES
+from ppo_vs_dpo.preferences.reading.inspect import main
+from ppo_vs_dpo.preferences.reading.validation import PROBLEMS
+from ppo_vs_dpo.preferences.recipes.iterative_dpo import program
 from tests.preferences.conftest import ROOT
 
 TEXT = (ROOT / "docs" / "data.md").read_text()

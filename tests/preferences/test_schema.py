@@ -1,7 +1,7 @@
 """Fingerprints: stable over platforms and orders, different for different content."""
 
-from artifacts.files import sha256_of
-from preferences.schema import make_pair, pair_id, pair_set_hash, prompt_id, text_of
+from ppo_vs_dpo.artifacts.files import sha256_of
+from ppo_vs_dpo.preferences.schema import make_pair, pair_id, pair_set_hash, prompt_id, text_of
 
 
 def test_ids_are_the_hash_of_canonical_json():

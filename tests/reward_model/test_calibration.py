@@ -5,7 +5,7 @@ import pytest
 from scipy.special import expit, logit
 from sklearn.metrics import brier_score_loss
 
-from reward_model.calibration import (
+from ppo_vs_dpo.reward_model.calibration import (
     brier,
     by_margin,
     correlation,
@@ -63,7 +63,7 @@ def test_brier_and_log_loss():
 
 def test_loss_of_the_true_rewards_is_the_label_entropy():
     """papers.md 3.6.3: the population minimum of the Bradley-Terry loss is the mean entropy of the labels."""
-    from preferences.bradley_terry import label_entropy
+    from ppo_vs_dpo.preferences.recipes.bradley_terry import label_entropy
 
     p = np.array([0.6, 0.9, 0.75])
     n = 100

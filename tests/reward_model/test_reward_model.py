@@ -10,17 +10,17 @@ import torch
 from datasets import Dataset
 from trl.trainer.reward_config import RewardConfig
 
-import reward_model.train
-from artifacts.errors import UserError
-from artifacts.files import read_json, read_jsonl, read_parquet, write_json, write_parquet
-from models.loading import load_tokenizer, load_value_or_reward
-from models.logprobs import pad_batch
-from models.training import callbacks
-from preferences.bradley_terry import accuracy_ceiling, label_entropy, preference_probability
-from reward_model.data import reward_dataset
-from reward_model.report import build_report, scored_pairs, warnings
-from reward_model.scorer import RewardScorer, read_bias, store_bias
-from reward_model.train import build_trainer, initial_model, run_stage
+import ppo_vs_dpo.reward_model.train as reward_model_train
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import read_json, read_jsonl, read_parquet, write_json, write_parquet
+from ppo_vs_dpo.models.loading.pretrained import load_tokenizer, load_value_or_reward
+from ppo_vs_dpo.models.passes.logprobs import pad_batch
+from ppo_vs_dpo.models.training import callbacks
+from ppo_vs_dpo.preferences.recipes.bradley_terry import accuracy_ceiling, label_entropy, preference_probability
+from ppo_vs_dpo.reward_model.data import reward_dataset
+from ppo_vs_dpo.reward_model.report import build_report, scored_pairs, warnings
+from ppo_vs_dpo.reward_model.scorer import RewardScorer, read_bias, store_bias
+from ppo_vs_dpo.reward_model.train import build_trainer, initial_model, run_stage
 from tests.sft.test_sft import InterruptAt, fails, without_time
 from tests.sft.tiny_run import context_of, make_run, weights
 
@@ -206,7 +206,7 @@ def test_an_interrupted_run_ends_bit_for_bit_as_if_it_had_not_been(word_tokenize
     run_stage(context_of(whole, "reward_model"))
     cut = make_run(tmp_path / "cut", word_tokenizer, tiny_llama())
     with monkeypatch.context() as patch:
-        patch.setattr(reward_model.train, "callbacks", lambda context: [*callbacks(context), InterruptAt(5)])
+        patch.setattr(reward_model_train, "callbacks", lambda context: [*callbacks(context), InterruptAt(5)])
         with pytest.raises(KeyboardInterrupt):
             run_stage(context_of(cut, "reward_model"))
     run_stage(context_of(cut, "reward_model"))

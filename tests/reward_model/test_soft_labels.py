@@ -8,12 +8,12 @@ import torch
 from datasets import Dataset
 from trl.trainer.reward_config import RewardConfig
 
-from artifacts.errors import UserError
-from artifacts.files import read_parquet, write_parquet
-from models.loading import load_tokenizer, load_value_or_reward
-from reward_model.data import reward_dataset
-from reward_model.scorer import RewardScorer
-from reward_model.train import build_trainer, initial_model, run_stage
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import read_parquet, write_parquet
+from ppo_vs_dpo.models.loading.pretrained import load_tokenizer, load_value_or_reward
+from ppo_vs_dpo.reward_model.data import reward_dataset
+from ppo_vs_dpo.reward_model.scorer import RewardScorer
+from ppo_vs_dpo.reward_model.train import build_trainer, initial_model, run_stage
 from tests.sft.test_sft import fails
 from tests.sft.tiny_run import context_of, make_run
 

@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-import sft.train
-from artifacts.errors import UserError
-from artifacts.files import read_json, read_jsonl, write_parquet
-from models.loading import load_policy
-from models.training import callbacks
-from sft.data import sft_dataset
-from sft.train import run_stage
+import ppo_vs_dpo.sft.train as sft_train
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import read_json, read_jsonl, write_parquet
+from ppo_vs_dpo.models.loading.pretrained import load_policy
+from ppo_vs_dpo.models.training import callbacks
+from ppo_vs_dpo.sft.data import sft_dataset
+from ppo_vs_dpo.sft.train import run_stage
 from tests.sft.tiny_run import ARCHITECTURE, context_of, make_run, weights
 
 TEXTS = Dataset.from_dict({"prompt": ["the film was", "a story"], "completion": [" very good", " dull and bad"]})
@@ -86,7 +86,7 @@ def test_an_interrupted_run_ends_bit_for_bit_as_if_it_had_not_been(word_tokenize
     run_stage(context_of(whole, "sft"))
     cut = make_run(tmp_path / "cut", word_tokenizer)
     with monkeypatch.context() as patch:
-        patch.setattr(sft.train, "callbacks", lambda context: [*callbacks(context), InterruptAt(5)])
+        patch.setattr(sft_train, "callbacks", lambda context: [*callbacks(context), InterruptAt(5)])
         with pytest.raises(KeyboardInterrupt):
             run_stage(context_of(cut, "sft"))
     # The newest checkpoint was half written: it is passed over, and step 3 is done again.

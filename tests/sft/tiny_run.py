@@ -7,9 +7,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from artifacts.files import write_json, write_parquet
-from artifacts.run import RunFolder
-from artifacts.stage import StageContext
+from ppo_vs_dpo.artifacts.files import write_json, write_parquet
+from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.artifacts.stage import StageContext
 
 ARCHITECTURE = {
     "model_type": "llama",

@@ -1,0 +1,1 @@
+"""From judgements to estimates with their errors."""

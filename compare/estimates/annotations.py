@@ -1,0 +1,269 @@
+"""Judgements made elsewhere, in AlpacaEval's format, put through the same statistics::
+
+    python -m ppo_vs_dpo.compare.estimates.annotations FILE... [--json] [--difficulty]
+
+Each file is a list of ``{"instruction", "output_1", "generator_1", "output_2", "generator_2", "preference"}``;
+``preference`` runs from 1 (the baseline, ``output_1``, wins) to 2 (the model, ``output_2``, wins), 1.5 or 0 is a tie.
+A file may hold several models, told apart by ``generator_2``, and rows whose two sides stand the other way round.
+"""
+
+import argparse
+import gzip
+import json
+import sys
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import finite
+from ppo_vs_dpo.compare.estimates.length_control import length_controlled
+from ppo_vs_dpo.compare.estimates.statistics import (
+    detectable_gap,
+    permutation_test,
+    prompts_needed,
+    sign_test,
+    wilson,
+    win_rate_interval,
+)
+
+
+def load_annotations(path: str | Path) -> list[dict[str, Any]]:
+    """Annotations of a JSON file (a list), a JSON-lines file, or either one gzipped.
+
+    Raises:
+        UserError: missing, not JSON, not a list of objects with the needed keys; names file and entry.
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    try:
+        lines = [line for line in text.splitlines() if line.strip()]
+        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from None
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{path} holds no annotations: a list of objects is needed.")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or "preference" not in row:
+            raise UserError(f"{path}, entry {number}: no preference.")
+    return rows
+
+
+def models_in(rows: list[dict[str, Any]], path: str | Path) -> dict[str, list[dict[str, Any]]]:
+    """Annotations of every model of a file, the model's completion as ``output_2``.
+
+    A file of one model is named after the file (or after the model, where all files are called ``annotations.json``);
+    several models are told apart by ``generator_2``. A row in which the baseline stands second is turned round: its
+    outputs change places and its preference p becomes 3 - p.
+    """
+    stem = Path(path).name.split(".json")[0]
+    baseline = baseline_of(rows, stem)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        first, second = (str(row.get(f"generator_{side}") or "") for side in (1, 2))
+        if second == baseline and first != baseline:
+            row, second = turned(row), first
+        found.setdefault(second, []).append(row)
+    if len(found) == 1:
+        name = next(iter(found))
+        return {name if name and stem in ("annotations", "") else stem: rows_of for rows_of in found.values()}
+    return {name or stem: rows_of for name, rows_of in found.items()}
+
+
+def baseline_of(rows: list[dict[str, Any]], stem: str) -> str | None:
+    """The name that takes part in every row; of two such names not the file's own, then the one that stands first."""
+    firsts = Counter(str(row["generator_1"]) for row in rows if row.get("generator_1"))
+    sides = [{str(row.get("generator_1") or ""), str(row.get("generator_2") or "")} for row in rows]
+    always = set.intersection(*sides) - {""}
+    others = always - {stem} or always
+    return max(others or set(firsts), key=lambda name: (firsts[name], name), default=None)
+
+
+def turned(row: dict[str, Any]) -> dict[str, Any]:
+    """The same judgement with the two sides in the other order."""
+    swapped = {**row, "preference": row["preference"]}
+    for key in ("output", "generator"):
+        swapped[f"{key}_1"], swapped[f"{key}_2"] = row.get(f"{key}_2"), row.get(f"{key}_1")
+    value = number_of(row["preference"])
+    if value is not None and value != 0:
+        swapped["preference"] = 3.0 - value
+    return swapped
+
+
+def number_of(value: Any) -> float | None:
+    """A preference as a number, ``None`` for null or a text that is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def preferences_of(rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Preferences ``(N,)`` as given and whether each is usable ``(N,)``: 0, or in [1, 2]; others are counted out."""
+    numbers = [number_of(row["preference"]) for row in rows]
+    values = np.array([np.nan if number is None else number for number in numbers], dtype=np.float64)
+    return values, (values == 0) | ((values >= 1) & (values <= 2))
+
+
+def statistics_of(
+    rows: list[dict[str, Any]], where: str = "", difficulty: dict[str, float] | None = None
+) -> dict[str, Any]:
+    """AlpacaEval's figures under its names (percent), and what it does not give: intervals, tests, power.
+
+    ``win_rate`` is the mean of preference - 1, ``standard_error`` its standard error, a win is a preference above
+    1.5, a draw one of exactly 1.5 or 0, and ``discrete_win_rate`` rounds every preference to a win, a loss or a draw.
+
+    Args:
+        rows: annotations of one model.
+        where: for messages.
+        difficulty: instruction -> how hard it is, for AlpacaEval 2's third term.
+    """
+    given, usable = preferences_of(rows)
+    if not usable.any():
+        raise UserError(f"{where}: none of {len(rows)} annotations has a preference.")
+    values = given[usable]
+    draws = (values == 1.5) | (values == 0)
+    preference = np.where(values == 0, 1.5, values) - 1
+    n = len(preference)
+    discrete = np.where(draws, 0.5, np.round(values) - 1)
+    interval = win_rate_interval(preference[:, None])
+    low, high = wilson(discrete.sum(), n)
+    result: dict[str, Any] = {
+        "win_rate": float(preference.mean() * 100),
+        "standard_error": float(preference.std(ddof=1) / np.sqrt(n) * 100) if n > 1 else None,
+        "n_wins": int((preference > 0.5).sum()),
+        "n_wins_base": int((preference < 0.5).sum()),
+        "n_draws": int(draws.sum()),
+        "n_total": n,
+        "discrete_win_rate": float(discrete.mean() * 100),
+        "n_without_preference": int((~usable).sum()),
+        "win_rate_ci": [100 * x for x in interval.ci(0)],
+        "discrete_win_rate_wilson": [100 * low, 100 * high],
+        "p_permutation": float(permutation_test(preference[:, None], resamples=9999)[0]),
+        "p_sign": sign_test(preference),
+        "detectable_gap": 100 * detectable_gap(n, float(preference.std(ddof=1)) if n > 1 else 0.5),
+        "prompts_needed": prompts_needed(
+            float(preference.mean() - 0.5), float(preference.std(ddof=1)) if n > 1 else 0.5
+        ),
+    }
+    kept = [row for row, use in zip(rows, usable, strict=True) if use]
+    texts = [(row.get("output_1"), row.get("output_2")) for row in kept]
+    known = np.array([all(isinstance(text, str) for text in pair) for pair in texts])
+    if not known.any():
+        note = "no annotation has both outputs, so lengths are not known"
+        return {**result, "length_controlled_win_rate": None, "length_controlled_note": note}
+    lengths = np.array([[len(text) for text in pair] for pair, use in zip(texts, known, strict=True) if use])
+    result["avg_length"], result["avg_length_base"] = float(lengths[:, 1].mean()), float(lengths[:, 0].mean())
+    if not known.all():
+        result["n_without_length"] = int((~known).sum())
+    difference = lengths[:, 1] - lengths[:, 0]
+    result |= length_figures(preference[known], difference)
+    if difficulty is not None:
+        hard = np.array([difficulty.get(str(row.get("instruction")), 0.0) for row in kept])[known]
+        with_it = length_figures(preference[known], difference, hard)
+        result["length_controlled_difficulty_win_rate"] = with_it["length_controlled_win_rate"]
+    return result
+
+
+def length_figures(
+    preference: np.ndarray, difference: np.ndarray, difficulty: np.ndarray | None = None
+) -> dict[str, Any]:
+    """The length-controlled win rate in percent, or why there is none."""
+    try:
+        fit = length_controlled(preference, difference, difficulty, regularised=len(preference) >= 50)
+    except ValueError as error:
+        return {"length_controlled_win_rate": None, "length_controlled_note": str(error)}
+    return {
+        "length_controlled_win_rate": 100 * fit.win_rate,
+        "length_controlled_ci": [100 * x for x in fit.ci],
+        "length_bias": fit.phi,
+    }
+
+
+def difficulties(models: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """Model -> instruction -> how well the baseline does there against the *other* models, standardised.
+
+    AlpacaEval 2 fits one difficulty an instruction to all models of its leaderboard; here it is taken from the files
+    that were given, without the model itself, so that no verdict explains itself.
+
+    Raises:
+        UserError: no two models were judged on one instruction.
+    """
+    of_model: dict[str, dict[str, float]] = {}
+    for name, rows in models.items():
+        values, usable = preferences_of(rows)
+        shares = np.where(values == 0, 1.5, values) - 1
+        of_model[name] = {
+            str(row.get("instruction")): 1 - float(share)
+            for row, share, use in zip(rows, shares, usable, strict=True)
+            if use
+        }
+    found = {}
+    for name in of_model:
+        sums: dict[str, list[float]] = {}
+        for other, values in of_model.items():
+            if other != name:
+                for instruction, value in values.items():
+                    sums.setdefault(instruction, []).append(value)
+        shared = {i: float(np.mean(sums[i])) for i in of_model[name] if i in sums}
+        if not shared:
+            raise UserError(f"--difficulty: no other model was judged on the instructions of {name}.")
+        middle, spread = np.mean(list(shared.values())), np.std(list(shared.values()))
+        found[name] = {i: float((value - middle) / spread) if spread > 0 else 0.0 for i, value in shared.items()}
+    return found
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """One line a model, for reading."""
+    width = max(map(len, results))
+    lines = [f"{'model':<{width}}  win rate  [95 % interval]   length-controlled      n   ties  p"]
+    for name, r in sorted(results.items(), key=lambda item: -item[1]["win_rate"]):
+        controlled = r["length_controlled_win_rate"]
+        lines.append(
+            f"{name:<{width}}  {r['win_rate']:7.2f}  [{r['win_rate_ci'][0]:6.2f}, {r['win_rate_ci'][1]:6.2f}]  "
+            f"{'–' if controlled is None else format(controlled, '17.2f'):>17}  {r['n_total']:5d}  {r['n_draws']:5d}  "
+            f"{r['p_permutation']:.4f}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ppo_vs_dpo.compare.estimates.annotations", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE", help="annotations, JSON or JSON lines, may be gzipped")
+    parser.add_argument(
+        "--difficulty", action="store_true", help="also with instruction difficulty, taken from the other models given"
+    )
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON, keyed by model")
+    arguments = parser.parse_args(argv)
+    try:
+        models: dict[str, list[dict[str, Any]]] = {}
+        source: dict[str, str] = {}
+        for path in arguments.files:
+            for name, rows in models_in(load_annotations(path), path).items():
+                if name in models:
+                    raise UserError(f"{path}: {name} was read already from another file.")
+                models[name], source[name] = rows, f"{path}, model {name}"
+        hard = difficulties(models) if arguments.difficulty else {}
+        results = {name: statistics_of(rows, source[name], hard.get(name)) for name, rows in models.items()}
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    text = json.dumps(finite(results), indent=2, ensure_ascii=False) if arguments.json else table(results)
+    sys.stdout.write(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Which judges a comparison asks, and the judgements of those that read instead of scoring."""
+
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.settings import nearest, split
+from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.compare.estimates.win_rates import PairTable
+from ppo_vs_dpo.compare.judges.agreement import position_bias
+from ppo_vs_dpo.compare.judges.llm import Cache, Comparison, Judgement, LLMJudge, LLMJudgeConfig
+from ppo_vs_dpo.compare.judges.scores import FunctionJudge, RewardModelJudge
+from ppo_vs_dpo.compare.sampling.contenders import Contender, shown_columns
+from ppo_vs_dpo.compare.sampling.gather import model_config_of
+from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Prompts
+from ppo_vs_dpo.models.passes.inference import Ranks
+from ppo_vs_dpo.preferences.schema import text_of
+
+KINDS = ("function", "reward_model", "llm")
+
+
+def make_judges(
+    context: StageContext, entries: list[Any], ranks: Ranks
+) -> tuple[list[FunctionJudge | RewardModelJudge], list[LLMJudge]]:
+    """The gold function and the reward model of the run, where there are any, and the judges of ``compare.judges``.
+
+    Returns:
+        Judges that score, and judges that read.
+
+    Raises:
+        UserError: an unknown kind or key, or a name that is taken; or no judge at all.
+    """
+    scoring: list[FunctionJudge | RewardModelJudge] = []
+    reading: list[LLMJudge] = []
+    gold = (context.run.config.get("data") or {}).get("gold")
+    if gold:
+        scoring.append(FunctionJudge(gold))
+    if context.run.done("reward_model") is not None:
+        folder = context.run.stage_dir("reward_model") / "model"
+        scoring.append(RewardModelJudge(folder, model_config_of(context.run), ranks))
+    taken = {judge.name for judge in scoring}
+    for number, entry in enumerate(entries):
+        where = f"compare.judges[{number}]"
+        if not isinstance(entry, dict) or entry.get("kind") not in KINDS:
+            kind = entry.get("kind") if isinstance(entry, dict) else entry
+            raise UserError(
+                f"{where}: kind is {kind!r}; it must be one of {', '.join(KINDS)}.{nearest(str(kind), list(KINDS))}"
+            )
+        name = str(entry.get("name", entry["kind"]))
+        if name in taken:
+            raise UserError(f"{where}: the name {name} is taken; give the judge another name: key.")
+        taken.add(name)
+        if entry["kind"] == "llm":
+            config, _ = split({**entry, "name": name}, LLMJudgeConfig, where=where)
+            reading.append(LLMJudge(config, cache=Cache(context.dir / "judge_cache.jsonl")))
+        else:
+            scoring.append(_scoring(entry, name, where, context, ranks))
+    if not scoring and not reading:
+        raise UserError("there is no judge: no data.gold, no reward model, and compare.judges is empty. Name one.")
+    return scoring, reading
+
+
+def _scoring(
+    entry: dict[str, Any], name: str, where: str, context: StageContext, ranks: Ranks
+) -> FunctionJudge | RewardModelJudge:
+    key = {"function": "function", "reward_model": "path"}[entry["kind"]]
+    unknown = sorted(set(entry) - {"kind", "name", key})
+    if unknown or key not in entry:
+        problem = f"{unknown[0]}: no such key" if unknown else f"{key}: required, and not set"
+        raise UserError(f"{where}.{problem}. A judge of kind {entry['kind']} has name and {key}.")
+    if entry["kind"] == "function":
+        return FunctionJudge(str(entry[key]), name)
+    judge = RewardModelJudge(str(entry[key]), model_config_of(context.run), ranks, name)
+    judge.in_sample = False  # no policy of this run was trained on it
+    return judge
+
+
+def comparisons_of(judge: LLMJudge, contenders: list[Contender], prompts: Prompts) -> list[Comparison]:
+    """What a judge that reads is asked: its pairs, one shown completion each, on its first ``n_prompts`` prompts.
+
+    Raises:
+        UserError: a pair names a policy that there is not, or a policy against itself.
+    """
+    by_name = {contender.name: contender for contender in contenders}
+    pairs = [tuple(pair) for pair in judge.config.pairs] or main_pairs(contenders)
+    for pair in pairs:
+        if len(pair) != 2 or pair[0] == pair[1] or not set(pair) <= set(by_name):
+            missing = [name for name in pair if name not in by_name]
+            hint = nearest(str(missing[0]), list(by_name)) if missing else ""
+            raise UserError(f"judge {judge.name}: pairs: {list(pair)} is not a pair of two policies.{hint}")
+    texts = {name: shown_texts(by_name[name]) for name in {name for pair in pairs for name in pair}}
+    rows = range(min(len(prompts), judge.config.n_prompts or len(prompts)))
+    return [
+        Comparison(
+            policy, versus, prompts.ids[row], text_of(prompts.prompts[row]), texts[policy][row], texts[versus][row]
+        )
+        for policy, versus in pairs
+        for row in rows
+    ]
+
+
+def main_pairs(contenders: list[Contender]) -> list[tuple[str, str]]:
+    """All pairs of the policies without a sweep point, and of the largest best-of-n."""
+    main = [c.name for c in contenders if not c.point]
+    best = [c.name for c in contenders if c.n is not None and c.base == REFERENCE]
+    return [(b, a) for a, b in combinations([*main, *best[-1:]], 2)]
+
+
+def shown_texts(contender: Contender) -> list[str]:
+    """The completion of each prompt that is shown and read."""
+    per = contender.draws.shape[1]
+    return [contender.draws.texts[row * per + column] for row, column in enumerate(shown_columns(contender))]
+
+
+def table_of(judgements: list[Judgement], prompts: Prompts) -> tuple[PairTable | None, dict[str, Any]]:
+    """Preferences averaged over both orders, NaN where one of them named no verdict; and what the judge is like.
+
+    Returns:
+        The table (``None`` without any usable judgement), and ``position_bias``, ``excluded``, ``judged``.
+    """
+    row_of = {identity: row for row, identity in enumerate(prompts.ids)}
+    pairs = list(dict.fromkeys((one.policy, one.versus) for one in judgements))
+    orders = {order: np.full((len(prompts), len(pairs)), np.nan) for order in ("forward", "swapped")}
+    for one in judgements:
+        if one.preference is not None:
+            orders[one.order][row_of[one.prompt_id], pairs.index((one.policy, one.versus))] = one.preference
+    mean = (orders["forward"] + orders["swapped"]) / 2
+    asked = {(one.policy, one.versus, one.prompt_id) for one in judgements}
+    known = int(np.isfinite(mean).sum())
+    figures = {
+        "judged": known,
+        "excluded": len(asked) - known,
+        "position_bias": position_bias(orders["forward"].ravel(), orders["swapped"].ravel()),
+    }
+    usable = np.isfinite(mean).any(axis=0) if len(pairs) else np.zeros(0, dtype=bool)
+    if not usable.any():
+        return None, figures
+    kept = [pair for pair, use in zip(pairs, usable, strict=True) if use]
+    ties = np.where(np.isfinite(mean), mean == 0.5, np.nan)
+    return PairTable(kept, mean[:, usable], ties[:, usable]), figures

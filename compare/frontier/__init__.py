@@ -1,0 +1,1 @@
+"""The reward-KL frontier: points, matched KL, the optimum."""

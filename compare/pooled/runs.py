@@ -1,0 +1,299 @@
+"""Several finished runs as one report: ``ppo-vs-dpo compare runs/a runs/b ... [--output FOLDER]``.
+
+Runs are repetitions of one experiment under different seeds. Intervals are over prompts *and* seeds: how far another
+seed would move a figure is in them, which no single run can say.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from ppo_vs_dpo.artifacts.errors import UserError, explain_os_error
+from ppo_vs_dpo.artifacts.files import read_json, read_parquet
+from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.compare.config import CompareStage
+from ppo_vs_dpo.compare.estimates.judgements import table_of
+from ppo_vs_dpo.compare.estimates.win_rates import PairTable, Settings, judge_pairs
+from ppo_vs_dpo.compare.judges.llm import Judgement
+from ppo_vs_dpo.compare.pooled.curves import pooled_frontier, pooled_matched_kl, pooled_optimum
+from ppo_vs_dpo.compare.pooled.figures import (
+    Run,
+    mean_of,
+    pooled_control,
+    pooled_policy,
+    pooled_power,
+    pooled_ranking,
+    pooled_temperatures,
+    pooled_win_rates,
+    shares_prompts,
+)
+from ppo_vs_dpo.compare.report.assemble import judge_agreement, verdict_sides
+from ppo_vs_dpo.compare.report.cost import pooled_cost
+from ppo_vs_dpo.compare.report.pages import sample_table, write_pages
+from ppo_vs_dpo.compare.report.verdict import find, main_judge, sentences, warnings
+from ppo_vs_dpo.compare.sampling.completions import MEASURES, Draws
+from ppo_vs_dpo.compare.sampling.contenders import along_training, contenders_of
+from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Policy, Prompts
+from ppo_vs_dpo.compare.stage import SCHEMA_VERSION
+
+# Sections that may differ between runs that are pooled.
+FREE = ("name", "seed", "output_dir", "stages", "launch", "experiment")
+
+
+def load(root: str | Path) -> Run:
+    """Read a finished comparison back from its Parquet file.
+
+    Raises:
+        UserError: not a run, not compared yet, written by another version, or truncated.
+    """
+    run = RunFolder(root)
+    if run.done("compare") is None:
+        raise UserError(f"{root} has not been compared yet. Run `python -m ppo_vs_dpo.compare {root}` first.")
+    report = read_json(run.path("compare", "report.json"))
+    if report.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(
+            f"{run.path('compare', 'report.json')} has schema version {report.get('schema_version')}, this is "
+            f"{SCHEMA_VERSION}. Compare that run again."
+        )
+    path = run.path("compare", "completions.parquet")
+    table = read_parquet(path, ["policy", "role", "temperature", "draw", "prompt_id", "prompt", "completion"])
+    frame = {name: np.array(table[name][:], dtype=object) for name in ("policy", "role", "prompt_id", "completion")}
+    temperature = np.array(table["temperature"][:])
+    ids = list(dict.fromkeys(frame["prompt_id"]))
+    texts = dict(zip(frame["prompt_id"], table["prompt"][:], strict=True))
+    judges = [judge for judge in report["judges"] if judge in table.column_names]
+    numbers = {name: np.array(table[name][:]) for name in ("finished", "tokens", *MEASURES, *judges)}
+    draws = []
+    for policy, role in dict.fromkeys(zip(frame["policy"], frame["role"], strict=True)):
+        main = temperature == report["settings"]["temperature"]
+        rows = np.flatnonzero((frame["policy"] == policy) & (frame["role"] == role) & main)
+        shape = (len(ids), len(rows) // len(ids))
+        of = {name: values[rows].reshape(shape) for name, values in numbers.items()}
+        draws.append(
+            Draws(
+                policy=policy,
+                role=role,
+                temperature=report["settings"]["temperature"],
+                texts=frame["completion"][rows].tolist(),
+                token_ids=[],
+                finished=of["finished"].astype(bool),
+                tokens=of["tokens"],
+                measures={name: of[name].astype(np.float64) for name in MEASURES},
+                scores={judge: of[judge] for judge in judges},
+            )
+        )
+    policies = [
+        Policy(name, entry["method"], point=entry["point"])
+        for name, entry in report["policies"].items()
+        if entry["method"] != "best_of_n"
+    ]
+    policies += [
+        Policy(point["policy"], point["method"], point=point["point"], checkpoint=True)
+        for point in report["frontier"]
+        if point.get("along") == "training"
+    ]
+    own = report["settings"]
+    settings = CompareStage(
+        temperature=own["temperature"], best_of_n=list(own["best_of_n"]), best_of=dict(own.get("best_of") or {})
+    )
+    contenders = contenders_of(policies, draws, settings)
+    prompts = Prompts([texts[identity] for identity in ids], ids)
+    tables = {judge: judge_pairs(contenders, judge) for judge in judges}
+    tables |= read_verdicts(run, [judge for judge in report["judges"] if judge not in judges], prompts)
+    return Run(
+        run.root,
+        own["seeds"][0],
+        report,
+        prompts,
+        {c.name: c for c in contenders},
+        {c.name: c for c in along_training(policies, draws, settings)},
+        tables,
+        judges,
+        next((one for one in draws if (one.policy, one.role) == (REFERENCE, "pool")), None),
+    )
+
+
+def read_verdicts(run: RunFolder, judges: list[str], prompts: Prompts) -> dict[str, PairTable]:
+    """Tables of the judges that read, from the judgements that the run kept; none where a judge named no verdict."""
+    if not judges:
+        return {}
+    kept = read_parquet(run.path("compare", "judgements.parquet"), ["judge", "order", "preference"]).to_list()
+    fields = ("judge", "policy", "versus", "prompt_id", "order", "preference", "raw", "attempts")
+    found = {}
+    for judge in judges:
+        rows = [row for row in kept if row["judge"] == judge and row["order"] != "none"]
+        table, _ = table_of([Judgement(*(row[field] for field in fields)) for row in rows], prompts)
+        if table is not None:
+            found[judge] = table
+    return found
+
+
+def check_alike(runs: list[Run]) -> list[str]:
+    """Warnings about what differs between the runs.
+
+    Raises:
+        UserError: two runs of one seed, or other data, models or comparison settings.
+    """
+    seeds = [run.seed for run in runs]
+    for seed in seeds:
+        same = [run for run in runs if run.seed == seed]
+        if len(same) > 1:
+            pair_sets = {run.report["pair_set"]["hash"] for run in same}
+            what = "the same pairs: the same run twice" if len(pair_sets) == 1 else "different pair sets"
+            raise UserError(
+                f"{same[0].root} and {same[1].root} both have seed {seed} and {what}. Pool runs that differ in "
+                f"their seed only."
+            )
+    configs = [OmegaConf.to_container(RunFolder(run.root).config, resolve=True) for run in runs]
+    notes = []
+    for run, config in zip(runs[1:], configs[1:], strict=True):
+        different = [key for key in {**configs[0], **config} if configs[0].get(key) != config.get(key)]
+        different = sorted(set(different) - set(FREE))
+        hard = [key for key in different if key in ("data", "model")]
+        if hard:
+            raise UserError(
+                f"{runs[0].root} and {run.root} differ in their section {', '.join(hard)}: they are not repetitions "
+                f"of one experiment, and one figure for both would mean nothing."
+            )
+        if different:
+            notes.append(f"{run.root.name} has other settings than {runs[0].root.name} in {', '.join(different)}.")
+    if len({run.report["settings"]["temperature"] for run in runs}) > 1:
+        raise UserError("the runs were compared at different temperatures; compare them again at one.")
+    return notes
+
+
+def pool(runs: list[Run], settings: Settings) -> dict[str, Any]:
+    """The pooled report."""
+    notes = check_alike(runs)
+    names = [name for name in runs[0].contenders if all(name in run.contenders for run in runs)]
+    missing = sorted({name for run in runs for name in run.contenders} - set(names))
+    if missing:
+        notes.append(f"Left out, because not every run has it: {', '.join(missing)}.")
+    judges = [judge for judge in runs[0].tables if all(judge in run.tables for run in runs)]
+    if not judges:
+        raise UserError("the runs share no judge (gold, reward model, or one that reads): there is nothing to pool.")
+    other = sorted({judge for run in runs for judge in run.report["judges"]} - set(judges))
+    if other:
+        notes.append(f"Not pooled, because not every run has verdicts of it: {', '.join(other)}.")
+    scored = [judge for judge in judges if all(judge in run.scored for run in runs)]
+    policies = {name: pooled_policy(runs, name, settings) for name in names}
+    win = [entry for judge in judges for entry in pooled_win_rates(runs, judge, names, settings)]
+    controls = [found for judge in scored if (found := pooled_control(runs, judge, settings))]
+    known = {judge: pooled_judge(runs, judge) for judge in judges}
+    first = main_judge({"judges": known})
+    head = find({"win_rates": win}, "ppo", "dpo", first)
+    pair_sets = [run.report["pair_set"] for run in runs]
+    accuracy = [run.report.get("reward_model") or {} for run in runs]
+    sides = [verdict_sides(list(run.contenders.values()), _only(run, scored), _only(run, judges)) for run in runs]
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "verdict": [],
+        "warnings": [],
+        "settings": {
+            **runs[0].report["settings"],
+            "seeds": [run.seed for run in runs],
+            "runs": [run.root.name for run in runs],
+            "n_prompts": sum(len(run.prompts) for run in runs),
+            "prompts": "shared by all runs" if shares_prompts(runs) else "each run its own",
+        },
+        "pair_set": {
+            "hash": ", ".join(pair_set["hash"][:16] for pair_set in pair_sets),
+            "n_train": sum(pair_set["n_train"] for pair_set in pair_sets),
+            "n_test": sum(pair_set["n_test"] for pair_set in pair_sets),
+            "same": all(pair_set["same"] for pair_set in pair_sets),
+        },
+        "judges": known,
+        "policies": policies,
+        "win_rates": win + controls,
+        "control": controls,
+        "power": pooled_power(head, settings),
+        "matched_kl": pooled_matched_kl(runs, first, settings)
+        if head is not None
+        else {"policy": "ppo", "versus": "dpo", "refused": "not every run has PPO and DPO"},
+        "frontier": pooled_frontier(policies, runs, settings),
+        "optimum": pooled_optimum(runs, settings),
+        "ranking": {judge: pooled_ranking(runs, judge, names, settings) for judge in judges},
+        "agreement": judge_agreement(sides),
+        "temperatures": pooled_temperatures(runs, settings),
+        "reward_model": {key: mean_of([a.get(key) for a in accuracy]) for key in ("accuracy", "ceiling", "ece")},
+        "cost": pooled_cost([run.report["cost"] for run in runs]),
+    }
+    if len(runs) == 2:
+        notes.append("Two seeds: the spread between them is known from one difference; intervals are wide and rough.")
+    report["warnings"] = notes + warnings(report)
+    report["verdict"] = sentences(report)
+    return report
+
+
+def _only(run: Run, judges: list[str]) -> dict[str, PairTable]:
+    return {judge: run.tables[judge] for judge in judges}
+
+
+def pooled_judge(runs: list[Run], judge: str) -> dict[str, Any]:
+    """A judge's identity, with what all runs asked of it."""
+    entries = [run.report["judges"][judge] for run in runs]
+    found = dict(entries[0])
+    for key in ("judged", "excluded"):
+        if all(key in entry for entry in entries):
+            found[key] = sum(entry[key] for entry in entries)
+    biases = [entry.get("position_bias") for entry in entries]
+    if all(biases):
+        known = [bias for bias in biases if bias["n"]]
+        weights = [bias["n"] for bias in known]
+        found["position_bias"] = {
+            "n": sum(weights),
+            "bias": float(np.average([bias["bias"] for bias in known], weights=weights)) if known else None,
+            "consistent": float(np.average([bias["consistent"] for bias in known], weights=weights))
+            if known
+            else None,
+        }
+    return found
+
+
+def pooled_samples(runs: list[Run], names: list[str], judges: list[str]) -> dict[str, Any]:
+    """The side-by-side table of all runs, one under the other."""
+    tables = [sample_table([run.contenders[name] for name in names], run.prompts, judges) for run in runs]
+    merged = tables[0]
+    merged["ids"] = [f"seed {run.seed} · {identity}" for run in runs for identity in run.prompts.ids]
+    for table in tables[1:]:
+        merged["prompts"] += table["prompts"]
+        for policy, further in zip(merged["policies"], table["policies"], strict=True):
+            for key in ("texts", "tokens", "finished"):
+                policy[key] += further[key]
+            for judge in policy["scores"]:
+                policy["scores"][judge] += further["scores"][judge]
+    return merged
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="ppo-vs-dpo compare", description=__doc__.split("\n\n")[0])
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="finished run folders, one a seed")
+    parser.add_argument("--output", metavar="FOLDER", help="where to write; default: pooled/ beside the first run")
+    arguments = parser.parse_args(argv)
+    try:
+        runs = [load(root) for root in arguments.runs]
+        own = runs[0].report["settings"]
+        report = pool(runs, Settings(own["resamples"], own["seeds"][0], own["confidence"]))
+        folder = Path(arguments.output) if arguments.output else runs[0].root.parent / "pooled"
+        samples = pooled_samples(runs, list(report["policies"]), list(report["judges"]))
+        write_pages(folder, report, samples, " + ".join(run.root.name for run in runs))
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except OSError as error:
+        explained = explain_os_error(error)
+        if explained is None:
+            raise
+        sys.stderr.write(f"error: {explained}\n")
+        return 2
+    sys.stdout.write("\n".join(report["verdict"]) + f"\n\nReport: {folder / 'report.html'}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""From figures to a report that a person reads."""

@@ -1,0 +1,204 @@
+"""Everything in a report that is computed from draws and judgements."""
+
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from ppo_vs_dpo.compare.config import CompareStage
+from ppo_vs_dpo.compare.estimates.quality import quality
+from ppo_vs_dpo.compare.estimates.ranking import ranking
+from ppo_vs_dpo.compare.estimates.statistics import mean_interval, win_rate_interval
+from ppo_vs_dpo.compare.estimates.win_rates import (
+    PairTable,
+    Settings,
+    control,
+    describe,
+    describe_kl,
+    power_line,
+    win_rates,
+)
+from ppo_vs_dpo.compare.frontier.points import frontier, matched_kl
+from ppo_vs_dpo.compare.judges.agreement import agreement
+from ppo_vs_dpo.compare.judges.scores import preference_by_score
+from ppo_vs_dpo.compare.report.verdict import main_judge
+from ppo_vs_dpo.compare.sampling.completions import Draws
+from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender, realised_best, shown_columns, uniform
+from ppo_vs_dpo.compare.sampling.gather import Gatherer
+from ppo_vs_dpo.compare.sampling.kl import sequence_kl
+from ppo_vs_dpo.compare.sampling.policies import REFERENCE
+
+
+def figures(
+    contenders: list[Contender],
+    checkpoints: list[Contender],
+    draws: list[Draws],
+    scored: dict[str, PairTable],
+    tables: dict[str, PairTable],
+    logprobs: dict[str, np.ndarray],
+    settings: CompareStage,
+    seed: int,
+    learned: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """All figures of the report.
+
+    Args:
+        contenders: the policies at the main temperature.
+        checkpoints: points along training.
+        draws: all completions with their scores.
+        scored: pair tables of the judges that score every completion.
+        tables: those, and the tables of the judges that read.
+        logprobs: from `best_of_n_logprobs`.
+        settings: of the stage.
+        seed: of all resampling.
+        learned: policy -> what was learned while its completions were drawn.
+    """
+    how = Settings(settings.resamples, seed, settings.confidence)
+    judges, all_judges = list(scored), list(tables)
+    pool = pool_of(draws)
+    baseline = next(one for one in draws if one.role == "baseline")
+    policies = {c.name: describe(c, judges, how, logprobs.get(c.name)) for c in contenders}
+    steps = {c.name: describe(c, judges, how, None) for c in checkpoints}
+    for contender in contenders:
+        policies[contender.name]["quality"] = quality(contender, shown_columns(contender))
+        policies[contender.name]["displacement"] = learned.get(contender.name, {}).get("displacement")
+    controls = [found for judge in judges if (found := control(baseline, pool, judge, how))]
+    lengths = {c.name: c.length() for c in contenders}
+    difficult = settings.length_difficulty
+    win = [entry for judge in all_judges for entry in win_rates(tables[judge], judge, how, lengths, difficult)]
+    first = main_judge({"judges": {name: {"in_sample": name == PROXY} for name in all_judges}})
+    judged = first is not None and tables[first].has("ppo", "dpo")
+    return {
+        "policies": policies,
+        "win_rates": win + controls,
+        "control": controls,
+        "power": power_line(tables[first], "ppo", "dpo", how) if judged else None,
+        "matched_kl": matched_kl(contenders, tables[first], "ppo", "dpo", how)
+        if judged
+        else {"policy": "ppo", "versus": "dpo", "refused": "no judge compared PPO with DPO"},
+        "frontier": frontier(contenders, checkpoints, {**policies, **steps}, how),
+        "ranking": {judge: ranking_of(tables[judge], contenders, how) for judge in all_judges},
+        "agreement": judge_agreement([verdict_sides(contenders, scored, tables)]),
+        "temperatures": temperatures(draws, baseline, settings, judges, how),
+    }
+
+
+def ranking_of(table: PairTable, contenders: list[Contender], how: Settings) -> dict[str, Any]:
+    """Bradley-Terry ranking by one judge."""
+    return ranking(
+        table.pairs,
+        table.complete(),
+        [contender.name for contender in contenders],
+        resamples=min(how.resamples, 500),
+        seed=how.seed,
+        confidence=how.confidence,
+    )
+
+
+def judge_agreement(sides: list[dict[tuple[str, str], list[np.ndarray]]]) -> list[dict[str, Any]]:
+    """Agreement of every two judges over all comparisons that both judged, of one run or several (`verdict_sides`)."""
+    found = []
+    for judges in dict.fromkeys(pair for run in sides for pair in run):
+        both = [run[judges] for run in sides if judges in run]
+        found.append(
+            {"judges": list(judges), **agreement(*(np.concatenate(side) for side in zip(*both, strict=True)))}
+        )
+    return found
+
+
+def verdict_sides(
+    contenders: list[Contender], scored: dict[str, PairTable], tables: dict[str, PairTable]
+) -> dict[tuple[str, str], list[np.ndarray]]:
+    """For every two judges their verdicts ``(N,)`` each on the completions that are shown, over all shared pairs."""
+    shown = {judge: shown_table(contenders, judge) if judge in scored else table for judge, table in tables.items()}
+    found = {}
+    for first, second in combinations(shown, 2):
+        shared = [pair for pair in shown[first].pairs if shown[second].has(*pair)]
+        if shared:
+            sides = [np.concatenate([shown[judge].of(*pair) for pair in shared]) for judge in (first, second)]
+            found[first, second] = sides
+    return found
+
+
+def shown_table(contenders: list[Contender], judge: str) -> PairTable:
+    """Verdicts 1, 1/2 or 0 of a judge that scores on the completions that are shown."""
+    rows = np.arange(len(contenders[0].weights))
+    scores = {c.name: c.draws.scores[judge][rows, shown_columns(c)] for c in contenders}
+    pairs = list(combinations(scores, 2))
+    verdicts = np.stack([(1 + np.sign(scores[one] - scores[two])) / 2 for one, two in pairs], axis=1)
+    return PairTable(pairs, verdicts, (verdicts == 0.5).astype(float))
+
+
+def temperatures(
+    draws: list[Draws], baseline: Draws, settings: CompareStage, judges: list[str], how: Settings
+) -> list[dict[str, Any]]:
+    """Every policy at the further temperatures, against the reference at the main one."""
+    found = []
+    for one in draws:
+        if one.temperature == settings.temperature:
+            continue
+        contender = Contender(one.policy, "other", one, uniform(one))
+        entry = {
+            "policy": one.policy,
+            "temperature": one.temperature,
+            "kl": describe_kl(contender, how, None),
+            "length": float(contender.length().mean()),
+            "eos_rate": float(contender.eos_rate().mean()),
+            "scores": {},
+            "win_rates": [],
+        }
+        for judge in (j for j in judges if j in one.scores):
+            score = mean_interval(contender.score(judge), **how.kwargs())
+            entry["scores"][judge] = {"mean": score.mean, "ci": score.ci()}
+            preference, ties = preference_by_score(
+                one.scores[judge], baseline.scores[judge], contender.weights, uniform(baseline)
+            )
+            interval = win_rate_interval(preference[:, None], **how.kwargs())
+            entry["win_rates"].append(
+                {
+                    "versus": f"{REFERENCE} at {settings.temperature}",
+                    "judge": judge,
+                    "n": len(preference),
+                    "win_rate": float(interval.mean[0]),
+                    "ci": interval.ci(0),
+                    "ties": float(ties.mean()),
+                }
+            )
+        found.append(entry)
+    return found
+
+
+def best_of_n_logprobs(contenders: list[Contender], draws: list[Draws], gatherer: Gatherer) -> dict[str, np.ndarray]:
+    """Best-of-n -> log-probability under its base policy ``(P,)`` of one of its completions a prompt.
+
+    All ranks must call this: the reference's are worked out here, each rank its share.
+    """
+    best = [contender for contender in contenders if contender.n is not None]
+    chosen = {contender.name: realised_best(contender.draws, contender.n) for contender in best}
+    found = {c.name: c.draws.measures["logprob"][np.arange(len(chosen[c.name])), chosen[c.name]] for c in best}
+    pool = pool_of(draws)
+    over_reference = [contender.name for contender in best if contender.draws is pool]
+    if not over_reference:
+        return found
+    # The reference's pool is large, and its log-probabilities are needed here only: of what was chosen.
+    slots = sorted({(row, int(column)) for name in over_reference for row, column in enumerate(chosen[name])})
+    reference, ranks = gatherer.reference, gatherer.ranks
+    ranks.step = "log-probabilities of best-of-n"
+    own = [slots[number] for number in ranks.share(len(slots))]
+    measured = sequence_kl(
+        reference.model,
+        reference.model,
+        [reference.prompt_ids[row] for row, _ in own],
+        [pool.token_ids[row * pool.shape[1] + column] for row, column in own],
+        reference.tokenizer.pad_token_id,
+        temperature=pool.temperature,
+    )
+    of = dict(zip(slots, ranks.merge(measured.logprob, len(slots)), strict=True))
+    for name in over_reference:
+        found[name] = np.array([of[row, int(column)] for row, column in enumerate(chosen[name])])
+    return found
+
+
+def pool_of(draws: list[Draws]) -> Draws | None:
+    """The draws of the reference that best-of-n selects from."""
+    return next((one for one in draws if (one.policy, one.role) == (REFERENCE, "pool")), None)

@@ -1,0 +1,203 @@
+"""``report.json``, ``report.html`` (one file, no network), ``report.md`` and ``figures/`` from the same figures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from ppo_vs_dpo.artifacts.files import finite, write_json, write_text
+from ppo_vs_dpo.compare.report.plots import TITLES, element_of, frontier_plot, shown_rewards, write_figure
+from ppo_vs_dpo.compare.report.verdict import label, main_judge, percent
+from ppo_vs_dpo.compare.sampling.contenders import Contender, shown_columns
+from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Prompts
+
+TEMPLATES = Path(__file__).parent / "templates"
+# Characters of a prompt or completion kept in the page; the whole text is in completions.parquet.
+LONGEST_TEXT = 4000
+
+
+def environment() -> jinja2.Environment:
+    """Jinja with everything escaped that does not say it is markup."""
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=jinja2.select_autoescape(["html", "j2"], default=True),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    made.filters.update(percent=percent, label=label, number=number, interval=interval, nats=nats)
+    made.filters.update(duration=duration, si=si)
+    return made
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number with a real minus sign, or a dash where there is none."""
+    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def nats(value: float | None) -> str:
+    """A KL in nats."""
+    return number(value, 2)
+
+
+def interval(ci: list[float] | None, scale: float = 1.0, digits: int = 2) -> str:
+    """``[0.40, 0.62]``, or nothing."""
+    if ci is None or ci[0] is None:
+        return ""
+    return f"[{number(ci[0] * scale, digits)}, {number(ci[1] * scale, digits)}]"
+
+
+def duration(seconds: float | None) -> str:
+    """``43 s``, ``1:43 min``, ``2:05 h``."""
+    if seconds is None:
+        return "–"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    unit, whole = ("min", seconds) if seconds < 6000 else ("h", seconds / 60)
+    minutes, rest = divmod(round(whole), 60)
+    return f"{minutes}:{rest:02d} {unit}"
+
+
+def si(value: float | None, unit: str = "") -> str:
+    """``3.2 T`` with an SI prefix and three digits."""
+    if value is None:
+        return "–"
+    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if abs(value) >= 10**power:
+            return f"{value / 10**power:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}".strip()
+
+
+STAGE_NAMES = {"sft": "SFT", "reward_model": "reward model", "ppo": "PPO", "dpo": "DPO"}
+METHOD_NAMES = {"ppo": "PPO", "dpo": "DPO", "best_of_n": "best-of-n"}
+
+
+def cost_rows(cost: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table of costs: every stage, then every method with all it needs after SFT."""
+    rows = [{"name": STAGE_NAMES[stage], "kind": "stage", **spent} for stage, spent in cost.get("stages", {}).items()]
+    for method, spent in cost.get("methods", {}).items():
+        needs = " + ".join(STAGE_NAMES[stage] for stage in spent["stages"])
+        rows.append({"name": f"{METHOD_NAMES[method]} in all", "needs": needs, "kind": "method", **spent})
+    keys = ("seconds", "peak_memory_mb", "gpu_peak_memory_mb", "tokens_generated", "flops")
+    return [{**dict.fromkeys(keys), "needs": "", **row} for row in rows]
+
+
+def json_for_script(value: Any) -> Markup:
+    """JSON that may stand inside a ``<script>`` element whatever texts it holds."""
+    text = json.dumps(finite(value), ensure_ascii=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def write_report(
+    folder: Path, report: dict[str, Any], contenders: list[Contender], prompts: Prompts, title: str
+) -> None:
+    """Write all four forms of the report."""
+    samples = sample_table(contenders, prompts, list(report["judges"]))
+    write_pages(folder, report, samples, title)
+
+
+def write_pages(folder: Path, report: dict[str, Any], samples: dict[str, Any], title: str) -> None:
+    """Write ``report.json``, ``figures/``, ``report.md`` and ``report.html``."""
+    write_json(folder / "report.json", report)
+    charts = []
+    keys = shown_rewards(report)
+    if keys:
+        write_figure(frontier_plot(report), folder / "figures", "frontier")
+        # One element for each reward: side by side on a desk, one under the other on a phone.
+        for key in keys:
+            says = f"{TITLES[key]} against the square root of the KL to SFT, every policy a point"
+            charts.append(Markup(element_of(frontier_plot(report, [key]), says, key)))
+    write_text(folder / "report.md", render_markdown(report))
+    write_text(folder / "report.html", render_html(report, samples, charts, title))
+
+
+def render_html(report: dict[str, Any], samples: dict[str, Any], charts: list[Markup], title: str = "") -> str:
+    """The self-contained page."""
+    judge = main_judge(report)
+    policies = report["policies"].values()
+    template = environment().get_template("report.html.j2")
+    return template.render(
+        report=finite(report),
+        title=title or "a comparison",
+        first_judge=judge,
+        has_gold=any(policy["gold_reward"] is not None for policy in policies),
+        has_proxy=any(policy["proxy_reward"] is not None for policy in policies),
+        over={point["policy"] for point in report["frontier"] if point.get("over_optimised")},
+        against_sft={e["policy"]: e for e in report["win_rates"] if e["versus"] == REFERENCE and e["judge"] == judge},
+        n_pairs=sum(e["judge"] == judge and e["policy"] != e["versus"] for e in report["win_rates"]) // 2,
+        ranking=report["ranking"].get(judge, {}).get("entries", []),
+        cost=cost_rows(report["cost"]),
+        has_gpu=any(spent.get("gpu_peak_memory_mb") for spent in report["cost"].get("stages", {}).values()),
+        optimum=report.get("optimum"),
+        matrices=json_for_script(matrices(report)),
+        samples=json_for_script(samples),
+        charts=charts,
+        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        script=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
+    )
+
+
+def render_markdown(report: dict[str, Any]) -> str:
+    """The page for a README or a model card."""
+    made = environment()
+    made.autoescape = False
+    return made.get_template("report.md.j2").render(report=finite(report), judge=main_judge(report))
+
+
+def matrices(report: dict[str, Any]) -> dict[str, Any]:
+    """Win rates by judge as the page's matrix reads them."""
+    judges: dict[str, Any] = {}
+    for entry in report["win_rates"]:
+        controlled = entry.get("length_controlled") or {"win_rate": None, "ci": None}
+        judges.setdefault(entry["judge"], {}).setdefault(entry["policy"], {})[entry["versus"]] = {
+            "wr": entry["win_rate"],
+            "ci": entry["ci"],
+            "lc": controlled["win_rate"],
+            "lc_ci": controlled["ci"],
+            "p": entry.get("p_holm"),
+            "ties": entry["ties"],
+        }
+    names = list(report["policies"])
+    return {"judges": judges, "names": names, "labels": {name: label(name) for name in names}}
+
+
+def sample_table(contenders: list[Contender], prompts: Prompts, judges: list[str]) -> dict[str, Any]:
+    """One completion of every contender on every prompt, with its scores, for reading side by side.
+
+    The first draw; for best-of-n the best of the first n of the pool.
+    """
+    policies = []
+    rows = np.arange(len(prompts))
+    for contender in contenders:
+        draws = contender.draws
+        per = draws.shape[1]
+        columns = shown_columns(contender)
+        policies.append(
+            {
+                "name": contender.name,
+                "label": label(contender.name),
+                "texts": [draws.texts[row * per + column][:LONGEST_TEXT] for row, column in enumerate(columns)],
+                "tokens": draws.tokens[rows, columns].tolist(),
+                "finished": draws.finished[rows, columns].astype(int).tolist(),
+                "scores": {
+                    judge: np.round(draws.scores[judge][rows, columns], 4).tolist()
+                    for judge in judges
+                    if judge in draws.scores
+                },
+            }
+        )
+    texts = [
+        prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+        for prompt in prompts.prompts
+    ]
+    return {
+        "prompts": [text[:LONGEST_TEXT] for text in texts],
+        "ids": prompts.ids,
+        "judges": [judge for judge in judges if policies and judge in policies[0]["scores"]],
+        "policies": policies,
+    }

@@ -1,0 +1,184 @@
+"""Figures: legible without colour (markers and line styles differ), the same bytes for the same numbers."""
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from ppo_vs_dpo.artifacts.files import atomic_path, write_text
+from ppo_vs_dpo.compare.report.verdict import label
+
+# Okabe & Ito's colours, told apart with every kind of colour blindness.
+STYLES = {
+    "ppo": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    "dpo": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
+    "best_of_n": {"color": "#009E73", "marker": "^", "linestyle": ":"},
+    "other": {"color": "#CC79A7", "marker": "D", "linestyle": "none"},
+}
+# Where a point's name stands, in points from it: the methods keep out of each other's way.
+LABEL_AT = {"ppo": (5, 6), "dpo": (6, -12), "best_of_n": (-6, 4), "other": (7, -3)}
+# Points are named by the number that was varied; the legend says which number.
+METHOD_LABELS = {
+    ("ppo", "sweep"): "PPO, by KL coefficient",
+    ("dpo", "sweep"): "DPO, by beta",
+    ("ppo", "training"): "PPO along training, by update",
+    ("dpo", "training"): "DPO along training, by step",
+    ("best_of_n", "n"): "best-of-n, by n",
+    ("best_of_n", "policy"): "best-of-n over a policy",
+    ("other", "other"): "others",
+}
+TITLES = {"gold_reward": "Gold reward (the true one)", "proxy_reward": "Proxy reward (the reward model's)"}
+JUDGE_OF = {"gold_reward": "gold", "proxy_reward": "reward_model"}
+OPTIMUM = {"color": "#444444", "linewidth": 1.4, "linestyle": (0, (6, 2))}
+RC = {
+    "svg.hashsalt": "ppo-vs-dpo",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+}
+
+
+def shown_rewards(report: dict[str, Any]) -> list[str]:
+    """Which rewards have points to draw: gold where it is known, proxy where there is a reward model."""
+    return [key for key in TITLES if any(point[key] is not None for point in report["frontier"])]
+
+
+def frontier_plot(report: dict[str, Any], keys: list[str] | None = None) -> Figure:
+    """Rewards against sqrt KL, a panel for each, error bars on both axes, the optimal frontier where it is known."""
+    keys = keys or shown_rewards(report)
+    with matplotlib.rc_context(RC):
+        figure, axes = plt.subplots(1, len(keys), figsize=(5.4 * len(keys), 4.5), squeeze=False, sharex=True)
+        for axis, key in zip(axes[0], keys, strict=True):
+            _draw(axis, report, key)
+        axes[0][0].legend(fontsize=8.5, loc="best", framealpha=0.85, edgecolor="none")
+        figure.tight_layout()
+    return figure
+
+
+def series_of(point: dict[str, Any]) -> tuple[str, str]:
+    """Which line a point belongs to."""
+    if point["method"] == "best_of_n":
+        return ("best_of_n", "policy" if "policy" in point["point"] else "n")
+    return (point["method"], point["along"])
+
+
+def _draw(axis: Any, report: dict[str, Any], key: str) -> None:
+    start = report["policies"]["sft"]
+    axis.axhline(start[key], color="#777777", linewidth=1, linestyle=(0, (1, 2)))
+    axis.annotate("SFT", (0, start[key]), xytext=(3, 4), textcoords="offset points", fontsize=9, color="#555555")
+    known = [p for p in report["frontier"] if p[key] is not None and p["kl"]["mean"] is not None]
+    furthest = max((p["sqrt_kl"] for p in known), default=1.0)
+    _draw_optimum(axis, report, key, furthest)
+    for series, name in METHOD_LABELS.items():
+        points = [p for p in known if series_of(p) == series]
+        if not points:
+            continue
+        style = dict(STYLES[series[0]])
+        if series[1] == "training":
+            # From SFT through the checkpoints to the main policy.
+            main = [p for p in known if p["policy"] == series[0]]
+            by_step = sorted(points, key=lambda point: point["point"]["step"])
+            line = [(0.0, start[key]), *((p["sqrt_kl"], p[key]) for p in [*by_step, *main])]
+            axis.plot(*zip(*line, strict=True), color=style["color"], linewidth=0.9, linestyle="-.", zorder=1)
+            style |= {"linestyle": "none", "markerfacecolor": "white"}
+        elif series[1] == "policy":
+            style |= {"linestyle": "none", "markerfacecolor": "white"}
+        _draw_points(axis, points, key, style, name, small=series[1] == "training")
+    axis.set_xlabel("√KL to SFT (√nats)")
+    axis.set_title(TITLES[key])
+    axis.set_xlim(0, furthest * 1.08)
+
+
+def _draw_points(
+    axis: Any, points: list[dict[str, Any]], key: str, style: dict[str, Any], name: str, small: bool
+) -> None:
+    x = np.array([p["sqrt_kl"] for p in points])
+    y = np.array([p[key] for p in points])
+    low, high = np.array([p[f"{key}_ci"] for p in points]).T
+    kl_ci = np.array([p["kl"]["ci"] or [p["kl"]["mean"]] * 2 for p in points])
+    sides = np.abs(np.sqrt(np.clip(kl_ci, 0, None)).T - x)
+    size = 4 if small else 6
+    bars = {"yerr": [y - low, high - y], "xerr": sides, "capsize": 2, "markersize": size, "linewidth": 1.3}
+    axis.errorbar(x, y, **bars, label=name, **style)
+    for point, at_x, at_y in zip(points, x, y, strict=True):
+        left, below = LABEL_AT[point["method"]]
+        main = not point["point"]
+        axis.annotate(
+            point_label(point),
+            (at_x, at_y),
+            xytext=(left, below),
+            textcoords="offset points",
+            ha="right" if left < 0 else "left",
+            fontsize=9 if main else 7.5,
+            fontweight="bold" if main else "normal",
+            color=style["color"],
+        )
+        if point.get("over_optimised"):
+            axis.plot(at_x, at_y, marker="o", markersize=14, fillstyle="none", color="black", linewidth=0)
+
+
+def _draw_optimum(axis: Any, report: dict[str, Any], key: str, furthest: float) -> None:
+    """The best that any policy can reach at each KL; an estimate is drawn as far as it holds."""
+    optimum = report.get("optimum")
+    points = (optimum or {"curves": {}})["curves"].get(JUDGE_OF[key], [])
+    if len(points) < 2:
+        return
+    x = np.sqrt([max(point["kl"], 0.0) for point in points])
+    y, inside = np.array([point["reward"] for point in points]), x <= furthest * 1.08
+    name = "optimum (exact)" if optimum["kind"] == "exact" else "optimum (estimate, as far as it holds)"
+    axis.plot(x[inside], y[inside], label=name, zorder=0, **OPTIMUM)
+    if optimum["kind"] != "exact":
+        low, high = np.array([point["reward_ci"] for point in points]).T
+        axis.fill_between(x[inside], low[inside], high[inside], color=OPTIMUM["color"], alpha=0.12, linewidth=0)
+
+
+def point_label(point: dict[str, Any]) -> str:
+    """``0.1`` for a coefficient, ``16`` for best-of-16, ``PPO`` for the main policy, the name of any other."""
+    if "policy" in point["point"]:
+        return label(point["policy"])
+    if point["point"]:
+        return ", ".join(str(value) for value in point["point"].values())
+    return label(point["policy"])
+
+
+def write_figure(figure: Figure, folder: Path, name: str) -> None:
+    """Write ``NAME.svg`` and ``NAME.png``, give the figure's memory back."""
+    with matplotlib.rc_context(RC), atomic_path(folder / f"{name}.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=160)
+    write_text(folder / f"{name}.svg", svg_of(figure))
+
+
+def svg_of(figure: Figure) -> str:
+    """The figure as SVG, without metadata: no date in the bytes, no address in the page. Closes the figure."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context(RC):
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def element_of(figure: Figure, title: str, prefix: str) -> str:
+    """An ``<svg>`` element without a size of its own, to stand in a page beside others.
+
+    Args:
+        figure: closed by this.
+        title: what a screen reader says.
+        prefix: put before all ids, which two figures of one page must not share.
+    """
+    text = svg_of(figure)
+    element = text[text.index("<svg") :]
+    element = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", element)
+    opening, rest = element[: element.index(">")], element[element.index(">") :]
+    opening = re.sub(r' (?:width|height)="[^"]*"', "", opening)
+    return f'{opening} role="img" aria-label="{title}"{rest}'

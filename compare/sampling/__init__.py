@@ -1,0 +1,1 @@
+"""Whose completions are compared: policies, draws, contenders."""

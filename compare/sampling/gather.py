@@ -1,0 +1,177 @@
+"""All completions of a comparison: what is on disk is kept, the rest is drawn, several policies at a time if asked."""
+
+import concurrent.futures
+import multiprocessing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from ppo_vs_dpo.artifacts.files import read_parquet
+from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.compare.config import CompareStage
+from ppo_vs_dpo.compare.sampling.completions import (
+    Draws,
+    Reference,
+    completions_key,
+    completions_path,
+    draw,
+    load_or_draw,
+)
+from ppo_vs_dpo.compare.sampling.elsewhere import completions_elsewhere
+from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Policy, Prompts
+from ppo_vs_dpo.models.loading.config import ModelConfig
+from ppo_vs_dpo.models.passes.inference import Ranks
+
+
+def model_config_of(run: RunFolder) -> ModelConfig:
+    """The ``model`` section as `ModelConfig`."""
+    from omegaconf import OmegaConf
+
+    section = OmegaConf.to_container(run.config.get("model") or OmegaConf.create({}), resolve=True)
+    return ModelConfig(**{key: section[key] for key in ModelConfig.__dataclass_fields__ if key in section})
+
+
+class Gatherer:
+    """Draws, or finds on disk, the completions of every policy of a run."""
+
+    def __init__(self, context: StageContext, settings: CompareStage, prompts: Prompts, ranks: Ranks):
+        self.context, self.settings, self.prompts, self.ranks = context, settings, prompts, ranks
+        self.folder = Path(context.dir) / "completions"
+        self.model_config = model_config_of(context.run)
+        done = context.run.require(REFERENCE)
+        self.reference_identity = [done.get("fingerprint"), done.get("finished")]
+        self._reference: Reference | None = None
+
+    @property
+    def reference(self) -> Reference:
+        """The reference policy, loaded when first needed."""
+        if self._reference is None:
+            folder = self.context.run.stage_dir(REFERENCE) / "model"
+            test = self.context.run.path("pairs", "test.parquet")
+            pairs = read_parquet(test, ["prompt", "chosen", "rejected"]) if test.is_file() else ()
+            self._reference = Reference(folder, self.prompts, self.settings, self.model_config, self.ranks, pairs)
+        return self._reference
+
+    def key(self, policy: Policy) -> str:
+        """What the policy's completions depend on, hashed."""
+        return completions_key(policy, self.prompts, self.settings, self.context.seed, self.reference_identity)
+
+    def is_done(self, policy: Policy) -> bool:
+        """Whether the policy's completions are on disk."""
+        return completions_path(self.folder, policy, self.key(policy)).is_file()
+
+    def one(self, policy: Policy, report_progress: bool = True) -> tuple[pa.Table, dict[str, Any]]:
+        """One policy's completions, and what was learned with them."""
+
+        def make() -> tuple[pa.Table, dict[str, Any]]:
+            def progress(done: int, total: int) -> None:
+                if report_progress:
+                    self.context.progress(done, total, f"completions of {policy.name}")
+
+            if policy.completions is not None:
+                return completions_elsewhere(policy, self.reference, self.settings)
+            return draw(policy, self.reference, self.settings, self.context.seed, progress)
+
+        self.ranks.step = f"completions of {policy.name}"
+        return load_or_draw(policy, self.folder, self.key(policy), self.ranks, make)
+
+    def all(self, policies: list[Policy]) -> list[tuple[pa.Table, dict[str, Any]]]:
+        """Completions of every policy, in order, and what was learned with each; all ranks must call this."""
+        missing = [policy for policy in policies if not self.is_done(policy)]
+        if len(missing) > 1 and may_fork(self.settings.workers, self.ranks):
+            # The reference has most to draw: it goes first.
+            ordered = sorted(missing, key=lambda policy: policy.name != REFERENCE)
+            for number, policy in in_processes(self._draw, ordered, self.settings.workers):
+                self.context.progress(80 * (number + 1) / len(ordered), 100, f"completions of {policy.name}")
+        found = []
+        for number, policy in enumerate(policies):
+            found.append(self.one(policy, report_progress=False))
+            self.context.progress(80 * (number + 1) / len(policies), 100, f"completions of {policy.name}")
+        return found
+
+    def _draw(self, policy: Policy) -> None:
+        self.one(policy, report_progress=False)
+
+
+def may_fork(workers: int, ranks: Ranks) -> bool:
+    """Whether work is shared between forked processes: asked for, by one rank, without a GPU (it survives no fork)."""
+    if workers < 2 or not ranks.alone:
+        return False
+    return not torch.accelerator.is_available() and "fork" in multiprocessing.get_all_start_methods()
+
+
+def in_processes(function: Callable[[Any], Any], items: Sequence[Any], workers: int):
+    """Call ``function`` on every item in forked processes; yields ``(number of items done before, item)``.
+
+    Forked, because importing torch again would take as long as the work. Results come back by files or by `score_all`.
+    """
+    context = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        running = {pool.submit(function, item): item for item in items}
+        for number, future in enumerate(concurrent.futures.as_completed(running)):
+            future.result()
+            yield number, running[future]
+
+
+# Rows scored at once by one process; fixed, so that the number of processes changes no figure.
+SCORING_ROWS = 2048
+
+
+def score_all(judge: Any, draws: list[Draws], prompts: Prompts, workers: int, ranks: Ranks) -> None:
+    """Let one scoring judge score every completion; fills ``draws[i].scores[judge.name]`` on every rank.
+
+    A model's rows are shared between the ranks. A function is called on the main process.
+    """
+    ranks.step = f"scores of {judge.name}"
+    rows: list[tuple[int, str, bool]] = []
+    for one in draws:
+        prompt_of = np.repeat(np.arange(len(prompts)), one.shape[1]).tolist()
+        rows += zip(prompt_of, one.texts, one.finished.ravel().tolist(), strict=True)
+    if not judge.heavy:
+        scores = ranks.agree(lambda: judge.score(*_columns(rows, prompts)))
+    else:
+        # The same completion is scored once: in another batch its score would differ in the last digit, and a tie
+        # would be won by rounding.
+        distinct = list(dict.fromkeys(rows))
+        of = dict(zip(distinct, _by_model(judge, distinct, prompts, workers, ranks), strict=True))
+        scores = np.array([of[row] for row in rows])
+    before = 0
+    for one in draws:
+        one.scores[judge.name] = scores[before : before + one.finished.size].reshape(one.shape)
+        before += one.finished.size
+
+
+def _columns(rows: list[tuple[int, str, bool]], prompts: Prompts) -> tuple[list, list[str], list[bool]]:
+    return [prompts.prompts[row] for row, _, _ in rows], [text for _, text, _ in rows], [end for _, _, end in rows]
+
+
+def _by_model(
+    judge: Any, rows: list[tuple[int, str, bool]], prompts: Prompts, workers: int, ranks: Ranks
+) -> np.ndarray:
+    """A model's scores ``(N,)`` of completions: each rank scores its share, or forked processes a part each."""
+    own = [rows[number] for number in ranks.share(len(rows))]
+    starts = range(0, len(own), SCORING_ROWS)
+
+    def part(start: int) -> np.ndarray:
+        return judge.score(*_columns(own[start : start + SCORING_ROWS], prompts))
+
+    if len(starts) > 1 and may_fork(workers, ranks):
+        global _scoring
+        _scoring = part
+        context = multiprocessing.get_context("fork")
+        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+            return np.concatenate(list(pool.map(_score_part, starts)))
+    return np.array(ranks.merge(np.concatenate([part(start) for start in starts]), len(rows)))
+
+
+# What a forked process scores with: inherited by the fork, since a closure cannot be sent.
+_scoring: Callable[[int], np.ndarray] | None = None
+
+
+def _score_part(start: int) -> np.ndarray:
+    return _scoring(start)

@@ -1,0 +1,226 @@
+"""Which policies a run offers for comparison, and which prompts they are compared on."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import read_parquet
+from ppo_vs_dpo.artifacts.run import RunFolder, point_name
+from ppo_vs_dpo.compare.config import CompareStage
+from ppo_vs_dpo.preferences.schema import prompt_id
+
+REFERENCE = "sft"
+# Fewer prompts than this say next to nothing; the report warns.
+FEW_PROMPTS = 30
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One contender.
+
+    Attributes:
+        name: ``"ppo"``, ``"dpo,beta=0.3"`` or a name from ``compare.policies``.
+        method: ``"sft"``, ``"ppo"``, ``"dpo"`` or ``"other"``.
+        model: folder or Hub name; ``None`` where completions were made elsewhere.
+        completions: a file of completions, or ``None``.
+        point: the point of the sweep, or ``{"step": 8}`` along training.
+        checkpoint: a point along training.
+        identity: what the model depends on; a change makes its completions stale.
+    """
+
+    name: str
+    method: str
+    model: str | None = None
+    completions: str | None = None
+    point: dict[str, Any] = field(default_factory=dict)
+    checkpoint: bool = False
+    identity: Any = None
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Held-out prompts, in a fixed order."""
+
+    prompts: list[Any]
+    ids: list[str]
+    trained_on: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def policies_of(run: RunFolder, settings: CompareStage) -> tuple[list[Policy], list[str]]:
+    """Every finished policy of a run, its sweep points, and those the configuration adds; the reference first.
+
+    Returns:
+        The policies, and a warning for each main policy that has not finished.
+
+    Raises:
+        UserError: the reference has not finished, or nothing but it has; an added policy names neither or both.
+    """
+    run.require(REFERENCE)
+    found, warnings = [], []
+    for stage in (REFERENCE, "ppo", "dpo"):
+        if run.done(stage) is None:
+            warnings.append(f"{stage} has not finished in this run and is left out.")
+            continue
+        for name in [stage, *(run.points(stage) if stage != REFERENCE else [])]:
+            done = run.done(name)
+            found.append(
+                Policy(
+                    name,
+                    stage,
+                    model=str(run.stage_dir(name) / "model"),
+                    point=_point(name),
+                    identity=[done.get("fingerprint"), done.get("finished")],
+                )
+            )
+    along, missing = checkpoints_of(run, settings.checkpoints)
+    found, warnings = found + along, warnings + missing
+    for name, source in (settings.policies or {}).items():
+        found.append(_added(name, source, {policy.name for policy in found}))
+    if len(found) < 2:
+        raise UserError(
+            f"{run.root} has only the reference policy: there is nothing to compare. Run ppo or dpo first."
+        )
+    return found, warnings
+
+
+def checkpoints_of(run: RunFolder, wanted: dict[str, Any]) -> tuple[list[Policy], list[str]]:
+    """Checkpoints of the main runs as policies, and a warning for each that is not there.
+
+    A missing checkpoint cannot be had without training again, so it costs a point of the frontier, not the report.
+
+    Raises:
+        UserError: a stage that has no checkpoints of a policy, or steps that are none.
+    """
+    found, warnings = [], []
+    for stage, steps in (wanted or {}).items():
+        where = f"compare.checkpoints.{stage}"
+        if stage not in ("ppo", "dpo"):
+            raise UserError(f"{where}: only ppo and dpo have checkpoints of a policy.")
+        if steps != "all" and not (isinstance(steps, list) and all(type(step) is int and step > 0 for step in steps)):
+            raise UserError(f"{where} is {steps!r}; it must be a list of steps, [8, 16], or all.")
+        done = run.done(stage)
+        if done is None:
+            continue
+        kept = _checkpoints(run.stage_dir(stage) / "checkpoints")
+        figures = done.get("figures") or {}
+        last = figures.get("updates", figures.get("steps"))
+        for step in sorted(kept) if steps == "all" else sorted(set(steps)):
+            if step == last:
+                continue  # the main policy itself
+            if step not in kept:
+                there = ", ".join(map(str, sorted(kept))) or "none"
+                warnings.append(
+                    f"{stage} has no checkpoint of step {step} (there: {there}) and its point is left out of the "
+                    f"frontier. {stage}.save_steps and {stage}.save_total_limit say which are kept."
+                )
+                continue
+            identity = [done.get("fingerprint"), done.get("finished"), step]
+            point = {"step": step}
+            name = point_name(stage, point)
+            found.append(Policy(name, stage, str(kept[step]), point=point, checkpoint=True, identity=identity))
+    return found, warnings
+
+
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    """Step -> folder of every checkpoint that holds a whole model or an adapter."""
+    found = {}
+    for path in folder.glob("checkpoint-*"):
+        number = path.name.removeprefix("checkpoint-")
+        if number.isdigit() and (any(path.glob("model*.safetensors")) or (path / "adapter_config.json").is_file()):
+            found[int(number)] = path
+    return found
+
+
+def _added(name: str, source: Any, taken: set[str]) -> Policy:
+    where = f"compare.policies.{name}"
+    if name in taken or name.startswith("best_of_"):
+        raise UserError(f"{where}: the name is taken. Choose another.")
+    if not isinstance(source, dict) or len(set(source) & {"path", "completions"}) != 1:
+        raise UserError(f"{where}: give either path: MODEL or completions: FILE.")
+    if "path" in source:
+        return Policy(name, "other", model=str(source["path"]), identity=_stamp(source["path"]))
+    if not Path(source["completions"]).is_file():
+        raise UserError(f"{where}.completions: {source['completions']} does not exist.")
+    return Policy(name, "other", completions=str(source["completions"]), identity=_stamp(source["completions"]))
+
+
+def _stamp(path: str) -> list:
+    """Name, size and time of a file, or of a folder's files; a Hub name has no more than its name."""
+    root = Path(path)
+    members = [root] if root.is_file() else sorted(root.glob("*")) if root.is_dir() else []
+    return [str(path), *([item.name, item.stat().st_size, item.stat().st_mtime_ns] for item in members)]
+
+
+def _point(name: str) -> dict[str, Any]:
+    from ppo_vs_dpo.artifacts.stage import parse_point
+
+    _, _, rest = name.partition(",")
+    return parse_point(rest) if rest else {}
+
+
+def training_prompt_ids(run: RunFolder) -> set[str]:
+    """Fingerprints of every prompt that some stage of this run was trained on."""
+    seen: set[str] = set()
+    for parts in (("data", "prompts_train.parquet"), ("pairs", "train.parquet"), ("data", "sft_train.parquet")):
+        path = run.path(*parts)
+        if not path.is_file():
+            continue
+        table = read_parquet(path)
+        if "prompt_id" in table.column_names:
+            seen.update(table["prompt_id"])
+        elif "prompt" in table.column_names:
+            seen.update(map(prompt_id, table["prompt"]))
+    return seen
+
+
+def heldout_prompts(run: RunFolder, limit: int) -> Prompts:
+    """The first ``limit`` held-out prompts that no training split holds.
+
+    Raises:
+        UserError: there is none, or all of them were trained on.
+    """
+    path = run.path("data", "prompts_heldout.parquet")
+    table = read_parquet(path, ["prompt"])
+    prompts = list(table["prompt"])
+    ids = list(table["prompt_id"]) if "prompt_id" in table.column_names else [prompt_id(prompt) for prompt in prompts]
+    if not prompts:
+        raise UserError(f"{path} holds no prompts.")
+    trained = training_prompt_ids(run)
+    kept = list(dict.fromkeys(row for row in range(len(ids)) if ids[row] not in trained))
+    if not kept:
+        raise UserError(
+            f"all {len(ids)} prompts of {path} were trained on in this run. A comparison needs prompts held out from "
+            f"SFT, the pairs and PPO: make the split again (data step), or give other prompts."
+        )
+    dropped = len(ids) - len(kept)
+    kept = kept[:limit]
+    return Prompts([prompts[row] for row in kept], [ids[row] for row in kept], dropped)
+
+
+def check_pair_set(run: RunFolder) -> dict[str, Any]:
+    """The pair set of the run, after checking that both branches were trained on it (papers.md 3.8.6).
+
+    Returns:
+        ``hash``, ``n_train``, ``n_test``, ``branches`` (stage -> the hash it recorded) and ``same``.
+
+    Raises:
+        UserError: a branch recorded another hash.
+    """
+    pairs = run.require("pairs")["figures"]["pair_set"]
+    branches = {}
+    for stage in ("reward_model", "dpo", *run.points("dpo")):
+        recorded = ((run.done(stage) or {}).get("figures") or {}).get("pair_set")
+        if recorded is not None:
+            branches[stage] = recorded["hash"] if isinstance(recorded, dict) else recorded
+    different = [stage for stage, value in branches.items() if value != pairs["hash"]]
+    if different:
+        raise UserError(
+            f"the branches were trained on different pairs: {', '.join(different)} on pair set "
+            f"{branches[different[0]][:12]}, the run's pairs are {pairs['hash'][:12]}. A comparison of PPO and DPO on "
+            f"different data says nothing about the methods; train {', '.join(different)} again."
+        )
+    return {**pairs, "branches": branches, "same": bool({"reward_model", "dpo"} <= set(branches))}

@@ -1,0 +1,303 @@
+"""Loading tokenizers, policies, and reward or value models from the Hub, a folder, or an architecture."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.loading.config import ModelConfig
+from ppo_vs_dpo.models.loading.quantized import keep_differentiable
+
+
+def _check_local(path: str, what: str) -> None:
+    """A path that looks local and is not there is the user's slip, not a question for the Hub."""
+    local = Path(path)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not local.exists():
+        raise UserError(f"model folder {path} does not exist (model.path). Give a folder or a name on the Hub.")
+    needed = ("tokenizer_config.json",) if what == "a tokenizer" else ("config.json", "adapter_config.json")
+    if local.is_dir() and not any((local / name).exists() for name in needed):
+        found = ", ".join(sorted(item.name for item in local.iterdir())[:6]) or "nothing"
+        raise UserError(f"{path} does not hold {what}: it has no {needed[0]} (found: {found}).")
+
+
+def _load(loader: Any, path: str, what: str, **kwargs: Any) -> Any:
+    _check_local(path, what)
+    try:
+        return loader(path, **kwargs)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"could not load {what} from {path}: {first} "
+            f"Check the name, log in for a gated model (`hf auth login`), or give a local folder in model.path."
+        ) from error
+
+
+def _kwargs(config: ModelConfig, quantization: Any = None) -> dict[str, Any]:
+    kwargs: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "dtype": config.dtype}
+    if config.attn_implementation:
+        kwargs["attn_implementation"] = config.attn_implementation
+    if quantization is not None:
+        kwargs["quantization_config"] = quantization
+    return kwargs
+
+
+def _revision(path: str, config: ModelConfig) -> str | None:
+    """The revision belongs to the configured model; later stages load folders, which have none."""
+    return config.revision if path == config.path else None
+
+
+def load_tokenizer(path: str | Path, config: ModelConfig | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer and make sure that it can pad.
+
+    Where it has no padding token, or pads with the end-of-sequence token, an existing special token takes the
+    place if there is one (the vocabulary, and with it every model, stays as it is); else padding stays the
+    end-of-sequence token. Both are safe here: masks, never ids, decide what is real.
+
+    Raises:
+        UserError: not found, or it has no end-of-sequence token.
+    """
+    config = config or ModelConfig()
+    path = str(path)
+    tokenizer = _load(
+        AutoTokenizer.from_pretrained,
+        path,
+        "a tokenizer",
+        revision=_revision(path, config),
+        trust_remote_code=config.trust_remote_code,
+    )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {path} has no end-of-sequence token: a response could never end.")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.pad_token = spare_special_token(tokenizer) or tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    if config.chat_template:
+        template = Path(config.chat_template)
+        is_file = "{" not in config.chat_template
+        if is_file and not template.is_file():
+            raise UserError(f"model.chat_template: {template} is neither a template nor a file.")
+        tokenizer.chat_template = template.read_text(encoding="utf-8") if is_file else config.chat_template
+    return tokenizer
+
+
+def spare_special_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A special token that is neither end nor beginning of anything and can serve as padding, or ``None``."""
+    ends = {tokenizer.eos_token, tokenizer.bos_token}
+    named = [token for token in tokenizer.all_special_tokens if token not in ends]
+    likely = [token for token in named if "pad" in token.lower() or token in ("<unk>", "<|endoftext|>")]
+    if likely:
+        return likely[0]
+    return tokenizer.unk_token if tokenizer.unk_token not in ends else None
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a response: the tokenizer's and those of the generation config, sorted."""
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    configured = ids if isinstance(ids, list) else [ids]
+    return sorted({tokenizer.eos_token_id, *(i for i in configured if i is not None)})
+
+
+def build_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A causal language model from ``config.architecture``, its weights drawn from torch's current seed.
+
+    Raises:
+        UserError: no ``model_type``, or an argument that the architecture does not have.
+    """
+    architecture = dict(config.architecture)
+    model_type = architecture.pop("model_type", None)
+    if model_type is None:
+        raise UserError("model.path is not set and model.architecture has no model_type: there is no model to train.")
+    try:
+        model_config = AutoConfig.for_model(
+            model_type,
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **architecture,
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"model.architecture: {error}") from error
+    dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a folder holds a PEFT adapter instead of a whole model."""
+    return (Path(path) / "adapter_config.json").is_file()
+
+
+def load_policy(
+    path: str | Path,
+    config: ModelConfig | None = None,
+    trainable: bool = False,
+    quantization: Any = None,
+) -> PreTrainedModel:
+    """Load a causal language model; an adapter folder is loaded onto its base and merged into it.
+
+    Args:
+        path: Hub name or folder (whole model or PEFT adapter).
+        config: how to load it.
+        trainable: parameters require gradients. Dropout is off in either case.
+        quantization: a transformers quantisation config (`models.loading.quantized`); the weights are then frozen.
+
+    Raises:
+        UserError: not found, or an adapter on a base that is to be quantised.
+    """
+    config = config or ModelConfig()
+    path = str(path)
+    if is_adapter(path):
+        _refuse_adapter(path, quantization)
+        from peft import AutoPeftModelForCausalLM
+
+        model = _load(AutoPeftModelForCausalLM.from_pretrained, path, "an adapter", **_kwargs(config))
+        model = model.merge_and_unload()
+    else:
+        model = _load(
+            AutoModelForCausalLM.from_pretrained,
+            path,
+            "a causal language model",
+            revision=_revision(path, config),
+            **_kwargs(config, quantization),
+        )
+    return _prepare(model, trainable, quantization)
+
+
+def load_value_or_reward(
+    path: str | Path,
+    config: ModelConfig | None = None,
+    trainable: bool = False,
+    quantization: Any = None,
+) -> PreTrainedModel:
+    """Load a model with a scalar head (``AutoModelForSequenceClassification``, one label).
+
+    From a causal language model's folder the backbone is taken and the head is new: its weights are drawn from
+    N(0, 1/sqrt(d+1)) (Huang et al. 2024, detail 11), so seed torch first. An adapter folder is merged into its base.
+    The arguments are those of `load_policy`.
+    """
+    config = config or ModelConfig()
+    path = str(path)
+    if is_adapter(path):
+        _refuse_adapter(path, quantization)
+        from peft import AutoPeftModelForSequenceClassification
+
+        model = _load(
+            AutoPeftModelForSequenceClassification.from_pretrained, path, "an adapter", num_labels=1, **_kwargs(config)
+        )
+        return _prepare(model.merge_and_unload(), trainable)
+    # A new head on an old backbone is what is asked for here: transformers need not warn of it.
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        model, report = _load(
+            AutoModelForSequenceClassification.from_pretrained,
+            path,
+            "a reward or value model",
+            num_labels=1,
+            revision=_revision(path, config),
+            output_loading_info=True,
+            **_kwargs(config, quantization),
+        )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    head = score_head(model)
+    if any(key.split(".")[0] in ("score", "classifier") for key in report["missing_keys"]):
+        torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    return _prepare(model, trainable, quantization)
+
+
+def _refuse_adapter(path: str, quantization: Any) -> None:
+    if quantization is not None:
+        raise UserError(
+            f"{path} holds an adapter alone, and lora.load_in_4bit starts from a whole model: train the stage before "
+            f"with merge_lora=true."
+        )
+
+
+def score_head(model: torch.nn.Module) -> torch.nn.Linear:
+    """The scalar head of a sequence-classification model, whatever its architecture calls it."""
+    for name in ("score", "classifier"):
+        head = getattr(model, name, None)
+        if isinstance(head, torch.nn.Linear):
+            return head
+    raise UserError(f"{type(model).__name__} has no scalar head named score or classifier; it cannot score or value.")
+
+
+def _prepare(model: PreTrainedModel, trainable: bool, quantization: Any = None) -> PreTrainedModel:
+    model.requires_grad_(trainable and quantization is None)
+    keep_differentiable(model)
+    disable_dropout(model)
+    return model.train(trainable)
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout to 0: else PPO's ratio is not 1 on the first pass (Huang et al. 2024, detail 7)."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for name in (
+        "attention_dropout",
+        "hidden_dropout",
+        "attn_pdrop",
+        "resid_pdrop",
+        "embd_pdrop",
+        "classifier_dropout",
+    ):
+        if getattr(getattr(model, "config", None), name, None):
+            setattr(model.config, name, 0.0)
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def check_same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
+    """Policy and reference must give probabilities to the same tokens.
+
+    Raises:
+        UserError: the sizes differ.
+    """
+    sizes = [model.config.get_text_config().vocab_size for model in (policy, reference)]
+    sizes = [
+        getattr(m.config, "vocab_size", s) if s == 0 else s for m, s in zip((policy, reference), sizes, strict=True)
+    ]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"the policy has {sizes[0]} tokens and the reference {sizes[1]}: KL and the DPO loss compare "
+            f"probabilities of the same tokens. Use a policy and a reference with the same tokenizer."
+        )
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The longest sequence the model takes, in tokens, where its config says."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(model.config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def check_response_budget(model: PreTrainedModel, max_prompt: int, max_new_tokens: int, where: str) -> None:
+    """Prompt and response must fit into the context.
+
+    Raises:
+        UserError: they do not; names the three numbers.
+    """
+    limit = context_length(model)
+    if limit is not None and max_prompt + max_new_tokens > limit:
+        raise UserError(
+            f"{where}: a prompt of {max_prompt} tokens and a response budget of {max_new_tokens} need "
+            f"{max_prompt + max_new_tokens} positions, and the model has {limit}. "
+            f"Lower the budget or the prompt length."
+        )

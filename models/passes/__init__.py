@@ -1,0 +1,1 @@
+"""Forward passes over given tokens: log-probabilities, values, scores."""

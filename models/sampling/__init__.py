@@ -1,0 +1,1 @@
+"""Sampling completions: our own loop, and the engines that may take its place."""

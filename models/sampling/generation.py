@@ -1,0 +1,288 @@
+"""Sampling completions: one row's result depends on its prompt and its seed, on nothing else.
+
+Each row draws from its own stream of uniform numbers and picks tokens by the inverse of the cumulative distribution.
+So batch size, order, and the number of ranks change nothing but rounding. Finished rows leave the batch, and the
+key-value cache with them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.passes.logprobs import rows_logprobs
+from ppo_vs_dpo.models.passes.packed import can_pack
+from ppo_vs_dpo.models.sampling.kv_cache import ReservedCache
+
+# Prompts of similar length that are read together; each run is padded to its own longest.
+PROMPT_RUNS = 4
+
+
+@dataclass
+class SamplingConfig:
+    """How completions are drawn.
+
+    Attributes:
+        max_new_tokens: the response budget, EOS included.
+        temperature: divides the logits; 0 is greedy.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens with this mass; 1 keeps all.
+        stop_strings: a response also ends where one of these appears in its text.
+        batch_size: rows decoded at once.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop_strings: list[str] = field(default_factory=list)
+    batch_size: int = 256
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}; a response needs at least 1 token.")
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise UserError("sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0.")
+
+    @property
+    def changes_distribution(self) -> bool:
+        """Whether top-k or top-p sample from another policy than the model, whose KL is then not the model's."""
+        return self.top_k > 0 or self.top_p < 1
+
+
+@dataclass
+class Generated:
+    """One completion: its tokens (EOS included when ``finished``) and whether it ended by itself.
+
+    Where they were asked for: the log-probability of each token and the entropy (nats) of the distribution that it
+    was drawn from.
+    """
+
+    token_ids: list[int]
+    finished: bool
+    logprobs: list[float] | None = None
+    entropy: list[float] | None = None
+
+
+def row_seed(seed: int, *parts: int | str) -> int:
+    """A 63-bit seed for one row, from the run's seed and whatever names the row (prompt id, draw, update)."""
+    import hashlib
+
+    digest = hashlib.blake2b("\0".join(str(part) for part in (seed, *parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _filter(logits: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor:
+    """Top-k, then top-p, on logits ``(B, V)`` already divided by the temperature."""
+    if sampling.top_k > 0:
+        kth = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, before >= sampling.top_p)
+        logits = logits.masked_fill(drop, -torch.inf)
+    return logits
+
+
+def pick_tokens(logits: torch.Tensor, uniforms: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor:
+    """Draw one token a row by inverting the cumulative distribution.
+
+    Args:
+        logits: ``(B, V)``.
+        uniforms: ``(B,)`` in [0, 1).
+
+    Returns:
+        ``(B,)`` token ids; ``argmax`` where the temperature is 0.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = _filter(logits.float() / sampling.temperature, sampling)
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    targets = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
+    picked = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
+    return picked.clamp_max(logits.shape[-1] - 1)
+
+
+def _uniforms(seeds: Sequence[int], length: int) -> torch.Tensor:
+    """``(B, length)`` numbers in [0, 1), row i from the Philox stream of ``seeds[i]``."""
+    rows = [np.random.Generator(np.random.Philox(key=seed)).random(length) for seed in seeds]
+    return torch.from_numpy(np.stack(rows))
+
+
+def generate(
+    model: PreTrainedModel,
+    prompt_ids: Sequence[list[int]],
+    sampling: SamplingConfig,
+    *,
+    eos_token_ids: Sequence[int],
+    seeds: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    with_logprobs: bool = False,
+) -> list[Generated]:
+    """Draw one completion for every prompt.
+
+    Args:
+        model: a causal language model.
+        prompt_ids: ``N`` prompts as token ids, none empty.
+        sampling: how to draw.
+        eos_token_ids: tokens that end a completion.
+        seeds: ``N`` seeds, one a row; see `row_seed`.
+        tokenizer: needed for ``stop_strings`` only.
+        progress: called with (rows done, N).
+        with_logprobs: also log-probabilities and entropies, of the model at this temperature (without top-k and
+            top-p); equal to those of a pass over the whole sequence up to rounding.
+
+    Returns:
+        ``N`` completions in the order of the prompts.
+
+    Raises:
+        UserError: an empty prompt (names its number), stop strings without a tokenizer, log-probabilities at
+            temperature 0.
+    """
+    for number, ids in enumerate(prompt_ids):
+        if not ids:
+            raise UserError(f"prompt {number} has no tokens.")
+    if sampling.stop_strings and tokenizer is None:
+        raise UserError("stop_strings need the tokenizer.")
+    if with_logprobs and sampling.temperature == 0:
+        raise UserError("greedy decoding has no log-probabilities to sample with.")
+    # Similar lengths together: less padding. Results are put back in order.
+    order = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]))
+    results: list[Generated | None] = [None] * len(prompt_ids)
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), sampling.batch_size):
+            rows = order[start : start + sampling.batch_size]
+            batch = _generate_batch(
+                model,
+                [prompt_ids[r] for r in rows],
+                [seeds[r] for r in rows],
+                sampling,
+                set(eos_token_ids),
+                tokenizer,
+                with_logprobs,
+            )
+            for row, generated in zip(rows, batch, strict=True):
+                results[row] = generated
+            if progress is not None:
+                progress(min(start + sampling.batch_size, len(order)), len(order))
+    finally:
+        model.train(was_training)
+    return results
+
+
+@torch.no_grad()
+def _generate_batch(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    seeds: list[int],
+    sampling: SamplingConfig,
+    eos: set[int],
+    tokenizer: PreTrainedTokenizerBase | None,
+    with_logprobs: bool,
+) -> list[Generated]:
+    device = next(model.parameters()).device
+    longest = max(map(len, prompts))
+    input_ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
+    attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    uniforms = _uniforms(seeds, sampling.max_new_tokens).to(device)
+    eos_tensor = torch.tensor(sorted(eos), device=device)
+    tokens = torch.zeros(len(prompts), sampling.max_new_tokens, dtype=torch.long, device=device)
+    # Log-probabilities and entropies.
+    figures = torch.zeros(2, *tokens.shape, device=device) if with_logprobs else None
+    lengths = torch.full((len(prompts),), sampling.max_new_tokens, device=device)
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    alive = torch.arange(len(prompts), device=device)
+    cache = ReservedCache(model.config)
+    logits = _read_prompts(model, input_ids, attention_mask, cache)
+    position_ids = attention_mask.sum(-1, keepdim=True)
+    # Room for the masks of all steps: a step looks at the columns so far.
+    attention_mask = torch.nn.functional.pad(attention_mask, (0, sampling.max_new_tokens), value=1)
+    padded = bool((attention_mask == 0).any())
+
+    for step in range(sampling.max_new_tokens):
+        picked = pick_tokens(logits, uniforms[alive, step], sampling)
+        tokens[alive, step] = picked
+        if figures is not None:
+            figures[:, alive, step] = torch.stack(rows_logprobs(logits, picked, sampling.temperature))
+        ended = torch.isin(picked, eos_tensor)
+        if sampling.stop_strings:
+            texts = tokenizer.batch_decode(tokens[alive, : step + 1], skip_special_tokens=True)
+            stopped = [any(stop in text for stop in sampling.stop_strings) for text in texts]
+            ended |= torch.tensor(stopped, device=device)
+        if ended.any():
+            done = alive[ended]
+            finished[done] = True
+            lengths[done] = step + 1
+            keep = _close_gaps(ended)
+            if keep.numel() == 0:
+                break
+            alive, picked = alive[keep], picked[keep]
+            attention_mask, position_ids = attention_mask[keep], position_ids[keep]
+            cache.batch_select_indices(keep)
+        if step + 1 < sampling.max_new_tokens:
+            logits = model(
+                input_ids=picked[:, None],
+                attention_mask=_step_mask(model, cache, attention_mask[:, : longest + step + 1], padded),
+                position_ids=position_ids + step,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+    completions = [
+        Generated(row[:length], bool(end))
+        for row, length, end in zip(tokens.tolist(), lengths.tolist(), finished.tolist(), strict=True)
+    ]
+    if figures is not None:
+        for one, logprobs, entropy in zip(completions, *figures.tolist(), strict=True):
+            one.logprobs, one.entropy = logprobs[: len(one.token_ids)], entropy[: len(one.token_ids)]
+    return completions
+
+
+def _close_gaps(ended: torch.Tensor) -> torch.Tensor:
+    """Rows that stay, ``(n,)``: each in its place but for the last ones, which fill the gaps of those that ended."""
+    left = (~ended).nonzero().squeeze(-1)
+    keep = torch.arange(len(left), device=ended.device)
+    keep[ended[: len(left)]] = left[left >= len(left)]
+    return keep
+
+
+def _read_prompts(
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, cache: ReservedCache
+) -> torch.Tensor:
+    """Fill the cache with left-padded prompts ``(B, P)``, shortest first; logits ``(B, V)`` of the first token."""
+    lengths = attention_mask.sum(-1)
+    runs = torch.arange(len(lengths), device=lengths.device).chunk(PROMPT_RUNS if cache.reserves else 1)
+    if lengths[0] == lengths[-1]:
+        runs = [torch.arange(len(lengths), device=lengths.device)]
+    logits = []
+    for rows in runs:
+        width = int(lengths[rows].max())
+        mask = attention_mask[rows, -width:]
+        with cache.reading(rows, len(lengths), input_ids.shape[1]) as part:
+            output = model(
+                input_ids=input_ids[rows, -width:],
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
+                past_key_values=part,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        logits.append(output.logits[:, -1])
+    return torch.cat(logits)
+
+
+def _step_mask(
+    model: PreTrainedModel, cache: ReservedCache, attention_mask: torch.Tensor, padded: bool
+) -> torch.Tensor | None:
+    """What one new token a row may look at: nothing to say without padding, else ``(B, 1, 1, L)`` where it is known
+    that the model takes a finished mask, or ``(B, L)`` for it to build its own."""
+    if cache.reserves and can_pack(model):
+        return attention_mask[:, None, None].bool() if padded else None
+    return attention_mask

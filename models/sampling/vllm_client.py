@@ -1,0 +1,174 @@
+"""vLLM as a generation engine in a process of its own, on other GPUs or another machine: ``models.vllm_server``.
+
+Weights go over as a safetensors file in a folder that trainer and server both see; tokens come back by vLLM's
+token-in, token-out endpoint. The trainer needs no vLLM, and may run on any number of ranks: the first one sends the
+weights, each asks for the completions of its own prompts.
+"""
+
+import http.client
+import json
+import os
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.sampling.generation import Generated, SamplingConfig
+from ppo_vs_dpo.models.sampling.vllm_colocated import check_mergeable, check_sampling, named_weights
+
+# Requests under way at once; the server batches them as it can.
+REQUESTS = 64
+# Seconds that one completion or one set of weights may take.
+TIMEOUT = 1800
+KEY = "VLLM_API_KEY"
+PREFIX = ".weights-"
+
+
+class VLLMServerEngine:
+    """Samples with a vLLM server; see `models.sampling.engine.Engine`.
+
+    Args:
+        url: of the server, as in ``http://127.0.0.1:8000``.
+        folder: where the weights are put on their way; the server must see it under the same path.
+        policy: whose weights will be sent.
+        sampling: how completions will be drawn.
+        eos_token_ids: tokens that end a completion.
+        max_length: tokens of the longest prompt with its completion.
+        dtype: that weights are sent in.
+
+    Raises:
+        UserError: nobody answers, or the server is not one of `models.sampling.vllm_server`; adapters or sampling
+        that it
+            cannot be given; its context is shorter than ``max_length``.
+    """
+
+    keeps_weights = True
+
+    def __init__(
+        self,
+        url: str,
+        folder: str | Path,
+        policy: PreTrainedModel,
+        sampling: SamplingConfig,
+        eos_token_ids: Sequence[int],
+        max_length: int,
+        dtype: torch.dtype,
+    ):
+        check_sampling(sampling)
+        check_mergeable(policy)
+        self.url, self.eos_token_ids, self.dtype = url.rstrip("/"), sorted(eos_token_ids), dtype
+        served = self._ask("/v1/models").get("data") or [{}]
+        room = served[0].get("max_model_len")
+        if room is not None and room < max_length:
+            raise UserError(
+                f"the vLLM server at {self.url} takes {room} tokens, and the longest prompt with its response has "
+                f"{max_length}. Start it with --max-model-len {max_length}."
+            )
+        self.folder = None
+        if _rank() == 0:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            for left in Path(folder).glob(f"{PREFIX}*"):  # of a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            self.folder = tempfile.TemporaryDirectory(prefix=PREFIX, dir=folder)
+
+    def update_weights(self, model: PreTrainedModel) -> None:
+        """Send the present weights, adapters merged; all ranks wait until the server has them."""
+        error = None
+        if _rank() == 0:
+            try:
+                self._send(model)
+            except UserError as raised:
+                error = raised
+        if dist.is_available() and dist.is_initialized():
+            # The others must not wait for a rank that gave up.
+            outcome = [str(error) if error else None]
+            dist.broadcast_object_list(outcome, src=0)
+            error = error or (UserError(outcome[0]) if outcome[0] else None)
+        if error is not None:
+            raise error
+
+    def _send(self, model: PreTrainedModel) -> None:
+        from safetensors.torch import save_file
+
+        path = Path(self.folder.name) / "policy.safetensors"
+        weights = {name: weight.to(self.dtype).contiguous().cpu() for name, weight in named_weights(model)}
+        save_file(weights, path)
+        answer = self._ask("/collective_rpc", {"method": "load_policy", "args": [str(path)], "timeout": TIMEOUT})
+        loaded = {int(count) for count in answer["results"]}
+        if loaded != {len(weights)}:
+            raise UserError(f"the vLLM server at {self.url} read {loaded} tensors of {len(weights)} from {path}.")
+        self._ask("/reset_prefix_cache", {})
+
+    def generate(
+        self, prompt_ids: Sequence[list[int]], sampling: SamplingConfig, seeds: Sequence[int]
+    ) -> list[Generated]:
+        """See `models.sampling.engine.Engine.generate`. Each row draws from its own seed, so that order changes
+        nothing.
+
+        Raises:
+            UserError: stop strings, top-k or top-p, an empty prompt; the server refuses or is gone.
+        """
+        check_sampling(sampling)
+        for number, ids in enumerate(prompt_ids):
+            if not ids:
+                raise UserError(f"prompt {number} has no tokens.")
+        shared = {
+            "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "logprobs": 0,
+            "stop_token_ids": self.eos_token_ids, "ignore_eos": True, "detokenize": False,
+        }  # fmt: skip
+
+        def one(ids: list[int], seed: int) -> Generated:
+            asked = {"token_ids": list(ids), "sampling_params": {**shared, "seed": seed}}
+            (choice,) = self._ask("/inference/v1/generate", asked)["choices"]
+            tokens = choice["token_ids"]
+            logprobs = [float(at["logprob"]) for at in choice["logprobs"]["content"]]
+            if len(logprobs) != len(tokens):
+                raise UserError(f"the vLLM server at {self.url} sent {len(tokens)} tokens, {len(logprobs)} figures.")
+            return Generated(tokens, bool(tokens) and tokens[-1] in self.eos_token_ids, logprobs)
+
+        with ThreadPoolExecutor(min(REQUESTS, sampling.batch_size)) as pool:
+            return list(pool.map(one, prompt_ids, seeds))
+
+    def _ask(self, path: str, body: dict | None = None) -> dict:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(KEY):
+            headers["Authorization"] = f"Bearer {key}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}{path}", data, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+                text = answer.read()
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")[:500]
+            hint = (
+                "Start it with `python -m ppo_vs_dpo.models.sampling.vllm_server MODEL`"
+                if error.code == 404
+                else "Its log says more"
+            )
+            raise UserError(f"the vLLM server answers {error.code} to {self.url}{path}: {said} {hint}.") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(
+                f"no vLLM server at {self.url} (ppo.vllm_server_base_url): {error}. Start one with "
+                f"`python -m ppo_vs_dpo.models.sampling.vllm_server MODEL`; the run goes on from its last checkpoint."
+            ) from error
+        try:
+            found = json.loads(text) if text else {}
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(
+                f"{self.url} (ppo.vllm_server_base_url) is no vLLM server: it answers {path} with {text[:80]!r}."
+            )
+        return found
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -1,0 +1,1 @@
+"""How models and their training state are split over ranks."""

@@ -1,0 +1,210 @@
+"""DeepSpeed: how a stage's models are split over ranks, without compiling anything on a CPU.
+
+The run's ``deepspeed`` section (configs/deepspeed/) is handed to transformers' Trainer. Three things need care: on a
+CPU DeepSpeed would compile a communication kernel at its first collective; its engine asks for mpi4py outside of a
+launcher; and ZeRO-3 shards whatever is loaded while its configuration is active, also what one rank loads alone.
+"""
+
+import contextlib
+import copy
+import datetime
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.stage import StageContext
+
+
+def deepspeed_settings(context: StageContext) -> dict[str, Any] | None:
+    """The run's ``deepspeed`` section as DeepSpeed's configuration; ``None`` without one.
+
+    Raises:
+        UserError: no ZeRO stage, or one that does not exist.
+    """
+    section = context.run.config.get("deepspeed")
+    settings = OmegaConf.to_container(section, resolve=True) if section else None
+    if not settings:
+        return None
+    stage = settings.get("zero_optimization", {}).get("stage")
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"deepspeed.zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3.")
+    if stage < 3 and "offload_param" in settings["zero_optimization"]:
+        raise UserError(
+            f"deepspeed.zero_optimization.offload_param needs stage 3 (stage is {stage}): below it every rank holds "
+            f"all weights. Use deepspeed=zero3_offload, or drop offload_param."
+        )
+    return settings
+
+
+def start_deepspeed(use_cpu: bool, timeout: float | None = None) -> None:
+    """Join the ranks before any of TRL's argument classes asks for them.
+
+    On a CPU: gloo, and none of DeepSpeed's own kernels (they would be compiled at the first collective).
+
+    Args:
+        use_cpu: train on the CPU.
+        timeout: seconds a collective may take; half an hour where nothing is said.
+
+    Raises:
+        UserError: DeepSpeed is not installed.
+    """
+    if use_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    if "RANK" not in os.environ:
+        os.environ.update({key: os.environ.get(key, value) for key, value in alone.items()})
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(f"the run asks for DeepSpeed, which cannot be imported: {error}") from error
+    if use_cpu:
+        # An internal name: where a later version drops it, DeepSpeed compiles its kernel once, and still works.
+        compatible = getattr(deepspeed.ops, "__compatible_ops__", {})
+        if "deepspeed_shm_comm" in compatible:
+            compatible["deepspeed_shm_comm"] = False
+    patience = {} if timeout is None else {"timeout": datetime.timedelta(seconds=timeout)}
+    deepspeed.init_distributed(dist_backend="gloo" if use_cpu else None, verbose=False, **patience)
+
+
+@contextlib.contextmanager
+def named_step(name: Callable[[], str]) -> Iterator[None]:
+    """What the ranks do together inside the block: one that waits in vain says so under this name.
+
+    Args:
+        name: asked only when a collective has timed out (``ddp_timeout`` seconds).
+
+    Raises:
+        UserError: in place of the backend's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo: "Timed out waiting 1800000ms for recv operation"; NCCL: "Watchdog caught collective operation timeout".
+        if not re.search(r"timed out|timeout", str(error), re.IGNORECASE):
+            raise
+        raise UserError(
+            f"rank {os.environ.get('RANK', '0')} waited in vain for another rank in this step: {name()} "
+            f"({str(error).splitlines()[0][-160:]}). A rank that hangs or is much slower stalls all: look for it in "
+            f"the log. ddp_timeout sets the patience, in seconds."
+        ) from error
+
+
+def is_sharded(parameter: torch.Tensor) -> bool:
+    """Whether ZeRO-3 holds this parameter in pieces."""
+    return hasattr(parameter, "ds_id")
+
+
+@contextlib.contextmanager
+def whole(parameters: Iterable[torch.nn.Parameter], write: bool = True) -> Iterator[None]:
+    """Parameters whole inside the block; with ``write``, what rank 0 writes into them is kept on all ranks."""
+    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None):
+        yield
+
+
+def whole_copy(model: torch.nn.Module) -> torch.nn.Module:
+    """A deep copy that is whole on this rank, also where ZeRO-3 holds ``model`` in pieces."""
+    with whole(model.parameters(), write=False):
+        return copy.deepcopy(model)
+
+
+def whole_state(model: torch.nn.Module, keep: bool, trained_only: bool = False) -> dict[str, torch.Tensor]:
+    """The state dict of a model in pieces, on the CPU: parameters are gathered one at a time.
+
+    Args:
+        model: a module of this rank; all ranks must call this.
+        keep: whether this rank wants it. The others get an empty dict and never hold more than one parameter.
+        trained_only: leave out what does not require gradients (the base under adapters).
+    """
+    state: dict[str, torch.Tensor] = {}
+    seen: dict[int, torch.Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if trained_only and not parameter.requires_grad:
+            continue
+        if id(parameter) not in seen:
+            with whole([parameter], write=False):
+                seen[id(parameter)] = parameter.detach().to("cpu", copy=True) if keep else torch.empty(0)
+        # Tied weights stay one tensor, as safetensors wants to know.
+        state[name] = seen[id(parameter)]
+    saved = model.state_dict().keys()
+    state.update((name, buffer.detach().cpu()) for name, buffer in model.named_buffers() if name in saved)
+    return state if keep else {}
+
+
+@contextlib.contextmanager
+def gathered(engine: torch.nn.Module, module: torch.nn.Module) -> Iterator[None]:
+    """The weights of ``module``, a part of ``engine``, whole inside the block: for generation.
+
+    ZeRO-3 gathers a layer whenever it runs, on all ranks at once: decoding would gather every layer for every token,
+    and ranks whose responses end early would leave the others waiting. Here all is gathered once, and the engine's
+    hooks are out of the way until the block ends (as in TRL's ``unwrap_model_for_generation``).
+    """
+    if not any(is_sharded(parameter) for parameter in module.parameters()):
+        yield
+        return
+    from trl.models.utils import add_hooks, remove_hooks
+
+    with whole(module.parameters(), write=False):
+        remove_hooks(engine)
+        try:
+            yield
+        finally:
+            add_hooks(engine)
+
+
+@contextlib.contextmanager
+def unsharded_loading() -> Iterator[None]:
+    """Models loaded inside the block are whole, on the rank that loads them, also while ZeRO-3 is configured."""
+    from transformers.integrations import deepspeed as integration
+
+    active = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = active
+
+
+def held_bytes(model: torch.nn.Module | Iterable[torch.nn.Parameter]) -> int:
+    """Bytes of parameters that this rank holds by itself: a shard's size where ZeRO-3 has split a parameter."""
+    total = 0
+    for parameter in model.parameters() if isinstance(model, torch.nn.Module) else model:
+        piece = getattr(parameter, "ds_tensor", None)
+        total += (parameter if piece is None else piece).numel() * parameter.element_size()
+    return total
+
+
+def tell_held_bytes(rank: int, held: dict[str, int]) -> None:
+    """One line: how many bytes this rank holds of each role's weights, and of what belongs to training."""
+    sys.stderr.write(f"rank {rank} holds {', '.join(f'{what} {size:,} bytes' for what, size in held.items())}\n")
+
+
+def check_settings(args: Any, stage: str) -> None:
+    """Hold DeepSpeed's configuration against the stage's own keys; to be called before any engine is made.
+
+    Args:
+        args: ``transformers.TrainingArguments`` with a ``deepspeed`` configuration.
+        stage: the section that they came from.
+
+    Raises:
+        UserError: a value contradicts a key; names both.
+    """
+    found = "\n".join(getattr(args.hf_deepspeed_config, "mismatches", []))
+    wrong = re.findall(r"- ds (\S+) vs hf (.+)", found)
+    if wrong:
+        raise UserError(
+            f"the deepspeed section contradicts the section {stage}: "
+            f"{'; '.join(f'deepspeed.{ours} against {stage}.{theirs}' for ours, theirs in wrong)}. "
+            f"Set the deepspeed value to auto: the stage's own key decides."
+        )

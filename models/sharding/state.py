@@ -1,0 +1,225 @@
+"""The exact state of a training engine, in files that any number of ranks can read.
+
+DeepSpeed's own checkpoints hold each rank's slices, pickled: another number of ranks or another ZeRO stage cannot read
+them without a conversion. Here every trained tensor is written whole (fp32 weights and the optimizer's moments), each
+by one rank in turn, as safetensors. Memory stays at 1/N a rank, nothing is pickled, and a state written on 2 ranks
+under ZeRO-3 goes on under ZeRO-2, on 1 rank or on 4; on the same ranks to the last bit.
+
+The flat partitions that DeepSpeed keeps are its internals; they are reached in `_partitions` alone.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import read_json, write_json
+from ppo_vs_dpo.models.sharding.deepspeed import is_sharded, whole
+
+INDEX = "trained.json"
+WEIGHT = "weight"
+
+
+def _partitions(engine: torch.nn.Module) -> tuple[torch.optim.Optimizer, list[torch.Tensor]]:
+    """The optimizer under ZeRO's, and this rank's flat fp32 partitions that it steps."""
+    zero = engine.optimizer
+    stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
+    return zero.optimizer, zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
+
+
+def _link_moments(engine: torch.nn.Module) -> None:
+    """Let ZeRO-2 find each parameter's moments: it links them after the first group's first step, when the other
+    groups have none yet."""
+    zero = engine.optimizer
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def _trained(engine: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+
+
+def _full(parameter: torch.nn.Parameter, key: str | None = None) -> torch.Tensor:
+    """An fp32 weight, or the state ``key`` of its optimizer, put together from all ranks."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    return safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+
+
+def save_trained(engine: torch.nn.Module, folder: Path, rank: int, ranks: int) -> None:
+    """Write the trained weights in fp32 and the optimizer's state; all ranks must call this.
+
+    Args:
+        engine: a DeepSpeed engine with an optimizer, ZeRO stage 1, 2 or 3.
+        folder: exists; takes ``trained.json`` and one safetensors file a rank.
+        rank: of this process.
+        ranks: how many there are.
+    """
+    optimizer, flat = _partitions(engine)
+    _link_moments(engine)
+    # Entries of the flat partition's shape are moments; the others (Adam's step) are the same for every parameter.
+    state = optimizer.state.get(flat[0], {})
+    moments = sorted(key for key, value in state.items() if torch.is_tensor(value) and value.shape == flat[0].shape)
+    scalars = {key: float(value) for key, value in state.items() if key not in moments and value is not None}
+    index: dict[str, Any] = {"ranks": ranks, "moments": moments, "scalars": scalars, "parameters": {}}
+    index["groups"] = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    mine: dict[str, torch.Tensor] = {}
+    for number, (name, parameter) in enumerate(_trained(engine).items()):
+        owner = number % ranks
+        index["parameters"][name] = {"file": f"trained-{owner}.safetensors", "shape": list(_shape(parameter))}
+        for key in (None, *moments):
+            tensor = _full(parameter, key)
+            if owner == rank:
+                mine[f"{name}:{key or WEIGHT}"] = tensor.detach().to("cpu", torch.float32).clone().contiguous()
+    save_file(mine, folder / f"trained-{rank}.safetensors")
+    if rank == 0:
+        write_json(folder / INDEX, index)
+
+
+def _shape(parameter: torch.nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _read(folder: Path, index: dict[str, Any]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Name, and weight and moments, of each trained parameter in turn."""
+    opened: dict[str, Any] = {}
+    for name, entry in index["parameters"].items():
+        path = folder / entry["file"]
+        try:
+            if entry["file"] not in opened:
+                opened[entry["file"]] = safe_open(path, "pt")
+            tensors = {key: opened[entry["file"]].get_tensor(f"{name}:{key}") for key in (WEIGHT, *index["moments"])}
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{folder} is not complete: {entry['file']}, the part of rank {entry['file'][8:-12]} of "
+                f"{index['ranks']}, cannot be read ({str(error).splitlines()[0]}). If ranks write to disks of their "
+                f"own, bring their files together. Else delete this checkpoint: the run goes on from the one before."
+            ) from error
+        yield name, tensors
+
+
+def check_trained(engine: torch.nn.Module, folder: Path) -> dict[str, Any]:
+    """The index of a saved state, found to be of this engine's model and complete.
+
+    Raises:
+        UserError: a file is missing or torn, or another model was trained.
+    """
+    index = read_json(folder / INDEX)
+    here = {name: list(_shape(p)) for name, p in _trained(engine).items()}
+    there = {name: entry["shape"] for name, entry in index["parameters"].items()}
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            raise UserError(
+                f"{folder} is a checkpoint of another model: {name} is {there.get(name) or 'not'} there and "
+                f"{here.get(name) or 'not'} here (shapes of trained parameters). Start in an empty folder, or go on "
+                f"with the model it was made with."
+            )
+    for _ in _read(folder, index):
+        pass
+    return index
+
+
+@torch.no_grad()
+def load_trained(engine: torch.nn.Module, folder: Path, optimizer_too: bool = True) -> None:
+    """Put a saved state into an engine, whatever the numbers of ranks and the ZeRO stages of the two.
+
+    Args:
+        engine: with the same trained parameters.
+        folder: from `save_trained`.
+        optimizer_too: else weights only.
+
+    Raises:
+        UserError: see `check_trained`; nothing has been changed then.
+    """
+    index = check_trained(engine, folder)
+    optimizer, flat = _partitions(engine)
+    moments = index["moments"] if optimizer_too else []
+    if moments:
+        for partition in flat:
+            state = {key: torch.zeros_like(partition) for key in moments}
+            scalars = {key: torch.tensor(value, dtype=torch.float32) for key, value in index["scalars"].items()}
+            optimizer.state[partition] = {**scalars, **state}
+        _link_moments(engine)
+    if optimizer_too:
+        for group, saved in zip(optimizer.param_groups, index["groups"], strict=True):
+            group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+    trained = _trained(engine)
+    for name, tensors in _read(folder, index):
+        parameter = trained[name]
+        with whole([parameter]):
+            parameter.copy_(tensors[WEIGHT].view(_shape(parameter)))
+        for key in (None, *moments):
+            _put(parameter, tensors[key or WEIGHT], key)
+
+
+def keep_written(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Bring what was written into trained parameters to their fp32 copies, which the next step writes back."""
+    for parameter in parameters:
+        if parameter.requires_grad:
+            with whole([parameter], write=False):
+                value = parameter.detach().float().clone()
+            _put(parameter, value, None)
+
+
+def _put(parameter: torch.nn.Parameter, value: torch.Tensor, key: str | None) -> None:
+    """This rank's piece of a whole fp32 weight or moment."""
+    from deepspeed.utils import (
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+    if not is_sharded(parameter):
+        arguments = (parameter, value) if key is None else (parameter, value, key)
+        (safe_set_full_fp32_param if key is None else safe_set_full_optimizer_state)(*arguments)
+        return
+    rank, size = torch.distributed.get_rank(), parameter.ds_tensor.numel()
+    # The last rank's piece is filled up with zeros.
+    flat = torch.nn.functional.pad(value.flatten(), (0, size * torch.distributed.get_world_size() - value.numel()))
+    piece = flat[size * rank : size * (rank + 1)]
+    if key is None:
+        safe_set_local_fp32_param(parameter, piece)
+    else:
+        safe_set_local_optimizer_state(parameter, piece, key)
+
+
+def state_bytes(engine: torch.nn.Module) -> dict[str, int]:
+    """Bytes that this rank holds for training: ``master`` (fp32 weights) and ``optimizer`` (its moments)."""
+    optimizer, flat = _partitions(engine)
+    tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    size = {"master": flat, "optimizer": tensors}
+    return {name: sum(t.numel() * t.element_size() for t in held) for name, held in size.items()}
+
+
+@contextlib.contextmanager
+def portable_checkpoints() -> Iterator[None]:
+    """Inside the block DeepSpeed's engines save and load their checkpoints in this module's form.
+
+    For transformers' Trainer, which calls the engine's own methods. It looks for a folder ``global_step*``.
+    """
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    def save(engine: torch.nn.Module, save_dir: str, **_: Any) -> bool:
+        folder = Path(save_dir) / f"global_step{engine.global_steps}"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_trained(engine, folder, torch.distributed.get_rank(), torch.distributed.get_world_size())
+        return True
+
+    def load(engine: torch.nn.Module, load_dir: str, load_optimizer_states: bool = True, **_: Any) -> tuple[str, dict]:
+        (folder,) = Path(load_dir).glob("global_step*")
+        load_trained(engine, folder, load_optimizer_states)
+        return str(folder), {}
+
+    theirs = DeepSpeedEngine.save_checkpoint, DeepSpeedEngine.load_checkpoint
+    DeepSpeedEngine.save_checkpoint, DeepSpeedEngine.load_checkpoint = save, load
+    try:
+        yield
+    finally:
+        DeepSpeedEngine.save_checkpoint, DeepSpeedEngine.load_checkpoint = theirs

@@ -1,0 +1,1 @@
+"""From prompts and completions, as text or conversations, to token ids."""

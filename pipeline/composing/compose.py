@@ -1,0 +1,217 @@
+"""From the command line to one resolved, checked configuration; all that is wrong is said at once."""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.run import STAGES
+from ppo_vs_dpo.artifacts.settings import nearest, refused_keys
+from ppo_vs_dpo.models.loading.config import ModelConfig
+from ppo_vs_dpo.pipeline.composing.schema import CONFIGS, PIPELINE_KEYS, SECTIONS, load_class, root_keys, section_keys
+from ppo_vs_dpo.preferences.config import data_class
+
+GROUPS = ("experiment", "model", "data", "sft", "reward_model", "dpo", "ppo", "compare", "judge", "deepspeed")
+# Bytes of a run's default name before it is cut; most file systems end at 255, and folders stand beside it.
+LONGEST_NAME = 120
+# Mappings whose keys are somebody else's: any name is taken.
+OPEN_SECTIONS = ("model.architecture.", "launch.expected_seconds.", "deepspeed.")
+
+
+def complaint(problems: list[str]) -> UserError:
+    """One error that lists every problem."""
+    return UserError("\n  ".join(["the configuration has errors:", *problems]))
+
+
+def prepare_overrides(overrides: list[str]) -> list[str]:
+    """Check the keys of command-line overrides and mark those that may be new in their section for Hydra.
+
+    A stage's section takes every field of its argument class without a ``+``: ``sft.warmup_steps=10``.
+
+    Raises:
+        UserError: something that is not an override, or unknown keys, each with the nearest valid one.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise UserError(f"cannot read the command line: {str(error).splitlines()[0]}") from None
+    problems, prepared = [], []
+    keys: dict[str, list[str]] = {}
+    for override in parsed:
+        key = override.key_or_group
+        section, _, rest = key.partition(".")
+        text = override.input_line
+        # Its keys (hydra.sweep.dir) and its groups (hydra/launcher).
+        hydras = section == "hydra" or key.startswith("hydra/")
+        if (key in GROUPS and _names_a_group(override)) or hydras or override.is_add():
+            prepared.append(text)
+        elif section in SECTIONS and rest:
+            valid = keys.setdefault(section, section_keys(section))
+            name = rest.split(".")[0]
+            if name not in valid:
+                problems.append(f"{key}: no such key.{nearest(name, valid)}")
+            prepared.append(text if override.is_delete() else f"++{text}")
+        else:
+            valid = [*root_keys(), *SECTIONS, "experiment"]
+            known = key in valid or key.startswith(OPEN_SECTIONS)
+            if not known:
+                problems.append(f"{key}: no such key.{nearest(key, valid)}")
+            prepared.append(f"++{text}" if key.startswith(OPEN_SECTIONS) else text)
+    if problems:
+        raise complaint(problems)
+    return prepared
+
+
+def _names_a_group(override: Override) -> bool:
+    return not isinstance(override.value(), dict) and "." not in override.key_or_group
+
+
+@contextlib.contextmanager
+def hydra_configs() -> Iterator[None]:
+    """Hydra, looking into the project's configs/."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
+        yield
+
+
+def load(overrides: list[str], check_missing: bool = True) -> DictConfig:
+    """Compose, resolve and check a configuration.
+
+    Args:
+        overrides: as on the command line (``experiment=quickstart``, ``ppo.kl_coef=0.1``).
+        check_missing: required keys must be set.
+
+    Returns:
+        The resolved configuration, ``experiment`` and ``name`` filled in.
+
+    Raises:
+        UserError: anything wrong with it; all unknown and missing keys at once.
+    """
+    with hydra_configs():
+        try:
+            config = compose(config_name="config", overrides=prepare_overrides(overrides), return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(explain(error)) from None
+        experiment = config.hydra.runtime.choices.get("experiment")
+        task_overrides = list(config.hydra.overrides.task)
+    return finish(config, experiment, task_overrides, multirun=False, check_missing=check_missing)
+
+
+def finish(
+    config: DictConfig, experiment: str | None, overrides: list[str], multirun: bool, check_missing: bool = True
+) -> DictConfig:
+    """Name the run, drop Hydra's own section, check and resolve."""
+    if not experiment or experiment == "null":
+        raise UserError(f"which experiment? Give experiment=NAME, one of: {', '.join(experiments())}.")
+    plain = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    OmegaConf.set_struct(plain, False)
+    plain = OmegaConf.create(OmegaConf.to_container(plain, resolve=False))
+    plain.experiment = experiment
+    if not plain.get("name"):
+        plain.name = run_name(experiment, overrides, multirun)
+    check(plain, check_missing)
+    OmegaConf.resolve(plain)
+    return plain
+
+
+def run_name(experiment: str, overrides: list[str], multirun: bool) -> str:
+    """The default name: the experiment, the seed where one was given, and in a sweep what else differs."""
+    parts = [experiment.replace("/", "-")]
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if key == "seed":
+            parts.append(f"seed{value}")
+        elif multirun and key.split(".")[0] not in ("experiment", "stages", "launch", "output_dir", "name", "hydra"):
+            parts.append(f"{key}={value}".replace("/", "-"))
+    name = "-".join(parts)
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    return f"{name.encode()[:LONGEST_NAME].decode(errors='ignore')}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def explain(error: Exception) -> str:
+    """Hydra's and OmegaConf's errors in one or two lines."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    cause = error.__cause__
+    if isinstance(cause, OmegaConfBaseException):
+        lines += [line.strip() for line in str(cause).splitlines()[:1]]
+    kept = [line for line in lines if not line.startswith(("object_type", "reference_type", "full_key"))]
+    return "the configuration cannot be composed: " + " ".join(kept[:4])
+
+
+def check(config: DictConfig, check_missing: bool = True) -> None:
+    """Hold every section to its classes.
+
+    Raises:
+        UserError: every unknown key, wrong type and missing value, in one message.
+    """
+    problems = []
+    if check_missing:
+        missing = sorted(OmegaConf.missing_keys(config))
+        # OmegaConf lets a typed default stand where a file says ???, so the model's path is looked at by hand.
+        if not config.model.get("path") and not config.model.get("architecture"):
+            missing = sorted({*missing, "model.path"})
+        problems += [f"{key}: required, and not set." for key in missing]
+    known = [*root_keys(), *SECTIONS, "experiment"]
+    problems += [f"{key}: no such key.{nearest(key, known)}" for key in config if key not in known]
+    try:
+        if not OmegaConf.missing_keys(config.model):
+            OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), config.model))
+    except UserError as error:
+        problems.append(str(error))
+    for section, (own, _) in SECTIONS.items():
+        problems += check_section(section, config.get(section) or {}, own)
+    stages = list(config.get("stages") or [])
+    problems += [f"stages: there is no stage {s}.{nearest(s, list(STAGES))}" for s in stages if s not in STAGES]
+    if problems:
+        raise complaint(problems)
+
+
+def check_section(section: str, values: DictConfig | dict, own: str) -> list[str]:
+    """Problems of one stage's section."""
+    valid = section_keys(section)
+    problems = [f"{section}.{key}: no such key.{nearest(key, valid)}" for key in values if key not in valid]
+    problems += refused_keys(values, section)
+    try:
+        own_class = data_class(values) if section == "data" else load_class(own)
+    except UserError as error:
+        return [*problems, str(error)]
+    own_names = set(own_class.__dataclass_fields__)
+    mine: dict[str, Any] = {
+        key: values._get_node(key) if isinstance(values, DictConfig) else values[key]
+        for key in values
+        if key in own_names
+    }
+    for key, value in mine.items():
+        try:
+            OmegaConf.merge(OmegaConf.structured(own_class), {key: value})
+        except OmegaConfBaseException as error:
+            first = str(error.msg or error).splitlines()[0]
+            problems.append(f"{section}.{error.full_key or key}: {first}")
+    if not problems and hasattr(own_class, "problems"):
+        # What stages refuse about values is refused here, before the first of them has worked for hours.
+        settings = OmegaConf.merge(OmegaConf.structured(own_class), mine)
+        if not OmegaConf.missing_keys(settings):
+            problems += OmegaConf.to_object(settings).problems()
+    sweep = values.get("sweep") if hasattr(values, "get") else None
+    for key, points in (sweep or {}).items():
+        if key not in valid or key in PIPELINE_KEYS:
+            problems.append(f"{section}.sweep.{key}: no such key.{nearest(key, valid)}")
+        elif not OmegaConf.is_list(points) and not isinstance(points, list):
+            problems.append(f"{section}.sweep.{key}: a list of values is needed.")
+    return problems
+
+
+def experiments() -> list[str]:
+    """Names of the experiments in configs/experiment, sorted."""
+    root = CONFIGS / "experiment"
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))

@@ -1,0 +1,291 @@
+"""``ppo-vs-dpo plan``: will it fit, how fast can it be at best, and what to change if it does not.
+
+Answers from the configuration alone, before a cluster is asked for: formulas and their sources are in
+`planning.memory`. Weights and optimizer states are exact (tests hold them against measured bytes); activations, logits
+and caches are estimates from above; the time is a floor that no run goes below.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+from typing import Any, NamedTuple
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.pipeline.planning import memory
+from ppo_vs_dpo.pipeline.planning.estimate import Job, estimate
+from ppo_vs_dpo.pipeline.planning.memory import GB, GPUS, Gpu, Shape, Sharding
+
+STAGES = ("sft", "reward_model", "dpo", "ppo")
+# TRL's defaults where the configuration says nothing: trl.SFTConfig, RewardConfig, DPOConfig (max_length).
+MAX_LENGTH = 1024
+BATCH = 8  # transformers.TrainingArguments.per_device_train_batch_size
+
+
+# ------------------------------------------------------------------------------------- what a configuration asks for
+
+
+def job_of(config: Any, stage: str, ranks: int, prompt: int, architecture: Any) -> Job:
+    """A stage of a resolved configuration.
+
+    Args:
+        config: composed (`pipeline.composing.compose.load`).
+        stage: one of `STAGES`.
+        ranks: GPUs.
+        prompt: tokens of a prompt, where the configuration does not bound them.
+        architecture: the model's transformers configuration.
+    """
+    section = config.get(stage) or {}
+
+    def key(name: str, otherwise: Any) -> Any:
+        value = section.get(name)
+        return otherwise if value is None else value
+
+    adapters = None
+    if section.get("lora"):
+        lora = section["lora"]
+        adapters = (lora.get("r", 16), tuple(lora.get("target_modules") or default_targets(architecture.model_type)))
+    rows, accumulate = key("per_device_train_batch_size", BATCH), key("gradient_accumulation_steps", 1)
+    context = getattr(architecture, "max_position_embeddings", None) or sys.maxsize
+    common = {"checkpointing": bool(key("gradient_checkpointing", True)), "adapters": adapters}
+    if stage == "ppo":
+        response = key("response_length", 53)
+        rollout = key("rollout_batch_size", rows * accumulate * ranks)
+        return Job(
+            stage,
+            min(rows, math.ceil(rollout / key("num_mini_batches", 1) / ranks)),
+            rollout,
+            min(key("max_prompt_length", prompt), context - response),
+            response,
+            epochs=key("num_ppo_epochs", 4),
+            forward_rows=key("local_rollout_forward_batch_size", 64),
+            reference=adapters is None,
+            reward=not key("gold_reward", False),
+            shared=adapters is not None and bool(key("shared_base", False)),
+            **common,
+        )
+    sequences = 1 if stage == "sft" else 2
+    length = min(key("max_length", MAX_LENGTH), context)
+    return Job(
+        stage,
+        sequences * rows,
+        sequences * rows * accumulate * ranks,
+        min(prompt, length // 2),
+        length - min(prompt, length // 2),
+        # DPO takes the reference's log-probabilities beforehand unless another model is named.
+        reference=stage == "dpo" and bool(section.get("reference_path")),
+        **common,
+    )
+
+
+def default_targets(model_type: str) -> list[str]:
+    """The layers peft adapts where none are named."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as MAPPING
+
+    if model_type not in MAPPING:
+        raise UserError(f"lora.target_modules is empty and peft knows no default for {model_type}: name the layers.")
+    return sorted(MAPPING[model_type])
+
+
+def sharding_of(config: Any, ranks: int, half: bool) -> Sharding:
+    """The ``deepspeed`` section of a configuration."""
+    zero = ((config.get("deepspeed") or {}).get("zero_optimization")) or None
+    if zero is None:
+        return Sharding(ranks, half=half)
+
+    def offloads(what: str) -> bool:
+        return (zero.get(f"offload_{what}") or {}).get("device", "none") != "none"
+
+    return Sharding(
+        ranks,
+        stage=zero["stage"],
+        offload_optimizer=offloads("optimizer"),
+        offload_weights=offloads("param"),
+        live=int(zero.get("stage3_max_live_parameters", 1e9)),
+        bucket=int(zero.get("reduce_bucket_size", 5e8)),
+        half=half,
+    )
+
+
+class Change(NamedTuple):
+    """Something to set in the configuration that saves memory.
+
+    Attributes:
+        text: as it is written on the command line.
+        job: fields of `Job` that it sets.
+        sharding: fields of `Sharding` that it sets.
+    """
+
+    text: str
+    job: dict[str, Any] = {}
+    sharding: dict[str, Any] = {}
+
+
+def changes(job: Job, sharding: Sharding) -> list[Change]:
+    """Changes that save memory, mildest first."""
+    stage, pairs = job.stage, 1 if job.stage in ("sft", "ppo") else 2
+    found = []
+    if not job.checkpointing:
+        found.append(Change(f"{stage}.gradient_checkpointing=true", {"checkpointing": True}))
+    stages = [number for number in (2, 3) if number > (sharding.stage or 0) and sharding.ranks > 1]
+    found += [Change(f"deepspeed=zero{number}", {}, {"stage": number}) for number in stages]
+    rows = job.rows // pairs
+    while rows > 1:
+        rows //= 2
+        found.append(Change(f"{stage}.per_device_train_batch_size={rows}", {"rows": rows * pairs}))
+    best = max(2, sharding.stage or 0, *stages)
+    if not sharding.offload_optimizer and best == 2:
+        found.append(Change("deepspeed=zero2_offload", {}, {"stage": 2, "offload_optimizer": True}))
+    if not sharding.offload_weights:
+        everything = {"stage": 3, "offload_optimizer": True, "offload_weights": True}
+        found.append(Change("deepspeed=zero3_offload", {}, everything))
+    if job.adapters is None:
+        adapters = (16, ("q_proj", "v_proj", "query_key_value"))
+        found.append(Change(f"{stage}.lora={{r: 16, alpha: 32}}", {"adapters": adapters, "reference": False}))
+    if stage == "ppo" and not job.shared:
+        # Of no use without adapters; `fitting` takes it together with them.
+        found.append(Change("ppo.shared_base=true reward_model.lora={r: 16, alpha: 32}", {"shared": True}))
+    return found
+
+
+def changed(job: Job, sharding: Sharding, taken: list[Change]) -> tuple[Job, Sharding]:
+    """Work and spread after some changes, in their order."""
+    for change in taken:
+        job, sharding = dataclasses.replace(job, **change.job), dataclasses.replace(sharding, **change.sharding)
+    return job, sharding
+
+
+def fitting(shape: Shape, job: Job, sharding: Sharding, gpu: Gpu) -> list[Change] | None:
+    """The mildest changes with which a stage fits, none of them idle; ``None`` where all together are too little."""
+
+    def fits(taken: list[Change]) -> bool:
+        return estimate(shape, *changed(job, sharding, taken), gpu).peak <= gpu.usable
+
+    taken: list[Change] = []
+    for change in changes(job, sharding):
+        taken.append(change)
+        if fits(taken):
+            for earlier in taken[:-1]:
+                without = [c for c in taken if c is not earlier]
+                # A shared base is made of adapters.
+                possible = changed(job, sharding, without)[0]
+                if (possible.adapters or not possible.shared) and fits(without):
+                    taken = without
+            return taken
+    return None
+
+
+def advice(shape: Shape, job: Job, sharding: Sharding, gpu: Gpu) -> str:
+    """What makes a stage fit: the mildest changes together, or more GPUs; or that nothing here does."""
+    taken = fitting(shape, job, sharding, gpu)
+    if taken is not None:
+        return "add " + " ".join(change.text for change in taken)
+    for factor in (2, 4, 8, 16, 32, 64):
+        more = dataclasses.replace(sharding, stage=3, ranks=sharding.ranks * factor)
+        if estimate(shape, job, more, gpu).peak <= gpu.usable:
+            return f"deepspeed=zero3 on {more.ranks} GPUs"
+    whole = (2 if sharding.half else 4) * shape.parameters
+    if job.stage == "ppo" and whole > gpu.usable:
+        return f"no change here helps: to generate, the whole policy ({whole / GB:.0f} GB) must fit one GPU"
+    return "no change here helps: a smaller model, or GPUs with more memory"
+
+
+# ------------------------------------------------------------------------------------------------------ what it says
+
+
+def report(shape: Shape, jobs: list[Job], sharding: Sharding, gpu: Gpu) -> tuple[str, bool]:
+    """The plan as text, and whether every stage fits."""
+    lines, all_fit = [], True
+    spread = "every rank holds all (no deepspeed)" if sharding.stage is None else f"ZeRO-{sharding.stage}"
+    if sharding.offload_optimizer:
+        spread += ", optimizer in CPU memory"
+    if sharding.offload_weights:
+        spread += ", weights in CPU memory"
+    lines.append(f"{shape.parameters:,} parameters on {sharding.ranks} x {gpu.name}; {spread}; GB per GPU")
+    for job in jobs:
+        figures = estimate(shape, job, sharding, gpu)
+        fits = figures.peak <= gpu.usable
+        all_fit = all_fit and fits
+        lines.append("")
+        lines.append(
+            f"{job.stage}: {job.rows} sequences of {job.prompt} + {job.response} tokens per pass, "
+            f"{job.updates_rows} per update"
+        )
+        lines.append(f"  {'':12}{'weights':>10}{'gradients':>11}{'optimizer':>11}{'GPU':>9}{'CPU':>9}")
+        for part in figures.parts:
+            cells = (part.weights, part.gradients, part.optimizer, part.gpu, part.cpu)
+            widths = (10, 11, 11, 9, 9)
+            numbers = "".join(f"{value / GB:>{w}.2f}" for value, w in zip(cells, widths, strict=True))
+            lines.append(f"  {part.role:12}{numbers}")
+        for phase, extra in figures.phases.items():
+            what = ", ".join(f"{name} {size / GB:.2f}" for name, size in extra.items() if size)
+            lines.append(f"  {phase + ':':10} + {sum(extra.values()) / GB:.2f} ({what})")
+        answer = "fits" if fits else "DOES NOT FIT"
+        lines.append(
+            f"  peak {figures.peak / GB:.2f} of {gpu.usable / GB:.1f} usable ({gpu.memory / GB:.0f} less "
+            f"{memory.RESERVED:.0%} kept free): {answer}"
+        )
+        if not fits:
+            lines.append(f"  -> {advice(shape, job, sharding, gpu)}")
+        floor = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in figures.seconds.items())
+        lines.append(
+            f"  at least {sum(figures.seconds.values()):.3g} s per update ({floor}); "
+            f"{sum(figures.flops.values()):.3g} FLOPs"
+        )
+    return "\n".join(lines) + "\n", all_fit
+
+
+def model_config(config: Any) -> Any:
+    """The transformers configuration of a run's model.
+
+    Raises:
+        UserError: it cannot be found.
+    """
+    from omegaconf import OmegaConf
+    from transformers import AutoConfig
+
+    section = config.model
+    if section.get("path"):
+        try:
+            return AutoConfig.from_pretrained(section.path, revision=section.get("revision"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"model.path={section.path}: {str(error).splitlines()[0]}") from error
+    architecture = OmegaConf.to_container(section.architecture, resolve=True)
+    if "vocab_size" not in architecture:
+        from ppo_vs_dpo.preferences.testbed.tokenizer import build_tokenizer
+
+        architecture["vocab_size"] = len(build_tokenizer())
+    return AutoConfig.for_model(architecture.pop("model_type"), **architecture)
+
+
+def main(arguments: list[str]) -> int:
+    """``ppo-vs-dpo plan [--gpus N] [--gpu NAME] [key=value ...]``; 0 where all fits, 1 where it does not."""
+    parser = argparse.ArgumentParser(prog="ppo-vs-dpo plan", description=__doc__.splitlines()[0])
+    parser.add_argument("overrides", nargs="*", help="a configuration, as for a run: experiment=NAME key=value ...")
+    parser.add_argument("--gpus", type=int, help="how many (default: launch.processes)")
+    parser.add_argument("--gpu", default="a100-80gb", choices=sorted(GPUS), help="which (default: %(default)s)")
+    parser.add_argument("--prompt-tokens", type=int, default=512, help="longest prompt (default: %(default)s)")
+    parser.add_argument("--table", metavar="FILE", help="write the table of known models into FILE instead")
+    given = parser.parse_args(arguments)
+    if given.table:
+        from ppo_vs_dpo.pipeline.planning.scaling import write_table
+
+        write_table(given.table)
+        return 0
+    from ppo_vs_dpo.pipeline.composing.compose import load
+
+    config = load(given.overrides)
+    ranks = given.gpus or config.launch.processes
+    if ranks < 1:
+        raise UserError(f"--gpus {ranks}: at least 1.")
+    architecture = model_config(config)
+    shape = Shape.of(architecture)
+    stages = [stage for stage in config.stages if stage in STAGES]
+    # On a GPU the stages compute in bfloat16 unless told otherwise (models.training.training_arguments).
+    half = not any((config.get(stage) or {}).get("bf16") is False for stage in stages)
+    sharding = sharding_of(config, ranks, half)
+    jobs = [job_of(config, s, ranks, given.prompt_tokens, architecture) for s in stages]
+    jobs = [job for job in jobs if not (config.get(job.stage) or {}).get("skip_training")]
+    text, fits = report(shape, jobs, sharding, GPUS[given.gpu])
+    sys.stdout.write(text)
+    return 0 if fits else 1

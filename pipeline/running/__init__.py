@@ -1,0 +1,1 @@
+"""From a configuration to jobs, processes and a finished run folder."""

@@ -1,0 +1,138 @@
+"""What a person sees while a run works: every job, how far it is, and the time left."""
+
+import json
+import time
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from ppo_vs_dpo.artifacts.files import read_json
+from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.pipeline.running.graph import Job
+
+MARKS = {"done": "[green]done[/]", "running": "[cyan]running[/]", "todo": "", "part": "to resume", "stale": "stale"}
+
+
+def clock(seconds: float) -> str:
+    """``75`` -> ``"1:15"``."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
+class Overview:
+    """A live table on a terminal, a line for each event elsewhere."""
+
+    def __init__(self, run: RunFolder, jobs: list[Job], console: Console | None = None):
+        self.run, self.jobs = run, jobs
+        self.console = console or Console()
+        self.states = {job.name: job.state for job in jobs}
+        self.began: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+        for job in jobs:
+            done = run.done(job.name)
+            if done:
+                self.seconds[job.name] = done["seconds"]
+        self.start = time.monotonic()
+        self.live = (
+            Live(self.table(), console=self.console, refresh_per_second=4) if self.console.is_terminal else None
+        )
+
+    def __enter__(self) -> "Overview":
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.update(self.table())
+            self.live.stop()
+
+    def started(self, job: Job) -> None:
+        """A job's process has started."""
+        verb = {"stale": f"again ({job.because} changed)", "part": "resumes"}.get(job.state, "starts")
+        self.states[job.name] = "running"
+        self.began[job.name] = time.monotonic()
+        self._say(f"{job.name} {verb}")
+
+    def finished(self, job: Job, seconds: float) -> None:
+        """A job has finished."""
+        self.states[job.name] = "done"
+        self.seconds[job.name] = seconds
+        self._say(f"{job.name} done in {seconds:.0f} s; about {self.left()} left")
+
+    def update(self) -> None:
+        """Redraw."""
+        if self.live:
+            self.live.update(self.table())
+
+    def _say(self, text: str) -> None:
+        if not self.live:
+            self.console.print(f"[{clock(time.monotonic() - self.start)}] {text}", highlight=False, markup=False)
+
+    def progress(self, job: Job) -> tuple[float, str]:
+        """Share done in [0, 1], and what the stage says about it."""
+        path = self.run.stage_dir(job.name) / "progress.json"
+        try:
+            said = json.loads(path.read_text())
+        except (OSError, json.JSONDecodeError):
+            return 0.0, ""
+        share = said["done"] / said["total"] if said["total"] else 0.0
+        return min(share, 1.0), said.get("note") or f"{said['done']}/{said['total']}"
+
+    def expected(self, job: Job) -> float | None:
+        """Seconds a job takes: as it took before, as the same stage took elsewhere in this run, or as configured."""
+        if job.name in self.seconds:
+            return self.seconds[job.name]
+        same = [self.seconds[j.name] for j in self.jobs if j.stage == job.stage and j.name in self.seconds]
+        if same:
+            return sum(same) / len(same)
+        configured = self.run.config.launch.expected_seconds.get(job.stage)
+        return float(configured) if configured else None
+
+    def left(self) -> str:
+        """Time left, as far as it can be known."""
+        work, longest = 0.0, 0.0
+        for job in self.jobs:
+            if self.states[job.name] == "done":
+                continue
+            if self.states[job.name] == "running":
+                elapsed = time.monotonic() - self.began[job.name]
+                share, _ = self.progress(job)
+                guess = self.expected(job)
+                if share > 0.05:
+                    rest = elapsed * (1 - share) / share
+                elif guess is not None:
+                    rest = max(guess - elapsed, 1.0)
+                else:
+                    return "?"
+            elif self.expected(job) is not None:
+                rest = self.expected(job)
+            else:
+                return "?"
+            work, longest = work + rest, max(longest, rest)
+        return clock(max(work / max(1, self.run.config.launch.workers), longest))
+
+    def table(self) -> Table:
+        """The overview as a table."""
+        table = Table(title=str(self.run.root), title_justify="left", box=None, pad_edge=False)
+        for heading, justify in (("stage", "left"), ("", "left"), ("progress", "left"), ("time", "right")):
+            table.add_column(heading, justify=justify)
+        for job in self.jobs:
+            state = self.states[job.name]
+            progress, spent = "", ""
+            if state == "running":
+                share, note = self.progress(job)
+                progress = f"{'━' * round(20 * share):<20} {note}"
+                spent = clock(time.monotonic() - self.began[job.name])
+            elif state == "done" and job.name in self.seconds:
+                spent = clock(self.seconds[job.name])
+            table.add_row(job.name, MARKS[state], progress, spent)
+        table.caption = f"{clock(time.monotonic() - self.start)} so far, about {self.left()} left"
+        return table
+
+
+def verdict(run: RunFolder) -> list[str]:
+    """What `compare` concluded, in its own sentences."""
+    path = run.path("compare", "report.json")
+    return read_json(path).get("verdict", []) if path.is_file() else []

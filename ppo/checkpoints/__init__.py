@@ -1,0 +1,1 @@
+"""The exact state of a run, kept and gone on from."""

@@ -1,0 +1,114 @@
+"""The prompts: encoded once, drawn in an order that depends on the seed and the update alone."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.loading.pretrained import context_length
+from ppo_vs_dpo.models.text.prompts import encode_prompt, truncate_prompt
+
+
+def allowed_prompt_length(policy: PreTrainedModel, response_length: int, max_prompt_length: int | None) -> int | None:
+    """Tokens a prompt may have: ``max_prompt_length``, and what the response leaves of the context; ``None``: any.
+
+    Raises:
+        UserError: the response takes the whole context.
+    """
+    limit = context_length(policy)
+    if limit is not None and response_length >= limit:
+        raise UserError(
+            f"ppo.response_length is {response_length}, and the model's context has {limit} positions: no room is "
+            f"left "
+            f"for a prompt. Lower response_length."
+        )
+    given = [n for n in (max_prompt_length, None if limit is None else limit - response_length) if n is not None]
+    return min(given) if given else None
+
+
+class PromptSet:
+    """Prompts as token ids, with the other columns of their data set.
+
+    Args:
+        dataset: with a column ``prompt`` (text, or messages for the chat template), or ``input_ids`` as TRL <= 1.12
+            had.
+        tokenizer: the policy's.
+        max_length: of a prompt, in tokens; ``None``: no limit.
+        truncate: cut over-long prompts from the left instead of stopping.
+        name: for messages.
+
+    Raises:
+        UserError: no such column, an empty prompt, or one that is too long; names the row.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None = None,
+        truncate: bool = False,
+        name: str = "train_dataset",
+    ):
+        if dataset is None or len(dataset) == 0:
+            raise UserError(f"{name} has no prompts.")
+        columns = list(dataset.column_names)
+        if "prompt" in columns:
+            self.prompts = list(dataset["prompt"])
+        elif "input_ids" in columns:
+            self.prompts = tokenizer.batch_decode(list(dataset["input_ids"]), skip_special_tokens=True)
+        else:
+            raise UserError(f"{name} has no column prompt (nor input_ids); it has {', '.join(columns)}.")
+        self.ids: list[list[int]] = []
+        for row, prompt in enumerate(self.prompts):
+            if "prompt" in columns:
+                if not prompt:
+                    raise UserError(f"{name}, row {row}: the prompt is empty.")
+                ids = encode_prompt(tokenizer, prompt)
+            else:
+                ids = list(dataset["input_ids"][row])
+            if max_length is not None and len(ids) > max_length:
+                if not truncate:
+                    raise UserError(
+                        f"{name}, row {row}: the prompt has {len(ids)} tokens, and {max_length} are allowed "
+                        f"(max_prompt_length, or the context less response_length). Shorten it, raise the limit, or "
+                        f"set "
+                        f"truncate_prompts=true to cut such prompts from the left."
+                    )
+                ids = truncate_prompt(ids, max_length)
+            self.ids.append(ids)
+        other = [c for c in columns if c not in ("prompt", "input_ids", "attention_mask")]
+        self.columns: dict[str, list[Any]] = {column: list(dataset[column]) for column in other}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.ids))
+
+    def columns_of(self, rows: Sequence[int]) -> dict[str, list[Any]]:
+        """The other columns of some rows, as reward functions take them."""
+        return {name: [values[row] for row in rows] for name, values in self.columns.items()}
+
+    def drawn_for(self, update: int, size: int, seed: int) -> list[int]:
+        """Rows of the prompts of one update.
+
+        The prompts are shuffled afresh for each pass over them (N+ detail 21); updates take them in turn. The answer
+        is a function of the arguments alone, so a resumed run needs no cursor.
+
+        Args:
+            update: from 0.
+            size: prompts per update.
+            seed: the run's.
+        """
+        positions = np.arange(update * size, (update + 1) * size)
+        passes = positions // len(self)
+        order = {p: self._shuffled(seed, int(p)) for p in np.unique(passes)}
+        return [int(order[p][i]) for p, i in zip(passes, positions % len(self), strict=True)]
+
+    def _shuffled(self, seed: int, epoch: int) -> np.ndarray:
+        return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(self))

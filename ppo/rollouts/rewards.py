@@ -1,0 +1,218 @@
+"""Where scores come from: a reward model, with any tokenizer; Python functions; or a weighted mix of them."""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.loading.pretrained import load_tokenizer
+from ppo_vs_dpo.ppo.roles.roles import as_value_or_reward
+from ppo_vs_dpo.reward_model.scorer import BIAS_KEY, RewardScorer
+
+RewardFunction = Callable[..., Sequence[float]]
+
+
+class RewardError(UserError):
+    """A reward that cannot be used; carries the row of the sample."""
+
+    def __init__(self, message: str, row: int | None = None):
+        super().__init__(message)
+        self.row = row
+
+
+class ModelReward:
+    """Scores of a reward model (`reward_model.scorer.RewardScorer`), read at the last real token.
+
+    Where its tokenizer is the policy's, the sampled token ids are scored as they are. Else prompt and completion are
+    tokenised again by the reward model's own tokenizer, with its own EOS after a completion that ended by itself.
+
+    Args:
+        scorer: the reward model with its tokenizer.
+        tokenizer: the policy's.
+    """
+
+    def __init__(self, scorer: RewardScorer, tokenizer: PreTrainedTokenizerBase):
+        scorer.model.requires_grad_(False)
+        self.scorer = scorer
+        self.same_tokens = same_tokenizer(scorer.tokenizer, tokenizer)
+        self.name = f"reward model {getattr(scorer.model, 'name_or_path', '') or type(scorer.model).__name__}"
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The reward model, for the trainer to place or shard."""
+        return self.scorer.model
+
+    @model.setter
+    def model(self, model: torch.nn.Module) -> None:
+        # A DeepSpeed engine works by hooks on the module inside it.
+        self.scorer.model = getattr(model, "module", model)
+
+    def __call__(self, prompts, completions, prompt_ids, response_ids, finished, **columns) -> list[float]:
+        if self.same_tokens:
+            return self.scorer.score_sequences([[*p, *r] for p, r in zip(prompt_ids, response_ids, strict=True)])
+        return self.scorer.score(prompts, completions, finished)
+
+
+class ScorerReward:
+    """Any other object with ``score(prompts, completions, finished) -> list[float]``."""
+
+    def __init__(self, scorer: Any):
+        self.scorer = scorer
+        self.name = f"reward model {getattr(scorer, 'name', '') or type(scorer).__name__}"
+
+    def __call__(self, prompts, completions, prompt_ids, response_ids, finished, **columns) -> list[float]:
+        return list(self.scorer.score(prompts, completions, finished))
+
+
+class FunctionReward:
+    """A Python function ``f(prompts, completions, **columns) -> list[float]``.
+
+    Columns are those of the data set, and ``finished`` (list of bool); a function without ``**kwargs`` gets the ones
+    it names.
+    """
+
+    def __init__(self, function: RewardFunction):
+        self.function = function
+        self.name = f"reward function {getattr(function, '__name__', type(function).__name__)}"
+        parameters = inspect.signature(function).parameters.values()
+        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self.names = {p.name for p in parameters}
+
+    def __call__(self, prompts, completions, prompt_ids, response_ids, finished, **columns) -> list[float]:
+        columns = {"finished": finished, **columns}
+        if not self.takes_all:
+            columns = {k: v for k, v in columns.items() if k in self.names}
+        try:
+            return self.function(prompts=prompts, completions=completions, **columns)
+        except Exception as error:
+            row = self._culprit(prompts, completions, columns)
+            where = (
+                ""
+                if row is None
+                else f" for sample {row} (prompt {_short(prompts[row])}, completion {_short(completions[row])})"
+            )
+            raise RewardError(f"{self.name} raised {type(error).__name__}: {error}{where}.", row) from error
+
+    def _culprit(self, prompts, completions, columns) -> int | None:
+        """The first sample that raises by itself."""
+        for row in range(len(prompts)):
+            try:
+                self.function(
+                    prompts=[prompts[row]],
+                    completions=[completions[row]],
+                    **{k: [v[row]] for k, v in columns.items()},
+                )
+            except Exception:
+                return row
+        return None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+class Rewards:
+    """A weighted sum of rewards; with one part, that part.
+
+    Args:
+        parts: at least one.
+        weights: one each; 1 by default.
+
+    Raises:
+        UserError: no part, or another number of weights.
+    """
+
+    def __init__(self, parts: list[Any], weights: list[float] | None = None):
+        if not parts:
+            raise UserError("PPO needs a reward: pass reward_model, reward_funcs, or both.")
+        weights = [1.0] * len(parts) if weights is None else list(weights)
+        if len(weights) != len(parts):
+            raise UserError(f"reward_weights has {len(weights)} entries for {len(parts)} rewards; give one each.")
+        self.parts, self.weights = parts, weights
+
+    def shared(self) -> tuple[PreTrainedModel, float, float] | None:
+        """The first reward model that reads the policy's own tokens: what a value model can start from.
+
+        Returns:
+            The model, its weight in the mix, and the bias that is subtracted from its scores; ``None`` without one.
+        """
+        for part, weight in zip(self.parts, self.weights, strict=True):
+            if isinstance(part, ModelReward) and part.same_tokens:
+                return part.model, weight, part.scorer.bias
+        return None
+
+    def __call__(self, prompts, completions, prompt_ids, response_ids, finished, **columns) -> list[float]:
+        """Scores of ``N`` completions.
+
+        Raises:
+            RewardError: a part raised, gave another number of scores, or one that is not a finite number.
+        """
+        total = [0.0] * len(prompts)
+        for part, weight in zip(self.parts, self.weights, strict=True):
+            scores = part(prompts, completions, prompt_ids, response_ids, finished, **columns)
+            scores = scores.tolist() if hasattr(scores, "tolist") else list(scores)
+            if len(scores) != len(prompts):
+                raise RewardError(
+                    f"{part.name} returned {len(scores)} scores for {len(prompts)} completions (samples 0 to "
+                    f"{len(prompts) - 1}); it must return one each."
+                )
+            for row, score in enumerate(scores):
+                if not isinstance(score, int | float) or not math.isfinite(score):
+                    raise RewardError(
+                        f"{part.name} returned {score!r} for sample {row} (prompt {_short(prompts[row])}, completion "
+                        f"{_short(completions[row])}); it must be a finite number.",
+                        row,
+                    )
+                total[row] += weight * score
+        return total
+
+
+def make_rewards(
+    reward_model: Any,
+    reward_funcs: RewardFunction | list[RewardFunction] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    own_tokenizer: PreTrainedTokenizerBase | None,
+    weights: list[float] | None,
+    batch_size: int,
+) -> Rewards:
+    """Put the rewards of a trainer together.
+
+    Args:
+        reward_model: a model, its name, a scorer, or ``None``.
+        reward_funcs: a function or several.
+        tokenizer: the policy's.
+        own_tokenizer: the reward model's; for a name it is loaded with the model.
+        weights: model first, then functions.
+        batch_size: rows per forward pass of the model.
+    """
+    parts: list[Any] = []
+    if isinstance(reward_model, str):
+        own_tokenizer = own_tokenizer or load_tokenizer(reward_model)
+        reward_model = as_value_or_reward(reward_model, trainable=False)
+    if isinstance(reward_model, torch.nn.Module):
+        model = as_value_or_reward(reward_model, trainable=False)
+        bias = float(getattr(model.config, BIAS_KEY, 0.0))
+        reward_model = RewardScorer(model, own_tokenizer or tokenizer, bias, batch_size)
+    if isinstance(reward_model, RewardScorer):
+        parts.append(ModelReward(reward_model, tokenizer))
+    elif hasattr(reward_model, "score"):
+        parts.append(ScorerReward(reward_model))
+    elif callable(reward_model):
+        parts.append(FunctionReward(reward_model))
+    elif reward_model is not None:
+        raise UserError(
+            f"reward_model is a {type(reward_model).__name__}; give a model, a name, a scorer or a function."
+        )
+    functions = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    parts.extend(FunctionReward(function) for function in functions if function is not None)
+    return Rewards(parts, weights)
+
+
+def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers give the same ids to the same text (same vocabulary, same rendering of conversations)."""
+    return a is b or (a.get_vocab() == b.get_vocab() and a.chat_template == b.chat_template)

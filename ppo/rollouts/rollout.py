@@ -1,0 +1,220 @@
+"""The rollout: what one round of sampling leaves behind, and all that the update needs.
+
+A rollout holds a few numbers a token (no logits, no hidden states), so every rank can hold the whole of it: it is
+gathered once, and minibatches are then the same whatever the number of ranks.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import atomic_path
+from ppo_vs_dpo.models.passes.logprobs import Batch, pad_batch
+
+PROMPT_FIELDS = ("prompt_ids", "prompt_mask")
+
+
+@dataclass
+class Rollout:
+    """``N`` prompts with one response each; prompts of at most ``P`` tokens, responses of at most ``R``.
+
+    Attributes:
+        prompt_ids: ``(N, P)`` left-padded.
+        prompt_mask: ``(N, P)`` bool, True where real.
+        response_ids: ``(N, R)`` right-padded, EOS included.
+        mask: ``(N, R)`` bool, True at real response tokens.
+        value_mask: ``(N, R)`` bool, where values count; ``mask`` but for the parity conventions (one longer).
+        finished: ``(N,)`` bool, the response ended by itself.
+        logprobs: ``(N, R)`` of the policy that sampled, at the sampling temperature, as the trainer computes them.
+        engine_logprobs: ``(N, R)`` of the same tokens, as the engine that sampled them computed them; ``logprobs``
+            where that was the trainer's own loop.
+        entropy: ``(N, R)`` of its next-token distributions, nats.
+        ref_logprobs: ``(N, R)`` of the reference.
+        values: ``(N, R)`` of the states before each token.
+        scores: ``(N,)`` as the reward gave them.
+        final_scores: ``(N,)`` after bias, clip and the penalty for a missing EOS: what the token rewards carry.
+        rewards: ``(N, R)`` KL penalty and final score.
+        advantages: ``(N, R)`` whitened where the configuration says so.
+        returns: ``(N, R)`` targets of the value model.
+    """
+
+    prompt_ids: torch.Tensor
+    prompt_mask: torch.Tensor
+    response_ids: torch.Tensor
+    mask: torch.Tensor
+    value_mask: torch.Tensor
+    finished: torch.Tensor
+    logprobs: torch.Tensor
+    engine_logprobs: torch.Tensor
+    entropy: torch.Tensor
+    ref_logprobs: torch.Tensor
+    values: torch.Tensor
+    scores: torch.Tensor
+    final_scores: torch.Tensor
+    rewards: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.response_ids.shape[0]
+
+    @classmethod
+    def empty(cls, prompt_ids: list[list[int]], response_ids: list[list[int]], finished: list[bool], pad_id: int):
+        """A rollout with the sampled tokens in place and zeros for everything that is computed from them."""
+        batch = pad_batch(prompt_ids, response_ids, pad_id)
+        prompt_mask = batch.attention_mask[:, : batch.prompt_length].bool()
+        tokens, rows = torch.zeros(batch.response_mask.shape), torch.zeros(len(batch))
+        return cls(
+            prompt_ids=batch.input_ids[:, : batch.prompt_length],
+            prompt_mask=prompt_mask,
+            response_ids=batch.response_ids,
+            mask=batch.response_mask,
+            value_mask=batch.response_mask.clone(),
+            finished=torch.tensor(finished),
+            scores=rows.clone(),
+            final_scores=rows.clone(),
+            **{name: tokens.clone() for name in TOKEN_FLOATS},
+        )
+
+    def to(self, device: torch.device | str) -> "Rollout":
+        """The same rollout on another device."""
+        return Rollout(**{name: value.to(device) for name, value in vars(self).items()})
+
+    def select(self, rows: torch.Tensor | list[int]) -> "Rollout":
+        """Some rows, with the columns that are padding in all of them cut off."""
+        rows = torch.as_tensor(rows, device=self.mask.device)
+        picked = {name: value[rows] for name, value in vars(self).items()}
+        prompt = max(1, int(picked["prompt_mask"].sum(1).max()))
+        # Never narrower than one column: a response may be empty.
+        response = max(1, int(_width(picked["value_mask"] | picked["mask"])))
+        for name, value in picked.items():
+            if name in PROMPT_FIELDS:
+                picked[name] = value[:, value.shape[1] - prompt :]
+            elif value.dim() == 2:
+                picked[name] = value[:, :response]
+        return Rollout(**picked)
+
+    def batch(self) -> Batch:
+        """Prompts and responses side by side, as the models take them."""
+        attention_mask = torch.cat([self.prompt_mask, self.mask], dim=1).long()
+        return Batch(
+            input_ids=torch.cat([self.prompt_ids, self.response_ids], dim=1),
+            attention_mask=attention_mask,
+            position_ids=(attention_mask.cumsum(-1) - 1).clamp_min(0),
+            response_ids=self.response_ids,
+            response_mask=self.mask,
+            prompt_length=self.prompt_ids.shape[1],
+        )
+
+    def lengths(self) -> torch.Tensor:
+        """``(N,)`` real response tokens."""
+        return self.mask.sum(1)
+
+    def micro_batches(self, size: int, tokens: int | None = None) -> Iterator[torch.Tensor]:
+        """Row numbers in groups, similar lengths together, so that little is padding.
+
+        Args:
+            size: rows of a group at most.
+            tokens: real tokens of a group at most, unless a single row has more.
+        """
+        total = self.prompt_mask.sum(1) + self.lengths()
+        lengths, order = torch.sort(total, stable=True)
+        if tokens is None:
+            yield from order.split(size)
+            return
+        start, held = 0, 0
+        for stop, length in enumerate(lengths.tolist()):
+            if stop > start and (stop - start == size or held + length > tokens):
+                yield order[start:stop]
+                start, held = stop, 0
+            held += length
+        yield order[start:]
+
+    def minibatches(self, number: int, seed: int, update: int, epoch: int) -> list[torch.Tensor]:
+        """A fresh random partition of the rows into ``number`` minibatches; the same on every rank.
+
+        Args:
+            number: how many.
+            seed: the run's seed.
+            update: which update, from 0.
+            epoch: which pass over this rollout, from 0.
+        """
+        generator = np.random.Generator(np.random.Philox(key=[seed, (update << 20) + epoch]))
+        return list(torch.from_numpy(generator.permutation(len(self))).chunk(number))
+
+    def gather(self) -> "Rollout":
+        """The rollouts of all ranks, in the order of the global list of prompts; itself on a single rank."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return self
+        widths = torch.tensor([self.prompt_ids.shape[1], self.response_ids.shape[1]], device=self.mask.device)
+        dist.all_reduce(widths, op=dist.ReduceOp.MAX)
+        prompt, response = widths.tolist()
+        gathered = {}
+        for name, value in vars(self).items():
+            if name in PROMPT_FIELDS:
+                value = torch.nn.functional.pad(value, (prompt - value.shape[1], 0))
+            elif value.dim() == 2:
+                value = torch.nn.functional.pad(value, (0, response - value.shape[1]))
+            # Booleans travel as bytes: not every backend takes them.
+            sent = (value.byte() if value.dtype == torch.bool else value).contiguous()
+            parts = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, sent)
+            # Ranks took turns along the global list of prompts; so do the rows.
+            gathered[name] = torch.stack(parts, dim=1).flatten(0, 1).to(value.dtype)
+        return Rollout(**gathered)
+
+    def save(self, path: str | Path) -> None:
+        """Write all fields as safetensors (no pickle), atomically; `Rollout.load` reads them."""
+        from safetensors.torch import save_file
+
+        with atomic_path(path) as temporary:
+            save_file({name: value.detach().cpu().contiguous() for name, value in vars(self).items()}, temporary)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Rollout":
+        """Read a rollout that `save` wrote.
+
+        Raises:
+            UserError: the file is no rollout.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return cls(**load_file(path))
+        except (TypeError, SafetensorError, FileNotFoundError) as error:
+            raise UserError(f"{path} is not a rollout written by ppo: {error}") from None
+
+
+TOKEN_FLOATS = (
+    "logprobs",
+    "engine_logprobs",
+    "entropy",
+    "ref_logprobs",
+    "values",
+    "rewards",
+    "advantages",
+    "returns",
+)
+FIELDS = tuple(field.name for field in dataclasses.fields(Rollout))
+
+
+def _width(mask: torch.Tensor) -> int:
+    """One past the last True column of any row."""
+    columns = mask.any(0).nonzero()
+    return int(columns.max()) + 1 if len(columns) else 0
+
+
+def extend_by_one(mask: torch.Tensor) -> torch.Tensor:
+    """``mask`` ``(N, R)`` with the position after each row's last True added, where there is room.
+
+    The value mask of TRL <= 1.12 and summarize-from-feedback (``padding_mask_p1``).
+    """
+    shifted = torch.nn.functional.pad(mask, (1, 0))[:, :-1]
+    return mask | shifted

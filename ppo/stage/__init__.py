@@ -1,0 +1,1 @@
+"""PPO as a stage of the pipeline: its keys, its models, its command."""

@@ -1,0 +1,92 @@
+"""The models of the stage, from the run folder: four separate ones, or adapters on one base."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.models.loading.config import ModelConfig
+from ppo_vs_dpo.models.loading.pretrained import load_policy, load_tokenizer, load_value_or_reward, score_head
+from ppo_vs_dpo.models.loading.quantized import quantization
+from ppo_vs_dpo.models.sharding.deepspeed import is_sharded
+from ppo_vs_dpo.ppo.config import PPOConfig
+from ppo_vs_dpo.ppo.roles.roles import value_model_from
+from ppo_vs_dpo.ppo.roles.shared import reward_adapter, share_base
+from ppo_vs_dpo.ppo.roles.value_head import rescale_values
+from ppo_vs_dpo.ppo.stage.config import PPOStage
+from ppo_vs_dpo.reward_model.scorer import RewardScorer, read_bias
+
+
+def load_roles(context: StageContext, own: PPOStage, config: ModelConfig, args: PPOConfig) -> dict[str, Any]:
+    """The roles as keyword arguments of `ppo.trainer.PPOTrainer`.
+
+    With ``gold_reward`` there is no reward model; the caller adds the function.
+
+    Raises:
+        UserError: a stage before this one is missing, or the settings contradict each other.
+    """
+    context.run.require("sft")
+    if not own.gold_reward:
+        context.run.require("reward_model")
+    return (_on_one_base if own.shared_base else _separate)(context, own, config, args)
+
+
+def _separate(context: StageContext, own: PPOStage, config: ModelConfig, args: PPOConfig) -> dict[str, Any]:
+    sft, folder = context.run.path("sft", "model"), context.run.path("reward_model", "model")
+    base = quantization(own.lora, config, context)
+    policy = load_policy(sft, config, trainable=True, quantization=base)
+    roles: dict[str, Any] = {"model": policy}
+    if own.lora is not None:
+        roles["peft_config"] = own.lora.peft_config("CAUSAL_LM")
+    elif any(is_sharded(parameter) for parameter in policy.parameters()):
+        # ZeRO-3 splits what it loads as it is read; the trainer's copy of the policy would be whole for a moment.
+        roles["ref_model"] = load_policy(sft, config)
+    if own.gold_reward:
+        if base is not None:
+            roles["value_model"] = _backbone_of(sft, config, base)
+        return roles
+    reward = RewardScorer.load(folder, config, batch_size=args.local_rollout_forward_batch_size)
+    roles["reward_model"] = reward
+    if own.value_from == "reward_model":
+        roles["value_model"] = load_value_or_reward(folder, config, trainable=True, quantization=base)
+        rescale_values(roles["value_model"], 1.0, reward.bias + args.fixed_score_bias)
+    elif base is not None:
+        roles["value_model"] = _backbone_of(sft, config, base)
+    else:
+        roles["value_model"] = value_model_from(None, policy)
+    return roles
+
+
+def _backbone_of(sft: Path, config: ModelConfig, base: Any) -> PreTrainedModel:
+    """What `value_model_from` gives without a reward model, on a quantised backbone, which cannot be copied."""
+    value_model = load_value_or_reward(sft, config, trainable=True, quantization=base)
+    torch.nn.init.zeros_(score_head(value_model).weight)
+    return value_model
+
+
+def _on_one_base(context: StageContext, own: PPOStage, config: ModelConfig, args: PPOConfig) -> dict[str, Any]:
+    if own.lora is None:
+        raise UserError(
+            "ppo.shared_base puts adapters on one frozen base: set ppo.lora, too, e.g. ppo.lora={r: 16, alpha: 32}."
+        )
+    if args.sync_ref_model:
+        raise UserError("ppo.sync_ref_model moves the reference, and with ppo.shared_base it is the frozen base.")
+    sft = context.run.path("sft", "model")
+    folder = None if own.gold_reward else reward_adapter(context.run.path("reward_model"), sft)
+    policy, value_model, reward = share_base(
+        load_policy(sft, config, quantization=quantization(own.lora, config, context)),
+        own.lora,
+        folder,
+        own.value_from,
+    )
+    roles: dict[str, Any] = {"model": policy, "value_model": value_model}
+    if reward is not None:
+        bias = read_bias(folder)
+        tokenizer = load_tokenizer(folder, config)
+        roles["reward_model"] = RewardScorer(reward, tokenizer, bias, args.local_rollout_forward_batch_size)
+        if own.value_from == "reward_model":
+            rescale_values(value_model, 1.0, bias + args.fixed_score_bias)
+    return roles

@@ -1,0 +1,175 @@
+"""The stage ppo: from the run's SFT policy and reward model to a policy that PPO has trained.
+
+Reads ``sft/model``, ``reward_model/model`` and ``data/prompts_train.parquet``; writes ``ppo/model``.
+"""
+
+import importlib
+from typing import Any
+
+import torch
+from datasets import Dataset
+from omegaconf import OmegaConf
+from transformers import set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from ppo_vs_dpo.artifacts.callbacks import RunCallback
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import atomic_folder, read_parquet
+from ppo_vs_dpo.artifacts.settings import split
+from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.models.loading.pretrained import load_policy, load_tokenizer
+from ppo_vs_dpo.models.loading.quantized import in_4bit
+from ppo_vs_dpo.models.sharding.deepspeed import tell_held_bytes, unsharded_loading, whole_state
+from ppo_vs_dpo.models.training import model_settings, training_arguments
+from ppo_vs_dpo.ppo.checkpoints.state import last_checkpoint
+from ppo_vs_dpo.ppo.config import PPOConfig
+from ppo_vs_dpo.ppo.roles.roles import is_peft
+from ppo_vs_dpo.ppo.stage.config import PPOStage
+from ppo_vs_dpo.ppo.stage.loading import load_roles
+from ppo_vs_dpo.ppo.trainer import PPOTrainer
+
+
+def split_prompts(prompts: Dataset, validation: int, seed: int) -> tuple[Dataset, Dataset | None]:
+    """Set a few training prompts aside for the evaluation during training.
+
+    The prompts of the verdict (``data/prompts_heldout.parquet``) choose nothing here: neither weights nor checkpoints.
+    The choice goes by prompt, so that a prompt that occurs twice is on one side only.
+
+    Args:
+        prompts: with a column ``prompt``, and ``prompt_id`` where there is one.
+        validation: how many different prompts to set aside; 0 for none.
+        seed: of the choice.
+
+    Returns:
+        ``(training prompts, validation prompts or None)``.
+
+    Raises:
+        UserError: there are no more prompts than that.
+    """
+    if validation <= 0:
+        return prompts, None
+    column = "prompt_id" if "prompt_id" in prompts.column_names else "prompt"
+    ids = [str(value) for value in prompts[column]]
+    unique = sorted(set(ids))
+    if len(unique) <= validation:
+        raise UserError(
+            f"ppo.validation_prompts is {validation}, and there are {len(unique)} different training prompts: none "
+            f"would be left to train on. Lower it."
+        )
+    order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed))
+    chosen = {unique[i] for i in order[:validation].tolist()}
+    first: dict[str, int] = {}
+    for row, prompt in enumerate(ids):
+        if prompt in chosen:
+            first.setdefault(prompt, row)
+    train = [row for row, prompt in enumerate(ids) if prompt not in chosen]
+    return prompts.select(train), prompts.select(sorted(first.values()))
+
+
+def can_choose_best(passed: dict[str, Any]) -> bool:
+    """Whether the stage evaluates and keeps checkpoints, so that it can end with the best of them.
+
+    Args:
+        passed: the keys of the section that are `PPOConfig`'s.
+    """
+    evaluates = passed.get("eval_strategy") not in (None, False, "no")
+    return evaluates and passed.get("save_strategy") not in (False, "no") and not passed.get("save_only_model")
+
+
+def gold_reward(context: StageContext):
+    """The run's known gold reward, a function named in ``data.gold``.
+
+    Raises:
+        UserError: there is none, or it cannot be imported.
+    """
+    name = OmegaConf.select(context.run.config, "data.gold")
+    if not name:
+        raise UserError("ppo.gold_reward is set, and the data of this run has no gold reward (data.gold).")
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"data.gold is {name!r}, which cannot be imported: {error}") from error
+
+
+def run_stage(context: StageContext) -> None:
+    """Train, or go on from the last checkpoint, and leave ``model/`` and ``done.json`` behind."""
+    own, passed = split(context.config, PPOStage, PPOConfig, where="ppo")
+    if own.value_from not in ("reward_model", "policy"):
+        raise UserError(f"ppo.value_from is {own.value_from!r}; it must be reward_model or policy.")
+    config = model_settings(context)
+    if own.validation_prompts <= 0:
+        passed["eval_strategy"] = "no"
+    if passed.get("load_best_model_at_end") is None:
+        passed["load_best_model_at_end"] = can_choose_best(passed)
+    args = training_arguments(PPOConfig, context, passed)
+    set_seed(context.seed)
+
+    # 1. The models. The reference is made from the policy: a copy, or the policy without its adapters.
+    roles = load_roles(context, own, config, args)
+    if own.gold_reward:
+        roles["reward_funcs"] = gold_reward(context)
+    tokenizer = load_tokenizer(context.run.path("sft", "model"), config)
+
+    # 2. The prompts.
+    prompts = read_parquet(context.run.path("data", "prompts_train.parquet"), columns=["prompt"])
+    train, validation = split_prompts(prompts, own.validation_prompts, context.seed)
+
+    # 3. Train and save.
+    trainer = PPOTrainer(
+        **roles,
+        args=args,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        callbacks=[RunCallback(context)],
+    )
+    # One line a log is in metrics.jsonl and on the progress bar: no second printout.
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    if trainer.is_deepspeed_enabled:
+        tell_held_bytes(args.process_index, trainer.held_bytes())
+    save_final(trainer, context)
+    context.count(tokens_generated=trainer.state.num_input_tokens_seen)
+    history = trainer.state.log_history
+    last = next((row for row in reversed(history) if "objective/kl" in row), {})
+    evaluation = next((row for row in reversed(history) if "eval_objective" in row), {})
+    context.finish(
+        updates=trainer.state.global_step,
+        episodes=trainer.state.global_step * trainer.rollout_size,
+        kl_coef=args.kl_coef,
+        kl_estimator=args.kl_estimator,
+        kl_in=args.kl_in,
+        temperature=args.temperature,
+        train_kl=last.get("objective/kl"),
+        train_score=last.get("objective/scores"),
+        evaluation={k: v for k, v in evaluation.items() if k.startswith("eval_")},
+        best_step=trainer.state.best_global_step if args.load_best_model_at_end else None,
+    )
+
+
+def save_final(trainer: PPOTrainer, context: StageContext) -> None:
+    """Write ``model/``: a plain folder for ``from_pretrained`` with the tokenizer; adapters are merged.
+
+    With adapters, ``adapter/`` holds them too. All processes must call this.
+    """
+    policy, tokenizer, is_main = trainer.policy, trainer.processing_class, trainer.is_world_process_zero()
+    weights = None
+    if trainer.is_deepspeed_enabled:
+        # A collective: one parameter at a time meets on the main process.
+        weights = whole_state(policy, keep=is_main, trained_only=is_peft(policy))
+    if is_main:
+        if is_peft(policy):
+            with atomic_folder(context.dir / "adapter") as folder:
+                policy.save_pretrained(folder, state_dict=weights, selected_adapters=[policy.active_adapter])
+            if weights is None and not in_4bit(policy):
+                policy = policy.merge_and_unload(adapter_names=[policy.active_adapter])
+            else:
+                # Merged from the files, into the base as it was saved: in memory it is in pieces, or in 4 bits.
+                with unsharded_loading():
+                    policy = load_policy(context.dir / "adapter", model_settings(context))
+                weights = None
+        with atomic_folder(context.dir / "model") as folder:
+            policy.save_pretrained(folder, state_dict=weights)
+            tokenizer.save_pretrained(folder)
+    trainer.accelerator.wait_for_everyone()

@@ -1,0 +1,1 @@
+"""Step 7 of an update: from a rollout to new weights."""

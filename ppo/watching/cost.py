@@ -1,0 +1,46 @@
+"""What an update costs in floating-point operations, counted as the other stages are (`artifacts.callbacks`).
+
+A forward pass takes 2 N a token and a backward pass 4 N, N the parameters without embeddings (Kaplan et al. 2020,
+section 2.1); only real tokens count. So PPO's figure and DPO's can be compared.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ppo_vs_dpo.artifacts.resources import parameters_without_embeddings
+from ppo_vs_dpo.ppo.roles.shared import SharedRole
+
+FORWARD, TRAINING = 2, 6
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of the four roles, embeddings left out; 0 for a role that is no model."""
+
+    policy: int
+    value: int
+    reference: int
+    reward: int
+
+
+def size_of(model: nn.Module | None) -> int:
+    """Parameters without embeddings, 0 for no model; on a shared base those that the role's tokens go through."""
+    if isinstance(model, SharedRole):
+        model = model.shared.model
+    return 0 if model is None else parameters_without_embeddings(model)
+
+
+def update_flops(sizes: Sizes, tokens: int, passes: float, value_only: bool = False) -> float:
+    """Floating-point operations of one update.
+
+    Args:
+        sizes: of the models.
+        tokens: real tokens of the rollout, prompts and responses.
+        passes: passes over the rollout that trained (fewer than planned after an early stop).
+        value_only: the policy was not trained in this update.
+    """
+    rollout = sizes.policy + sizes.reward  # sampling (one forward pass, with a cache) and scoring
+    forward = sizes.policy + sizes.value + sizes.reference  # log-probabilities and values
+    trained = sizes.value + (0 if value_only else sizes.policy)
+    return tokens * (FORWARD * (rollout + forward) + TRAINING * trained * passes)

@@ -1,0 +1,1 @@
+"""The steps of sources whose pairs or prompts are given."""

@@ -1,0 +1,1 @@
+"""From files and the Hub to checked pairs and prompts, and to tables."""

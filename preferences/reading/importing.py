@@ -1,0 +1,164 @@
+"""From a source's rows to a staged table of valid pairs: mapped, checked, measured, in one pass of bounded memory."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.text.prompts import completion_text, render_prompt, require_chat_template
+from ppo_vs_dpo.preferences.reading.mappings import (
+    FilteredError,
+    MappingOptions,
+    UnmappableError,
+    detect,
+    map_row,
+    mapping_named,
+)
+from ppo_vs_dpo.preferences.reading.readers import Broken, Placed
+from ppo_vs_dpo.preferences.reading.tables import TableWriter, pair_schema
+from ppo_vs_dpo.preferences.reading.validation import Checker, Report
+
+_CHUNK = 1_000
+PLACE = ("place", pa.string())
+Item = TypeVar("Item")
+
+
+@dataclass
+class TokenLimits:
+    """Longest prompt and response in tokens; longer ones are the problem ``truncated``."""
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    prompt: int | None = None
+    response: int | None = None
+
+    def exceeded(self, rows: list[dict[str, Any]]) -> Iterator[str | None]:
+        """What is too long in each row, or ``None``."""
+        texts: list[str] = []
+        for row in rows:
+            texts.append(render_prompt(self.tokenizer, row["prompt"]))
+            texts += [completion_text(row[side]) for side in ("chosen", "rejected")]
+        lengths = [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        for start in range(0, len(lengths), 3):
+            limits = (("prompt", self.prompt), ("chosen", self.response), ("rejected", self.response))
+            long = [
+                f"{name} has {length} tokens of {limit}"
+                for (name, limit), length in zip(limits, lengths[start : start + 3], strict=True)
+                if limit is not None and length > limit
+            ]
+            yield "; ".join(long) or None
+
+
+def mapped(
+    rows: Iterable[Placed], report: Report, checker: Checker, options: MappingOptions, format: str = "auto"
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Valid pairs with their places; everything else is counted in the report."""
+    mapping = None if format == "auto" else mapping_named(format)
+    for place, row in rows:
+        report.rows += 1
+        if isinstance(row, Broken):
+            checker.drops(row.kind, place, row.detail)
+            continue
+        if mapping is None:
+            format = detect(row)
+            mapping = mapping_named(format)
+        report.format = format
+        try:
+            pair = map_row(row, mapping, options)
+        except FilteredError as reason:
+            report.filtered[str(reason)] = report.filtered.get(str(reason), 0) + 1
+            continue
+        except UnmappableError as problem:
+            checker.drops(problem.kind, place, problem.detail)
+            continue
+        checked = checker.check(place, pair)
+        if checked is not None:
+            yield place, checked
+
+
+def within_limits(
+    valid: Iterable[tuple[str, dict[str, Any]]], limits: TokenLimits, checker: Checker
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Pairs that are not too long, or that are kept although they are; tokenised a chunk at a time."""
+    if limits.tokenizer is None or (limits.prompt is None and limits.response is None):
+        yield from valid
+        return
+    for chunk in batched(valid, _CHUNK):
+        for (place, row), long in zip(chunk, limits.exceeded([row for _, row in chunk]), strict=True):
+            if long is None or not checker.drops("truncated", place, long):
+                yield place, row
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of up to ``size`` items (``itertools.batched`` of Python 3.12)."""
+    iterator = iter(items)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk
+
+
+def stage_pairs(
+    rows: Iterable[Placed],
+    out: Path,
+    report: Report,
+    checker: Checker,
+    options: MappingOptions,
+    format: str = "auto",
+    limits: TokenLimits | None = None,
+    max_pairs: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> int:
+    """Write the valid pairs of ``rows`` to ``out`` with a column ``place``.
+
+    Args:
+        rows: from `preferences.reading.readers`.
+        out: a Parquet file.
+        report: counts are added to it.
+        checker: what it has seen before counts as seen.
+        options: of the mapping.
+        format: name of the mapping, or ``auto``.
+        limits: token limits.
+        max_pairs: stop reading after so many.
+        progress: called with the number of rows read.
+
+    Returns:
+        The number of pairs written.
+
+    Raises:
+        UserError: conversations for a tokenizer without a chat template. Problems with the policy ``error`` are only
+            counted here; `Report.raise_errors` stops for all of them at once.
+    """
+    limits = limits or TokenLimits()
+    valid = mapped(rows, report, checker, options, format)
+    first = next(valid, None)
+    conversational = first is not None and isinstance(first[1]["prompt"], list)
+    if conversational and limits.tokenizer is not None:
+        _check_template(limits.tokenizer, *first)
+    everything = itertools.chain([first] if first is not None else [], valid)
+    kept = itertools.islice(within_limits(everything, limits, checker), max_pairs)
+    written = 0
+    with TableWriter(out, pair_schema(conversational, PLACE)) as table:
+        for place, row in kept:
+            checker.statistics.add(row)
+            table.write({**row, "place": place})
+            written += 1
+            if progress is not None and written % _CHUNK == 0:
+                progress(report.rows)
+    return written
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, place: str, row: dict[str, Any]) -> None:
+    """Fail on the first conversation, not after an hour of training."""
+    from jinja2 import TemplateError
+
+    require_chat_template(tokenizer)
+    try:
+        render_prompt(tokenizer, row["prompt"])
+    except TemplateError as error:
+        raise UserError(
+            f"{place}: the chat template of {tokenizer.name_or_path} refuses this prompt ({error}). "
+            f"Give another template in model.chat_template=FILE."
+        ) from error

@@ -1,0 +1,172 @@
+"""``ppo-vs-dpo data inspect SOURCE``: what is in a preference data set and what is wrong with it."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.preferences.reading.importing import TokenLimits, mapped, within_limits
+from ppo_vs_dpo.preferences.reading.mappings import MAPPINGS, MappingOptions
+from ppo_vs_dpo.preferences.reading.readers import Placed, is_local, read_files, read_hub
+from ppo_vs_dpo.preferences.reading.validation import PROBLEMS, Checker, Report, policies
+from ppo_vs_dpo.preferences.schema import text_of
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="ppo-vs-dpo data inspect", description=__doc__)
+    parser.add_argument(
+        "source", help="a Hub name, a .jsonl, .json, .parquet or .csv file (.gz too), or a folder of them"
+    )
+    parser.add_argument("--format", default="auto", choices=["auto", *MAPPINGS], help="the source's format")
+    parser.add_argument(
+        "--columns", default="", help="for format pairs, e.g. prompt=question,chosen=better,rejected=worse"
+    )
+    parser.add_argument("--split", default="train", help="the Hub's split")
+    parser.add_argument("--subset", help="the Hub's configuration")
+    parser.add_argument("--test", help="a file with test pairs, or test:SPLIT of the Hub: looks for shared prompts")
+    parser.add_argument("--tokenizer", help="a model whose tokenizer counts tokens, for the two limits")
+    parser.add_argument("--max-prompt-tokens", type=int, help="longer prompts are counted as truncated")
+    parser.add_argument("--max-response-tokens", type=int, help="longer responses are counted as truncated")
+    parser.add_argument("--max-rows", type=int, help="look at the first rows only")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Print the report.
+
+    Returns:
+        0, or 2 where the data would be refused as it is.
+
+    Raises:
+        UserError: the source cannot be read at all.
+    """
+    options = arguments(argv)
+    console = Console(stderr=True)
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
+    ) as progress:
+        task = progress.add_task("reading")
+        report, first = inspect(
+            options, lambda rows: progress.update(task, description=f"{rows} rows read") if rows % 500 == 0 else None
+        )
+    if options.json:
+        sys.stdout.write(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
+    else:
+        show(report, first)
+    return 2 if any(found.policy == "error" for found in report.problems.values()) or not report.pairs else 0
+
+
+def inspect(options: argparse.Namespace, progress) -> tuple[Report, dict | None]:
+    """Read everything; the report, and the first good pair."""
+    columns = dict(item.split("=", 1) for item in options.columns.split(",") if "=" in item)
+    if options.columns and len(columns) != len(options.columns.split(",")):
+        raise UserError(f"--columns {options.columns}: give it as prompt=question,chosen=better,rejected=worse.")
+    report = Report(options.source)
+    checker = Checker(report, policies())
+    mapping = MappingOptions(columns=columns)
+    limits = TokenLimits(_tokenizer(options), options.max_prompt_tokens, options.max_response_tokens)
+    test_prompts: set[int] = set()
+    if options.test:
+        for _ in mapped(_rows(options, options.test), Report(options.test), checker, mapping, options.format):
+            pass
+        test_prompts, checker.prompts, checker.seen = checker.prompts, set(), set()
+    first = None
+    for place, row in within_limits(
+        mapped(_counted(_rows(options), options, progress), report, checker, mapping, options.format), limits, checker
+    ):
+        if int(row["prompt_id"], 16) in test_prompts and checker.drops("leakage", place, f"prompt {row['prompt_id']}"):
+            continue
+        first = first or row
+        report.pairs += 1
+        checker.statistics.add(row)
+    report.prompts = len(checker.prompts)
+    report.statistics = checker.statistics.summary()
+    return report, first
+
+
+def _tokenizer(options: argparse.Namespace):
+    limited = options.max_prompt_tokens is not None or options.max_response_tokens is not None
+    if limited and options.tokenizer is None:
+        raise UserError("--max-prompt-tokens and --max-response-tokens need --tokenizer MODEL.")
+    if not limited:
+        return None
+    from ppo_vs_dpo.models.loading.pretrained import load_tokenizer
+
+    return load_tokenizer(options.tokenizer)
+
+
+def _rows(options: argparse.Namespace, test: str | None = None) -> Iterator[Placed]:
+    if test is not None and test.startswith("test:"):
+        return read_hub(options.source, test.removeprefix("test:"), options.subset)
+    path = test or options.source
+    return read_files(path) if is_local(path) else read_hub(path, options.split, options.subset, streaming=True)
+
+
+def _counted(rows: Iterator[Placed], options: argparse.Namespace, progress) -> Iterator[Placed]:
+    for number, row in enumerate(rows, start=1):
+        if options.max_rows is not None and number > options.max_rows:
+            return
+        progress(number)
+        yield row
+
+
+def show(report: Report, first: dict | None, console: Console | None = None) -> None:
+    """Print a report for people."""
+    console = console or Console(soft_wrap=True, highlight=False)
+    form = "none" if first is None else "conversation" if isinstance(first["prompt"], list) else "plain text"
+    console.print(f"[bold]{escape(report.source)}[/]  format {report.format or 'unknown'}, {form}")
+    console.print(f"{report.rows} rows, {report.pairs} usable pairs, {report.prompts} different prompts\n")
+    for reason, count in report.filtered.items():
+        console.print(f"left out by a filter: {count} ({escape(reason)})")
+    if report.problems:
+        table = Table("problem", "rows", "what is done", "where first seen", title="Problems", title_justify="left")
+        for kind, found in sorted(report.problems.items(), key=lambda item: (item[1].policy != "error", item[0])):
+            seen = "\n".join(f"{Path(e['place']).name}: {e['detail']}" for e in found.examples[:3])
+            does = {"error": "[red]stops[/]", "drop": "dropped", "keep": "kept"}[found.policy]
+            table.add_row(f"{kind}\n[dim]{PROBLEMS[kind].words}[/]", str(found.count), does, escape(seen))
+        console.print(table)
+    else:
+        console.print("No problems found.")
+    if report.statistics:
+        _show_statistics(report, console)
+    if first is not None:
+        console.print("\n[bold]The first pair[/]")
+        for side in ("prompt", "chosen", "rejected"):
+            text = " ".join(text_of(first[side]).split())
+            console.print(f"  {side}: {escape(text[:150])}{'…' if len(text) > 150 else ''}")
+    fatal = [kind for kind, found in report.problems.items() if found.policy == "error"]
+    if fatal:
+        console.print(
+            f"\n[red]A run would stop here.[/] Mend the rows above, or drop them: data.on_problem.{fatal[0]}=drop"
+        )
+    elif not report.pairs:
+        console.print("\n[red]There is no usable pair.[/]")
+
+
+def _show_statistics(report: Report, console: Console) -> None:
+    statistics = dict(report.statistics)
+    rule = statistics.pop("length_rule")
+    words = statistics.pop("words")
+    table = Table("", "mean", "min", "5 %", "median", "95 %", "max", title="Statistics", title_justify="left")
+    named = [(f"{side} (words)", values) for side, values in words.items()]
+    for name, values in [*named, *statistics.items()]:
+        table.add_row(name, *(f"{values[key]:.4g}" for key in ("mean", "min", "p5", "median", "p95", "max")))
+    console.print(table)
+    console.print(
+        f"The longer response is the chosen one in {rule['chosen_longer']:.1%} of the pairs, the shorter in "
+        f"{rule['chosen_shorter']:.1%}.\nA rule that looks at length alone is right in "
+        f"{max(rule['longer_is_chosen'], 1 - rule['longer_is_chosen']):.1%} (± {1.96 * rule['standard_error']:.1%}); "
+        f"a coin in 50 %."
+    )
+    if "score_difference" in statistics:
+        share = statistics["score_difference"]["chosen_not_higher"]
+        console.print(f"The chosen response does not score higher in {share:.1%} of the scored pairs.")

@@ -1,0 +1,1 @@
+"""What the recipes that make new pairs share."""

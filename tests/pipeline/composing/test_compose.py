@@ -1,0 +1,170 @@
+"""Configuration: composition, everything that is wrong at once, names, comments."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.pipeline.composing.compose import experiments, load, prepare_overrides, run_name
+from ppo_vs_dpo.pipeline.composing.schema import CONFIGS, SECTIONS, fields_from_source, load_class, section_keys
+from ppo_vs_dpo.pipeline.composing.show import comments_of, list_experiments, show
+from tests.pipeline import mini
+
+
+def test_every_experiment_composes_and_has_a_line():
+    listed = list_experiments()
+    for name in experiments():
+        line = next(line for line in listed.splitlines() if line.split()[0] == name)
+        assert len(line.split()) > 4
+        given = [f"experiment={name}"]
+        config = load(given, check_missing=False)
+        assert config.experiment == name
+        assert config.name
+
+
+def test_overrides_reach_their_places():
+    config = load(["experiment=quickstart", "ppo.kl_coef=0.7", "sft.warmup_steps=3", "seed=4", "model.dtype=bfloat16"])
+    assert config.ppo.kl_coef == 0.7
+    assert config.sft.warmup_steps == 3  # a field of TRL's class that no YAML file names
+    assert config.model.dtype == "bfloat16"
+    assert config.name == "quickstart-seed4"
+    assert config.ppo.response_length == config.data.max_new_tokens  # interpolations are resolved
+
+
+def test_deepspeed_is_a_group_with_settings_of_its_own():
+    config = load(["experiment=quickstart", "deepspeed=zero2", "deepspeed.zero_optimization.reduce_bucket_size=7"])
+    assert config.deepspeed.zero_optimization.stage == 2
+    assert config.deepspeed.zero_optimization.reduce_bucket_size == 7
+    assert not load(["experiment=quickstart"]).deepspeed
+
+
+def test_all_problems_at_once_with_the_nearest_name():
+    with pytest.raises(UserError) as error:
+        load(["experiment=quickstart", "ppo.klcoef=1", "sft.learning_rat=1", "seeed=2", "dpo.bta=3"])
+    text = str(error.value)
+    for hint in (
+        "ppo.klcoef: no such key. Did you mean kl_coef?",
+        "Did you mean learning_rate?",
+        "seeed: no such key. Did you mean seed?",
+        "dpo.bta: no such key. Did you mean beta?",
+    ):
+        assert hint in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], r"which experiment\? Give experiment=NAME, one of: .*quickstart"),
+        (["experiment=quickstrat"], "quickstrat"),
+        (["experiment=quickstart", "seed=many"], "seed|many"),
+        (["experiment=quickstart", "data.pairs=few"], r"data\.pairs.*few"),
+        (["experiment=quickstart", "stages=[sft,pppo]"], "there is no stage pppo. Did you mean ppo"),
+        (
+            ["experiment=quickstart", "ppo.sweep={klcoef:[0,1]}"],
+            r"ppo\.sweep\.klcoef: no such key\. Did you mean kl_coef",
+        ),
+        (["experiment=quickstart", "ppo.sweep={kl_coef:1}"], "a list of values is needed"),
+        (["experiment=quickstart", "sft.output_dir=x"], r"sft\.output_dir: set by the stage itself"),
+        (["experiment=hh"], r"model\.path: required, and not set"),
+        (["experiment=quickstart", "model.dtype=fp32"], r"dtype"),
+        (["experiment=quickstart", "compare.resamples=50"], r"compare\.resamples is 50; it must be at least 100"),
+        (["experiment=quickstart", "compare.pool_size=4"], r"compare\.best_of_n: .* is not in 1\.\.pool_size \(4\)"),
+        (["experiment=quickstart", "what is this"], "cannot read the command line"),
+    ],
+)
+def test_bad_configurations_are_explained(overrides, words):
+    with pytest.raises(UserError, match=f"(?s){words}"):
+        load(overrides)
+
+
+@pytest.mark.parametrize("section", [name for name, (_, arguments) in SECTIONS.items() if arguments])
+def test_field_names_read_from_source_are_those_of_the_class(section):
+    """Reading the source instead of importing must give the same names, or valid keys would be refused."""
+    import dataclasses
+
+    module, name = SECTIONS[section][1].split(":")
+    imported = {field.name for field in dataclasses.fields(load_class(SECTIONS[section][1])) if field.init}
+    assert fields_from_source(module, name) == imported
+    assert "per_device_train_batch_size" in section_keys(section)
+
+
+def test_own_experiments_from_another_folder(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\n# Mine.\ndefaults:\n  - override /model: tiny\nppo:\n  kl_coef: 0.9\n"
+    )
+    config = load(["experiment=mine", f"hydra.searchpath=[file://{tmp_path}]"])
+    assert (config.experiment, config.ppo.kl_coef) == ("mine", 0.9)
+
+
+def test_prepared_overrides_keep_groups_and_deletions():
+    assert prepare_overrides(["model=tiny", "ppo.kl_coef=1", "~ppo.sweep", "seed=1,2"]) == [
+        "model=tiny",
+        "++ppo.kl_coef=1",
+        "~ppo.sweep",
+        "seed=1,2",
+    ]
+
+
+def settings_in(config, prefix=""):
+    """Dotted names of all settings; what stands in a commented mapping of data (pairs, weights) is not one."""
+    for key, value in config.items():
+        mappings = (
+            "inline",
+            "lora",
+            "sweep",
+            "expected_seconds",
+            "on_problem",
+            "answers",
+            "hydra",
+            "checkpoints",
+            "best_of",
+        )
+        if isinstance(value, dict) and value and key not in mappings:
+            yield from settings_in(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+YAML_FILES = sorted(CONFIGS.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", YAML_FILES, ids=[str(p.relative_to(CONFIGS)) for p in YAML_FILES])
+def test_every_key_has_a_comment(path: Path):
+    known = comments_of(path)
+    config = OmegaConf.to_container(OmegaConf.load(path))
+    group = path.relative_to(CONFIGS).parts[0]
+    if group in ("constitution",):
+        pytest.skip("a constitution is data, not settings")
+    missing = [key for key in settings_in(config) if key not in known and key.split(".")[0] != "defaults"]
+    assert not missing, f"keys without a comment above them: {missing}"
+
+
+def test_show_prints_every_key_with_its_comment_and_can_be_read_back():
+    text = show(["experiment=quickstart", "ppo.kl_coef=0.33"])
+    assert "kl_coef: 0.33" in text
+    assert "# Passes over a rollout." in text
+    lines = text.splitlines()
+    place = next(i for i, line in enumerate(lines) if line.strip() == "kl_coef: 0.33")
+    assert "KL penalty" in lines[place - 1]
+    assert OmegaConf.create(text) == load(["experiment=quickstart", "ppo.kl_coef=0.33"])
+
+
+def test_runs_of_a_sweep_are_named_after_what_differs(tmp_path):
+    small = ["data.sft_examples=40", "data.train_prompts=20", "data.heldout_prompts=8", "data.pairs=16"]
+    words = ["-m", "experiment=quickstart", "seed=1,2", "ppo.kl_coef=0.1,0.2", "stages=[data]", *small]
+    line = [sys.executable, "-m", "ppo_vs_dpo.pipeline.cli", *words, f"output_dir={tmp_path}", "data.test_pairs=8"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=300, env=mini.environment())
+    assert done.returncode == 0, done.stderr
+    assert {one.name for one in tmp_path.iterdir()} - {"sweeps"} == {
+        f"quickstart-seed{seed}-ppo.kl_coef={coef}" for seed in (1, 2) for coef in (0.1, 0.2)
+    }
+
+
+def test_a_long_name_is_cut_and_stays_unique():
+    names = {run_name("quickstart", [f"data.path={'x' * 300}{end}"], multirun=True) for end in "ab"}
+    assert len(names) == 2
+    assert all(len(name) < 150 for name in names)

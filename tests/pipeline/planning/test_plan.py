@@ -1,0 +1,126 @@
+"""The plan against published sizes and figures, a counter of FLOPs, and peft's own count."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ppo_vs_dpo.pipeline.cli import dispatch
+from ppo_vs_dpo.pipeline.planning import memory
+from ppo_vs_dpo.pipeline.planning.estimate import estimate
+from ppo_vs_dpo.pipeline.planning.memory import GB, GPUS, Shape, Sharding
+from ppo_vs_dpo.pipeline.planning.plan import changed, fitting
+from ppo_vs_dpo.pipeline.planning.scaling import MODELS, job, markdown, rows, shape_of, write_table
+
+# As their model cards state them (total parameters).
+PUBLISHED = {
+    "Pythia-1B": 1_011_781_632,
+    "Pythia-2.8B": 2_775_208_960,
+    "Pythia-6.9B": 6_857_302_016,
+    "Llama-3-8B": 8_030_261_248,
+    "Llama-3-70B": 70_553_706_496,
+}
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sizes_of_known_models(name):
+    assert shape_of(name).parameters == PUBLISHED[name]
+
+
+def test_states_by_stage_are_those_of_the_zero_paper():
+    """Figure 1: 7.5 B parameters on 64 GPUs: 120, 31.4, 16.6 and 1.9 GB."""
+    expected = {0: 120.0, 1: 31.4, 2: 16.6, 3: 1.9}
+    for stage, size in expected.items():
+        part = memory.held("model", 7_500_000_000, 7_500_000_000, Sharding(64, stage=stage))
+        assert part.gpu / GB == pytest.approx(size, abs=0.05)
+
+
+def test_key_value_cache_of_llama_3():
+    """2 x 32 layers x 8 heads x 128 x 2 bytes = 128 KiB a token."""
+    assert memory.cache_bytes(shape_of("Llama-3-8B"), rows=3, length=5) == 15 * 128 * 1024
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
+def test_flops_are_those_that_torch_counts(model_type):
+    config = AutoConfig.for_model(model_type, **TINY, tie_word_embeddings=False)
+    shape, rows_, length = Shape.of(config), 4, 24
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=torch.zeros(rows_, length, dtype=torch.long))
+    # The counter takes all scores of a row; a causal pass needs half of them.
+    expected = memory.forward_flops(shape, rows_, length, rows_ * length)
+    expected += memory.attention_flops(shape, rows_, length)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-6)
+
+
+def test_adapters_are_those_that_peft_makes():
+    from peft import LoraConfig, get_peft_model
+
+    config = AutoConfig.for_model("llama", **TINY)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_config(config), LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    )
+    assert Shape.of(config).adapters(4, ["q_proj", "v_proj"]) == model.get_nb_trainable_parameters()[0]
+
+
+def test_what_it_advises_makes_it_fit():
+    gpu, shape = GPUS["a100-80gb"], shape_of("Pythia-6.9B")
+    work, sharding = job("ppo"), Sharding(8, stage=None)
+    assert estimate(shape, work, sharding, gpu).peak > gpu.usable
+    taken = fitting(shape, work, sharding, gpu)
+    assert any(change.text.startswith("deepspeed=zero") for change in taken)
+    assert estimate(shape, *changed(work, sharding, taken), gpu).peak <= gpu.usable
+    for change in taken:
+        without = [other for other in taken if other is not change]
+        assert estimate(shape, *changed(work, sharding, without), gpu).peak > gpu.usable, change.text
+
+
+def test_one_base_is_planned_once():
+    work = dataclasses.replace(job("ppo"), adapters=(16, ("q_proj", "v_proj")), reference=False, shared=True)
+    shape = shape_of("Llama-3-8B")
+    parts = {part.role: part for part in estimate(shape, work, Sharding(1, stage=2), GPUS["a100-80gb"]).parts}
+    assert parts["base"].gpu == 2 * shape.parameters
+    adapter = shape.adapters(16, ["q_proj", "v_proj"])
+    assert parts["policy"].gpu == (2 + 2 + 12) * adapter
+    assert parts["reward"].gpu == 2 * (adapter + shape.hidden)
+    assert "reference" not in parts
+
+
+def test_the_command(capsys):
+    assert dispatch(["plan", "experiment=quickstart"]) == 0
+    said = capsys.readouterr().out
+    for stage in ("sft", "reward_model", "dpo", "ppo"):
+        assert f"\n{stage}: " in said
+    for role in ("policy", "value", "reference", "reward"):
+        assert f"\n  {role} " in said
+    assert "fits" in said
+
+
+def test_a_model_too_large_is_told_what_to_change(capsys):
+    big = ["hidden_size=8192", "num_hidden_layers=16", "intermediate_size=28672", "num_attention_heads=64"]
+    code = dispatch(["plan", "experiment=quickstart", *(f"model.architecture.{key}" for key in big)])
+    said = capsys.readouterr().out
+    assert code == 1
+    assert "DOES NOT FIT" in said
+    assert "  -> " in said
+
+
+def test_the_table_in_the_docs_is_the_one_it_writes(tmp_path):
+    from pathlib import Path
+
+    docs = Path(__file__).parents[3] / "docs" / "scaling.md"
+    copy = tmp_path / "scaling.md"
+    copy.write_text(docs.read_text())
+    write_table(copy)
+    assert copy.read_text() == docs.read_text()
+    assert markdown(rows()) in docs.read_text()

@@ -1,0 +1,145 @@
+"""Jobs as real processes: order, failure, Ctrl-C, kill, and one command at a time."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.pipeline.running import execute
+from ppo_vs_dpo.pipeline.running.graph import Job
+from ppo_vs_dpo.pipeline.running.overview import Overview
+
+CHILD = """
+import json, os, pathlib, sys, time
+run, name, what = sys.argv[1:4]
+folder = pathlib.Path(run) / name
+(folder / "began").write_text(str(time.time()))
+print("working on", name, flush=True)
+if what == "fail":
+    sys.exit("\\nerror in stage %s: the pairs file is empty" % name)
+if what == "rank":
+    sys.exit("Root Cause (first observed failure):\\n  rank      : 3 (local_rank: 1)\\n  exitcode  : -9 (pid: 7)")
+if what == "hang":
+    time.sleep(600)
+time.sleep(0.3)
+(folder / "done.json").write_text(json.dumps({"stage": name, "fingerprint": "f", "seconds": 0.3, "figures": {}}))
+(folder / "ended").write_text(str(time.time()))
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    launch = {"workers": 2, "processes": 1, "threads": 1, "expected_seconds": {}}
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create({"launch": launch})))
+    monkeypatch.setattr(
+        execute,
+        "command",
+        lambda run, job: [sys.executable, "-c", CHILD, str(run.root), job.name, job.point.get("what", "work")],
+    )
+    return RunFolder(tmp_path)
+
+
+def go(run, jobs):
+    out = io.StringIO()
+    with Overview(run, jobs, Console(file=out, width=100)) as overview:
+        execute.execute(run, jobs, overview)
+    return out.getvalue()
+
+
+def times(run, name):
+    return [float((run.root / name / part).read_text()) for part in ("began", "ended")]
+
+
+def test_order_follows_needs_and_two_run_at_once(run):
+    jobs = [Job("a", "a"), Job("b", "b", needs=("a",)), Job("c", "c", needs=("a",)), Job("d", "d", needs=("b", "c"))]
+    said = go(run, jobs)
+    assert times(run, "a")[1] <= min(times(run, "b")[0], times(run, "c")[0])
+    assert max(times(run, "b")[1], times(run, "c")[1]) <= times(run, "d")[0]
+    assert times(run, "b")[0] < times(run, "c")[1]
+    assert times(run, "c")[0] < times(run, "b")[1]
+    assert "d done in" in said
+    assert "0:00 left" in said
+
+
+def test_a_failure_shows_the_stage_s_own_words_and_stops_the_others(run):
+    jobs = [Job("good", "good", {"what": "hang"}), Job("bad", "bad", {"what": "fail"})]
+    start = time.monotonic()
+    with pytest.raises(execute.StageFailed) as failure:
+        go(run, jobs)
+    assert time.monotonic() - start < 300  # the other one would sleep for 600
+    assert "stage bad failed" in str(failure.value)
+    assert "the pairs file is empty" in str(failure.value)
+    assert "bad/log.txt" in str(failure.value)
+    assert run.done("good") is None
+
+
+def test_a_killed_stage_is_named(run):
+    job = Job("victim", "victim", {"what": "hang"})
+
+    def kill():
+        while not (run.root / "victim" / "began").exists():
+            time.sleep(0.05)
+        found = subprocess.run(["pgrep", "-f", f"{run.root} victim"], capture_output=True, text=True, check=True)
+        os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
+
+    threading.Thread(target=kill).start()
+    with pytest.raises(execute.StageFailed, match="victim was killed by SIGKILL"):
+        go(run, [job])
+
+
+def test_a_killed_rank_is_named(run):
+    """What torchrun says at the end of a log, in a sentence."""
+    with pytest.raises(UserError, match=r"rank 3 of stage split was killed by SIGKILL \(out of memory\?\)"):
+        go(run, [Job("split", "ppo", {"what": "rank"})])
+
+
+def test_killing_the_command_kills_its_stages(run):
+    """kill -9 of the command leaves no stage behind that goes on writing."""
+    code = f"""
+        import sys
+        from ppo_vs_dpo.pipeline.running import execute
+        from ppo_vs_dpo.pipeline.running.graph import Job
+        from ppo_vs_dpo.pipeline.running.overview import Overview
+        from ppo_vs_dpo.artifacts.run import RunFolder
+        run = RunFolder({str(run.root)!r})
+        execute.command = lambda run, job: [sys.executable, "-c", {CHILD!r}, str(run.root), job.name, "hang"]
+        jobs = [Job("orphan", "orphan")]
+        with Overview(run, jobs) as overview:
+            execute.execute(run, jobs, overview)
+    """
+    command = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 20
+    while not (run.root / "orphan" / "began").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    command.kill()
+    command.wait()
+    time.sleep(0.5)
+    left = subprocess.run(["pgrep", "-f", f"{run.root} orphan"], capture_output=True, text=True, check=False)
+    assert left.stdout == ""
+
+
+def test_one_command_at_a_time(run):
+    with execute.locked(run):
+        with pytest.raises(UserError, match="in use by another command"), execute.locked(run):
+            pass
+    with execute.locked(run):
+        pass
+
+
+def test_time_left_is_unknown_until_something_is_known(run):
+    jobs = [Job("a", "a"), Job("a,x=1", "a", {"x": 1})]
+    overview = Overview(run, jobs, Console(file=io.StringIO()))
+    assert overview.left() == "?"
+    overview.finished(jobs[0], 90.0)
+    assert overview.left() == "1:30"

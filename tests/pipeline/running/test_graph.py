@@ -1,0 +1,118 @@
+"""What is done, stale or to do follows from what each stage depends on."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import write_json
+from ppo_vs_dpo.artifacts.run import STAGES, RunFolder
+from ppo_vs_dpo.pipeline.running import graph
+
+CONFIG = {
+    "experiment": "toy",
+    "seed": 1,
+    "model": {"path": None},
+    "data": {"source": "files", "path": None},
+    "sft": {"learning_rate": 0.1},
+    "reward_model": {"learning_rate": 0.1},
+    "dpo": {"beta": 0.1, "sweep": {"beta": [0.1, 0.5]}},
+    "ppo": {"kl_coef": 0.1, "logging_steps": 1, "sweep": {"kl_coef": [0.0, 1.0]}},
+    "compare": {"draws": 4},
+}
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A run folder in which everything is done."""
+
+    def write(config):
+        (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+        return RunFolder(tmp_path)
+
+    (tmp_path / "pairs.jsonl").write_text("one")
+    config = {**CONFIG, "data": {**CONFIG["data"], "path": str(tmp_path / "pairs.jsonl")}}
+    run = write(config)
+    for job in graph.build(run):
+        write_json(run.stage_dir(job.name) / "started.json", {"fingerprint": job.fingerprint, "parts": job.parts})
+        run.finish(job.name, job.fingerprint, 1.0, {})
+    return config, write
+
+
+def states(run):
+    return {job.name: job.state for job in graph.build(run)}
+
+
+def test_jobs_and_points(finished):
+    config, write = finished
+    jobs = graph.build(write(config))
+    names = [job.name for job in jobs]
+    # beta 0.1 is the main run; it is not made twice.
+    assert names == [
+        "data",
+        "sft",
+        "pairs",
+        "reward_model",
+        "dpo",
+        "dpo,beta=0.5",
+        "ppo",
+        "ppo,kl_coef=0.0",
+        "ppo,kl_coef=1.0",
+        "compare",
+    ]
+    assert {"dpo,beta=0.5", "ppo,kl_coef=0.0", "ppo,kl_coef=1.0"} < set(jobs[-1].needs)
+    assert set(states(write(config)).values()) == {"done"}
+
+
+@pytest.mark.parametrize(
+    ("change", "stale"),
+    [
+        ({"seed": 2}, set(STAGES)),
+        ({"sft": {"learning_rate": 0.2}}, set(STAGES) - {"data"}),
+        ({"ppo": {**CONFIG["ppo"], "kl_coef": 0.2}}, {"ppo", "compare"}),
+        ({"dpo": {**CONFIG["dpo"], "beta": 0.2}}, {"dpo", "compare"}),
+        ({"compare": {"draws": 5}}, {"compare"}),
+        ({"ppo": {**CONFIG["ppo"], "logging_steps": 7}}, set()),
+    ],
+)
+def test_a_change_makes_what_stands_behind_it_stale(finished, change, stale):
+    config, write = finished
+    jobs = {job.name: job for job in graph.build(write({**config, **change}))}
+    assert {name for name in STAGES if jobs[name].state == "stale"} == stale
+    for name in stale:
+        assert jobs[name].because
+
+
+def test_a_changed_file_is_a_changed_input(finished, tmp_path):
+    config, write = finished
+    (tmp_path / "pairs.jsonl").write_text("two")
+    jobs = {job.name: job for job in graph.build(write(config))}
+    assert jobs["data"].state == "stale"
+    assert jobs["data"].because == "the content of data.path"
+    assert "stage data" in jobs["sft"].because
+
+
+def test_a_new_point_is_work_and_compare_follows(finished):
+    config, write = finished
+    more = {**config, "ppo": {**CONFIG["ppo"], "sweep": {"kl_coef": [0.0, 1.0, 3.0]}}}
+    found = states(write(more))
+    assert found.pop("ppo,kl_coef=3.0") == "todo"
+    assert found.pop("compare") == "stale"
+    assert set(found.values()) == {"done"}
+
+
+def test_a_stage_that_did_not_finish_is_resumed(finished, tmp_path):
+    config, write = finished
+    (tmp_path / "ppo" / "done.json").unlink()
+    found = states(write(config))
+    assert found["ppo"] == "part"
+    assert found["compare"] == "done"  # it read the same inputs; ppo will give the same result
+
+
+def test_chosen_stages_need_theirs_done(finished, tmp_path):
+    config, write = finished
+    run = write({**config, "sft": {"learning_rate": 0.3}})
+    jobs = graph.build(run)
+    with pytest.raises(UserError, match=r"needs sft, .* stale \(the settings of sft changed\)"):
+        graph.select(jobs, ["pairs", "compare"])
+    assert [job.name for job in graph.select(jobs, ["sft"])] == ["sft"]
+    assert graph.select(graph.build(write(config)), list(STAGES)) == []

@@ -1,0 +1,195 @@
+"""The models and rewards that a trainer can be given: objects, names, functions, mixes, adapters."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.passes.logprobs import sequence_scores
+from tests.ppo.conftest import PROMPTS, count_good, logs, same, untimed
+
+
+def test_reward_model_starts_the_value_model(make_trainer, tiny_reward):
+    reward = tiny_reward(1)
+    trainer = make_trainer({"reward_model": reward})
+    value, theirs = trainer.value_model.state_dict(), reward.state_dict()
+    assert all(torch.equal(value[name], theirs[name]) for name in theirs)
+    before = {name: tensor.clone() for name, tensor in theirs.items()}
+    trainer.train()
+    assert same(before, dict(reward.state_dict()))  # frozen
+    assert not same(before, {name: trainer.value_model.state_dict()[name] for name in before})
+
+
+@pytest.mark.parametrize("bias", [0.7, "auto"])
+@pytest.mark.parametrize("adapters", [False, True])
+def test_values_start_on_the_scale_of_the_scores(make_trainer, tiny_reward, bias, adapters):
+    """Of whole responses the value model thinks what PPO scores them, with weight and both biases."""
+    from peft import LoraConfig
+
+    reward = tiny_reward(1)
+    reward.config.score_bias = 5.0
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM") if adapters else None
+    trainer = make_trainer(
+        {"reward_model": reward, "peft_config": config},
+        score_bias=bias,
+        reward_weights=[3.0],
+        missing_eos_penalty=None,
+        learning_rate=0.0,
+        max_steps=1,
+    )
+    trainer.train()
+    assert trainer.score_bias == pytest.approx(0.7) if bias != "auto" else abs(trainer.score_bias) > 1
+    rollout = trainer.collect(0)
+    with torch.no_grad():
+        batch = rollout.batch()
+        values = sequence_scores(trainer.value_model, batch.input_ids, batch.attention_mask)
+    torch.testing.assert_close(values, rollout.final_scores, atol=1e-4, rtol=0)
+
+
+def test_a_value_model_of_ones_own_stays_as_it_is(make_trainer, tiny_reward):
+    reward, value = tiny_reward(1), tiny_reward(2)
+    reward.config.score_bias = 5.0
+    trainer = make_trainer({"reward_model": reward, "value_model": value}, score_bias="auto", max_steps=1)
+    trainer.train()
+    assert trainer.value_model.score.bias is None
+
+
+def test_without_reward_model_values_start_at_zero(make_trainer):
+    trainer = make_trainer()
+    trainer._prepare_once()
+    assert not trainer.collect(0).values.any()
+    assert torch.equal(trainer.value_model.model.embed_tokens.weight, trainer.policy.model.embed_tokens.weight)
+
+
+def test_models_by_name(make_trainer, tiny_llama, tiny_reward, word_tokenizer, tmp_path):
+    tiny_llama(0).save_pretrained(tmp_path / "policy")
+    tiny_reward(1).save_pretrained(tmp_path / "reward")
+    for folder in ("policy", "reward"):
+        word_tokenizer.save_pretrained(tmp_path / folder)
+    names = {"model": str(tmp_path / "policy"), "reward_model": str(tmp_path / "reward"), "processing_class": None}
+    objects = {"model": tiny_llama(0), "reward_model": tiny_reward(1)}
+    figures = []
+    for parts in (names, objects):
+        trainer = make_trainer(parts, max_steps=1)
+        trainer.train()
+        figures.append(untimed(logs(trainer)))
+    assert figures[0] == figures[1]
+
+
+def test_conversations_go_through_the_chat_template(make_trainer):
+    seen = []
+
+    def watch(prompts, completions, **columns):
+        seen.extend(zip(prompts, completions, columns["topic"], strict=True))
+        return count_good(prompts, completions)
+
+    messages = [[{"role": "user", "content": text}] for text in PROMPTS]
+    data = Dataset.from_dict({"prompt": messages, "topic": list(range(8))})
+    trainer = make_trainer({"train_dataset": data, "reward_funcs": watch}, rollout_batch_size=8, max_steps=1)
+    trainer.train()
+    tokenizer = trainer.processing_class
+    assert trainer.prompts.ids[0] == tokenizer("<|user|> the film <|assistant|>")["input_ids"]
+    assert all(prompt == messages[topic] and isinstance(text, str) for prompt, text, topic in seen)
+
+
+def test_pretokenised_prompts_as_trl_had_them(make_trainer, word_tokenizer):
+    data = Dataset.from_dict({"input_ids": [word_tokenizer(text)["input_ids"] for text in PROMPTS]})
+    trainer = make_trainer({"train_dataset": data}, max_steps=1)
+    trainer.train()
+    assert trainer.prompts.prompts[0] == "the film"
+
+
+def test_mix_of_rewards(make_trainer, tiny_reward):
+    def length(prompts, completions):
+        return [len(completion.split()) for completion in completions]
+
+    reward = tiny_reward(1)
+    parts = {"reward_model": reward, "reward_funcs": [count_good, length]}
+    mixed = make_trainer(parts, reward_weights=[2.0, 1.0, -0.5])
+    mixed._prepare_once()
+    rollout = mixed.collect(0)
+    alone = make_trainer({"reward_model": reward})
+    alone._prepare_once()
+    scores = alone.collect(0).scores
+    texts = mixed.processing_class.batch_decode(
+        [rollout.response_ids[i][rollout.mask[i]] for i in range(16)], skip_special_tokens=True
+    )
+    expected = [
+        2 * s + t.split().count("good") - 0.5 * len(t.split()) for s, t in zip(scores.tolist(), texts, strict=True)
+    ]
+    torch.testing.assert_close(rollout.scores, torch.tensor(expected), atol=1e-5, rtol=0)
+    with pytest.raises(UserError, match="2 entries for 3 rewards"):
+        make_trainer(parts, reward_weights=[1.0, 2.0])
+    with pytest.raises(UserError, match="needs a reward"):
+        make_trainer({"reward_funcs": None})
+
+
+def test_reward_model_with_another_tokenizer(make_trainer, tiny_reward, word_tokenizer):
+    """Its own ids for the same words: prompt and completion are decoded and tokenised again, EOS included."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = list(reversed([w for w in word_tokenizer.get_vocab() if w not in ("</s>", "<pad>", "<s>")]))
+    vocab = {word: i for i, word in enumerate(["<end>", "<nothing>", *words])}
+    other = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    other.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=other, eos_token="<end>", unk_token="<unk>", pad_token="<nothing>"
+    )
+    reward = tiny_reward(1)
+    trainer = make_trainer({"reward_model": reward, "reward_processing_class": other})
+    # It cannot start the value model, which reads the policy's tokens.
+    assert not trainer.value_model.score.weight.any()
+    trainer._prepare_once()
+    rollout = trainer.collect(0)
+    for row in range(len(rollout)):
+        ids = [*rollout.prompt_ids[row][rollout.prompt_mask[row]], *rollout.response_ids[row][rollout.mask[row]]]
+        text = word_tokenizer.decode(ids, skip_special_tokens=True)
+        mine = [vocab[word] for word in text.split()] + ([0] if rollout.finished[row] else [])
+        with torch.no_grad():
+            state = reward.model(input_ids=torch.tensor([mine])).last_hidden_state[0, -1]
+        assert rollout.scores[row] == pytest.approx(reward.score(state).item(), abs=1e-4)
+
+
+def test_scorer_objects(make_trainer):
+    class Scorer:
+        def score(self, prompts, completions, finished):
+            return [float(len(c.split())) + 10 * f for c, f in zip(completions, finished, strict=True)]
+
+    trainer = make_trainer({"reward_model": Scorer()})
+    trainer._prepare_once()
+    rollout = trainer.collect(0)
+    texts = [
+        trainer.processing_class.decode(ids[m], skip_special_tokens=True)
+        for ids, m in zip(rollout.response_ids, rollout.mask, strict=True)
+    ]
+    expected = [len(text.split()) + 10 * done for text, done in zip(texts, rollout.finished.tolist(), strict=True)]
+    assert rollout.scores.tolist() == expected
+    assert 0 < sum(rollout.finished) < 16
+
+
+def test_adapters(make_trainer, tiny_reward, tmp_path):
+    """The base never moves, the reference is the policy without adapters, the saved adapter loads by PEFT."""
+    from peft import AutoPeftModelForCausalLM, LoraConfig
+
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = make_trainer(
+        {"reward_model": tiny_reward(1), "peft_config": config}, max_steps=3, save_strategy="steps", save_steps=3
+    )
+    base = trainer.policy.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight
+    before, head = base.clone(), trainer.value_model.get_base_model().score.modules_to_save["default"].weight.clone()
+    trainer.train()
+    assert torch.equal(base, before)
+    assert not torch.equal(trainer.value_model.get_base_model().score.modules_to_save["default"].weight, head)
+    assert logs(trainer)[0]["val/first_ratio_deviation"] < 1e-5
+    assert abs(logs(trainer)[0]["objective/kl"]) < 1e-5
+    assert logs(trainer)[-1]["objective/kl"] != 0
+    names = trainer._trained()
+    assert all("lora_" in name or "score" in name or "inv_freq" in name for name in names)
+    trainer.policy.get_base_model().save_pretrained(tmp_path / "x")
+    assert (tmp_path / "out" / "checkpoint-3" / "adapter_model.safetensors").exists()
+    config_file = json.loads((tmp_path / "out" / "checkpoint-3" / "adapter_config.json").read_text())
+    assert config_file["r"] == 4
+    assert AutoPeftModelForCausalLM is not None

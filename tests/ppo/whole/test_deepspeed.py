@@ -1,0 +1,151 @@
+"""PPO sharded by DeepSpeed, on real gloo processes: one process's trajectory, shards of 1/N, exact resumption.
+
+Responses are of uneven length and ``stage3_param_persistence_threshold`` is 0: small models hide no fault.
+"""
+
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ppo_vs_dpo.pipeline.planning.memory import Sharding, held
+from tests.ranks import on_ranks, settings_of
+
+SETTINGS = {
+    "max_steps": 4,
+    "num_mini_batches": 2,
+    "num_ppo_epochs": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 4,
+    "per_device_train_batch_size": 3,  # uneven micro-batches, so gradients accumulate
+    "local_rollout_forward_batch_size": 3,
+    "learning_rate": 3e-3,
+    "value_learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "response_length": 8,
+    "score_bias": "auto",  # found on all ranks, and put into the value model's head after it has been sharded
+    "score_bias_samples": 7,
+}
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+# Whether a role is trained.
+ROLES = {"policy": True, "value": True, "reference": False, "reward": False}
+LOSSES = ("loss/policy_avg", "loss/value_avg", "policy/approxkl_avg")
+# Sums over a response, over all gradients.
+SUMS = ("objective/kl", "loss/grad_norm")
+FIGURES = (*LOSSES, *SUMS)
+
+
+def history(folder: Path, step: int) -> list[dict]:
+    rows = json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
+    return [row for row in rows if "objective/kl" in row]
+
+
+@pytest.fixture
+def train(make_trainer, prompts, tiny_reward, tmp_path):
+    """``train(name, deepspeed=None, **settings)``: run a trainer to its end in ``tmp_path/name``."""
+
+    def run(name: str, deepspeed: str | None = None, resume: bool = False, settings: dict | None = None) -> dict:
+        parts = {"eval_dataset": prompts.select(range(5)), "reward_model": tiny_reward(1)}
+        settings = {**SETTINGS, **(settings or {}), "deepspeed": settings_of(deepspeed) if deepspeed else None}
+        trainer = make_trainer(parts, output_dir=str(tmp_path / name), **settings)
+        trainer.train(resume_from_checkpoint=resume or None)
+        return trainer.held_bytes()
+
+    return run
+
+
+def agree(one: list[dict], other: list[dict], updates: int) -> None:
+    """Losses at most 1e-4 apart in any update, and an order less on average; sums five times that."""
+    assert len(one) == len(other) == updates
+    for name in FIGURES:
+        mine, theirs = (torch.tensor([row[name] for row in rows]) for rows in (one, other))
+        residual, scale = (mine - theirs).abs(), 1 if name in LOSSES else 5
+        print(f"{name} (up to {mine.abs().max():.2g}): max {residual.max():.1e}, mean {residual.mean():.1e}")
+        assert residual.max() <= 1e-4 * scale, (name, residual)
+        assert residual.mean() <= 1e-5 * scale, (name, residual)
+
+
+@pytest.mark.parametrize("deepspeed", ["zero3", slow("zero2"), slow("zero2_offload"), slow("zero3_offload")])
+def test_two_ranks_give_the_run_of_one(train, tmp_path, deepspeed):
+    """One process's trajectory, half of every role's weights on each rank, a model that loads by itself."""
+    (alone,) = on_ranks(1, train, "one")
+    shares = on_ranks(2, train, "two", deepspeed)
+    agree(history(tmp_path / "one", 4), history(tmp_path / "two", 4), 4)
+    for share in shares:
+        for role in ROLES:
+            expected = alone[role] / (2 if "zero3" in deepspeed else 1)
+            # A tensor of odd size is rounded up on each rank.
+            assert expected <= share[role] <= expected + 4 * 40, role
+        # The plan's formulas, against what is there.
+        zero = settings_of(deepspeed)["zero_optimization"]
+        sharding = Sharding(2, stage=zero["stage"], half=False)
+        parts = [held(role, alone[role] // 4, alone[role] // 4 * trained, sharding) for role, trained in ROLES.items()]
+        for part in parts:
+            assert part.weights == pytest.approx(share[part.role], rel=0.1), part.role
+        assert sum(part.optimizer for part in parts) == pytest.approx(share["master"] + share["optimizer"], rel=0.1)
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name / "checkpoint-4") for name in ("one", "two")]
+    for mine, theirs in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+    assert AutoTokenizer.from_pretrained(tmp_path / "two" / "checkpoint-4").eos_token == "</s>"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "deepspeed"), [(2, None), (4, None), (2, "zero2"), (4, "zero2"), (2, "zero3"), (4, "zero3")]
+)
+def test_twenty_updates_on_any_number_of_ranks(train, tmp_path, ranks, deepspeed):
+    """Data order, sampling, whitening, losses: twenty updates do not know how many ranks made them."""
+    # Rates at which it learns for twenty updates without the chaos that amplifies rounding.
+    settings = {"max_steps": 20, "save_steps": 20, "eval_strategy": "no"}
+    settings |= {"learning_rate": 1e-3, "value_learning_rate": 3e-3}
+    # As many rows on each rank at once as there are: gradients accumulate on one rank and not on four.
+    on_ranks(1, train, "one", None, False, settings)
+    on_ranks(ranks, train, "many", deepspeed, False, settings)
+    agree(history(tmp_path / "one", 20), history(tmp_path / "many", 20), 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((2, "zero3"), (1, "zero3")),
+        ((2, "zero3"), (4, "zero2")),
+        ((2, "zero2"), (4, "zero3")),
+        ((2, "zero2"), (1, "zero2")),
+    ],
+)
+def test_going_on_with_another_number_of_ranks(train, tmp_path, before, after):
+    """A state written on two ranks goes on with one or four, under the other stage too: the same trajectory."""
+    on_ranks(before[0], train, "whole", before[1])
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "on" / "checkpoint-2")
+    on_ranks(after[0], train, "on", after[1], True)
+    agree(history(tmp_path / "whole", 4), history(tmp_path / "on", 4), 4)
+
+
+def weights_of(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", ["zero2", "zero3"])
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}], ids=["fp32", "bf16"])
+def test_resuming_on_the_same_ranks_is_exact(train, tmp_path, deepspeed, settings):
+    on_ranks(2, train, "whole", deepspeed, False, settings)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
+    on_ranks(2, train, "again", deepspeed, True, settings)
+    ends = [tmp_path / name / "checkpoint-4" for name in ("whole", "again")]
+    assert weights_of(ends[0]) == weights_of(ends[1])
+    for rank in (0, 1):
+        states = [(end / f"trained-{rank}.safetensors").read_bytes() for end in ends]
+        assert states[0] == states[1]
+    whole, again = history(tmp_path / "whole", 4), history(tmp_path / "again", 4)
+    for mine, theirs in zip(whole, again, strict=True):
+        assert {k: v for k, v in mine.items() if not k.startswith("time/")} == {
+            k: v for k, v in theirs.items() if not k.startswith("time/")
+        }

@@ -1,0 +1,135 @@
+"""``ppo-vs-dpo data inspect``: the report of a file, for people and as JSON."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.preferences.reading.inspect import main
+from ppo_vs_dpo.preferences.reading.validation import Checker, Report, Statistics, policies
+from tests.preferences.conftest import ROOT
+from tests.preferences.files import ROWS, write_jsonl
+
+
+def report_of(capsys, *argv):
+    code = main([*map(str, argv), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_a_clean_file(tmp_path, capsys):
+    code, report = report_of(capsys, write_jsonl(tmp_path / "pairs.jsonl"))
+    assert code == 0
+    assert (report["rows"], report["pairs"], report["prompts"], report["format"]) == (60, 60, 60, "pairs")
+    assert report["problems"] == {}
+    # "Answer 1." and "Nonsense 1." have the same number of words: length says nothing.
+    assert report["statistics"]["length_rule"]["longer_is_chosen"] == 0.5
+    assert report["statistics"]["length_rule"]["explained"] == 0
+
+
+def test_length_rule_by_hand():
+    statistics = Statistics()
+    for chosen, rejected in (("a b", "a"), ("a b c", "a"), ("a", "a b"), ("a", "b")):
+        statistics.add({"prompt": "q", "chosen": chosen, "rejected": rejected})
+    rule = statistics.summary()["length_rule"]
+    assert (rule["chosen_longer"], rule["chosen_shorter"], rule["same_length"]) == (0.5, 0.25, 0.25)
+    assert rule["longer_is_chosen"] == 0.5 + 0.25 / 2
+    assert rule["explained"] == 0.25
+
+
+def test_scores_by_hand():
+    statistics = Statistics()
+    for chosen, rejected in ((3.0, 1.0), (1.0, 2.0), (2.0, 2.0)):
+        statistics.add(
+            {"prompt": "q", "chosen": "a", "rejected": "b", "chosen_score": chosen, "rejected_score": rejected}
+        )
+    statistics.add({"prompt": "q", "chosen": "a", "rejected": "b"})
+    summary = statistics.summary()
+    assert summary["chosen_score"]["known"] == 3
+    assert summary["score_difference"]["mean"] == pytest.approx(1 / 3)
+    assert summary["score_difference"]["chosen_not_higher"] == pytest.approx(2 / 3)
+
+
+def test_every_problem_is_counted_with_its_place_and_nothing_stops(tmp_path, capsys):
+    path = tmp_path / "pairs.jsonl"
+    lines = [json.dumps(row) for row in ROWS[:3]]
+    lines += ['{"half": ', json.dumps({"prompt": "Q", "chosen": "A"}), json.dumps({**ROWS[0], "chosen": ""}), lines[0]]
+    path.write_text("\n".join(lines))
+    code, report = report_of(capsys, path)
+    assert code == 2
+    assert {kind: found["count"] for kind, found in report["problems"].items()} == {
+        "broken_json": 1,
+        "missing_field": 1,
+        "empty": 1,
+        "duplicate": 1,
+    }
+    assert report["problems"]["broken_json"]["examples"][0]["place"] == f"{path}, line 4"
+    assert report["problems"]["duplicate"]["examples"][0]["place"] == f"{path}, line 7"
+    assert report["pairs"] == 3
+
+
+def test_examples_are_few_but_the_count_is_whole(tmp_path, capsys):
+    _, report = report_of(capsys, write_jsonl(tmp_path / "x.jsonl", ROWS[:1] * 100))
+    assert report["problems"]["duplicate"]["count"] == 99
+    assert len(report["problems"]["duplicate"]["examples"]) == 5
+
+
+def test_shared_prompts_and_token_limits(tmp_path, capsys, plain_model):
+    train, test = write_jsonl(tmp_path / "a.jsonl", ROWS[:30]), write_jsonl(tmp_path / "b.jsonl", ROWS[28:])
+    _, report = report_of(capsys, train, "--test", test)
+    assert report["problems"]["leakage"]["count"] == 2
+    assert report["pairs"] == 28
+    _, report = report_of(capsys, train, "--tokenizer", plain_model, "--max-response-tokens", 11)
+    # " Answer 1." has 10 bytes, " Answer 10." 11, " Nonsense 1." 12 and " Nonsense 10." 13.
+    assert report["problems"]["truncated"]["count"] == 30
+    with pytest.raises(UserError, match="need --tokenizer"):
+        main([str(train), "--max-response-tokens", "5"])
+
+
+def test_columns_and_rows(tmp_path, capsys):
+    rows = [{"q": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in ROWS]
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    code, report = report_of(capsys, path, "--columns", "prompt=q,chosen=good,rejected=bad", "--max-rows", 10)
+    assert code == 0
+    assert report["rows"] == report["pairs"] == 10
+    with pytest.raises(UserError, match="--columns q"):
+        main([str(path), "--columns", "q"])
+
+
+def test_contradictions_are_found_in_both_orders():
+    report = Report("x")
+    checker = Checker(report, policies())
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    mirrored = {"prompt": "q", "chosen": "b", "rejected": "a"}
+    for number, item in enumerate((pair, mirrored, mirrored, {**pair, "prompt": "other"})):
+        checker.check(f"row {number}", item)
+    assert report.problems["contradiction"].count == 1
+    assert report.problems["duplicate"].count == 1
+
+
+def test_the_command_prints_a_table_and_escapes_the_data(tmp_path):
+    rows = [*ROWS, {"prompt": "[red]bold[/red] [/nothing]", "chosen": "[x]", "rejected": "[x]"}]
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows[::-1])
+    command = [str(Path(sys.executable).parent / "ppo-vs-dpo"), "data", "inspect", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for said in ("61 rows, 60 usable pairs", "equal", "line 1", "[x]", "The first pair", "Question 59?"):
+        assert said in done.stdout
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        main([str(tmp_path / "nothing.jsonl")])
+
+
+@pytest.mark.real_data
+def test_real_hh(capsys, real_data):
+    code, report = report_of(capsys, real_data / "hh_rlhf" / "harmless_base.jsonl.gz")
+    assert (code, report["format"], report["rows"]) == (0, "hh", 1812)
+    assert (
+        report["pairs"] + sum(found["count"] for found in report["problems"].values() if found["policy"] == "drop")
+        == 1812
+    )
+    assert 0.4 < report["statistics"]["length_rule"]["longer_is_chosen"] < 0.6

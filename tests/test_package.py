@@ -1,0 +1,65 @@
+"""The package as users get it: one import name, every folder listed, the public names."""
+
+import ast
+import importlib
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import ppo_vs_dpo
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+ROOMS = ("artifacts", "models", "preferences", "sft", "reward_model", "ppo", "dpo", "compare", "pipeline", "configs")
+
+
+def test_every_folder_with_code_is_installed():
+    found = {"ppo_vs_dpo"}
+    for room in ROOMS:
+        for init in (ROOT / room).rglob("__init__.py"):
+            found.add("ppo_vs_dpo." + ".".join(init.parent.relative_to(ROOT).parts))
+    assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(found)
+    code = {file.parent for room in ROOMS for file in (ROOT / room).rglob("*.py")}
+    assert all((folder / "__init__.py").is_file() for folder in code)
+
+
+def test_public_names():
+    """Each public name is there, is what its module has, and is declared for editors as it is loaded."""
+    source = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    declared = {
+        alias.name: node.module
+        for block in source.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        for alias in node.names
+    }
+    assert sorted(declared) == sorted(ppo_vs_dpo.__all__)
+    for name, module in declared.items():
+        assert getattr(ppo_vs_dpo, name) is getattr(importlib.import_module(module), name)
+        assert name in dir(ppo_vs_dpo)
+    with pytest.raises(AttributeError, match=r"no attribute 'PPOtrainer'; public names: .*PPOTrainer"):
+        ppo_vs_dpo.PPOtrainer  # noqa: B018
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = "import sys, ppo_vs_dpo; print(*[m for m in ('torch', 'transformers', 'numpy', 'trl') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_a_room_holds_nine_things_at_most():
+    """Folders of code, less ``__init__`` and ``__main__``; `compare/estimates/metrics` has one folder a metric."""
+    crowded = {}
+    for room in ROOMS[:-1]:
+        for folder in [ROOT / room, *(f for f in (ROOT / room).rglob("*") if (f / "__init__.py").is_file())]:
+            things = [
+                thing.name
+                for thing in folder.iterdir()
+                if not thing.name.startswith(("__", ".")) and (thing.suffix == ".py" or thing.is_dir())
+            ]
+            if len(things) > 9:
+                crowded[str(folder.relative_to(ROOT))] = sorted(things)
+    assert not crowded
