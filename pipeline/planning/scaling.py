@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from ppo_vs_dpo.artifacts.files import write_text
+from ppo_vs_dpo.pipeline.planning.advice import advice
 from ppo_vs_dpo.pipeline.planning.estimate import Job, estimate
 from ppo_vs_dpo.pipeline.planning.memory import GB, GPUS, Shape, Sharding
-from ppo_vs_dpo.pipeline.planning.plan import advice
 
 # Sizes as published with the models: Biderman et al. 2023 (2304.01373), table 1, and the models' config.json;
 # Llama 3 (2407.21783), table 3.

@@ -9,9 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ppo_vs_dpo.pipeline.cli import dispatch
 from ppo_vs_dpo.pipeline.planning import memory
+from ppo_vs_dpo.pipeline.planning.advice import changed, fitting
 from ppo_vs_dpo.pipeline.planning.estimate import estimate
 from ppo_vs_dpo.pipeline.planning.memory import GB, GPUS, Shape, Sharding
-from ppo_vs_dpo.pipeline.planning.plan import changed, fitting
 from ppo_vs_dpo.pipeline.planning.scaling import MODELS, job, markdown, rows, shape_of, write_table
 
 # As their model cards state them (total parameters).

@@ -7,28 +7,15 @@ The error is the mean distance of confidence and frequency over equally wide bin
 2017).
 """
 
-import datasets
-import evaluate
 import numpy as np
 
-from ppo_vs_dpo.compare.estimates.metrics.checks import checked
+from ppo_vs_dpo.compare.estimates.metrics.base import NumbersMetric, checked
 
 
-class CalibrationError(evaluate.Metric):
+class CalibrationError(NumbersMetric):
     """Expected calibration error and Brier score of preference probabilities."""
 
-    def _info(self):
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="",
-            inputs_description=__doc__,
-            features=datasets.Features(
-                {
-                    "probabilities": datasets.Value("float64"),
-                    "references": datasets.Value("int64"),
-                }
-            ),
-        )
+    columns = ("probabilities", "references")
 
     def _compute(self, probabilities, references, bins=10):
         p, y = checked(probabilities, "probabilities"), np.asarray(references, dtype=np.float64)

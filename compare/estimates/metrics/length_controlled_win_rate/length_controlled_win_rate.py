@@ -6,30 +6,16 @@
 logistic model (intercept and tanh of the standardised length difference) is evaluated at equal lengths.
 """
 
-import datasets
-import evaluate
 import numpy as np
 
 from ppo_vs_dpo.compare.estimates.length_control import length_controlled
-from ppo_vs_dpo.compare.estimates.metrics.checks import checked
+from ppo_vs_dpo.compare.estimates.metrics.base import NumbersMetric, checked
 
 
-class LengthControlledWinRate(evaluate.Metric):
+class LengthControlledWinRate(NumbersMetric):
     """Length-controlled win rate of AlpacaEval 2 (Dubois et al. 2024)."""
 
-    def _info(self):
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="",
-            inputs_description=__doc__,
-            features=datasets.Features(
-                {
-                    "preferences": datasets.Value("float64"),
-                    "lengths": datasets.Value("float64"),
-                    "other_lengths": datasets.Value("float64"),
-                }
-            ),
-        )
+    columns = ("preferences", "lengths", "other_lengths")
 
     def _compute(self, preferences, lengths, other_lengths, confidence=0.95, regularised=False):
         values = checked(preferences, "preferences")

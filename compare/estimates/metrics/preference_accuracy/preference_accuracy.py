@@ -5,28 +5,16 @@
 ``chosen_scores`` and ``rejected_scores`` are the scores of the two sides; equal scores count half.
 """
 
-import datasets
-import evaluate
 import numpy as np
 
+from ppo_vs_dpo.compare.estimates.metrics.base import NumbersMetric
 from ppo_vs_dpo.compare.estimates.statistics import wilson
 
 
-class PreferenceAccuracy(evaluate.Metric):
+class PreferenceAccuracy(NumbersMetric):
     """How often a reward model or an implicit reward ranks a pair as its label does."""
 
-    def _info(self):
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="",
-            inputs_description=__doc__,
-            features=datasets.Features(
-                {
-                    "chosen_scores": datasets.Value("float64"),
-                    "rejected_scores": datasets.Value("float64"),
-                }
-            ),
-        )
+    columns = ("chosen_scores", "rejected_scores")
 
     def _compute(self, chosen_scores, rejected_scores, confidence=0.95):
         margin = np.asarray(chosen_scores, dtype=np.float64) - np.asarray(rejected_scores, dtype=np.float64)

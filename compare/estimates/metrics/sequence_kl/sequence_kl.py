@@ -7,28 +7,16 @@ temperature they were computed at. ``k1`` is unbiased with high variance; ``k3``
 of whole sequences (Schulman). Averages over tokens are not this number.
 """
 
-import datasets
-import evaluate
 import numpy as np
 
+from ppo_vs_dpo.compare.estimates.metrics.base import NumbersMetric
 from ppo_vs_dpo.compare.estimates.statistics import mean_interval
 
 
-class SequenceKl(evaluate.Metric):
+class SequenceKl(NumbersMetric):
     """KL of sampled completions to a reference, from sequence log-probabilities."""
 
-    def _info(self):
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="",
-            inputs_description=__doc__,
-            features=datasets.Features(
-                {
-                    "logprobs": datasets.Value("float64"),
-                    "reference_logprobs": datasets.Value("float64"),
-                }
-            ),
-        )
+    columns = ("logprobs", "reference_logprobs")
 
     def _compute(self, logprobs, reference_logprobs, confidence=0.95, resamples=2000, seed=0):
         log_ratio = np.asarray(logprobs, dtype=np.float64) - np.asarray(reference_logprobs, dtype=np.float64)

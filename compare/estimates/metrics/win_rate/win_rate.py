@@ -7,23 +7,14 @@ ties count half; ``ci_low`` and ``ci_high`` are the paired-bootstrap interval, `
 test of "neither is better".
 """
 
-import datasets
-import evaluate
-
-from ppo_vs_dpo.compare.estimates.metrics.checks import checked
+from ppo_vs_dpo.compare.estimates.metrics.base import NumbersMetric, checked
 from ppo_vs_dpo.compare.estimates.statistics import permutation_test, win_rate_interval
 
 
-class WinRate(evaluate.Metric):
+class WinRate(NumbersMetric):
     """Win rate with its interval and test."""
 
-    def _info(self):
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="",
-            inputs_description=__doc__,
-            features=datasets.Features({"preferences": datasets.Value("float64")}),
-        )
+    columns = ("preferences",)
 
     def _compute(self, preferences, confidence=0.95, resamples=2000, seed=0):
         values = checked(preferences, "preferences")[:, None]
