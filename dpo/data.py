@@ -10,7 +10,14 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.models.text.encoding import drop_long, encode_pair_file, encode_pairs, soft_labels
+from ppo_vs_dpo.models.text.encoding import (
+    MASKS,
+    drop_long,
+    encode_pair_file,
+    encode_pairs,
+    soft_labels,
+    turn_masks,
+)
 
 COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 
@@ -47,16 +54,26 @@ def dpo_dataset(
     if limit is not None and limit < len(encoded):
         encoded = encoded.select(range(limit))
     encoded = drop_long(encoded, encoded["length"][:], max_length, context, "dpo")
-    return encoded.select_columns([*COLUMNS, *(soft_labels(encoded, "dpo") if use_soft_labels else [])])
+    labels = soft_labels(encoded, "dpo") if use_soft_labels else []
+    return encoded.select_columns([*COLUMNS, *turn_masks(encoded), *labels])
 
 
 @dataclass
 class PairCollator(DataCollatorForPreference):
-    """TRL's collator; ``soft_label`` ``(B,)``, where the pairs have it, is 1 for a pair without one."""
+    """TRL's collator, with two things added.
+
+    ``soft_label`` ``(B,)``, where the pairs have it, is 1 for a pair without one. ``completion_mask`` ``(2B, T)`` is 0
+    where others speak within an answer of several turns.
+    """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Chosen sequences in the first half of the batch, rejected ones in the second."""
         batch = super().torch_call(examples)
+        for half, name in enumerate(MASKS):
+            for row, example in enumerate(examples):
+                if example.get(name) is not None:
+                    start, mask = len(example["prompt_ids"]), torch.tensor(example[name], dtype=torch.long)
+                    batch["completion_mask"][half * len(examples) + row, start : start + len(mask)] = mask
         if "soft_label" in examples[0]:
             labels = [1.0 if row["soft_label"] is None else row["soft_label"] for row in examples]
             batch["soft_label"] = torch.tensor(labels, dtype=torch.float)

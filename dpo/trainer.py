@@ -12,6 +12,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from ppo_vs_dpo.artifacts.files import read_parquet, sha256_of, write_parquet
 from ppo_vs_dpo.dpo.data import COLUMNS, PairCollator
 from ppo_vs_dpo.models.passes.unpadded import skip_padding
+from ppo_vs_dpo.models.text.encoding import MASKS
 
 # Under this name the trainer notes how many pairs each batch had.
 PAIRS = "pairs"
@@ -70,8 +71,8 @@ class PairTrainer(DPOTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if "soft_label" not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, "soft_label"]
+        more = [name for name in ("soft_label", *MASKS) if name not in self._signature_columns]
+        self._signature_columns = [*self._signature_columns, *more]
 
     def log(self, logs, start_time=None):
         """Average over pairs. TRL averages over batches, and the last of an evaluation is smaller than the others."""
@@ -111,8 +112,9 @@ class PairTrainer(DPOTrainer):
     def _reference_key(self, dataset: Dataset, batch_size: int) -> str:
         """Everything the values depend on, the last digit included: model, arithmetic, batches, and the tokens."""
         digest = hashlib.sha256()
-        for some in dataset.select_columns(COLUMNS).iter(batch_size=1_000):
-            for rows in some.values():
+        masks = [name for name in MASKS if name in dataset.column_names]
+        for some in dataset.select_columns([*COLUMNS, *masks]).iter(batch_size=1_000):
+            for rows in ([row or [] for row in rows] for rows in some.values()):
                 digest.update(np.array([len(row) for row in rows]).tobytes())
                 digest.update(np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int64).tobytes())
         model = self.ref_model or self.model

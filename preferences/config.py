@@ -50,7 +50,7 @@ class GivenPairs:
         path: a Hub name, a file (``.jsonl``, ``.json``, ``.parquet``, ``.csv``; ``.gz`` too) or a folder of files.
         inline: in place of ``path``: the pairs themselves, ``{prompt: [...], chosen: [...], rejected: [...]}``.
         format: ``auto`` or a name in `preferences.reading.mappings.MAPPINGS`.
-        columns: schema name -> the source's name, for ``format: pairs``.
+        columns: part of a pair (`preferences.reading.mappings.PARTS`) -> the source's name for it.
         split: the Hub's split to train on.
         subset: the Hub's configuration.
         revision: the Hub's branch, tag or commit.

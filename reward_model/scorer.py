@@ -12,7 +12,7 @@ from ppo_vs_dpo.artifacts.files import read_json, write_json
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.pretrained import context_length, load_tokenizer, load_value_or_reward
 from ppo_vs_dpo.models.passes.logprobs import Batch, sequence_scores
-from ppo_vs_dpo.models.text.encoding import encode_completions, encode_prompts
+from ppo_vs_dpo.models.text.encoding import encode_answers, encode_prompts
 from ppo_vs_dpo.models.text.prompts import Prompt
 
 # The mean score of SFT samples, in the saved model's config.json; subtracted from every score.
@@ -73,7 +73,7 @@ class RewardScorer:
             UserError: a sequence is longer than the model's context; names its number.
         """
         heads = encode_prompts(self.tokenizer, prompts)
-        tails = encode_completions(self.tokenizer, completions, finished)
+        tails, _ = encode_answers(self.tokenizer, prompts, completions, finished)
         rows = [head + tail for head, tail in zip(heads, tails, strict=True)]
         limit = context_length(self.model)
         for number, row in enumerate(rows):

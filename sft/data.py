@@ -4,11 +4,16 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.models.text.encoding import drop_long, encode_completions, encode_prompts
+from ppo_vs_dpo.models.text.encoding import drop_long, encode_answers, encode_prompts
 from ppo_vs_dpo.models.text.prompts import is_conversational, require_chat_template
 
 # What TRL's SFTTrainer takes; the first match decides.
 FORMATS = (("prompt", "completion"), ("messages",), ("text",))
+
+
+def own_words(answer: list[int], mask: list[int] | None) -> list[int]:
+    """Labels of an answer: its tokens, without those of others within an answer of several turns."""
+    return answer if mask is None else [token if own else -100 for token, own in zip(answer, mask, strict=True)]
 
 
 def sft_dataset(
@@ -26,7 +31,7 @@ def sft_dataset(
     Args:
         examples: columns of one of `FORMATS`.
         tokenizer: of the model.
-        completion_only_loss: no loss on the prompt (the default for prompt and completion).
+        completion_only_loss: no loss on the prompt nor on others' turns (the default for prompt and completion).
         max_length: longer examples are left out.
         context: the model's context length.
 
@@ -48,14 +53,14 @@ def sft_dataset(
     if any(is_conversational(prompt) for prompt in examples["prompt"][:]):
         require_chat_template(tokenizer)
     prompts = encode_prompts(tokenizer, examples["prompt"][:])
-    completions = encode_completions(tokenizer, examples["completion"][:])
+    answers, masks = encode_answers(tokenizer, examples["prompt"][:], examples["completion"][:])
     hidden = completion_only_loss is not False
     rows = Dataset.from_dict(
         {
-            "input_ids": [prompt + answer for prompt, answer in zip(prompts, completions, strict=True)],
+            "input_ids": [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)],
             "labels": [
-                ([-100] * len(prompt) if hidden else prompt) + answer
-                for prompt, answer in zip(prompts, completions, strict=True)
+                ([-100] * len(prompt) if hidden else prompt) + (own_words(answer, mask) if hidden else answer)
+                for prompt, answer, mask in zip(prompts, answers, masks, strict=True)
             ],
         }
     )

@@ -258,8 +258,11 @@ def displacement(model: PreTrainedModel, reference: Reference, seed: int, limit:
     """
     if not reference.pairs:
         return None
-    rows = np.random.default_rng([seed, 5]).permutation(len(reference.pairs))[:limit]
-    pairs = [reference.pairs[int(row)] for row in rows]
+    rows = np.random.default_rng([seed, 5]).permutation(len(reference.pairs))
+    # Answers of several turns hold others' words, whose log-probability nobody trained.
+    pairs = [pair for pair in (reference.pairs[int(row)] for row in rows) if _one_turn(pair)][:limit]
+    if not pairs:
+        return None
     prompt_ids = encode_prompts(reference.tokenizer, [pair["prompt"] for pair in pairs])
     change = {}
     for side in ("chosen", "rejected"):
@@ -268,6 +271,10 @@ def displacement(model: PreTrainedModel, reference: Reference, seed: int, limit:
         change[side] = float(found.k1.mean())
         change[f"{side}_reference"] = float(found.reference_logprob.mean())
     return {**change, "margin": change["chosen"] - change["rejected"], "n_pairs": len(pairs)}
+
+
+def _one_turn(pair: dict[str, Any]) -> bool:
+    return all(isinstance(pair[side], str) or len(pair[side]) == 1 for side in ("chosen", "rejected"))
 
 
 def _same_tokens(policy: Policy, model: Any, tokenizer: Any, reference: Reference) -> bool:

@@ -22,14 +22,16 @@ from ppo_vs_dpo.models.text.prompts import (
     Prompt,
     completion_ids,
     encode_prompt,
+    encode_texts,
     is_conversational,
     require_chat_template,
-    without_final_eos,
 )
+from ppo_vs_dpo.models.text.turns import encode_turns
 
 TEXTS = ("prompt", "chosen", "rejected")
+MASKS = ("chosen_mask", "rejected_mask")
 # Counted up when the functions below make other tokens of the same texts: what was cached before is not read.
-RULES = 1
+RULES = 2
 _CHUNK = 1_000
 
 
@@ -52,8 +54,7 @@ def encode_prompts(
     if any(is_conversational(prompt) for prompt in prompts):
         require_chat_template(tokenizer)
         return [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    ids = tokenizer(list(prompts), verbose=False)["input_ids"] if prompts else []
-    return [without_final_eos(tokenizer, row) for row in ids]
+    return encode_texts(tokenizer, prompts)
 
 
 def encode_completions(
@@ -66,11 +67,40 @@ def encode_completions(
     return [[*row, tokenizer.eos_token_id] if end else row for row, end in zip(ids, ends, strict=True)]
 
 
+def encode_answers(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Prompt],
+    finished: Iterable[bool] | None = None,
+) -> tuple[list[list[int]], list[list[int] | None]]:
+    """Completions after their prompts, of one turn (`encode_completions`) or several (`turns.encode_turns`).
+
+    Returns:
+        Token ids, and for each completion which of its tokens are the assistant's own; ``None`` where all are.
+    """
+    ends = [True] * len(completions) if finished is None else list(finished)
+    several = [
+        row for row, completion in enumerate(completions) if isinstance(completion, list) and len(completion) > 1
+    ]
+    if not several:
+        return encode_completions(tokenizer, completions, ends), [None] * len(completions)
+    ids: list[list[int]] = [[]] * len(completions)
+    masks: list[list[int] | None] = [None] * len(completions)
+    single = sorted(set(range(len(completions))) - set(several))
+    found = encode_completions(tokenizer, [completions[row] for row in single], [ends[row] for row in single])
+    for row, tokens in zip(single, found, strict=True):
+        ids[row] = tokens
+    for row in several:
+        ids[row], masks[row] = encode_turns(tokenizer, prompts[row], completions[row], ends[row])
+    return ids, masks
+
+
 def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Dataset) -> Dataset:
     """Pairs (``prompt``, ``chosen``, ``rejected``) as ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, in memory.
 
     The two answers end with EOS and do not include the prompt; ``length`` is the tokens of the longer sequence (prompt
-    and answer). The texts are left out, all other columns kept.
+    and answer). ``chosen_mask`` and ``rejected_mask`` say of an answer of several turns which tokens are the
+    assistant's; they are null where all are. The texts are left out, all other columns kept.
     """
     batches = pairs.with_format("arrow").iter(batch_size=_CHUNK) if len(pairs) else [pairs.data.table]
     return Dataset(pa.concat_tables(_encoded_tables(tokenizer, batches)))
@@ -127,7 +157,8 @@ def _encoded_tables(
     for batch in batches:
         texts = {name: batch.column(name).to_pylist() for name in TEXTS}
         prompts = encode_prompts(tokenizer, texts["prompt"], first_row)
-        sides = [encode_completions(tokenizer, texts[side]) for side in ("chosen", "rejected")]
+        encoded = [encode_answers(tokenizer, texts["prompt"], texts[side]) for side in ("chosen", "rejected")]
+        sides = [answers for answers, _ in encoded]
         lengths = [len(p) + max(len(a), len(b)) for p, a, b in zip(prompts, *sides, strict=True)]
         kept = {name: batch.column(name) for name in batch.schema.names if name not in texts}
         columns = {
@@ -135,6 +166,7 @@ def _encoded_tables(
             "prompt_ids": pa.array(prompts, ids),
             "chosen_ids": pa.array(sides[0], ids),
             "rejected_ids": pa.array(sides[1], ids),
+            **{name: pa.array(masks, pa.list_(pa.int8())) for name, (_, masks) in zip(MASKS, encoded, strict=True)},
             "length": pa.array(lengths, pa.int32()),
         }
         yield pa.table(columns)
@@ -152,6 +184,12 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def count_rows(path: Path) -> int:
     """Rows of a Parquet file, 0 where there is none; nothing else of it is read."""
     return pq.read_metadata(path).num_rows if path.is_file() else 0
+
+
+def turn_masks(encoded: Dataset) -> list[str]:
+    """The columns of `MASKS` where a pair has an answer of several turns, ``[]`` where none has."""
+    have = [name for name in MASKS if name in encoded.column_names]
+    return have if any(encoded.data.column(name).null_count < len(encoded.data) for name in have) else []
 
 
 def soft_labels(encoded: Dataset, where: str) -> list[str]:

@@ -41,11 +41,33 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     if not prompt:
         raise UserError("an empty prompt: there is nothing to continue.")
     if isinstance(prompt, str):
-        return without_final_eos(tokenizer, tokenizer(prompt)["input_ids"])
+        return encode_texts(tokenizer, [prompt])[0]
     require_chat_template(tokenizer)
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
         "input_ids"
     ]
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of text prompts, with the tokenizer's own special tokens in front, once.
+
+    A text that begins with them (a chat template rendered it) gets no second ones: it is read as the template's.
+    """
+    if not texts:
+        return []
+    rows = tokenizer(list(texts), verbose=False)["input_ids"]
+    mark = "".join(tokenizer.convert_ids_to_tokens(own_start(tokenizer)))
+    for number, text in enumerate(texts):
+        if mark and text.startswith(mark):
+            rows[number] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return [without_final_eos(tokenizer, row) for row in rows]
+
+
+def own_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens (BOS, or GLM's two) that the tokenizer puts in front of every text."""
+    own, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    places = [n for n in range(len(own) - len(bare) + 1) if own[n : n + len(bare)] == bare]
+    return own[: places[0]] if places else []
 
 
 def without_final_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
@@ -54,10 +76,27 @@ def without_final_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> lis
 
 
 def completion_text(completion: Prompt) -> str:
-    """The text of a completion: itself, or the contents of its messages."""
+    """The text of a completion: itself, or the content of its message.
+
+    Raises:
+        UserError: an answer of several turns; whose words are whose only its prompt tells (`models.text.turns`).
+    """
     if isinstance(completion, str):
         return completion
-    return "\n".join(str(message["content"]) for message in completion)
+    if len(completion) != 1 or completion[0].get("role", "assistant") != "assistant":
+        raise UserError(
+            f"a completion of {len(completion)} messages ({', '.join(m.get('role', '?') for m in completion)}): one "
+            f"message of the assistant is needed here."
+        )
+    return str(completion[0]["content"])
+
+
+def without_eos_text(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A completion without the end-of-sequence marks that it carries as text; they are added as tokens."""
+    mark = tokenizer.eos_token
+    while mark and (bare := text.rstrip()).endswith(mark):
+        text = bare[: -len(mark)]
+    return text
 
 
 def encode_completion(tokenizer: PreTrainedTokenizerBase, completion: Prompt, finished: bool = True) -> list[int]:
@@ -72,11 +111,13 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, completion: Prompt, fi
 def completion_ids(tokenizer: PreTrainedTokenizerBase, completions: Sequence[Prompt]) -> list[list[int]]:
     """Token ids of completions as they stand after a prompt, so that prompt and completion are the text joined.
 
+    An EOS that a text carries at its end (a template rendered it) is left out.
+
     Most tokenizers take a text the same way wherever it stands. Those of the SentencePiece kind put a space before
     every text, also before a completion, which continues one: they are given it after a mark, whose tokens are then
     taken off.
     """
-    texts = [completion_text(completion) for completion in completions]
+    texts = [without_eos_text(tokenizer, completion_text(completion)) for completion in completions]
     if not texts:
         return []
     found: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.passes.logprobs import Batch, pad_batch
-from ppo_vs_dpo.models.text.prompts import encode_completion, encode_prompt
+from ppo_vs_dpo.models.text.encoding import encode_answers, encode_prompts
 
 
 class PretrainingText:
@@ -37,8 +37,9 @@ class PretrainingText:
         if "text" in columns:
             rows = [tokenizer(text)["input_ids"] for text in dataset["text"]]
         elif {"prompt", "completion"} <= columns:
-            pairs = zip(dataset["prompt"], dataset["completion"], strict=True)
-            rows = [[*encode_prompt(tokenizer, p), *encode_completion(tokenizer, c)] for p, c in pairs]
+            prompts = list(dataset["prompt"])
+            answers, _ = encode_answers(tokenizer, prompts, list(dataset["completion"]))
+            rows = [[*head, *tail] for head, tail in zip(encode_prompts(tokenizer, prompts), answers, strict=True)]
         else:
             raise UserError(f"ptx_dataset needs a column text, or prompt and completion; it has {', '.join(columns)}.")
         self.rows = [ids[:max_length] for ids in rows if len(ids[:max_length]) > 1]

@@ -203,7 +203,8 @@ def _write_splits(
                 else:
                     heldout_pairs += 1
                     if first:
-                        heldout.write({**row, "reference": row["chosen"]})
+                        # Of an answer of several turns, what answers the prompt: its first.
+                        heldout.write({**row, "reference": row["chosen"][:1] if chat else row["chosen"]})
         if train.rows == 0:
             raise UserError(
                 f"{settings.path or 'data.inline'}: no usable pair is left to train on; data/report.json says why."

@@ -24,6 +24,8 @@ from ppo_vs_dpo.preferences.reading.tables import TableWriter, pair_schema
 from ppo_vs_dpo.preferences.reading.validation import Checker, Report
 
 _CHUNK = 1_000
+# The formats whose columns may have other names.
+RENAMED = ("pairs", "ultrafeedback")
 PLACE = ("place", pa.string())
 Item = TypeVar("Item")
 
@@ -58,13 +60,15 @@ def mapped(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Valid pairs with their places; everything else is counted in the report."""
     mapping = None if format == "auto" else mapping_named(format)
+    if options.columns and format not in ("auto", *RENAMED):
+        raise UserError(f"data.columns is read for data.format={RENAMED[0]}, and data.format is {format}.")
     for place, row in rows:
         report.rows += 1
         if isinstance(row, Broken):
             checker.drops(row.kind, place, row.detail)
             continue
         if mapping is None:
-            format = detect(row)
+            format = detect(row, options)
             mapping = mapping_named(format)
         report.format = format
         try:

@@ -105,12 +105,31 @@ def _from_jsonl(file: Path) -> Iterator[Placed]:
 
 def _parse(line: str) -> dict[str, Any] | Broken:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_once_each)
     except json.JSONDecodeError as error:
         return Broken("broken_json", f"column {error.colno}: {error.msg}")
+    except _TwiceError as error:
+        return Broken("twice", str(error))
     if not isinstance(row, dict):
         return Broken("wrong_type", f"a JSON object is needed, this is a {type(row).__name__}")
     return row
+
+
+class _TwiceError(Exception):
+    """A name that is there twice."""
+
+    def __init__(self, names: Iterable[str]):
+        seen: set[str] = set()
+        twice = sorted({name for name in names if name in seen or seen.add(name)})
+        super().__init__(f"{', '.join(twice)} is there twice")
+
+
+def _once_each(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; Python's own reader keeps the last of two equal names without a word."""
+    found = dict(items)
+    if len(found) < len(items):
+        raise _TwiceError(name for name, _ in items)
+    return found
 
 
 def _from_json(file: Path) -> Iterator[Placed]:
@@ -125,7 +144,10 @@ def _from_json(file: Path) -> Iterator[Placed]:
             yield str(file), Broken("broken_file", f"the archive is cut off or damaged ({error})")
             return
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_once_each)
+    except _TwiceError as error:
+        yield str(file), Broken("twice", str(error))
+        return
     except json.JSONDecodeError as error:
         first = text.lstrip()[:1]
         if first == "{" and "\n" in text.strip():
@@ -172,6 +194,10 @@ def _from_csv(file: Path) -> Iterator[Placed]:
     csv.field_size_limit(1 << 30)
     reader = csv.DictReader(decoded(), strict=True)
     try:
+        names = list(reader.fieldnames or ())
+        if len(set(names)) < len(names):
+            yield f"{file}, line 1", Broken("twice", str(_TwiceError(names)))
+            return
         for row in reader:
             place = f"{file}, line {reader.line_num}"
             if None in row:
@@ -200,6 +226,10 @@ def _from_parquet(file: Path) -> Iterator[Placed]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            if len(set(names)) < len(names):
+                yield str(file), Broken("twice", str(_TwiceError(names)))
+                return
             for batch in table.iter_batches(batch_size=_PARQUET_BATCH):
                 for row in batch.to_pylist():
                     number += 1

@@ -27,7 +27,14 @@ PROBLEMS: dict[str, Problem] = {
     "broken_utf8": Problem("bytes that are not UTF-8", "error"),
     "missing_field": Problem("a field that is missing or null", "error"),
     "wrong_type": Problem("a field of the wrong type or form", "error"),
+    "twice": Problem("two fields of one name, of which one would be lost", "error"),
+    "unread": Problem("text that belongs to the prompt, in a column that is not read", "error"),
+    "not_text": Problem("tool calls, tools, reasoning beside the answer, images: not carried", "error"),
+    "not_assistant": Problem("an answer that does not begin and end with the assistant's words", "error"),
     "prompt_mismatch": Problem("the two sides answer different prompts", "drop"),
+    "several_turns": Problem(
+        "answers of several turns: trained on the assistant's words alone", "keep", may_keep=True
+    ),
     "empty": Problem("an empty prompt or response", "drop"),
     "equal": Problem("chosen and rejected are the same", "drop", may_keep=True),
     "duplicate": Problem("the same pair again", "drop", may_keep=True),
@@ -213,6 +220,9 @@ class Checker:
             pair["rejected"],
             **{name: pair[name] for name in OPTIONAL_NUMBERS if pair.get(name) is not None},
         )
+        turns = max(len(pair[side]) if isinstance(pair[side], list) else 1 for side in ("chosen", "rejected"))
+        if turns > 1 and self.drops("several_turns", place, f"{turns} messages from where the two part"):
+            return None
         if pair["chosen"] == pair["rejected"] and self.drops("equal", place, _short(pair["chosen"])):
             return None
         key = int(row["pair_id"], 16)
@@ -233,6 +243,7 @@ class Checker:
 
     def _form(self, pair: dict[str, Any]) -> tuple[str, str] | None:
         empty = [name for name in ("prompt", "chosen", "rejected") if not text_of(pair[name]).strip()]
+        empty += [f"a turn of {side}" for side in ("chosen", "rejected") if side not in empty and _silent(pair[side])]
         if empty:
             return "empty", f"{' and '.join(empty)} empty"
         for name in ("prompt", "chosen", "rejected"):
@@ -247,6 +258,13 @@ class Checker:
             kinds = ("plain text", "a conversation")
             return "wrong_type", f"{kinds[conversational]}; the rows before are {kinds[self.conversational]}"
         return None
+
+
+def _silent(answer: Text) -> bool:
+    """Whether one of the assistant's turns says nothing."""
+    return isinstance(answer, list) and any(
+        turn["role"] == "assistant" and not turn["content"].strip() for turn in answer
+    )
 
 
 def _short(text: Text, limit: int = 60) -> str:

@@ -93,7 +93,8 @@ def test_a_file_is_encoded_as_a_data_set_in_memory_is(word_tokenizer, tmp_path):
     assert found.to_dict() == encode_pairs(word_tokenizer, rows).to_dict()
     assert found["prompt_ids"][:] == encode_prompts(word_tokenizer, rows["prompt"][:])
     assert found["rejected_ids"][:] == encode_completions(word_tokenizer, rows["rejected"][:])
-    assert set(found.column_names) == {"prompt_ids", "chosen_ids", "rejected_ids", "length", "pair_id", "soft_label"}
+    encoded = {"prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask", "length"}
+    assert set(found.column_names) == encoded | {"pair_id", "soft_label"}
     assert found.cache_files  # on the disk, not in memory
 
 

@@ -4,11 +4,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ppo_vs_dpo.models.text.encoding import encode_prompts
 from ppo_vs_dpo.models.text.prompts import (
     completion_ids,
     decode_completion,
     encode_completion,
     encode_prompt,
+    own_start,
     puts_a_space_first,
 )
 
@@ -167,3 +169,44 @@ def test_texts_that_melt_into_a_mark_get_another():
     assert melting.tokenize("\nthe")[1] != "\n"
     prompt = encode_prompt(melting, "(")
     assert [*prompt, *encode_completion(melting, "the film", False)] == melting("(the film")["input_ids"]
+
+
+@pytest.mark.parametrize("kind", [*SPACED, *PLAIN])
+def test_a_rendered_prompt_is_read_as_the_conversation_it_was_made_of(kind):
+    """As in many scripts: the template's text is the prompt. It has the template's BOS; there is no second one."""
+    tokenizer = {**SPACED, **PLAIN}[kind]()
+    tokenizer.chat_template = "{{ bos_token }}" + TEMPLATE
+    conversation = [{"role": "user", "content": PROMPT}]
+    rendered = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    assert rendered.startswith("<s>")
+    ids = encode_prompt(tokenizer, conversation)
+    assert encode_prompt(tokenizer, rendered) == ids
+    assert encode_prompts(tokenizer, [PROMPT, rendered]) == [encode_prompt(tokenizer, PROMPT), ids]
+    assert ids.count(tokenizer.bos_token_id) == 1
+    # Text without marks gets the tokenizer's own BOS, as before.
+    assert encode_prompt(tokenizer, PROMPT)[0] == tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("kind", [*SPACED, *PLAIN])
+def test_an_end_mark_in_an_answer_is_the_end_and_not_a_second_one(kind):
+    tokenizer = {**SPACED, **PLAIN}[kind]()
+    for completion in COMPLETIONS:
+        plain = encode_completion(tokenizer, completion)
+        for carried in ("</s>", "</s>\n", "</s></s>", " </s> "):
+            if carried[0] != " ":
+                assert encode_completion(tokenizer, completion + carried) == plain
+            assert encode_completion(tokenizer, completion + carried).count(tokenizer.eos_token_id) == 1
+        assert encode_completion(tokenizer, completion + "</s>", finished=False) == plain[:-1]
+
+
+def test_every_special_token_in_front_counts_not_bos_alone():
+    tokenizer = byte_level(False)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> <|user|> $A",
+        special_tokens=[(mark, tokenizer.convert_tokens_to_ids(mark)) for mark in ("<s>", "<|user|>")],
+    )
+    assert own_start(tokenizer) == tokenizer.convert_tokens_to_ids(["<s>", "<|user|>"])
+    assert encode_prompt(tokenizer, f"<s><|user|>{PROMPT}") == encode_prompt(tokenizer, PROMPT)
+    tokenizer.backend_tokenizer.post_processor = None
+    assert own_start(tokenizer) == []
+    assert encode_prompt(tokenizer, f"<s>{PROMPT}").count(tokenizer.bos_token_id) == 1

@@ -132,8 +132,8 @@ def test_long_responses_are_counted_in_tokens(tmp_path, plain_model):
 
 
 def test_plain_and_chat_rows_in_one_file(tmp_path, byte_model):
-    chat = {key: [{"role": "user", "content": "x"}] for key in ("prompt", "chosen")}
-    chat["rejected"] = [{"role": "user", "content": "y"}]
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    chat = {key: [{"role": role, "content": key}] for key, role in roles.items()}
     path = str(write_jsonl(tmp_path / "mixed.jsonl", [*ROWS, chat]))
     with pytest.raises(UserError, match=r"line 61: a conversation; the rows before are plain text"):
         run_here(given(tmp_path, byte_model, path=path), "data")

@@ -195,11 +195,14 @@ def test_own_columns_and_messages_of_plain_text():
         mapped({"question": "Q?"}, **options)
 
 
-def test_prompt_that_is_not_given_is_what_the_sides_share():
+def test_a_prompt_is_what_the_sides_share_only_where_that_is_asked_for():
     row = {"chosen": "The sky is blue.", "rejected": "The sky is green."}
-    assert mapped(row) == {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}
+    with pytest.raises(UnmappableError, match=r"no prompt.*data\.format=implicit"):
+        mapped(row)
+    implicit = MAPPINGS["implicit"]
+    assert implicit(row, MappingOptions()) == {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}
     with pytest.raises(UnmappableError, match="share no beginning"):
-        mapped({"chosen": "Yes.", "rejected": "No."})
+        implicit({"chosen": "Yes.", "rejected": "No."}, MappingOptions())
 
 
 def test_messages_with_plain_answers_and_messages_as_json_in_a_csv_field():

@@ -1,0 +1,82 @@
+"""What every mapping is told and how it says no."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.settings import nearest
+from ppo_vs_dpo.preferences.schema import OPTIONAL_NUMBERS
+
+
+class UnmappableError(Exception):
+    """A row that cannot become a pair: a kind of problem (`reading.validation.PROBLEMS`) and the detail."""
+
+    def __init__(self, kind: str, detail: str):
+        super().__init__(detail)
+        self.kind, self.detail = kind, detail
+
+
+class FilteredError(Exception):
+    """A row that a filter leaves out; the message is the reason."""
+
+
+# What a column of the source can be.
+PARTS = ("prompt", "chosen", "rejected", "system", "input", "history", *OPTIONAL_NUMBERS)
+
+
+@dataclass
+class MappingOptions:
+    """What a mapping may be told.
+
+    Attributes:
+        columns: one of `PARTS` -> the source's name, e.g. ``{"chosen": "better_answer"}``; an empty name says that
+            the source's column of that name is not to be read.
+        conversational: make messages of plain texts (true) or plain texts of messages (false); ``None``: as they are.
+        min_score_ratio: SHP: least ratio of the two comments' votes.
+        dimension: PKU-SafeRLHF: ``helpful`` or ``safe``.
+        drop_both_unsafe: PKU-SafeRLHF: leave out pairs without a safe response (Xu et al. 2024, Table 2).
+        drop_both_safe: PKU-SafeRLHF: leave out pairs without an unsafe response.
+
+    Raises:
+        UserError: ``columns`` names something that a pair does not have.
+    """
+
+    columns: dict[str, str] = field(default_factory=dict)
+    conversational: bool | None = None
+    min_score_ratio: float = 0.0
+    dimension: str = "helpful"
+    drop_both_unsafe: bool = False
+    drop_both_safe: bool = False
+
+    def __post_init__(self):
+        for name in self.columns:
+            if name not in PARTS:
+                raise UserError(
+                    f"data.columns.{name}: a pair has no {name}; it has {', '.join(PARTS)}."
+                    f"{nearest(name, list(PARTS))}"
+                )
+
+
+Mapping = Callable[[dict[str, Any], MappingOptions], dict[str, Any]]
+
+
+def value_of(row: dict[str, Any], name: str, kind: type | tuple[type, ...] = str) -> Any:
+    """A field of a row.
+
+    Raises:
+        UnmappableError: it is missing or of another type.
+    """
+    if name not in row:
+        raise UnmappableError("missing_field", f"no {name}; the row has {', '.join(map(str, row)) or 'nothing'}")
+    value = row[name]
+    if value is None:
+        raise UnmappableError("missing_field", f"{name} is empty (null)")
+    if not isinstance(value, kind) or (isinstance(value, bool) and bool not in _as_tuple(kind)):
+        wanted = " or ".join(item.__name__ for item in _as_tuple(kind))
+        raise UnmappableError("wrong_type", f"{name} is a {type(value).__name__}, it must be {wanted}")
+    return value
+
+
+def _as_tuple(kind: type | tuple[type, ...]) -> tuple[type, ...]:
+    return kind if isinstance(kind, tuple) else (kind,)

@@ -1,0 +1,185 @@
+"""Messages as people bring them (OpenAI's, ShareGPT's, OpenAssistant's, JSON or Python text of them) in one form.
+
+The form is ``{"role": "system" | "user" | "assistant" | "tool", "content": text}``. What it cannot hold (tool calls,
+reasoning beside the content, images) is refused by name, never left out.
+"""
+
+import ast
+import contextlib
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from ppo_vs_dpo.preferences.reading.mappings.base import UnmappableError
+
+Message = dict[str, str]
+
+_NAMES = {
+    "system": ("system", "developer"),
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bot", "bard", "bing", "model", "ai"),
+    "tool": ("tool", "function", "ipython", "observation", "tool_response"),
+}
+ROLES = {name: role for role, names in _NAMES.items() for name in names}
+_ROLE_KEYS, _TEXT_KEYS = ("role", "from"), ("content", "value", "text")
+# What a message may hold beside its text that decides what the model reads or should say.
+_BESIDE_TEXT = (
+    "tool_calls",
+    "function_call",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "refusal",
+    "audio",
+    "image",
+    "images",
+    "video",
+)
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_MESSAGES_AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*['"](role|from|content|value)['"]\s*:""")
+
+
+def is_messages(value: Any) -> bool:
+    """Whether a value looks like a list of messages, whatever they call role and text."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, dict) and any(key in item for key in _ROLE_KEYS) for item in value)
+    )
+
+
+def parsed(value: Any, name: str) -> Any:
+    """A value with messages that came as text (JSON, or Python's or NumPy's ``repr``), as one message or as columns.
+
+    Everything else is given back as it is.
+
+    Raises:
+        UnmappableError: text that begins like messages and cannot be read as such.
+    """
+    if isinstance(value, str) and _MESSAGES_AS_TEXT.match(value):
+        value = _read(value, name)
+    if isinstance(value, dict) and any(key in value for key in _ROLE_KEYS):
+        columns = {key: column for key, column in value.items() if isinstance(column, list)}
+        role = next(key for key in _ROLE_KEYS if key in value)
+        if role not in columns:
+            return [value]
+        if len({len(column) for column in columns.values()}) > 1:
+            raise UnmappableError("wrong_type", f"{name} holds messages as columns of different length")
+        return [dict(zip(columns, entries, strict=True)) for entries in zip(*columns.values(), strict=True)]
+    return value
+
+
+def _read(text: str, name: str) -> Any:
+    # NumPy prints an array of dicts without commas between them.
+    for form in (text, re.sub(r"\}\s*\n\s*\{", "}, {", text)):
+        for read in (json.loads, ast.literal_eval):
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                found = read(form.strip())
+                if is_messages(found) or isinstance(found, dict):
+                    return found
+    raise UnmappableError("wrong_type", f"{name} is text that begins like messages and is neither JSON nor Python")
+
+
+def messages_of(value: list, name: str) -> list[Message]:
+    """Messages in the one form.
+
+    Raises:
+        UnmappableError: an unknown role, no text, or something that is not text.
+    """
+    return [_message(item, name) for item in value]
+
+
+def _message(item: Any, name: str) -> Message:
+    role_key = next((key for key in _ROLE_KEYS if isinstance(item, dict) and isinstance(item.get(key), str)), None)
+    if role_key is None:
+        raise UnmappableError("wrong_type", f'{name} must hold messages {{"role": text, "content": text}}')
+    beside = [key for key in _BESIDE_TEXT if item.get(key) not in (None, "", [], {}, False)]
+    if beside or item[role_key].lower() in ("function_call", "tool_call"):
+        what = beside[0] if beside else f"the role {item[role_key]}"
+        raise UnmappableError("not_text", f"a message of {name} has {what}, which is not carried")
+    role = ROLES.get(item[role_key].strip().lower())
+    if role is None:
+        raise UnmappableError(
+            "wrong_type", f"{name} has a message of the role {item[role_key]!r}; known are {', '.join(ROLES)}"
+        )
+    text_key = next((key for key in _TEXT_KEYS if key in item), None)
+    if text_key is None:
+        raise UnmappableError("wrong_type", f'{name} must hold messages {{"role": text, "content": text}}')
+    return {"role": role, "content": _text(item[text_key], name)}
+
+
+def _text(content: Any, name: str) -> str:
+    if isinstance(content, str):
+        return content
+    if content is None:
+        raise UnmappableError("missing_field", f"a message of {name} has no content (null)")
+    if isinstance(content, list):
+        texts = []
+        for part in content:
+            if isinstance(part, str):
+                texts.append(part)
+            elif (
+                isinstance(part, dict)
+                and part.get("type", "text") in _TEXT_PARTS
+                and isinstance(part.get("text"), str)
+            ):
+                texts.append(part["text"])
+            else:
+                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+                raise UnmappableError("not_text", f"a message of {name} has a part {kind!r}, which is not carried")
+        return "".join(texts)
+    raise UnmappableError("wrong_type", f"a message of {name} has content of type {type(content).__name__}")
+
+
+def message(role: str, text: str) -> Message:
+    """A message."""
+    return {"role": role, "content": text}
+
+
+def same(first: Message, second: Message) -> bool:
+    """Whether two messages say the same; space around the text, which templates take off, does not count."""
+    return first["role"] == second["role"] and first["content"].strip() == second["content"].strip()
+
+
+# --- dialogues as text ---------------------------------------------------------------------------------------------
+_TURN = re.compile(r"\n\n(Human|Assistant): ?")
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_HEADINGS = {"user": "Human", "assistant": "Assistant", "system": "System"}
+DIALOGUE = ("\n\nHuman:", "\n\nAssistant:")
+
+
+def parse_dialogue(text: str) -> list[Message]:
+    """Messages of a ``\\n\\nHuman: ... \\n\\nAssistant: ...`` dialogue; neighbours of one role are joined.
+
+    Raises:
+        UnmappableError: text before the first turn, or no turn at all.
+    """
+    parts = _TURN.split(text)
+    if parts[0].strip() or len(parts) < 3:
+        raise UnmappableError("wrong_type", r"not a dialogue: it must start with \n\nHuman: or \n\nAssistant:")
+    messages: list[Message] = []
+    for speaker, content in zip(parts[1::2], parts[2::2], strict=True):
+        role, content = _SPEAKERS[speaker], content.strip()
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += f"\n\n{content}"
+        else:
+            messages.append(message(role, content))
+    return messages
+
+
+def dialogue_text(messages: Iterable[Message]) -> str:
+    """The inverse of `parse_dialogue`, ending with the header of the answer to come."""
+    turns = "".join(f"\n\n{_HEADINGS.get(m['role'], m['role'].title())}: {m['content']}" for m in messages)
+    return f"{turns}\n\nAssistant:"
+
+
+def user_turn(prompt: str) -> list[Message]:
+    """A text prompt as a conversation: a dialogue's turns, or one user message.
+
+    A dialogue's last header is the answer's; it is not part of the prompt.
+    """
+    head, turn, rest = prompt.rpartition("\n\nAssistant:")
+    if prompt.startswith(DIALOGUE) and turn and not rest.strip() and head:
+        return parse_dialogue(head)
+    return [message("user", prompt.strip())]

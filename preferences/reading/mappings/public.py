@@ -1,0 +1,223 @@
+"""Public preference sets whose rows are not TRL's: one short function each."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.preferences.reading.mappings.base import (
+    FilteredError,
+    MappingOptions,
+    UnmappableError,
+    value_of,
+)
+from ppo_vs_dpo.preferences.reading.mappings.conversations import conversation_pair
+from ppo_vs_dpo.preferences.reading.mappings.messages import message, messages_of, parsed, user_turn
+from ppo_vs_dpo.preferences.reading.mappings.pairs import pairs
+
+
+def orca(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
+    """Orca DPO pairs (Intel's, Argilla's): system message, question, two answers."""
+    question = "question" if "question" in row else "input"
+    return pairs(row, replace(options, columns={"prompt": question, "system": "system"}))
+
+
+def llama_factory(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
+    """LLaMA-Factory's ranking format: instruction (and input), two answers, perhaps system message and history."""
+    names = {"prompt": "instruction", "input": "input", "system": "system", "history": "history"}
+    pair = pairs(row, replace(options, columns={part: name for part, name in names.items() if name in row}))
+    if isinstance(pair["prompt"], str):
+        pair["prompt"] = user_turn(pair["prompt"])
+        pair |= {side: [message("assistant", pair[side])] for side in ("chosen", "rejected")}
+    return pair
+
+
+def openai(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
+    """OpenAI's preference fine-tuning format: ``input.messages``, ``preferred_output``, ``non_preferred_output``."""
+    given = value_of(row, "input", dict)
+    sides = {
+        "chosen": value_of(row, "preferred_output", list),
+        "rejected": value_of(row, "non_preferred_output", list),
+    }
+    return pairs({"prompt": value_of(given, "messages", list), "tools": given.get("tools"), **sides}, options)
+
+
+def tldr(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
+    """N+'s preprocessed TL;DR comparisons (``query``, ``chosen``, ``rejected``): the end-of-text mark is taken off."""
+    prompt = value_of(row, "query").strip()
+    chosen, rejected = (value_of(row, side).replace("<|endoftext|>", "") for side in ("chosen", "rejected"))
+    return {"prompt": prompt, **{"chosen": " " + chosen.strip(), "rejected": " " + rejected.strip()}}
+
+
+def summarize(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
+    """OpenAI's comparisons of summaries as published (Stiennon et al. 2020): ``info``, ``summaries``, ``choice``."""
+    info, choice = value_of(row, "info", dict), value_of(row, "choice", int)
+    texts = [value_of(item, "text").strip() for item in value_of(row, "summaries", list)]
+    if len(texts) != 2 or choice not in (0, 1):
+        raise UnmappableError("wrong_type", f"{len(texts)} summaries and choice {choice}; two and 0 or 1 are needed")
+    if info.get("article") is not None:
+        prompt = f"Article: {value_of(info, 'title')}\n\n{value_of(info, 'article')}\n\nTL;DR:"
+    else:
+        parts = (f"SUBREDDIT: r/{value_of(info, 'subreddit')}", f"TITLE: {value_of(info, 'title')}")
+        prompt = "\n\n".join([*parts, f"POST: {value_of(info, 'post')}", "TL;DR:"])
+    return {"prompt": prompt, "chosen": f" {texts[choice]}", "rejected": f" {texts[1 - choice]}"}
+
+
+def shp(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
+    """Stanford SHP: two comments on a post; ``labels`` is 1 where A has more votes."""
+    label = value_of(row, "labels", int)
+    if label not in (0, 1):
+        raise UnmappableError("wrong_type", f"labels is {label}, it must be 0 or 1")
+    ratio = row.get("score_ratio")
+    if options.min_score_ratio > 0 and (ratio is None or ratio < options.min_score_ratio):
+        raise FilteredError(f"score ratio below {options.min_score_ratio:g}")
+    sides = ("A", "B") if label == 1 else ("B", "A")
+    texts = [value_of(row, f"human_ref_{side}") for side in sides]
+    pair = {"prompt": value_of(row, "history"), "chosen": texts[0], "rejected": texts[1]}
+    if "score_A" in row and "score_B" in row:
+        scores = [float(value_of(row, f"score_{side}", (int, float))) for side in sides]
+        pair |= {"chosen_score": scores[0], "rejected_score": scores[1]}
+    return pair
+
+
+def safe_rlhf(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
+    """PKU-SafeRLHF: two responses, one better (more helpful), one safer."""
+    names = {"helpful": "better_response_id", "safe": "safer_response_id"}
+    if options.dimension not in names:
+        raise UserError(f"data.dimension is {options.dimension!r}; it must be helpful or safe.")
+    winner = value_of(row, names[options.dimension], int)
+    if winner not in (0, 1):
+        raise UnmappableError("wrong_type", f"{names[options.dimension]} is {winner}, it must be 0 or 1")
+    if options.drop_both_unsafe or options.drop_both_safe:
+        safe = [value_of(row, f"is_response_{side}_safe", bool) for side in (0, 1)]
+        if options.drop_both_unsafe and not any(safe):
+            raise FilteredError("both responses unsafe")
+        if options.drop_both_safe and all(safe):
+            raise FilteredError("both responses safe")
+    texts = [value_of(row, f"response_{side}") for side in (winner, 1 - winner)]
+    return {"prompt": value_of(row, "prompt"), "chosen": texts[0], "rejected": texts[1]}
+
+
+def alpaca_eval(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
+    """AlpacaEval annotations: ``preference`` in [1, 2] is the weight of output 2; 0 and 1.5 are ties.
+
+    The scores are the judge's probabilities of the two answers.
+    """
+    preference = value_of(row, "preference", (int, float))
+    if preference in (0, 1.5):
+        raise FilteredError("tie")
+    if not 1 <= preference <= 2:
+        raise UnmappableError("wrong_type", f"preference is {preference}, it must be between 1 and 2 (or 0 for a tie)")
+    share = preference - 1
+    order = (2, 1) if share > 0.5 else (1, 2)
+    texts = [value_of(row, f"output_{number}") for number in order]
+    scores = {"chosen_score": max(share, 1 - share), "rejected_score": min(share, 1 - share)}
+    return {"prompt": value_of(row, "instruction"), "chosen": texts[0], "rejected": texts[1], **scores}
+
+
+def webgpt(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
+    """WebGPT comparisons (Nakano et al. 2021): the answer with the higher score; equal scores are a tie."""
+    question = row.get("question")
+    prompt = value_of(question, "full_text") if isinstance(question, dict) else value_of(row, "question")
+    answers = [(float(value_of(row, f"score_{n}", (int, float))), value_of(row, f"answer_{n}")) for n in (0, 1)]
+    return _best_and_worst(prompt, answers)
+
+
+def nectar(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
+    """Berkeley Nectar: the answer of the first rank against that of the last of its seven."""
+    answers = [
+        (-float(value_of(item, "rank", (int, float))), value_of(item, "answer"))
+        for item in value_of(row, "answers", list)
+    ]
+    pair = _best_and_worst(user_turn(value_of(row, "prompt").rstrip()), answers)
+    pair |= {side: [message("assistant", pair[side].strip())] for side in ("chosen", "rejected")}
+    return {name: pair[name] for name in ("prompt", "chosen", "rejected")}
+
+
+def ultrafeedback_raw(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
+    """UltraFeedback as published: the best against the worst of its completions by ``overall_score``."""
+    answers = [
+        (float(value_of(item, "overall_score", (int, float))), value_of(item, "response"))
+        for item in value_of(row, "completions", list)
+    ]
+    return _best_and_worst(value_of(row, "instruction"), answers)
+
+
+def _best_and_worst(prompt, answers: list[tuple[float, str]]) -> dict[str, Any]:
+    """The answer with the highest score against that with the lowest; the first of equals."""
+    if len(answers) < 2:
+        raise UnmappableError("missing_field", f"{len(answers)} answers; a pair needs two")
+    best, worst = max(answers, key=lambda item: item[0]), min(answers, key=lambda item: item[0])
+    if best[0] == worst[0]:
+        raise FilteredError("tie")
+    scores = {"chosen_score": best[0], "rejected_score": worst[0]}
+    return {"prompt": prompt, "chosen": best[1], "rejected": worst[1], **scores}
+
+
+def helpsteer(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
+    """HelpSteer2's preferences and HelpSteer3: a strength from -3 (the first is much better) to 3 (the second is).
+
+    Its size is the pair's margin.
+    """
+    third = "overall_preference" in row
+    strength = value_of(row, "overall_preference" if third else "preference_strength", (int, float))
+    if strength == 0:
+        raise FilteredError("tie")
+    names = ("response1", "response2") if third else ("response_1", "response_2")
+    better, worse = names if strength < 0 else names[::-1]
+    prompt = value_of(row, "context" if third else "prompt", (str, list))
+    sides = {"chosen": value_of(row, better), "rejected": value_of(row, worse)}
+    return {**pairs({"prompt": prompt, **sides}, MappingOptions()), "margin": abs(float(strength))}
+
+
+def stack_exchange(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
+    """StackExchange paired (``lvwerra/stack-exchange-paired``): answer j has more votes than answer k."""
+    texts = [value_of(row, f"response_{side}") for side in "jk"]
+    return {"prompt": value_of(row, "question"), "chosen": texts[0], "rejected": texts[1]}
+
+
+def reward_bench_2(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
+    """RewardBench 2: the first of the correct answers against the first of the others."""
+    sides = {side: value_of(row, side, list) for side in ("chosen", "rejected")}
+    for side, answers in sides.items():
+        if not answers or not isinstance(answers[0], str):
+            raise UnmappableError("wrong_type", f"{side} must hold answers")
+    return {"prompt": value_of(row, "prompt"), **{side: answers[0] for side, answers in sides.items()}}
+
+
+def arena(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
+    """Chatbot Arena battles (LMSYS, LMArena): two conversations, or lists of turns as JSON; ties are left out."""
+    if "winner" in row:
+        winner = value_of(row, "winner")
+    else:
+        votes = {name: row.get(f"winner_{name}") for name in ("model_a", "model_b")}
+        winner = next((name for name, vote in votes.items() if vote), "tie")
+    if winner not in ("model_a", "model_b"):
+        raise FilteredError("tie")
+    better, worse = ("a", "b") if winner == "model_a" else ("b", "a")
+    return conversation_pair(None, *(_battle(row, side) for side in (better, worse)))
+
+
+def _battle(row: dict[str, Any], side: str) -> list:
+    name = f"conversation_{side}"
+    if name in row:
+        found = parsed(row[name], name)
+        return messages_of(found if isinstance(found, list) else value_of(row, name, list), name)
+    turns = [_strings(row, "prompt"), _strings(row, f"response_{side}")]
+    if len(turns[0]) != len(turns[1]):
+        raise UnmappableError("wrong_type", f"{len(turns[0])} prompts and {len(turns[1])} responses of {side}")
+    both = zip(*turns, strict=True)
+    return [message(role, text) for turn in both for role, text in zip(("user", "assistant"), turn, strict=True)]
+
+
+def _strings(row: dict[str, Any], name: str) -> list[str]:
+    """A list of turns, as it is or as JSON; a turn that was never answered is null."""
+    value = value_of(row, name, (str, list))
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = [value]
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise UnmappableError("missing_field", f"{name} has a turn that is null or no text")
+    return value
