@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ppo_vs_dpo.models.passes.logprobs import ROWS, pad_batch, response_logits
+from ppo_vs_dpo.models.passes.logprobs import logits_in_pieces, pad_batch
 
 
 @dataclass
@@ -65,21 +65,18 @@ def sequence_kl(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = pad_batch([prompt_ids[r] for r in rows], [response_ids[r] for r in rows], pad_id, device)
-        mask = batch.response_mask
-        ours, tokens = response_logits(policy, batch), batch.response_ids[mask]
-        theirs = ours if reference is policy else response_logits(reference, batch)
+        tokens = batch.response_ids.flatten()[batch.places.real]
         pieces = []
-        for piece in range(0, len(tokens), ROWS):
-            p = (ours[piece : piece + ROWS].float() / temperature).log_softmax(-1)
-            q = (theirs[piece : piece + ROWS].float() / temperature).log_softmax(-1)
-            token = tokens[piece : piece + ROWS, None]
+        for here, both in logits_in_pieces((policy,) if reference is policy else (policy, reference), batch):
+            p, q = ((logits.float() / temperature).log_softmax(-1) for logits in (both[0], both[-1]))
+            token = tokens[here, None]
             logprob, reference_logprob = p.gather(-1, token).squeeze(-1), q.gather(-1, token).squeeze(-1)
             log_ratio = logprob - reference_logprob
             exact = (p.exp() * (p - q)).sum(-1)
             pieces.append(torch.stack([exact, log_ratio, k3(log_ratio), logprob, reference_logprob]))
         if pieces:
             of_token = torch.cat(pieces, dim=1).double()
-            row_of_token = mask.nonzero()[:, 0]
+            row_of_token = batch.places.real // batch.response_mask.shape[1]
             totals = torch.zeros(5, len(rows), dtype=torch.double, device=device)
             sums[:, rows] = totals.index_add_(1, row_of_token, of_token).cpu().numpy()
     return SequenceKL(*sums)

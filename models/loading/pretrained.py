@@ -226,6 +226,19 @@ def _refuse_adapter(path: str, quantization: Any) -> None:
         )
 
 
+class ScalarHead(torch.nn.Linear):
+    """A linear layer whose product is in fp32, whatever the rest of the model computes in.
+
+    A score in bfloat16 has 8 bits: between 2 and 4 its steps are of 1/64, wider than many a preference.
+    """
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Scores ``(..., 1)`` in fp32."""
+        bias = None if self.bias is None else self.bias.float()
+        with torch.autocast(states.device.type, enabled=False):
+            return torch.nn.functional.linear(states.float(), self.weight.float(), bias)
+
+
 def score_head(model: torch.nn.Module) -> torch.nn.Linear:
     """The scalar head of a sequence-classification model, whatever its architecture calls it."""
     for name in ("score", "classifier"):

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ppo_vs_dpo.models.passes.packed import Group, Packing, Pick, Spread, attend, forward_packed
+from ppo_vs_dpo.models.passes.packed import Groups, Packing, Pick, Spread, attend, forward_packed
 
 # Layers that do exactly what `layer_forward` does. Others go packed with transformers' own layers.
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -106,7 +107,7 @@ def attention(
     module: nn.Module,
     normal: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    groups: list[Group],
+    groups: Groups,
     keep: torch.Tensor | None,
 ) -> torch.Tensor:
     """Self-attention of packed tokens.
@@ -142,7 +143,7 @@ def attention(
 def layer_forward(
     layer: nn.Module,
     hidden_states: torch.Tensor,
-    packed_groups: list[Group] | None = None,
+    packed_groups: Groups | None = None,
     packed_keep: torch.Tensor | None = None,
     last: bool = False,
     **kwargs,
@@ -160,14 +161,32 @@ def layer_forward(
     """
     if packed_groups is None:
         return type(layer).forward(layer, hidden_states, **kwargs)
-    keep = packed_keep if last else None
-    attended = attention(
-        layer.self_attn,
-        layer.input_layernorm(hidden_states, packed=True),
-        kwargs["position_embeddings"],
-        packed_groups,
-        keep,
-    )
+    angles, keep = kwargs["position_embeddings"], packed_keep if last else None
+    if checkpoints(layer):
+        # Hidden states first, as transformers hands them over: what a reentrant checkpoint differentiates.
+        again = functools.partial(_packed_layer, layer, angles=angles, groups=packed_groups, keep=keep)
+        return layer._gradient_checkpointing_func(again, hidden_states)
+    return _packed_layer(layer, hidden_states, angles, packed_groups, keep)
+
+
+def checkpoints(layer: nn.Module) -> bool:
+    """Whether a layer's activations are to be computed again, and its class's ``forward`` would see to that.
+
+    transformers does so in that ``forward`` (5.20 and later), which packed rows go past; before, in ``__call__``.
+    """
+    wrapped = hasattr(type(layer).forward, "__wrapped__") and "__call__" not in vars(GradientCheckpointingLayer)
+    return wrapped and layer.training and layer.gradient_checkpointing
+
+
+def _packed_layer(
+    layer: nn.Module,
+    hidden_states: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    groups: Groups,
+    keep: torch.Tensor | None,
+) -> torch.Tensor:
+    """One layer on a packed row; ``keep`` are the places whose states are wanted from it."""
+    attended = attention(layer.self_attn, layer.input_layernorm(hidden_states, packed=True), angles, groups, keep)
     residual = hidden_states if keep is None else Pick.apply(hidden_states[0], keep).unsqueeze(0)
     hidden_states = residual + attended
     normal, mlp = layer.post_attention_layernorm(hidden_states, packed=True), layer.mlp

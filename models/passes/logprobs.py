@@ -5,22 +5,20 @@ every row and logits are computed at response positions only. Masks, never pad i
 model allows it the rows go through packed, without padding (`models.passes.packed`).
 """
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from ppo_vs_dpo.models.loading.pretrained import score_head
+from ppo_vs_dpo.models.loading.pretrained import ScalarHead, score_head
 from ppo_vs_dpo.models.passes.fused import packed_states
-from ppo_vs_dpo.models.passes.packed import can_pack, forward_packed, pack
-
-# Logits turned into log-probabilities at once: bounds the extra memory, and 1 MiB stays in a core's cache.
-PIECE = 1 << 18
-# Rows of logits whose entropy has gradients at once: bounds the extra memory to ROWS x vocabulary.
-ROWS = 1024
+from ppo_vs_dpo.models.passes.head import head_logprobs, logits_logprobs, rows_at_once
+from ppo_vs_dpo.models.passes.packed import Packing, can_pack, forward_packed, pack, upload
+from ppo_vs_dpo.models.sharding.deepspeed import whole
 
 
 @dataclass
@@ -34,6 +32,7 @@ class Batch:
         response_ids: ``(B, R)``.
         response_mask: ``(B, R)`` bool, True where real.
         prompt_length: ``P``, padding included.
+        on_host: the two masks on the host, where they are known there: with them no pass waits for the device.
     """
 
     input_ids: torch.Tensor
@@ -42,14 +41,55 @@ class Batch:
     response_ids: torch.Tensor
     response_mask: torch.Tensor
     prompt_length: int
+    on_host: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.__dict__.items()}
+        fields = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in fields.items()}
         return Batch(**moved)
+
+    @functools.cached_property
+    def places(self) -> "Places":
+        """Where its tokens are; worked out once for all models that read the batch."""
+        masks = self.on_host or (self.attention_mask.cpu(), self.response_mask.cpu())
+        return Places.of(*masks, self.input_ids.device)
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """Values ``(N,)`` of the real response tokens in their places of ``(B, R)``; 0 at padding."""
+        size = self.response_mask.shape
+        return values.new_zeros(size.numel()).index_copy(0, self.places.real, values).view(size)
+
+
+@dataclass
+class Places:
+    """Where the tokens of a `Batch` are.
+
+    Attributes:
+        packing: of all its tokens.
+        real: ``(N,)`` the real response tokens in the flattened ``(B, R)``, row by row.
+        before: ``(N,)`` the packed position of the token before each of them.
+    """
+
+    packing: Packing
+    real: torch.Tensor
+    before: torch.Tensor
+
+    @classmethod
+    def of(cls, attention_mask: torch.Tensor, response_mask: torch.Tensor, device: torch.device) -> "Places":
+        """The places by masks ``(B, P + R)`` and ``(B, R)`` of the host, on a device."""
+        packing = pack(attention_mask)
+        real = response_mask.flatten().nonzero().squeeze(-1)
+        first = packing.starts + packing.lengths - response_mask.sum(-1) - 1
+        offsets = response_mask.long().cumsum(-1) - 1
+        before = (first[:, None] + offsets)[response_mask]
+        if device.type != "cpu":
+            packing = packing.to(device)
+            real, before = upload([real, before], device)
+        return cls(packing, real, before)
 
 
 def pad_batch(
@@ -76,27 +116,37 @@ def pad_batch(
         mask.append([0] * before + [1] * len(prompt) + real)
         response.append(padded)
         response_mask.append(real)
-    attention_mask = torch.tensor(mask, device=device)
+    attention_mask, real = torch.tensor(mask), torch.tensor(response_mask, dtype=torch.bool)
     return Batch(
-        input_ids=torch.tensor(ids, device=device),
+        input_ids=torch.tensor(ids),
         attention_mask=attention_mask,
         position_ids=(attention_mask.cumsum(-1) - 1).clamp_min(0),
-        response_ids=torch.tensor(response, device=device),
-        response_mask=torch.tensor(response_mask, device=device, dtype=torch.bool),
+        response_ids=torch.tensor(response),
+        response_mask=real,
         prompt_length=longest_prompt,
-    )
+        on_host=(attention_mask, real),
+    ).to(device)
+
+
+def response_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor | None:
+    """States ``(N, d)`` before the real response tokens, row by row; ``None`` where the model's head cannot be called
+    on its own."""
+    owner = base(model)
+    if not isinstance(owner, PreTrainedModel) or not can_pack(owner):
+        return None
+    places = batch.places
+    return packed_states(backbone(model), owner, places.packing, batch.input_ids, places.before)
 
 
 def response_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Logits ``(N, V)`` that predict the ``N`` real response tokens, row by row; no others are computed."""
-    if can_pack(model):
-        packing = pack(batch.attention_mask)
-        before = _positions_before_response(batch, packing.starts, packing.lengths)
-        if not isinstance(base(model), PreTrainedModel):
-            # A wrapper that must be called as a whole.
-            return forward_packed(model, model, packing, batch.input_ids, logits_to_keep=before).logits[0]
-        states = packed_states(backbone(model), base(model), packing, batch.input_ids, before)
+    states = response_states(model, batch)
+    if states is not None:
         return base(model).get_output_embeddings()(states)
+    if can_pack(model):
+        # A wrapper that must be called as a whole.
+        places = batch.places
+        return forward_packed(model, model, places.packing, batch.input_ids, logits_to_keep=places.before).logits[0]
     length = batch.response_ids.shape[1]
     logits = model(
         input_ids=batch.input_ids,
@@ -105,69 +155,7 @@ def response_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         logits_to_keep=length + 1,
         use_cache=False,
     ).logits
-    return logits[:, -length - 1 : -1][batch.response_mask]
-
-
-def _positions_before_response(batch: Batch, starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """``(N,)`` packed position of the token before each real response token, row by row."""
-    answers = batch.response_mask.sum(-1)
-    first = starts + lengths - answers - 1
-    offsets = batch.response_mask.long().cumsum(-1) - 1
-    return (first[:, None] + offsets)[batch.response_mask]
-
-
-class _Logprobs(torch.autograd.Function):
-    """Log-probabilities of tokens under logits that nothing else needs: their memory becomes the probabilities.
-
-    The backward pass needs these, and turns them into the gradient in place: one ``(N, V)`` tensor in all.
-    """
-
-    @staticmethod
-    def forward(ctx, logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
-        ctx.temperature, ctx.dtype, ctx.spent = temperature, logits.dtype, False
-        probabilities = logits.detach().float()
-        logprobs = probabilities.new_empty(len(tokens))
-        rows = max(1, PIECE // logits.shape[-1])
-        for piece, picked, out in zip(
-            probabilities.split(rows), tokens[:, None].split(rows), logprobs.split(rows), strict=True
-        ):
-            if temperature != 1:
-                piece.div_(temperature)
-            top = piece.amax(-1, keepdim=True)
-            chosen = piece.gather(-1, picked)
-            total = piece.sub_(top).exp_().sum(-1, keepdim=True)
-            piece.div_(total)
-            out.copy_((chosen - top - total.log()).squeeze(-1))
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(probabilities, tokens)
-        return logprobs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: torch.Tensor):
-        # d log p_t / d logit_j = ([j = t] - p_j) / temperature
-        if ctx.spent:
-            raise RuntimeError("log-probabilities can be differentiated once: their memory is reused.")
-        ctx.spent = True
-        gradient, tokens = ctx.saved_tensors
-        rows = max(1, PIECE // gradient.shape[-1])
-        for piece, picked, share in zip(
-            gradient.split(rows),
-            tokens[:, None].split(rows),
-            (grad / ctx.temperature)[:, None].split(rows),
-            strict=True,
-        ):
-            piece.mul_(-share).scatter_add_(-1, picked, share)
-        return gradient.to(ctx.dtype), None, None
-
-
-def rows_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float):
-    """Log-probability of ``tokens`` ``(N,)`` under ``logits`` ``(N, V)``, and the entropy ``(N,)``, in fp32."""
-    scaled = logits.float() / temperature
-    normaliser = scaled.logsumexp(-1)
-    logprobs = scaled.gather(-1, tokens[:, None]).squeeze(-1) - normaliser
-    # H = log Z - E[logit]
-    return logprobs, normaliser - (scaled.softmax(-1) * scaled).sum(-1)
+    return logits[:, -length - 1 : -1].flatten(0, 1).index_select(0, batch.places.real)
 
 
 def response_logprobs(
@@ -184,22 +172,46 @@ def response_logprobs(
     Returns:
         ``(logprobs, entropy)``, each ``(B, R)`` fp32, 0 at padding; entropy is ``None`` unless asked for.
     """
-    mask = batch.response_mask
-    logits, tokens = response_logits(model, batch), batch.response_ids[mask]
-    zeros = torch.zeros(mask.shape, device=mask.device, dtype=torch.float32)
-    if not with_entropy:
-        return zeros.masked_scatter(mask, _Logprobs.apply(logits, tokens, temperature)), None
-    # With gradients, pieces are computed again in the backward pass: the fp32 copy of the logits is never kept.
-    again = torch.is_grad_enabled() and len(tokens) > ROWS
-    rows = ROWS if torch.is_grad_enabled() else max(1, PIECE // logits.shape[-1])
-    pieces = [
-        checkpoint(rows_logprobs, *piece, temperature, use_reentrant=False)
-        if again
-        else rows_logprobs(*piece, temperature)
-        for piece in zip(logits.split(rows), tokens.split(rows), strict=True)
-    ]
-    logprobs, entropy = (torch.cat(both) for both in zip(*pieces, strict=True))
-    return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
+    tokens = batch.response_ids.flatten().index_select(0, batch.places.real)
+    states = response_states(model, batch)
+    if states is None:
+        logprobs, entropy = logits_logprobs(response_logits(model, batch), tokens, temperature, with_entropy)
+    else:
+        head = base(model).get_output_embeddings()
+        logprobs, entropy = head_logprobs(head, states, tokens, temperature, with_entropy)
+    return batch.spread(logprobs), None if entropy is None else batch.spread(entropy)
+
+
+@torch.no_grad()
+def logits_in_pieces(
+    models: Sequence[PreTrainedModel], batch: Batch, rows: int | None = None
+) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+    """Logits of several models at the same response tokens, a piece of rows at a time.
+
+    Args:
+        models: causal language models with one vocabulary.
+        batch: from `pad_batch`.
+        rows: of a piece; by default as many as `models.passes.head.rows_at_once` says.
+
+    Yields:
+        Which of the ``N`` real response tokens, and each model's logits ``(n, V)`` of them.
+    """
+    heads, sources = zip(*[_head_and_states(model, batch) for model in models], strict=True)
+    rows = rows or rows_at_once(models[0].config.get_text_config().vocab_size)
+    # Whole for all pieces, and no module called: ranks with different numbers of tokens must not gather at each.
+    with whole([p for head in heads if head is not None for p in head.parameters()], write=False):
+        for start in range(0, len(batch.places.real), rows):
+            here = slice(start, start + rows)
+            pairs = zip(heads, sources, strict=True)
+            yield here, [x[here] if h is None else F.linear(x[here], h.weight, h.bias) for h, x in pairs]
+
+
+def _head_and_states(model: PreTrainedModel, batch: Batch) -> tuple[torch.nn.Linear | None, torch.Tensor]:
+    """A model's head and the states it reads; ``None`` and the logits where it is more than a linear layer."""
+    owner = base(model)
+    head = owner.get_output_embeddings() if isinstance(owner, PreTrainedModel) else None
+    states = response_states(model, batch) if type(head) is torch.nn.Linear else None
+    return (None, response_logits(model, batch)) if states is None else (head, states)
 
 
 @torch.no_grad()
@@ -211,15 +223,12 @@ def full_kl(
     Its sum over a sampled response is an unbiased estimate of the sequence KL (chain rule, papers.md 3.1.9), with the
     sum over the vocabulary done exactly at each sampled prefix. 0 at padding.
     """
-    mask = batch.response_mask
-    ours, theirs = response_logits(model, batch), response_logits(reference, batch)
     pieces = []
-    for start in range(0, len(ours), ROWS):
-        p = (ours[start : start + ROWS].float() / temperature).log_softmax(-1)
-        q = (theirs[start : start + ROWS].float() / temperature).log_softmax(-1)
+    for _, both in logits_in_pieces((model, reference), batch):
+        p, q = ((logits.float() / temperature).log_softmax(-1) for logits in both)
         pieces.append((p.exp() * (p - q)).sum(-1))
-    zeros = torch.zeros(mask.shape, device=mask.device, dtype=torch.float32)
-    return zeros.masked_scatter(mask, torch.cat(pieces)) if pieces else zeros
+    zeros = torch.zeros(batch.response_mask.shape, device=batch.input_ids.device, dtype=torch.float32)
+    return batch.spread(torch.cat(pieces)) if pieces else zeros
 
 
 def backbone(model: PreTrainedModel) -> torch.nn.Module:
@@ -234,23 +243,26 @@ def base(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def score_head_of(model: torch.nn.Module) -> torch.nn.Module:
-    """The scalar head, also where PEFT has wrapped it in ``ModulesToSaveWrapper``."""
+    """The scalar head, also where PEFT has wrapped it in ``ModulesToSaveWrapper``; its products are in fp32."""
     head = getattr(model, "score", None)
-    return head if head is not None else score_head(model)
+    head = head if head is not None else score_head(model)
+    for layer in head.modules():
+        if type(layer) is torch.nn.Linear:
+            layer.__class__ = ScalarHead
+    return head
 
 
 def response_values(value_model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Values ``(B, R)`` of the states before each response token, s_t = (prompt, response[:t]); 0 at padding."""
-    mask = batch.response_mask
+    places = batch.places
     if can_pack(value_model):
-        packing = pack(batch.attention_mask)
-        before = _positions_before_response(batch, packing.starts, packing.lengths)
-        states = packed_states(backbone(value_model), base(value_model), packing, batch.input_ids, before)
+        inner = backbone(value_model)
+        states = packed_states(inner, base(value_model), places.packing, batch.input_ids, places.before)
     else:
         length = batch.response_ids.shape[1]
-        states = _padded_states(value_model, batch.input_ids, batch.attention_mask)[:, -length - 1 : -1][mask]
-    values = score_head_of(base(value_model))(states).squeeze(-1).float()
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+        states = _padded_states(value_model, batch.input_ids, batch.attention_mask)[:, -length - 1 : -1]
+        states = states.flatten(0, 1).index_select(0, places.real)
+    return batch.spread(score_head_of(base(value_model))(states).squeeze(-1))
 
 
 def sequence_scores(
@@ -270,7 +282,7 @@ def sequence_scores(
         last = (attention_mask * columns).argmax(-1)
         states = _padded_states(reward_model, input_ids, attention_mask)
         picked = states[torch.arange(len(states), device=states.device), last]
-    return score_head_of(base(reward_model))(picked).squeeze(-1).float()
+    return score_head_of(base(reward_model))(picked).squeeze(-1)
 
 
 def _padded_states(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

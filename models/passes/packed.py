@@ -3,10 +3,13 @@
 Everything but attention runs on the real tokens alone, ordered by the length of their sequence and laid end to end.
 Attention (registered with transformers' ``AttentionInterface``) runs on a few groups of sequences of similar length,
 padded on the right, where a causal mask needs nothing else; where all of a group are equally long, nothing is copied.
-Equal to the padded pass up to rounding (see tests/models). On a GPU with flash attention installed transformers does
-the same by itself from the position ids; there this module is not used.
+On a GPU in half precision torch's own flash attention for sequences of different lengths does the same in one call
+(`torch.nn.attention.varlen`). Equal to the padded pass up to rounding (see tests/models).
+
+What is where is worked out on the host, from the lengths, and goes to the device in one copy.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -84,13 +87,52 @@ class Packing:
 
     order: torch.Tensor
     positions: torch.Tensor
-    groups: list[Group]
+    groups: "Groups"
     starts: torch.Tensor
     lengths: torch.Tensor
 
+    def to(self, device: torch.device) -> "Packing":
+        """The same on a device, by one copy."""
+        places = [group.places for group in self.groups if group.places is not None]
+        tensors = [self.order, self.positions, self.starts, self.lengths, self.groups.bounds, *places]
+        order, positions, starts, lengths, bounds, *rest = upload(tensors, device)
+        moved = iter(rest)
+        groups = [g if g.places is None else dataclasses.replace(g, places=next(moved)) for g in self.groups]
+        return Packing(order, positions, Groups(groups, bounds.int(), self.groups.longest), starts, lengths)
+
+
+class Groups(list):
+    """The `Group` s of a packed row, and where its sequences stand for a kernel that takes them as they are.
+
+    Attributes:
+        bounds: ``(number of sequences + 1,)`` where each sequence begins in the packed row, and where the last ends.
+        longest: tokens of the longest sequence.
+    """
+
+    def __init__(self, groups: list[Group], bounds: torch.Tensor, longest: int):
+        super().__init__(groups)
+        self.bounds, self.longest = bounds, longest
+
+
+def upload(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Whole numbers of the host on a device, by one copy of all."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    if torch.accelerator.is_available():
+        flat = flat.pin_memory()
+    moved = flat.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors])
+    return [piece.view(tensor.shape) for piece, tensor in zip(moved, tensors, strict=True)]
+
 
 def pack(attention_mask: torch.Tensor) -> Packing:
-    """Lay the real tokens of ``(B, L)`` rows end to end, shortest row first. Empty rows take no room."""
+    """Lay the real tokens of ``(B, L)`` rows end to end, shortest row first. Empty rows take no room.
+
+    The result is on the mask's device; a mask on the host never makes one wait for the device.
+    """
+    packing = _layout(attention_mask.cpu())
+    return packing if attention_mask.device.type == "cpu" else packing.to(attention_mask.device)
+
+
+def _layout(attention_mask: torch.Tensor) -> Packing:
     lengths = attention_mask.sum(-1)
     by_length = lengths.argsort(stable=True)
     rows, columns = attention_mask[by_length].nonzero(as_tuple=True)
@@ -111,7 +153,9 @@ def pack(attention_mask: torch.Tensor) -> Packing:
         groups.append(Group(start, start + len(number), count, longest, places))
         positions.append(number)
         start += len(number)
-    return Packing(order, torch.cat(positions) if positions else order, groups, starts, lengths)
+    bounds = F.pad(filled[filled > 0].cumsum(0), (1, 0))
+    grouped = Groups(groups, bounds, int(lengths.max()) if len(lengths) else 0)
+    return Packing(order, torch.cat(positions) if positions else order, grouped, starts, lengths)
 
 
 def _chunks(lengths: torch.Tensor) -> list[torch.Tensor]:
@@ -131,7 +175,7 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    packed_groups: list[Group] | None = None,
+    packed_groups: Groups | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each sequence of a packed row; transformers' own where no row is packed.
@@ -155,7 +199,7 @@ def attend(
     key: torch.Tensor,
     value: torch.Tensor,
     width: int,
-    groups: list[Group],
+    groups: Groups,
     dropout: float = 0.0,
     scaling: float | None = None,
 ) -> torch.Tensor:
@@ -171,6 +215,8 @@ def attend(
     Returns:
         ``(T, H * width)``.
     """
+    if uses_varlen(query) and not dropout and groups:
+        return _varlen(query, key, value, width, groups, scaling)
     sizes = [group.stop - group.start for group in groups]
     # Split once: the backward pass of a split is one concatenation, that of a slice a tensor of zeros each.
     flat = [x.split(sizes) for x in (query, key, value)]
@@ -187,6 +233,44 @@ def attend(
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
+def varlen_kernel():
+    """torch's flash attention for sequences of different lengths (2.10 and later), or ``None``."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+def uses_varlen(query: torch.Tensor) -> bool:
+    """Whether that kernel is there for these values: on CUDA, in half precision."""
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and varlen_kernel() is not None
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    width: int,
+    groups: Groups,
+    scaling: float | None,
+) -> torch.Tensor:
+    """`attend` in one call."""
+    heads = [x.view(len(x), -1, width) for x in (query, key, value)]
+    out = varlen_kernel()(
+        *heads,
+        groups.bounds,
+        groups.bounds,
+        groups.longest,
+        groups.longest,
+        scale=scaling,
+        # Everything before, nothing after: causal.
+        window_size=(-1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.reshape(len(query), -1)
+
+
 AttentionInterface.register(NAME, packed_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
@@ -196,8 +280,6 @@ def can_pack(model: PreTrainedModel) -> bool:
 
     Sliding windows, soft caps and attention sinks need more than a causal mask; such models keep the padded pass.
     """
-    if next(model.parameters()).is_cuda:
-        return False
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
     plain = set(kinds) == {"full_attention"} and not getattr(config, "attn_logit_softcapping", None)

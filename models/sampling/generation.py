@@ -13,12 +13,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.models.passes.logprobs import rows_logprobs
+from ppo_vs_dpo.models.passes.head import rows_logprobs
 from ppo_vs_dpo.models.passes.packed import can_pack
-from ppo_vs_dpo.models.sampling.kv_cache import ReservedCache
+from ppo_vs_dpo.models.sampling.kv_cache import ReservedCache, rows_that_fit
 
 # Prompts of similar length that are read together; each run is padded to its own longest.
 PROMPT_RUNS = 4
+# Tokens between two looks at which rows have ended, on an accelerator: a look makes the host wait for it.
+LOOK_EVERY = 8
 
 
 @dataclass
@@ -31,7 +33,7 @@ class SamplingConfig:
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set of tokens with this mass; 1 keeps all.
         stop_strings: a response also ends where one of these appears in its text.
-        batch_size: rows decoded at once.
+        batch_size: rows decoded at once, at most: on a GPU as many as its free memory takes.
     """
 
     max_new_tokens: int = 64
@@ -157,8 +159,10 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, len(order), sampling.batch_size):
-            rows = order[start : start + sampling.batch_size]
+        columns = max(map(len, prompt_ids), default=0) + sampling.max_new_tokens
+        size = rows_that_fit(model, columns, sampling.batch_size)
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
             batch = _generate_batch(
                 model,
                 [prompt_ids[r] for r in rows],
@@ -171,7 +175,7 @@ def generate(
             for row, generated in zip(rows, batch, strict=True):
                 results[row] = generated
             if progress is not None:
-                progress(min(start + sampling.batch_size, len(order)), len(order))
+                progress(min(start + size, len(order)), len(order))
     finally:
         model.train(was_training)
     return results
@@ -188,25 +192,28 @@ def _generate_batch(
     with_logprobs: bool,
 ) -> list[Generated]:
     device = next(model.parameters()).device
-    longest = max(map(len, prompts))
+    widths, most = [len(ids) for ids in prompts], sampling.max_new_tokens
+    longest, padded = max(widths), min(widths) < max(widths)
     input_ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
-    attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    uniforms = _uniforms(seeds, sampling.max_new_tokens).to(device)
+    attention_mask = torch.tensor([[0] * (longest - width) + [1] * width for width in widths], device=device)
+    uniforms = _uniforms(seeds, most).to(device)
     eos_tensor = torch.tensor(sorted(eos), device=device)
-    tokens = torch.zeros(len(prompts), sampling.max_new_tokens, dtype=torch.long, device=device)
+    tokens = torch.zeros(len(prompts), most, dtype=torch.long, device=device)
     # Log-probabilities and entropies.
     figures = torch.zeros(2, *tokens.shape, device=device) if with_logprobs else None
-    lengths = torch.full((len(prompts),), sampling.max_new_tokens, device=device)
+    lengths = torch.full((len(prompts),), most, device=device)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    alive = torch.arange(len(prompts), device=device)
-    cache = ReservedCache(model.config)
-    logits = _read_prompts(model, input_ids, attention_mask, cache)
+    # The rows that are still decoded: their numbers, whether they have ended since the last look, and where.
+    alive, over, length = torch.arange(len(prompts), device=device), finished.clone(), lengths.clone()
+    every = _look_every(device, sampling)
+    # The last token is not read.
+    cache = ReservedCache(model.config, capacity=longest + most - 1)
+    logits = _read_prompts(model, input_ids, attention_mask, widths, cache)
     position_ids = attention_mask.sum(-1, keepdim=True)
     # Room for the masks of all steps: a step looks at the columns so far.
-    attention_mask = torch.nn.functional.pad(attention_mask, (0, sampling.max_new_tokens), value=1)
-    padded = bool((attention_mask == 0).any())
+    attention_mask = torch.nn.functional.pad(attention_mask, (0, most), value=1)
 
-    for step in range(sampling.max_new_tokens):
+    for step in range(most):
         picked = pick_tokens(logits, uniforms[alive, step], sampling)
         tokens[alive, step] = picked
         if figures is not None:
@@ -216,17 +223,21 @@ def _generate_batch(
             texts = tokenizer.batch_decode(tokens[alive, : step + 1], skip_special_tokens=True)
             stopped = [any(stop in text for stop in sampling.stop_strings) for text in texts]
             ended |= torch.tensor(stopped, device=device)
-        if ended.any():
-            done = alive[ended]
-            finished[done] = True
-            lengths[done] = step + 1
-            keep = _close_gaps(ended)
-            if keep.numel() == 0:
-                break
-            alive, picked = alive[keep], picked[keep]
-            attention_mask, position_ids = attention_mask[keep], position_ids[keep]
-            cache.batch_select_indices(keep)
-        if step + 1 < sampling.max_new_tokens:
+        # What a row samples after its end is cut off below.
+        length = torch.where(ended & ~over, step + 1, length)
+        over = over | ended
+        last = step + 1 == most
+        if last or (step + 1) % every == 0:
+            finished[alive], lengths[alive] = over, length
+            gone = [] if last else over.tolist()
+            if any(gone):
+                rows = _close_gaps(gone)
+                if not rows:
+                    break
+                keep = cache.keep(rows, device)
+                alive, picked, over, length = alive[keep], picked[keep], over[keep], length[keep]
+                attention_mask, position_ids = attention_mask[keep], position_ids[keep]
+        if not last:
             logits = model(
                 input_ids=picked[:, None],
                 attention_mask=_step_mask(model, cache, attention_mask[:, : longest + step + 1], padded),
@@ -245,27 +256,35 @@ def _generate_batch(
     return completions
 
 
-def _close_gaps(ended: torch.Tensor) -> torch.Tensor:
-    """Rows that stay, ``(n,)``: each in its place but for the last ones, which fill the gaps of those that ended."""
-    left = (~ended).nonzero().squeeze(-1)
-    keep = torch.arange(len(left), device=ended.device)
-    keep[ended[: len(left)]] = left[left >= len(left)]
-    return keep
+def _look_every(device: torch.device, sampling: SamplingConfig) -> int:
+    """Tokens between two looks: a text is looked at on the host anyway, and a CPU does not wait for itself."""
+    return 1 if sampling.stop_strings or device.type == "cpu" else LOOK_EVERY
+
+
+def _close_gaps(gone: list[bool]) -> list[int]:
+    """Rows that stay: each in its place but for the last ones, which fill the gaps of those that are gone."""
+    left = [row for row, ended in enumerate(gone) if not ended]
+    late = iter(row for row in left if row >= len(left))
+    return [next(late) if gone[place] else place for place in range(len(left))]
 
 
 def _read_prompts(
-    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, cache: ReservedCache
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    widths: list[int],
+    cache: ReservedCache,
 ) -> torch.Tensor:
     """Fill the cache with left-padded prompts ``(B, P)``, shortest first; logits ``(B, V)`` of the first token."""
-    lengths = attention_mask.sum(-1)
-    runs = torch.arange(len(lengths), device=lengths.device).chunk(PROMPT_RUNS if cache.reserves else 1)
-    if lengths[0] == lengths[-1]:
-        runs = [torch.arange(len(lengths), device=lengths.device)]
+    count = len(widths)
+    runs = PROMPT_RUNS if cache.reserves and widths[0] != widths[-1] else 1
+    size = -(-count // runs)
     logits = []
-    for rows in runs:
-        width = int(lengths[rows].max())
+    for start in range(0, count, size):
+        rows = slice(start, min(start + size, count))
+        width = max(widths[rows])
         mask = attention_mask[rows, -width:]
-        with cache.reading(rows, len(lengths), input_ids.shape[1]) as part:
+        with cache.reading(rows, count, input_ids.shape[1]) as part:
             output = model(
                 input_ids=input_ids[rows, -width:],
                 attention_mask=mask,

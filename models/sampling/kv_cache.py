@@ -1,26 +1,37 @@
 """The key-value cache of generation: memory reserved ahead, written in place, rows removed by closing gaps.
 
 transformers' ``DynamicCache`` copies all keys and values at every token (a concatenation a layer), and again whenever
-a row leaves. Here a token is one small write, and a row that leaves costs one row's copy.
+a row leaves. Here a token is one small write, and a row that leaves costs one row's copy. How long a row can get is
+known before the first token, so what is reserved is what is needed, and nothing is ever copied to grow.
 """
 
 import contextlib
 from collections.abc import Iterator
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+
+# Share of the device's free memory that one batch of rows may take: the rest is for the steps themselves.
+SHARE = 0.8
+# Bytes of a vocabulary entry and row while a token is picked: fp32 logits, and their distribution in fp64 twice.
+PICKING = 24
 
 
 class ReservedLayer(DynamicLayer):
-    """Keys and values ``(B, H, L, D)`` of one layer: the front of a larger tensor."""
+    """Keys and values ``(B, H, L, D)`` of one layer: the front of a larger tensor.
 
-    def __init__(self):
+    Args:
+        capacity: columns to reserve; ``None`` where nobody knows.
+    """
+
+    def __init__(self, capacity: int | None = None):
         super().__init__()
+        self.capacity = capacity
         self.room: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def put(self, rows: torch.Tensor, batch: int, length: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Place what a prompt left, ``(len(rows), H, l, D)``, in the last ``l`` of the first ``length`` columns."""
+    def put(self, rows: slice, batch: int, length: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Place what prompts left, ``(n, H, l, D)``, in the last ``l`` of the first ``length`` columns of ``rows``."""
         if self.room is None:
             self._reserve(batch, length, keys, values)
             self._show(batch, length)
@@ -48,15 +59,19 @@ class ReservedLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows, in this order; a row that stays in its place is not touched."""
-        length = self.get_seq_length()
         moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero().squeeze(-1)
+        self.keep(len(indices), moved, indices[moved])
+
+    def keep(self, rows: int, moved: torch.Tensor, sources: torch.Tensor) -> None:
+        """Keep the first ``rows``, after the rows ``sources`` have taken the places ``moved``."""
+        length = self.get_seq_length()
         for room in self.room:
-            room[moved, :, :length] = room[indices[moved], :, :length]
-        self._show(len(indices), length)
+            room[moved, :, :length] = room[sources, :, :length]
+        self._show(rows, length)
 
     def _reserve(self, batch: int, length: int, *like: torch.Tensor) -> None:
-        """Room for half as many columns again (at least 64): growing costs a copy, and seldom happens."""
-        room = length + max(64, length // 2)
+        """Room for all that comes; where that is not known, for half as many columns again (at least 64)."""
+        room = length + max(64, length // 2) if self.capacity is None else max(length, self.capacity)
         self.room = tuple(x.new_empty(batch, x.shape[1], room, x.shape[3]) for x in like)
         self.dtype, self.device, self.is_initialized = like[0].dtype, like[0].device, True
 
@@ -67,22 +82,43 @@ class ReservedLayer(DynamicLayer):
 class ReservedCache(DynamicCache):
     """transformers' cache for a model, with `ReservedLayer` wherever a layer attends to everything.
 
+    Args:
+        config: of the model.
+        capacity: columns that a row can get; ``None`` where nobody knows.
+
     Attributes:
         reserves: whether all layers do; else (sliding windows, recurrent layers) those keep transformers' own.
     """
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(self, config: PreTrainedConfig, capacity: int | None = None):
         super().__init__(config=config)
-        self.layers = [ReservedLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
+        self.layers = [ReservedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in self.layers]
         self.config = config
         self.reserves = bool(self.layers) and all(isinstance(layer, ReservedLayer) for layer in self.layers)
 
+    def keep(self, rows: list[int], device: torch.device) -> torch.Tensor:
+        """Keep these rows, in this order, of all layers at once.
+
+        Returns:
+            ``rows`` on the device.
+        """
+        moved = [place for place, row in enumerate(rows) if place != row]
+        # One copy to the device, whatever the number of layers.
+        both = torch.tensor([*rows, *moved], device=device)
+        kept, places = both[: len(rows)], both[len(rows) :]
+        for layer in self.layers:
+            if isinstance(layer, ReservedLayer):
+                layer.keep(len(rows), places, kept[places])
+            else:
+                layer.batch_select_indices(kept)
+        return kept
+
     @contextlib.contextmanager
-    def reading(self, rows: torch.Tensor, batch: int, length: int) -> Iterator[DynamicCache]:
+    def reading(self, rows: slice, batch: int, length: int) -> Iterator[DynamicCache]:
         """A cache to read the prompts of some ``rows`` with; they are in this one afterwards, flush on the right.
 
         Args:
-            rows: ``(n,)`` which of the ``batch`` rows.
+            rows: which of the ``batch`` rows.
             batch: rows of this cache.
             length: columns of this cache.
         """
@@ -94,3 +130,38 @@ class ReservedCache(DynamicCache):
         for layer, read in zip(self.layers, part.layers, strict=True):
             layer.put(rows, batch, length, read.keys, read.values)
             read.reset()
+
+
+def row_bytes(config: PreTrainedConfig, columns: int, dtype: torch.dtype) -> int:
+    """Bytes that decoding takes for one row: keys and values of all layers, and one row of logits."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * width * columns * dtype.itemsize + text.vocab_size * PICKING
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of a device that nobody holds; ``None`` where it is not to be budgeted (a CPU's, a pretended one's)."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def rows_that_fit(model: PreTrainedModel, columns: int, wanted: int) -> int:
+    """Rows decoded at once: those wanted, or as many as the device's free memory takes; at least one.
+
+    Which rows share a batch changes nothing but rounding, so the limit needs no setting.
+
+    Args:
+        model: a causal language model.
+        columns: tokens of the longest row.
+        wanted: rows.
+    """
+    parameter = next(model.parameters())
+    free = free_bytes(parameter.device)
+    if free is None:
+        return wanted
+    kind = parameter.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
+    return max(1, min(wanted, int(SHARE * free) // row_bytes(model.config, columns, dtype)))

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.models.sharding.watch import PATIENCE, watched
 
 
 def deepspeed_settings(context: StageContext) -> dict[str, Any] | None:
@@ -49,7 +50,7 @@ def start_deepspeed(use_cpu: bool, timeout: float | None = None) -> None:
 
     Args:
         use_cpu: train on the CPU.
-        timeout: seconds a collective may take; half an hour where nothing is said.
+        timeout: seconds a collective may take; `PATIENCE` where nothing is said (DeepSpeed's own default is a third).
 
     Raises:
         UserError: DeepSpeed is not installed.
@@ -68,22 +69,27 @@ def start_deepspeed(use_cpu: bool, timeout: float | None = None) -> None:
         compatible = getattr(deepspeed.ops, "__compatible_ops__", {})
         if "deepspeed_shm_comm" in compatible:
             compatible["deepspeed_shm_comm"] = False
-    patience = {} if timeout is None else {"timeout": datetime.timedelta(seconds=timeout)}
-    deepspeed.init_distributed(dist_backend="gloo" if use_cpu else None, verbose=False, **patience)
+    patience = datetime.timedelta(seconds=PATIENCE if timeout is None else timeout)
+    deepspeed.init_distributed(dist_backend="gloo" if use_cpu else None, verbose=False, timeout=patience)
 
 
 @contextlib.contextmanager
-def named_step(name: Callable[[], str]) -> Iterator[None]:
+def named_step(name: Callable[[], str], patience: float = PATIENCE) -> Iterator[None]:
     """What the ranks do together inside the block: one that waits in vain says so under this name.
 
+    gloo's collectives raise when they time out. NCCL's watchdog ends the process from another thread, and no line of
+    Python sees it: so a thread of our own says where this rank stands shortly before (`models.sharding.watch`).
+
     Args:
-        name: asked only when a collective has timed out (``ddp_timeout`` seconds).
+        name: of what is under way; it changes as the work goes on.
+        patience: seconds a collective may take (``ddp_timeout``).
 
     Raises:
         UserError: in place of the backend's error.
     """
     try:
-        yield
+        with watched(name, patience):
+            yield
     except RuntimeError as error:
         # gloo: "Timed out waiting 1800000ms for recv operation"; NCCL: "Watchdog caught collective operation timeout".
         if not re.search(r"timed out|timeout", str(error), re.IGNORECASE):

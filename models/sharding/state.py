@@ -9,6 +9,7 @@ The flat partitions that DeepSpeed keeps are its internals; they are reached in 
 """
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -86,26 +87,58 @@ def _shape(parameter: torch.nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def _read(folder: Path, index: dict[str, Any]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Name, and weight and moments, of each trained parameter in turn."""
-    opened: dict[str, Any] = {}
-    for name, entry in index["parameters"].items():
-        path = folder / entry["file"]
+class Saved:
+    """The files of a saved state; tensors are read when they are asked for, and no more of them than is needed.
+
+    Raises:
+        UserError: a file is missing or torn (its size is not what its header says), or lacks a tensor.
+    """
+
+    def __init__(self, folder: Path, index: dict[str, Any]):
+        self.folder, self.index = folder, index
+        self.files: dict[str, Any] = {}
+        for name, entry in index["parameters"].items():
+            with self._named(entry["file"]):
+                if entry["file"] not in self.files:
+                    self.files[entry["file"]] = safe_open(folder / entry["file"], "pt")
+                for key in (WEIGHT, *index["moments"]):
+                    self.files[entry["file"]].get_slice(f"{name}:{key}")
+
+    @contextlib.contextmanager
+    def _named(self, file: str) -> Iterator[None]:
         try:
-            if entry["file"] not in opened:
-                opened[entry["file"]] = safe_open(path, "pt")
-            tensors = {key: opened[entry["file"]].get_tensor(f"{name}:{key}") for key in (WEIGHT, *index["moments"])}
+            yield
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"{folder} is not complete: {entry['file']}, the part of rank {entry['file'][8:-12]} of "
-                f"{index['ranks']}, cannot be read ({str(error).splitlines()[0]}). If ranks write to disks of their "
-                f"own, bring their files together. Else delete this checkpoint: the run goes on from the one before."
+                f"{self.folder} is not complete: {file}, the part of rank {file[8:-12]} of {self.index['ranks']}, "
+                f"cannot be read ({str(error).splitlines()[0]}). If ranks write to disks of their own, bring their "
+                f"files together. Else delete this checkpoint: the run goes on from the one before."
             ) from error
-        yield name, tensors
+
+    def whole(self, name: str, key: str) -> torch.Tensor:
+        """A parameter's weight, or one of its moments."""
+        file = self.index["parameters"][name]["file"]
+        with self._named(file):
+            return self.files[file].get_tensor(f"{name}:{key}")
+
+    def piece(self, name: str, key: str, start: int, size: int) -> torch.Tensor:
+        """``(size,)`` entries of one from ``start`` on, in its flat order; zeros after its end."""
+        entry = self.index["parameters"][name]
+        shape = entry["shape"] or [1]
+        width = math.prod(shape[1:])
+        stop = min(start + size, math.prod(shape))
+        if start >= stop:
+            return torch.zeros(size)
+        with self._named(entry["file"]):
+            # Whole rows of the first dimension: what lies between is all that is read.
+            tensor = self.files[entry["file"]].get_slice(f"{name}:{key}")
+            rows = tensor[start // width : -(-stop // width)] if entry["shape"] else tensor[:]
+        rows = rows.flatten()[start % width :][: stop - start]
+        return torch.nn.functional.pad(rows, (0, size - len(rows)))
 
 
-def check_trained(engine: torch.nn.Module, folder: Path) -> dict[str, Any]:
-    """The index of a saved state, found to be of this engine's model and complete.
+def check_trained(engine: torch.nn.Module, folder: Path) -> "Saved":
+    """A saved state, found to be of this engine's model and complete.
 
     Raises:
         UserError: a file is missing or torn, or another model was trained.
@@ -120,9 +153,7 @@ def check_trained(engine: torch.nn.Module, folder: Path) -> dict[str, Any]:
                 f"{here.get(name) or 'not'} here (shapes of trained parameters). Start in an empty folder, or go on "
                 f"with the model it was made with."
             )
-    for _ in _read(folder, index):
-        pass
-    return index
+    return Saved(folder, index)
 
 
 @torch.no_grad()
@@ -137,25 +168,45 @@ def load_trained(engine: torch.nn.Module, folder: Path, optimizer_too: bool = Tr
     Raises:
         UserError: see `check_trained`; nothing has been changed then.
     """
-    index = check_trained(engine, folder)
+    saved = check_trained(engine, folder)
+    index = saved.index
     optimizer, flat = _partitions(engine)
     moments = index["moments"] if optimizer_too else []
     if moments:
         for partition in flat:
-            state = {key: torch.zeros_like(partition) for key in moments}
-            scalars = {key: torch.tensor(value, dtype=torch.float32) for key, value in index["scalars"].items()}
-            optimizer.state[partition] = {**scalars, **state}
+            optimizer.state[partition] = empty_state(optimizer.param_groups[0], partition, index)
         _link_moments(engine)
     if optimizer_too:
-        for group, saved in zip(optimizer.param_groups, index["groups"], strict=True):
-            group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
-    trained = _trained(engine)
-    for name, tensors in _read(folder, index):
-        parameter = trained[name]
+        for group, there in zip(optimizer.param_groups, index["groups"], strict=True):
+            group.update({k: tuple(v) if isinstance(v, list) else v for k, v in there.items()})
+    for name, parameter in _trained(engine).items():
+        in_pieces = is_sharded(parameter) and not getattr(parameter, "ds_persist", False)
+        if in_pieces:
+            # Each rank reads its own piece, and the weights are whole nowhere.
+            size = parameter.ds_tensor.numel()
+            place = (size * torch.distributed.get_rank(), size)
+            weight = saved.piece(name, WEIGHT, *place)
+            parameter.ds_tensor.copy_(weight)
+            for key in (None, *moments):
+                _put_piece(parameter, weight if key is None else saved.piece(name, key, *place), key)
+            continue
+        weight = saved.whole(name, WEIGHT)
         with whole([parameter]):
-            parameter.copy_(tensors[WEIGHT].view(_shape(parameter)))
+            parameter.copy_(weight.view(_shape(parameter)))
         for key in (None, *moments):
-            _put(parameter, tensors[key or WEIGHT], key)
+            _put(parameter, weight if key is None else saved.whole(name, key), key)
+
+
+def empty_state(group: dict[str, Any], partition: torch.Tensor, index: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The optimizer's state of a partition: moments of zeros, and saved scalars where the optimizer reads them.
+
+    A fused or capturable step reads its number on the device; torch moves it there when it loads a state itself, and
+    nobody does when it is put in by hand. The others keep it on the host.
+    """
+    on_device = group.get("fused") or group.get("capturable")
+    place = partition.device if on_device else torch.device("cpu")
+    scalars = {k: torch.tensor(v, dtype=torch.float32, device=place) for k, v in index["scalars"].items()}
+    return {**scalars, **{key: torch.zeros_like(partition) for key in index["moments"]}}
 
 
 def keep_written(parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -169,12 +220,7 @@ def keep_written(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 def _put(parameter: torch.nn.Parameter, value: torch.Tensor, key: str | None) -> None:
     """This rank's piece of a whole fp32 weight or moment."""
-    from deepspeed.utils import (
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
-        safe_set_local_fp32_param,
-        safe_set_local_optimizer_state,
-    )
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     if not is_sharded(parameter):
         arguments = (parameter, value) if key is None else (parameter, value, key)
@@ -183,7 +229,13 @@ def _put(parameter: torch.nn.Parameter, value: torch.Tensor, key: str | None) ->
     rank, size = torch.distributed.get_rank(), parameter.ds_tensor.numel()
     # The last rank's piece is filled up with zeros.
     flat = torch.nn.functional.pad(value.flatten(), (0, size * torch.distributed.get_world_size() - value.numel()))
-    piece = flat[size * rank : size * (rank + 1)]
+    _put_piece(parameter, flat[size * rank : size * (rank + 1)], key)
+
+
+def _put_piece(parameter: torch.nn.Parameter, piece: torch.Tensor, key: str | None) -> None:
+    """A piece of an fp32 weight or moment, where ZeRO-3 keeps this rank's."""
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
     if key is None:
         safe_set_local_fp32_param(parameter, piece)
     else:

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
+from ppo_vs_dpo.models.passes.head import Logprobs
 from ppo_vs_dpo.models.passes.logprobs import (
-    _Logprobs,
     full_kl,
     pad_batch,
     response_logprobs,
@@ -50,7 +50,8 @@ def test_chunks_and_checkpointing_change_nothing(tiny_llama, monkeypatch):
         return logprobs.detach(), model.lm_head.weight.grad.clone()
 
     whole = value_and_gradient()
-    monkeypatch.setattr("ppo_vs_dpo.models.passes.logprobs.ROWS", 2)
+    monkeypatch.setattr("ppo_vs_dpo.models.passes.head.ROWS", 2)
+    monkeypatch.setattr("ppo_vs_dpo.models.passes.head.PIECE", 1)
     for chunked, expected in zip(value_and_gradient(), whole, strict=True):
         torch.testing.assert_close(chunked, expected, atol=1e-6, rtol=1e-6)
 
@@ -59,7 +60,7 @@ def test_chunks_and_checkpointing_change_nothing(tiny_llama, monkeypatch):
 @pytest.mark.parametrize("piece", [7, 1 << 18])
 def test_log_softmax_in_place_equals_torchs(monkeypatch, temperature, piece):
     """Values and gradients against the plain formula in double precision; some probabilities underflow."""
-    monkeypatch.setattr("ppo_vs_dpo.models.passes.logprobs.PIECE", piece)
+    monkeypatch.setattr("ppo_vs_dpo.models.passes.head.CACHED", piece)
     torch.manual_seed(0)
     states, head = torch.randn(9, 6), torch.nn.Linear(6, 5)
     head.weight.data *= torch.tensor([1.0, 1.0, 1.0, 60.0, 60.0])[:, None]
@@ -72,7 +73,7 @@ def test_log_softmax_in_place_equals_torchs(monkeypatch, temperature, piece):
         return out.detach().double(), inputs.grad.double(), layer.weight.grad.double()
 
     exact = run(lambda x: (x / temperature).log_softmax(-1)[range(9), tokens], torch.double)
-    ours = run(lambda x: _Logprobs.apply(x, tokens, temperature), torch.float)
+    ours = run(lambda x: Logprobs.apply(x, tokens, temperature), torch.float)
     assert exact[0].min() < -100
     for mine, expected in zip(ours, exact, strict=True):
         torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
@@ -80,7 +81,7 @@ def test_log_softmax_in_place_equals_torchs(monkeypatch, temperature, piece):
 
 def test_log_softmax_in_place_can_be_differentiated_once():
     logits = torch.randn(3, 4, requires_grad=True)
-    out = _Logprobs.apply(logits * 1.0, torch.tensor([0, 1, 2]), 1.0).sum()
+    out = Logprobs.apply(logits * 1.0, torch.tensor([0, 1, 2]), 1.0).sum()
     out.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="once"):
         out.backward()

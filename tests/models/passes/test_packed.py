@@ -1,10 +1,13 @@
 """The packed pass equals the padded one: values and gradients, with and without grouped queries and checkpointing."""
 
+import itertools
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ppo_vs_dpo.models.passes.logprobs import full_kl, pad_batch, response_logprobs, response_values, sequence_scores
-from ppo_vs_dpo.models.passes.packed import GROUPS, can_pack, pack
+from ppo_vs_dpo.models.passes.packed import GROUPS, can_pack, pack, uses_varlen, varlen_kernel
 
 torch.manual_seed(0)
 PROMPTS = [torch.randint(3, 20, (n,)).tolist() for n in (3, 2, 7, 3, 1, 5, 2, 2)]
@@ -126,3 +129,89 @@ def test_other_architectures(architecture, monkeypatch):
             logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].float()
             expected = logits.log_softmax(-1)[range(len(response)), response]
             torch.testing.assert_close(logprobs[row, : len(response)], expected, atol=3e-6, rtol=0)
+
+
+class Nested(torch.Tensor):
+    """A CPU tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+def reference_kernel(query, key, value, bounds, bounds_k, longest, longest_k, *, scale, window_size, enable_gqa):
+    """What torch's varlen attention is documented to do, one sequence at a time; checks what it is given."""
+    assert bounds.dtype == torch.int32
+    assert torch.equal(bounds, bounds_k)
+    assert window_size == (-1, 0)
+    assert longest == longest_k == int(bounds.diff().max())
+    assert (int(bounds[0]), int(bounds[-1])) == (0, len(query))
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    pieces = []
+    for start, stop in itertools.pairwise(bounds.tolist()):
+        heads = [x[start:stop].transpose(0, 1)[None] for x in (query, key, value)]
+        out = F.scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=enable_gqa)
+        pieces.append(out[0].transpose(0, 1))
+    return torch.cat(pieces)
+
+
+@pytest.mark.parametrize("heads", [2, 1])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_kernel_for_all_lengths(tiny_llama, monkeypatch, heads, checkpointing):
+    """Where a GPU's kernel takes sequences of all lengths at once, it gets the right bounds: the groups' results."""
+    model = tiny_llama(num_key_value_heads=heads)
+    if checkpointing:
+        model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = pad_batch(PROMPTS, RESPONSES, 0)
+    calls = []
+
+    def compute():
+        model.zero_grad()
+        logprobs = response_logprobs(model, batch)[0]
+        logprobs.pow(2).sum().backward()
+        return [logprobs.detach(), *[p.grad.clone() for p in model.parameters()]]
+
+    def kernel():
+        calls.append(1)
+        return lambda *args, **kwargs: reference_kernel(*args[:3], args[3].int(), args[4].int(), *args[5:], **kwargs)
+
+    expected = compute()
+    monkeypatch.setattr("ppo_vs_dpo.models.passes.packed.uses_varlen", lambda query: True)
+    monkeypatch.setattr("ppo_vs_dpo.models.passes.packed.varlen_kernel", kernel)
+    for got, wanted in zip(compute(), expected, strict=True):
+        assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp_min(1)
+    assert len(calls) == 2 * (1 + checkpointing)
+
+
+def test_the_kernel_is_for_half_precision_on_cuda():
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert varlen_kernel() is varlen_attn
+    query = torch.zeros(2, 4, dtype=torch.bfloat16)
+    assert not uses_varlen(query)
+    assert uses_varlen(query.as_subclass(Nested))
+    assert not uses_varlen(query.float().as_subclass(Nested))
+
+
+def kept_bytes(model, batch) -> int:
+    """Bytes that a forward pass keeps for its backward pass, parameters aside."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen: dict[int, int] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        response_logprobs(model, batch)[0].sum()
+    return sum(seen.values())
+
+
+def test_checkpointing_saves_memory_on_packed_rows(tiny_llama):
+    """Of ten layers a third is kept at most; the kind of checkpoint makes no difference."""
+    batch = pad_batch([[5] * n for n in (20, 25, 30, 22)], [[7] * n for n in (6, 9, 4, 8)], 0)
+    model = tiny_llama(num_hidden_layers=10).train()
+    plain = kept_bytes(model, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert kept_bytes(model, batch) < plain / 3

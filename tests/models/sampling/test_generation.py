@@ -16,7 +16,7 @@ from transformers import (
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.passes.logprobs import pad_batch, response_logprobs
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate, pick_tokens, row_seed
-from ppo_vs_dpo.models.sampling.kv_cache import ReservedCache
+from ppo_vs_dpo.models.sampling.kv_cache import SHARE, ReservedCache, ReservedLayer, row_bytes, rows_that_fit
 
 SMALL = {
     "vocab_size": 20, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -88,6 +88,61 @@ def test_equal_to_one_row_without_a_cache(tiny_llama, model_type, lengths):
     drawn = draw(model, prompts, range(16), max_new_tokens=budget)
     assert [g.token_ids for g in drawn] == [plainly(model, p, s, budget) for s, p in enumerate(prompts)]
     assert len({len(g.token_ids) for g in drawn}) > 1
+
+
+@pytest.mark.parametrize("every", [3, 8])
+def test_looking_seldom_changes_nothing(tiny_llama, monkeypatch, every):
+    """An accelerator is asked which rows have ended once in a while; what they sample after their end is cut off."""
+    model = tiny_llama(seed=3, initializer_range=0.2)
+    prompts, seeds = PROMPTS * 4, range(16)
+
+    def completions():
+        sampling = SamplingConfig(21)
+        return generate(model, prompts, sampling, eos_token_ids=[2], seeds=seeds, with_logprobs=True)
+
+    each = completions()
+    monkeypatch.setattr("ppo_vs_dpo.models.sampling.generation._look_every", lambda *_: every)
+    seldom = completions()
+    assert [(g.token_ids, g.finished) for g in seldom] == [(g.token_ids, g.finished) for g in each]
+    assert len({len(g.token_ids) for g in each}) > 4
+    assert any(g.finished and len(g.token_ids) % every for g in each)
+    for one, other in zip(each, seldom, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+
+
+def test_what_is_reserved_is_what_is_needed(tiny_llama, monkeypatch):
+    """One reservation a layer, of the columns that the longest row can get: nothing is copied to grow."""
+    reserved = []
+    reserve = ReservedLayer._reserve
+
+    def noted(self, *args):
+        reserve(self, *args)
+        reserved.append(tuple(self.room[0].shape))
+
+    monkeypatch.setattr(ReservedLayer, "_reserve", noted)
+    model = tiny_llama(seed=3, max_position_embeddings=512)
+    generate(model, [[1, 5, 6], [1, 7]], SamplingConfig(150), eos_token_ids=[99], seeds=[1, 2])
+    assert reserved == [(2, 2, 3 + 150 - 1, 8)] * 2
+
+
+def test_rows_are_cut_to_the_free_memory(tiny_llama, monkeypatch):
+    model, prompts = tiny_llama(seed=3), PROMPTS * 4
+    # 2 layers x (keys, values) x 2 heads x 8 wide x 30 columns x 4 bytes, and 20 logits at 24 bytes.
+    assert row_bytes(model.config, 30, torch.float32) == 2 * 2 * 2 * 8 * 30 * 4 + 20 * 24
+    free = draw(model, prompts, range(16), max_new_tokens=20)
+    columns = max(map(len, prompts)) + 20
+    per_row = row_bytes(model.config, columns, torch.float32)
+    monkeypatch.setattr("ppo_vs_dpo.models.sampling.kv_cache.free_bytes", lambda device: int(5.5 * per_row / SHARE))
+    assert rows_that_fit(model, columns, 256) == 5
+    assert rows_that_fit(model, columns, 3) == 3
+    with torch.autocast("cpu", torch.bfloat16):
+        assert rows_that_fit(model, columns, 256) > 5
+    done = []
+    cut = generate(
+        model, prompts, SamplingConfig(20), eos_token_ids=[2], seeds=range(16), progress=lambda n, _: done.append(n)
+    )
+    assert done == [5, 10, 15, 16]
+    assert [g.token_ids for g in cut] == [g.token_ids for g in free]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -1,0 +1,80 @@
+"""Ranks that wait for one another: a word before a collective gives up, and a meeting that never does."""
+
+import contextlib
+import faulthandler
+import itertools
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import torch.distributed as dist
+
+# Seconds that a collective may take: torch's half an hour, everywhere.
+PATIENCE = 1800.0
+# So many seconds before, a rank says what it is doing.
+BEFORE = 30.0
+_meetings = itertools.count()
+
+
+def ranks() -> int:
+    """How many processes work together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def watched(name: Callable[[], str], patience: float) -> Iterator[None]:
+    """While the block runs on several ranks: a step that lasts nearly as long as a collective may is named on stderr.
+
+    Args:
+        name: of the step under way; asked from another thread, and a new answer is a new step.
+        patience: seconds a collective may take.
+    """
+    if ranks() == 1:
+        yield
+        return
+    if not faulthandler.is_enabled():
+        # Stacks of all threads where NCCL's watchdog ends the process.
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # no stderr of the system's own
+            faulthandler.enable()
+    allowed = max(patience - BEFORE, 0.75 * patience)
+    ended = threading.Event()
+
+    def watch() -> None:
+        now, since, said = name(), time.monotonic(), False
+        while not ended.wait(min(1.0, allowed / 20)):
+            if name() != now:
+                now, since, said = name(), time.monotonic(), False
+            elif not said and time.monotonic() - since > allowed:
+                said = True
+                sys.stderr.write(
+                    f"rank {os.environ.get('RANK', '0')} has been in this step for {allowed:.0f} s: {now}. A "
+                    f"collective is given up after {patience:.0f} s (ddp_timeout): the rank that names another step, "
+                    f"or none, is the one the others wait for.\n"
+                )
+                sys.stderr.flush()
+
+    thread = threading.Thread(target=watch, name="named step", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def meet(pause: float = 0.2) -> None:
+    """Wait for all ranks, however long one of them works alone (merging, saving): no collective is under way.
+
+    Args:
+        pause: seconds between two looks.
+    """
+    world = ranks()
+    if world == 1:
+        return
+    store, key = dist.distributed_c10d._get_default_store(), f"ppo_vs_dpo/meeting/{next(_meetings)}"
+    arrived = store.add(key, 1)
+    while arrived < world:
+        time.sleep(pause)
+        arrived = store.add(key, 0)

@@ -1,0 +1,82 @@
+"""A rank that stands still is named before a collective gives up; a meeting waits for whoever works alone."""
+
+import io
+import os
+import sys
+import time
+
+import pytest
+import torch
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.sharding import watch
+from ppo_vs_dpo.models.sharding.deepspeed import named_step
+from ppo_vs_dpo.models.sharding.watch import meet, watched
+from tests.ranks import on_ranks
+
+PATIENCE = 4.0
+
+
+class Timed(io.StringIO):
+    """What was written, and when first."""
+
+    first: float | None = None
+
+    def write(self, text: str) -> int:
+        self.first = self.first or time.monotonic()
+        return super().write(text)
+
+
+def stalled() -> tuple[float, float, str]:
+    """Rank 1 works alone for longer than rank 0 waits for it; seconds until it spoke and gave up, and what it said."""
+    sys.stderr, started, step = Timed(), time.monotonic(), ["before"]
+    try:
+        with named_step(lambda: f"test, {step[0]}", PATIENCE):
+            step[0] = "all_reduce"
+            if os.environ["RANK"] == "1":
+                time.sleep(1.6 * PATIENCE)
+            else:
+                torch.distributed.all_reduce(torch.ones(1))
+    except UserError as raised:
+        sys.stderr.write(str(raised))
+    return (sys.stderr.first or started) - started, time.monotonic() - started, sys.stderr.getvalue()
+
+
+def test_a_stalled_rank_is_named_before_the_collective_gives_up():
+    (named, gave_up, said), _ = on_ranks(2, stalled, timeout=PATIENCE, orderly=False)
+    assert 0.7 * PATIENCE < named < gave_up
+    assert gave_up > PATIENCE
+    assert "rank 0 has been in this step for 3 s: test, all_reduce" in said
+    assert said.count("has been in this step") == 1
+    assert "rank 0 waited in vain for another rank in this step: test, all_reduce" in said
+
+
+def test_steps_that_change_are_not_named(capsys, monkeypatch):
+    monkeypatch.setattr(watch, "ranks", lambda: 2)
+    step = iter(range(10_000))
+    with watched(lambda: str(next(step)), 0.4):
+        time.sleep(0.8)
+    assert "has been in this step" not in capsys.readouterr().err
+    with watched(lambda: "the same", 0.4):
+        time.sleep(0.8)
+    assert "the same" in capsys.readouterr().err
+
+
+def test_one_process_is_not_watched(capsys):
+    with watched(lambda: pytest.fail("asked"), 0.01):
+        time.sleep(0.1)
+    assert capsys.readouterr().err == ""
+
+
+def alone() -> float:
+    """Rank 0 works for twice as long as a collective may take, and the others wait."""
+    started = time.monotonic()
+    if os.environ["RANK"] == "0":
+        time.sleep(2.0)
+    meet(pause=0.05)
+    meet(pause=0.05)
+    return time.monotonic() - started
+
+
+def test_a_meeting_outlasts_a_collective():
+    assert all(2.0 <= seconds < 8 for seconds in on_ranks(2, alone, timeout=1.0, orderly=False))
