@@ -3,19 +3,18 @@
 import sys
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
-
 from ppo_vs_dpo.artifacts.errors import UserError, explain_os_error
 from ppo_vs_dpo.artifacts.run import STAGES
+from ppo_vs_dpo.pipeline.composing.words import with_experiment
 
 HELP = f"""\
 From preference pairs to a verdict: SFT, reward model, PPO, DPO, best-of-n, compared on the same pairs.
 
-  ppo-vs-dpo experiment=NAME [key=value ...]     run it; finished stages are skipped, interrupted ones resumed
-  ppo-vs-dpo -m experiment=NAME seed=1,2,3       one run for each value (Hydra's sweep)
+  ppo-vs-dpo NAME [key=value ...]                run an experiment; what is finished is skipped, the rest goes on
+  ppo-vs-dpo -m NAME seed=1,2,3                  one run for each value (Hydra's sweep)
   ppo-vs-dpo list                                the experiments, a line each
-  ppo-vs-dpo show experiment=NAME [key=value]    the resolved configuration, every key with its comment
-  ppo-vs-dpo plan experiment=NAME --gpus 8       memory for each role, time at best, and whether it fits
+  ppo-vs-dpo show NAME [key=value ...]           the resolved configuration, every key with its comment
+  ppo-vs-dpo plan NAME --gpus 8                  memory for each role, time at best, and whether it fits
   ppo-vs-dpo data inspect SOURCE                 what is in a preference data set, and what is wrong with it
   ppo-vs-dpo iterate RUN --rounds 3              iterative DPO: sample, score, pair, train, repeat, from a finished run
   ppo-vs-dpo compare RUN [RUN ...]               pool finished runs (seeds, sweeps) into one report
@@ -23,7 +22,7 @@ From preference pairs to a verdict: SFT, reward model, PPO, DPO, best-of-n, comp
 
 Often used
   stages=[ppo,compare]      only these of {", ".join(STAGES)}
-  seed=3  name=NAME  output_dir=DIR
+  seed=3  name=NAME  output_dir=DIR  report_to=wandb
   model=pretrained model.path=DIR_OR_HUB_NAME      data=files data.path=FILE
   ppo.kl_coef=0.1  dpo.beta=0.1  sft.learning_rate=1e-5     (any field of TRL's and transformers' argument classes)
   launch.workers=2          stages at once on this machine;  launch.processes=8: ranks of a training stage
@@ -31,6 +30,10 @@ Often used
 
 Each stage alone: python -m ppo_vs_dpo.reward_model RUN_FOLDER
 """
+
+COMMANDS = ("list", "show", "plan", "data", "iterate", "compare")
+# Commands with options, and a help, of their own.
+ASKED = ("plan", "data", "iterate", "compare")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -55,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def dispatch(arguments: list[str]) -> int:
     """Find out what is asked for and do it."""
-    if not arguments or arguments[0] in ("--help", "-h", "help"):
+    if not arguments or arguments[0] == "help" or (arguments[0] not in ASKED and {"--help", "-h"} & {*arguments}):
         sys.stdout.write(HELP)
         return 0
     if arguments[0] == "--version":
@@ -72,7 +75,7 @@ def dispatch(arguments: list[str]) -> int:
     if first == "show":
         from ppo_vs_dpo.pipeline.composing.show import show
 
-        sys.stdout.write(show(with_config_dir(rest)))
+        sys.stdout.write(show(with_experiment(with_config_dir(rest))))
         return 0
     if first == "data":
         if rest[:1] != ["inspect"]:
@@ -83,7 +86,7 @@ def dispatch(arguments: list[str]) -> int:
     if first == "plan":
         from ppo_vs_dpo.pipeline.planning.plan import main as plan
 
-        return plan(rest)
+        return plan(with_experiment(rest))
     if first == "iterate":
         from ppo_vs_dpo.preferences.recipes.iterative_dpo import main as iterate
 
@@ -93,11 +96,15 @@ def dispatch(arguments: list[str]) -> int:
 
         return compare_several(rest) or 0
     if first in ("-m", "--multirun"):
-        return sweep(with_config_dir(rest))
+        from ppo_vs_dpo.pipeline.sweep import sweep
+
+        return sweep(with_experiment(with_config_dir(rest)))
+    if first == "run":
+        first, arguments = next(iter(rest), ""), rest
     unknown = [item for item in arguments if item.startswith("-") and not item.startswith("--config-dir")]
     if unknown:
         raise UserError(f"unknown option {unknown[0]}. `ppo-vs-dpo --help` lists them.")
-    return run_one(with_config_dir(arguments))
+    return run_one(with_experiment(with_config_dir(arguments), COMMANDS))
 
 
 def with_config_dir(arguments: list[str]) -> list[str]:
@@ -126,40 +133,6 @@ def run_one(overrides: list[str]) -> int:
     from ppo_vs_dpo.pipeline.running.run import run_pipeline
 
     return run_pipeline(load(overrides))
-
-
-def sweep(overrides: list[str]) -> int:
-    """Run once for each combination of the swept values, by Hydra's sweeper and launcher."""
-    import hydra
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    from ppo_vs_dpo.pipeline.composing.compose import prepare_overrides
-    from ppo_vs_dpo.pipeline.composing.schema import CONFIGS
-
-    prepared = prepare_overrides(overrides)
-    # Runs are named after what differs between them; Hydra carries the rest to the jobs as keys to leave out.
-    fixed = [
-        one.key_or_group for one in OverridesParser.create().parse_overrides(prepared) if not one.is_sweep_override()
-    ]
-    leave_out = "hydra.job.config.override_dirname.exclude_keys=[" + ",".join(f"'{key}'" for key in fixed) + "]"
-    sys.argv = ["ppo-vs-dpo", "--multirun", *prepared, leave_out]
-    hydra.main(config_path=str(CONFIGS), config_name="config", version_base="1.3")(sweep_job)()
-    return 0
-
-
-def sweep_job(config: DictConfig) -> None:
-    """One job of a sweep; runs wherever Hydra's launcher puts it."""
-    from hydra.core.hydra_config import HydraConfig
-
-    from ppo_vs_dpo.pipeline.composing.compose import finish
-    from ppo_vs_dpo.pipeline.running.run import run_pipeline
-
-    hydra_config = HydraConfig.get()
-    OmegaConf.set_struct(config, False)
-    fixed = set(hydra_config.job.config.override_dirname.exclude_keys) - {"seed"}
-    naming = [one for one in hydra_config.overrides.task if one.lstrip("+").partition("=")[0] not in fixed]
-    resolved = finish(config, hydra_config.runtime.choices.get("experiment"), naming, multirun=True)
-    run_pipeline(resolved)
 
 
 if __name__ == "__main__":

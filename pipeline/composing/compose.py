@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -18,6 +18,7 @@ from ppo_vs_dpo.artifacts.run import STAGES
 from ppo_vs_dpo.artifacts.settings import nearest, refused_keys
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.pipeline.composing.schema import CONFIGS, PIPELINE_KEYS, SECTIONS, load_class, root_keys, section_keys
+from ppo_vs_dpo.pipeline.composing.words import everywhere, experiments, no_such_choice, tracker_problems
 from ppo_vs_dpo.preferences.config import data_class
 
 GROUPS = ("experiment", "model", "data", "sft", "reward_model", "dpo", "ppo", "compare", "judge", "deepspeed")
@@ -41,9 +42,12 @@ def prepare_overrides(overrides: list[str]) -> list[str]:
         UserError: something that is not an override, or unknown keys, each with the nearest valid one.
     """
     try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
+        parsed = OverridesParser.create().parse_overrides(everywhere(overrides))
     except HydraException as error:
-        raise UserError(f"cannot read the command line: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"cannot read the command line: {str(error).splitlines()[0]}. After the experiment's name, which stands "
+            f"first, all is key=value."
+        ) from None
     problems, prepared = [], []
     keys: dict[str, list[str]] = {}
     for override in parsed:
@@ -75,6 +79,19 @@ def _names_a_group(override: Override) -> bool:
     return not isinstance(override.value(), dict) and "." not in override.key_or_group
 
 
+def _is_swept(override: str) -> bool:
+    try:
+        return OverridesParser.create().parse_override(override).is_sweep_override()
+    except HydraException:
+        return False  # prepare_overrides says what is wrong with it
+
+
+def emptied_keys(overrides: list[str]) -> list[str]:
+    """Keys that were given as ``{}``: Hydra merges mappings, and merging nothing would change nothing."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    return [one.key_or_group for one in parsed if not one.is_sweep_override() and one.value() == {}]
+
+
 @contextlib.contextmanager
 def hydra_configs() -> Iterator[None]:
     """Hydra, looking into the project's configs/."""
@@ -96,6 +113,9 @@ def load(overrides: list[str], check_missing: bool = True) -> DictConfig:
     Raises:
         UserError: anything wrong with it; all unknown and missing keys at once.
     """
+    swept = [one for one in everywhere(overrides) if _is_swept(one)]
+    if swept:
+        raise UserError(f"{swept[0]} is several runs: ppo-vs-dpo -m {' '.join(overrides)}")
     with hydra_configs():
         try:
             config = compose(config_name="config", overrides=prepare_overrides(overrides), return_hydra_config=True)
@@ -107,14 +127,30 @@ def load(overrides: list[str], check_missing: bool = True) -> DictConfig:
 
 
 def finish(
-    config: DictConfig, experiment: str | None, overrides: list[str], multirun: bool, check_missing: bool = True
+    config: DictConfig,
+    experiment: str | None,
+    overrides: list[str],
+    multirun: bool,
+    check_missing: bool = True,
+    emptied: list[str] | None = None,
 ) -> DictConfig:
-    """Name the run, drop Hydra's own section, check and resolve."""
+    """Name the run, drop Hydra's own section, empty what was given as ``{}``, check and resolve.
+
+    Args:
+        config: as Hydra composed it.
+        experiment: the choice of that group.
+        overrides: those that the run's name is made of.
+        multirun: name it after all of them.
+        check_missing: required keys must be set.
+        emptied: all overrides, where ``overrides`` are not all.
+    """
     if not experiment or experiment == "null":
         raise UserError(f"which experiment? Give experiment=NAME, one of: {', '.join(experiments())}.")
     plain = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
     OmegaConf.set_struct(plain, False)
     plain = OmegaConf.create(OmegaConf.to_container(plain, resolve=False))
+    for key in emptied_keys(overrides if emptied is None else emptied):
+        OmegaConf.update(plain, key, {}, merge=False)
     plain.experiment = experiment
     if not plain.get("name"):
         plain.name = run_name(experiment, overrides, multirun)
@@ -140,6 +176,12 @@ def run_name(experiment: str, overrides: list[str], multirun: bool) -> str:
 
 def explain(error: Exception) -> str:
     """Hydra's and OmegaConf's errors in one or two lines."""
+    if isinstance(error, MissingConfigException) and error.options:
+        wanted = str(error.missing_cfg_file)
+        own = wanted.startswith("experiment/")
+        return no_such_choice(
+            wanted, experiments() if own and set(error.options) <= set(experiments()) else list(error.options)
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException):
@@ -170,6 +212,11 @@ def check(config: DictConfig, check_missing: bool = True) -> None:
         problems.append(str(error))
     for section, (own, _) in SECTIONS.items():
         problems += check_section(section, config.get(section) or {}, own)
+    problems += [
+        f"launch.{key} is {config.launch[key]}; it must be at least 1."
+        for key in ("workers", "processes", "nodes", "threads")
+        if (config.get("launch") or {}).get(key) is not None and config.launch[key] < 1
+    ]
     stages = list(config.get("stages") or [])
     problems += [f"stages: there is no stage {s}.{nearest(s, list(STAGES))}" for s in stages if s not in STAGES]
     if problems:
@@ -181,6 +228,7 @@ def check_section(section: str, values: DictConfig | dict, own: str) -> list[str
     valid = section_keys(section)
     problems = [f"{section}.{key}: no such key.{nearest(key, valid)}" for key in values if key not in valid]
     problems += refused_keys(values, section)
+    problems += tracker_problems(section, values)
     try:
         own_class = data_class(values) if section == "data" else load_class(own)
     except UserError as error:
@@ -209,9 +257,3 @@ def check_section(section: str, values: DictConfig | dict, own: str) -> list[str
         elif not OmegaConf.is_list(points) and not isinstance(points, list):
             problems.append(f"{section}.sweep.{key}: a list of values is needed.")
     return problems
-
-
-def experiments() -> list[str]:
-    """Names of the experiments in configs/experiment, sorted."""
-    root = CONFIGS / "experiment"
-    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))

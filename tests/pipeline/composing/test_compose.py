@@ -8,9 +8,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.pipeline.cli import COMMANDS, dispatch, with_config_dir
 from ppo_vs_dpo.pipeline.composing.compose import experiments, load, prepare_overrides, run_name
 from ppo_vs_dpo.pipeline.composing.schema import CONFIGS, SECTIONS, fields_from_source, load_class, section_keys
 from ppo_vs_dpo.pipeline.composing.show import comments_of, list_experiments, show
+from ppo_vs_dpo.pipeline.composing.words import with_experiment
+from ppo_vs_dpo.pipeline.sweep import RECORD, last_word
 from tests.pipeline import mini
 
 
@@ -58,7 +61,14 @@ def test_all_problems_at_once_with_the_nearest_name():
     ("overrides", "words"),
     [
         ([], r"which experiment\? Give experiment=NAME, one of: .*quickstart"),
-        (["experiment=quickstrat"], "quickstrat"),
+        (["experiment=quickstrat"], r"no such experiment\. Did you mean quickstart\? There are: .*hh.*rejection"),
+        (["experiment=quickstart", "ppo=defaut"], r"ppo=defaut: there is no such ppo\. Did you mean default\?"),
+        (
+            ["experiment=quickstart", "seed=1,2"],
+            r"is several runs: ppo-vs-dpo -m experiment=quickstart seed=1,2",
+        ),
+        (["experiment=quickstart", "launch.workers=0"], r"launch\.workers is 0; it must be at least 1"),
+        (["experiment=quickstart", "report_to=neptune"], r"ppo\.report_to=neptune: neptune is not installed"),
         (["experiment=quickstart", "seed=many"], "seed|many"),
         (["experiment=quickstart", "data.pairs=few"], r"data\.pairs.*few"),
         (["experiment=quickstart", "stages=[sft,pppo]"], "there is no stage pppo. Did you mean ppo"),
@@ -89,6 +99,32 @@ def test_field_names_read_from_source_are_those_of_the_class(section):
     imported = {field.name for field in dataclasses.fields(load_class(SECTIONS[section][1])) if field.init}
     assert fields_from_source(module, name) == imported
     assert "per_device_train_batch_size" in section_keys(section)
+
+
+def test_an_experiment_is_named_by_its_bare_word(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\n# Mine.\n")
+    assert with_experiment(["quickstart", "seed=2"]) == ["experiment=quickstart", "seed=2"]
+    assert with_experiment(["seed=2", "experiment=hh"]) == ["seed=2", "experiment=hh"]
+    own = with_config_dir(["mine", "--config-dir", str(tmp_path)])
+    assert with_experiment(own)[0] == "experiment=mine"
+    with pytest.raises(
+        UserError, match=r"(?s)no such command or experiment\. Did you mean list\?.*hh.*commands: list"
+    ):
+        with_experiment(["lits"], COMMANDS)
+
+
+@pytest.mark.parametrize("line", ["run --help", "-m -h", "quickstart --help"])
+def test_help_is_given_wherever_it_is_asked_for(line, capsys):
+    assert dispatch(line.split()) == 0
+    assert "ppo-vs-dpo NAME" in capsys.readouterr().out
+
+
+def test_a_key_of_all_stages_and_an_emptied_mapping():
+    config = load(["experiment=quickstart", "report_to=none", "compare.best_of={}", "compare.checkpoints={}"])
+    assert {config[stage].report_to for stage in ("sft", "reward_model", "dpo", "ppo")} == {"none"}
+    assert (config.compare.best_of, config.compare.checkpoints) == ({}, {})
+    assert load(["experiment=quickstart"]).compare.best_of  # or the above shows nothing
 
 
 def test_own_experiments_from_another_folder(tmp_path):
@@ -159,6 +195,7 @@ def test_runs_of_a_sweep_are_named_after_what_differs(tmp_path):
     line = [sys.executable, "-m", "ppo_vs_dpo.pipeline.cli", *words, f"output_dir={tmp_path}", "data.test_pairs=8"]
     done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=300, env=mini.environment())
     assert done.returncode == 0, done.stderr
+    assert f"run 4 of 4: {tmp_path}/quickstart-seed2-ppo.kl_coef=0.2" in done.stdout
     assert {one.name for one in tmp_path.iterdir()} - {"sweeps"} == {
         f"quickstart-seed{seed}-ppo.kl_coef={coef}" for seed in (1, 2) for coef in (0.1, 0.2)
     }
@@ -168,3 +205,20 @@ def test_a_long_name_is_cut_and_stays_unique():
     names = {run_name("quickstart", [f"data.path={'x' * 300}{end}"], multirun=True) for end in "ab"}
     assert len(names) == 2
     assert all(len(name) < 150 for name in names)
+
+
+def test_a_sweep_is_checked_before_its_first_run(tmp_path):
+    words = ["-m", "experiment=quickstart", "seed=1,2", "compare.resamples=200,50", f"output_dir={tmp_path}"]
+    line = [sys.executable, "-m", "ppo_vs_dpo.pipeline.cli", *words]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=300, env=mini.environment())
+    assert done.returncode == 2
+    assert "with seed=1 compare.resamples=50" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_ends_with_its_runs_and_how_to_pool_them(tmp_path):
+    rows = ['{"run": "runs/a b"}', '{"run": "runs/c"}']
+    assert last_word(tmp_path) == last_word(None) == ""
+    (tmp_path / RECORD).write_text("\n".join(rows) + "\n")
+    assert last_word(tmp_path).endswith("ppo-vs-dpo compare 'runs/a b' runs/c\n")
