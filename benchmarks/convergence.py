@@ -55,7 +55,7 @@ class Annealing(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         share = min(1.0, state.global_step / self.updates)
-        self.trainer.kl.coef = self.start * (self.end / self.start) ** share
+        self.trainer.loop.kl.coef = self.start * (self.end / self.start) ** share
 
 
 def run_ppo(

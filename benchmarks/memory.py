@@ -17,7 +17,8 @@ def separate(path: str, rank: int) -> dict[str, int]:
     """Policy and value model with adapters of their own, reference and reward model whole: four copies of the base."""
     from ppo_vs_dpo.models.loading.config import LoraSettings
     from ppo_vs_dpo.models.loading.pretrained import load_policy, load_value_or_reward
-    from ppo_vs_dpo.ppo.roles.roles import add_adapters, held_by_role
+    from ppo_vs_dpo.ppo.roles.given import add_adapters
+    from ppo_vs_dpo.ppo.roles.roles import held_by_role
 
     lora = LoraSettings(r=rank, alpha=2 * rank, target_modules=targets(path))
     policy, value_model = load_policy(path), load_value_or_reward(path)

@@ -71,7 +71,7 @@ def worker(deepspeed: str, rounds: int, out: Path) -> None:
             train_dataset=Dataset.from_dict({"input_ids": prompt_ids(WORKLOAD)}), callbacks=[Ends()],
         )  # fmt: skip
         trainer.train()
-        has = trainer.held_bytes()
+        has = trainer.roles.held_bytes()
     sharding = Sharding(ranks=ranks, half=False, stage=int(deepspeed[4]) if deepspeed != "none" else None)
     parts = [held(role, sizes[role], trained * sizes[role], sharding) for role, trained in ROLES.items()]
     figures = {

@@ -9,20 +9,13 @@ Sources: Schulman et al. 2016 (GAE, arXiv 1506.02438), Schulman et al. 2017 (PPO
 """
 
 import torch
-import torch.distributed as dist
+
+from ppo_vs_dpo.models.sharding.collectives import global_sum
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
 # ------------------------------------------------------------------------------------------------ over the mask
-
-
-def global_sum(x: torch.Tensor) -> torch.Tensor:
-    """Sum of ``x`` over ranks when torch.distributed is up, else ``x`` itself."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        x = x.clone()
-        dist.all_reduce(x)
-    return x
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor, count: float | torch.Tensor | None = None) -> torch.Tensor:
@@ -288,59 +281,3 @@ def value_loss(
             "error": masked_mean(error, mask),
         }
     return loss, stats
-
-
-def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """``1 - Var(returns - values) / Var(returns)`` over the real tokens of all ranks; 0 where returns do not vary."""
-    mask = mask.bool()
-    residual, target = (torch.where(mask, x, 0).double() for x in (returns - values, returns))
-    sums = [mask.sum().double(), residual.sum(), (residual**2).sum(), target.sum(), (target**2).sum()]
-    count, r1, r2, t1, t2 = global_sum(torch.stack(sums))
-    count = count.clamp_min(1)
-    variance = t2 / count - (t1 / count) ** 2
-    unexplained = r2 / count - (r1 / count) ** 2
-    return torch.where(variance > 1e-12, 1 - unexplained / variance.clamp_min(1e-12), 0).to(values.dtype)
-
-
-# ------------------------------------------------------------------------------------------------ KL controllers
-
-
-class FixedKL:
-    """A constant KL coefficient (Stiennon 2020, InstructGPT, N+ and nearly everyone since)."""
-
-    def __init__(self, coef: float):
-        self.coef = coef
-
-    def update(self, kl: float, n: int) -> None:
-        """Nothing to do."""
-
-    def state_dict(self) -> dict[str, float]:
-        """What a checkpoint keeps."""
-        return {"coef": self.coef}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Continue from a checkpoint."""
-        self.coef = state["coef"]
-
-
-class AdaptiveKL(FixedKL):
-    """A coefficient that steers the KL towards a target (Ziegler et al. 2019, section 2.2).
-
-    ``coef <- coef (1 + clip(kl / target - 1, -0.2, 0.2) n / horizon)``.
-
-    Args:
-        init: first coefficient.
-        target: sequence KL in nats.
-        horizon: episodes over which the coefficient may change by 20 %.
-    """
-
-    def __init__(self, init: float, target: float, horizon: float):
-        super().__init__(init)
-        if target <= 0 or horizon <= 0:
-            raise ValueError(f"kl_target ({target}) and kl_horizon ({horizon}) must be positive.")
-        self.target, self.horizon = target, horizon
-
-    def update(self, kl: float, n: int) -> None:
-        """Account for ``n`` episodes with a mean sequence KL of ``kl`` nats."""
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.coef *= 1 + error * n / self.horizon

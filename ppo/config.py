@@ -6,6 +6,7 @@ Papers: Ziegler 2019 (1909.08593), Stiennon 2020 (2009.01325), InstructGPT (2203
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -250,6 +251,38 @@ class PPOConfig(TrainingArguments):
             "stop_strings": list(self.stop_strings or []),
         }
         return SamplingConfig(**{**mine, **extra})
+
+    @property
+    def conventions(self) -> Conventions:
+        """Of the implementation that ``parity`` names."""
+        return CONVENTIONS[self.parity]
+
+    @property
+    def logprob_temperature(self) -> float:
+        """What logits are divided by where log-probabilities are taken: the temperature of sampling."""
+        return self.sampling().temperature + self.conventions.temperature_offset
+
+    def rollout_size(self, ranks: int) -> int:
+        """Responses per update.
+
+        Raises:
+            UserError: they cannot be cut into equal minibatches and shares.
+        """
+        size = self.rollout_batch_size
+        if size is None:
+            size = self.per_device_train_batch_size * self.gradient_accumulation_steps * ranks
+        if size % (self.num_mini_batches * ranks):
+            raise UserError(
+                f"a rollout of {size} responses (ppo.rollout_batch_size) cannot be cut into {self.num_mini_batches} "
+                f"equal minibatches on {ranks} ranks. Make it a multiple of {self.num_mini_batches * ranks}."
+            )
+        return size
+
+    def num_updates(self, prompts: int, size: int) -> int:
+        """Updates of a run with so many training prompts and so many responses an update."""
+        if self.max_steps > 0:
+            return self.max_steps
+        return max(1, math.ceil((self.total_episodes or self.num_train_epochs * prompts) / size))
 
     @property
     def fixed_score_bias(self) -> float:

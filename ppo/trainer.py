@@ -9,59 +9,49 @@
 7. update in epochs and minibatches  Schulman et al. 2017, eq. 7
 8. KL coefficient and reference      Ziegler et al. 2019, section 2.2; Xu et al. 2024
 9. log, evaluate, save
+
+`collect` does 1 to 6, `update` does 7, `Checkpoints` keeps the run and goes on from it: each takes what it needs. This
+file calls them in order, with transformers' Trainer for everything around.
 """
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.models.loading.pretrained import eos_token_ids, load_tokenizer
-from ppo_vs_dpo.models.passes.logprobs import base, score_head_of
+from ppo_vs_dpo.models.loading.pretrained import load_tokenizer
 from ppo_vs_dpo.models.sharding.deepspeed import named_step
-from ppo_vs_dpo.models.sharding.state import keep_written
-from ppo_vs_dpo.ppo.algorithm import AdaptiveKL, FixedKL
-from ppo_vs_dpo.ppo.checkpoints.persistence import Persistence
-from ppo_vs_dpo.ppo.config import CONVENTIONS, PPOConfig
-from ppo_vs_dpo.ppo.roles.roles import (
-    PolicyAndValue,
-    Reference,
-    add_adapters,
-    as_policy,
-    as_value_or_reward,
-    optimizer_groups,
-    prepare_frozen,
-    value_model_from,
-)
-from ppo_vs_dpo.ppo.roles.sharded import Sharded
-from ppo_vs_dpo.ppo.roles.value_head import rescale_values, shift_values
-from ppo_vs_dpo.ppo.rollouts.collect import Clock, Collection
-from ppo_vs_dpo.ppo.rollouts.engines import make_engine
-from ppo_vs_dpo.ppo.rollouts.prompts import PromptSet, allowed_prompt_length
-from ppo_vs_dpo.ppo.rollouts.rewards import RewardFunction, make_rewards
-from ppo_vs_dpo.ppo.updates.optimization import Optimization
+from ppo_vs_dpo.ppo.checkpoints.loop import LoopState
+from ppo_vs_dpo.ppo.checkpoints.saving import Checkpoints, identity, save_policy
+from ppo_vs_dpo.ppo.config import PPOConfig
+from ppo_vs_dpo.ppo.roles.rewards import RewardFunction
+from ppo_vs_dpo.ppo.roles.roles import make_roles
+from ppo_vs_dpo.ppo.roles.trained import optimizer_groups, settle_deepspeed
+from ppo_vs_dpo.ppo.roles.value_head import shift_values
+from ppo_vs_dpo.ppo.rollouts.checks import Unusable, check_first_ratio
+from ppo_vs_dpo.ppo.rollouts.clock import Clock
+from ppo_vs_dpo.ppo.rollouts.collect import collect
+from ppo_vs_dpo.ppo.rollouts.engines import compute_dtype, make_engine
+from ppo_vs_dpo.ppo.rollouts.prompts import PromptSet, prompt_sets
+from ppo_vs_dpo.ppo.rollouts.rollout import Rollout
 from ppo_vs_dpo.ppo.updates.pretraining import PretrainingText
-from ppo_vs_dpo.ppo.watching.cost import Sizes, size_of
-from ppo_vs_dpo.ppo.watching.diagnosis import Diagnosis
+from ppo_vs_dpo.ppo.updates.update import Update, update
+from ppo_vs_dpo.ppo.watching.cost import Sizes, count_update
 from ppo_vs_dpo.ppo.watching.evaluation import Evaluator
+from ppo_vs_dpo.ppo.watching.metrics import update_metrics
 
 logger = logging.get_logger(__name__)
 
 
-class PPOTrainer(Collection, Optimization, Persistence, Sharded, Trainer):
+class PPOTrainer(Trainer):
     """Trains a policy against a reward, held to a reference by a KL penalty.
 
     Args:
@@ -82,6 +72,10 @@ class PPOTrainer(Collection, Optimization, Persistence, Sharded, Trainer):
         peft_config: train adapters on policy and value model.
         callbacks: as for any Trainer.
         optimizers: an optimizer and a scheduler instead of the default ones.
+
+    Attributes:
+        roles: who takes part (`ppo.roles.roles.Roles`).
+        loop: what changes from update to update, and a checkpoint holds (`ppo.checkpoints.loop.LoopState`).
 
     Raises:
         UserError: anything in the arguments that cannot work; names what and where.
@@ -105,139 +99,69 @@ class PPOTrainer(Collection, Optimization, Persistence, Sharded, Trainer):
         optimizers: tuple = (None, None),
     ):
         args = args if args is not None else PPOConfig(output_dir="ppo_output")
-        if processing_class is None:
-            processing_class = load_tokenizer(model if isinstance(model, str) else model.name_or_path)
-        policy = as_policy(model)
-        self.conventions = CONVENTIONS[args.parity]
-        self.sampling = args.sampling()
-        self.temperature = self.sampling.temperature + self.conventions.temperature_offset
-        if self.sampling.changes_distribution:
-            logger.warning(
-                "top_k or top_p make the sampled policy another one than the model: the KL figures are then no longer "
-                "estimates of KL(policy || reference)."
-            )
+        tokenizer = processing_class or load_tokenizer(model if isinstance(model, str) else model.name_or_path)
+        self.loop = LoopState.start(args)
+        self.roles = roles = make_roles(
+            model, reward_model, ref_model, value_model, args, tokenizer, reward_funcs, reward_processing_class,
+            peft_config,
+        )  # fmt: skip
 
-        # The four roles: reward, value, policy, reference.
-        self.rewards = make_rewards(
-            reward_model,
-            reward_funcs,
-            processing_class,
-            reward_processing_class,
-            args.reward_weights,
-            args.local_rollout_forward_batch_size,
-        )
-        if value_model is None:
-            shared, weight, bias = self.rewards.shared() or (None, 1.0, 0.0)
-            value_model = value_model_from(shared, policy)
-            if shared is not None:
-                rescale_values(value_model, weight, weight * bias + args.fixed_score_bias)
-        value_model = as_value_or_reward(value_model, trainable=True)
-        if value_model is reward_model or value_model is policy:
-            raise UserError("value_model must be a model of its own: it is trained. Pass a copy, or nothing.")
-        reference = as_policy(ref_model) if ref_model is not None else None
-        if peft_config is not None:
-            policy, value_model = add_adapters(policy, value_model, peft_config)
-        self.reference = Reference(reference, policy)
-
-        max_length = allowed_prompt_length(policy, self.sampling.max_new_tokens, args.max_prompt_length)
-        self.prompts = PromptSet(train_dataset, processing_class, max_length, args.truncate_prompts)
-        self.eval_prompts = (
-            PromptSet(eval_dataset, processing_class, max_length, args.truncate_prompts, "eval_dataset")
-            if eval_dataset is not None
-            else None
-        )
-        if args.eval_strategy != "no" and eval_dataset is None:
-            raise UserError(
-                f"ppo.eval_strategy is {args.eval_strategy.value} and there is no eval_dataset: pass prompts to "
-                f"evaluate on, or eval_strategy=no."
-            )
-        if args.ptx_coef and ptx_dataset is None:
-            raise UserError("ppo.ptx_coef is set and there is no ptx_dataset: pass pretraining texts, or ptx_coef=0.")
-        self.ptx = None
-        if args.ptx_coef:
-            self.ptx = PretrainingText(
-                ptx_dataset, processing_class, args.ptx_max_length, args.ptx_batch_size, args.seed
-            )
-
+        self.prompts, self.eval_prompts = prompt_sets(train_dataset, eval_dataset, roles.policy, tokenizer, args)
+        self.ptx = PretrainingText.of(args, ptx_dataset, tokenizer)
         if args.ddp_find_unused_parameters is None:
             # Every trained tensor takes part in every backward pass, but for the policy while the values warm up.
             args.ddp_find_unused_parameters = args.value_warmup_updates > 0
         super().__init__(
-            model=PolicyAndValue(policy, value_model),
+            model=roles.trained,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=processing_class,
+            processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.eos_ids = eos_token_ids(policy, processing_class)
-        self.rollout_size, self.num_updates = self._plan()
+        self.rollout_size = args.rollout_size(self.accelerator.num_processes)
+        self.num_updates = args.num_updates(len(self.prompts), self.rollout_size)
         if self.is_deepspeed_enabled:
-            self.settle_deepspeed()
-        self.reference.prepare(self.accelerator)
-        for part in self.rewards.parts:
-            if hasattr(part, "model"):
-                part.model = prepare_frozen(part.model, self.accelerator)
-        adaptive = args.kl_controller == "adaptive"
-        self.kl = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon) if adaptive else FixedKL(args.kl_coef)
-        self.score_bias: float | None = None if args.score_bias == "auto" else float(args.score_bias)
-        self.diagnosis = Diagnosis()
-        self.evaluator = Evaluator(self)
-        self.sizes = Sizes(
-            policy=size_of(self.policy),
-            value=size_of(self.value_model),
-            reference=size_of(self.reference.module),
-            reward=sum(size_of(part.model) for part in self.rewards.parts if hasattr(part, "model")),
-        )
+            settle_deepspeed(args, self.accelerator, self.model, self.num_updates)
+        roles.place(self.accelerator)
+        longest = max(prompts.longest for prompts in (self.prompts, self.eval_prompts) if prompts is not None)
+        roles.engine = make_engine(roles.policy, tokenizer, args, self.accelerator, longest)
+        self.evaluator = Evaluator(roles, args, self.accelerator)
+        settings = identity(args, self.rollout_size, self.num_updates, len(self.prompts))
+        self.checkpoints = Checkpoints(roles, self.loop, args, self.accelerator, settings)
+        self.sizes = Sizes.of(roles)
         self._prepared = False
-        self.engine = make_engine(self)
 
-    # ------------------------------------------------------------------------------------------------ the plan
+    @property
+    def state(self) -> TrainerState:
+        """Step, epoch, log and best so far: a part of the loop's state."""
+        return self.loop.progress
 
-    def _plan(self) -> tuple[int, int]:
-        """Responses per update and number of updates.
-
-        Raises:
-            UserError: the rollout cannot be cut into equal minibatches and shares.
-        """
-        args, ranks = self.args, self.accelerator.num_processes
-        size = args.rollout_batch_size
-        if size is None:
-            size = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
-        if size % (args.num_mini_batches * ranks):
-            raise UserError(
-                f"a rollout of {size} responses (ppo.rollout_batch_size) cannot be cut into {args.num_mini_batches} "
-                f"equal minibatches on {ranks} ranks. Make it a multiple of {args.num_mini_batches * ranks}."
-            )
-        if args.max_steps > 0:
-            return size, args.max_steps
-        episodes = args.total_episodes or args.num_train_epochs * len(self.prompts)
-        return size, max(1, math.ceil(episodes / size))
+    @state.setter
+    def state(self, progress: TrainerState) -> None:
+        self.loop.progress = progress
 
     @property
     def policy(self) -> PreTrainedModel:
         """The policy, unwrapped."""
-        return self.model.policy
+        return self.roles.policy
 
     @property
     def value_model(self) -> PreTrainedModel:
         """The value model, unwrapped."""
-        return self.model.value_model
+        return self.roles.value
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """One optimizer of ``args.optim``; policy and value model in groups with learning rates of their own."""
         if self.optimizer is None:
-            args = self.args
-            value_lr = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
-            decay = set(self.get_decay_parameter_names(self.model))
-            groups = optimizer_groups(self.model, decay, args.weight_decay, args.learning_rate, value_lr)
-            cls, kwargs = self.get_optimizer_cls_and_kwargs(args, self.model)
+            groups = optimizer_groups(self.model, set(self.get_decay_parameter_names(self.model)), self.args)
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = cls(groups, **kwargs)
         return self.optimizer
 
-    def _prepare_once(self) -> None:
-        """Optimizer, wrapping (DDP, DeepSpeed, mixed precision) and schedule."""
+    def prepare(self) -> None:
+        """Optimizer, wrapping (DDP, DeepSpeed, mixed precision) and schedule, once."""
         if self._prepared:
             return
         # The name before transformers 5.20, to which vLLM holds, is gradient_checkpointing.
@@ -246,6 +170,7 @@ class PPOTrainer(Collection, Optimization, Persistence, Sharded, Trainer):
             self.model.gradient_checkpointing_enable(getattr(self.args, f"{kind}_checkpointing_kwargs"))
         self.create_optimizer()
         self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.roles.trained = self.model_wrapped
         if self.is_deepspeed_enabled:
             self.deepspeed = self.model_wrapped
         self.create_scheduler(self.num_updates)
@@ -265,75 +190,97 @@ class PPOTrainer(Collection, Optimization, Persistence, Sharded, Trainer):
             UserError: a reward, loss or gradient that is not finite (the rollout is saved first), a ratio that is not
                 1 on the first pass, a checkpoint of another run.
         """
-        args = self.args
-        self._prepare_once()
-        self.state = TrainerState(
-            stateful_callbacks=[
-                cb for cb in [*self.callback_handler.callbacks, self.control] if isinstance(cb, ExportableState)
-            ]
-        )
-        self.state.compute_steps(args, self.num_updates)
-        self.state.train_batch_size = args.per_device_train_batch_size
-        self.resume(resume_from_checkpoint)
-        epochs = math.ceil(self.num_updates * self.rollout_size / len(self.prompts))
-        self.state.init_training_references(self, self.num_updates, epochs, None)
-        self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
-        self.is_in_train = True
-        self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
-        if self.score_bias is None:
-            self.score_bias = self.evaluator.mean_reference_score(args.score_bias_samples)
-            shift_values(self.value_model, self.score_bias)
-            if self.is_deepspeed_enabled:
-                keep_written(score_head_of(base(self.value_model)).parameters())
-        if args.eval_on_start and self.state.global_step == 0 and self.eval_prompts is not None:
-            self.evaluate()
+        args, loop, tokenizer = self.args, self.loop, self.processing_class
+        self._begin(resume_from_checkpoint)
         metrics: dict[str, float] = {}
         started = time.monotonic()
-
-        while self.state.global_step < self.num_updates:
-            update = self.state.global_step
+        while loop.step < self.num_updates:
+            number, clock = loop.step, Clock()
             self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
-            clock = Clock()
-            with named_step(lambda n=update + 1, clock=clock: f"ppo, update {n}, {clock.now}"):
-                rollout = self.collect(update, clock)  # steps 1 to 6
-                with clock("time/train"):
-                    done = self._update(rollout, update)  # step 7
-            metrics = self._figures(rollout, done, clock)
-            self._count(rollout, done, update)
+            try:
+                with named_step(lambda n=number + 1, clock=clock: f"ppo, update {n}, {clock.now}"):
+                    rollout = self.collect(number, clock)  # steps 1 to 6
+                    with clock("time/train"):
+                        done = self.update(rollout, number)  # step 7
+            except Unusable as problem:
+                said = problem.keep(Path(args.output_dir), number + 1, tokenizer, self.is_world_process_zero())
+                raise UserError(said) from (problem.__cause__ or problem)
+            rates = {group.get("role", "policy"): group["lr"] for group in self.optimizer.param_groups}
+            metrics = update_metrics(rollout, done, args, loop.kl.coef, rates, self.roles.engine.keeps_weights)
+            metrics = {**metrics, "episode": (number + 1) * self.rollout_size, **clock.seconds}
+            count_update(loop.progress, self.sizes, rollout, done.steps / args.num_mini_batches, done.value_only)
 
             # 8. KL coefficient and reference
-            self.kl.update(metrics["objective/kl"], len(rollout))
-            if args.sync_ref_model and (update + 1) % args.ref_model_sync_steps == 0:
-                self.reference.follow(self.policy, args.ref_model_mixup_alpha)
+            loop.kl.update(metrics["objective/kl"], len(rollout))
+            if args.sync_ref_model and (number + 1) % args.ref_model_sync_steps == 0:
+                self.roles.reference.follow(self.policy, args.ref_model_mixup_alpha)
             self.lr_scheduler.step()
 
             # 9. log, evaluate, save
             self.state.global_step += 1
-            self.state.epoch = self.state.global_step * self.rollout_size / len(self.prompts)
+            self.state.epoch = loop.step * self.rollout_size / len(self.prompts)
             self.control = self.callback_handler.on_step_end(args, self.state, self.control)
-            with named_step(lambda n=update + 1: f"ppo, evaluating and saving after update {n}"):
+            with named_step(lambda n=number + 1: f"ppo, evaluating and saving after update {n}"):
                 self._log_evaluate_save(metrics)
             if self.control.should_training_stop:
                 break
 
         self.is_in_train = False
         if args.load_best_model_at_end:
-            self.load_best()
+            self.checkpoints.read_best()
         seconds = time.monotonic() - started
         self.control = self.callback_handler.on_train_end(args, self.state, self.control)
-        return TrainOutput(
-            self.state.global_step, metrics.get("loss/policy_avg", 0.0), {**metrics, "train_runtime": seconds}
-        )
+        return TrainOutput(loop.step, metrics.get("loss/policy_avg", 0.0), {**metrics, "train_runtime": seconds})
+
+    def collect(self, number: int, clock: Clock | None = None) -> Rollout:
+        """The rollout of one update, numbered from 0: steps 1 to 6."""
+        return collect(
+            self.roles, self.prompts, self.args, self.accelerator, number=number, size=self.rollout_size,
+            kl_coef=self.loop.kl.coef, score_bias=self.loop.score_bias or 0.0, clock=clock,
+        )  # fmt: skip
+
+    def update(self, rollout: Rollout, number: int) -> Update:
+        """Step 7, and the check that the ratio is 1 before the first optimizer step."""
+        done = update(
+            self.model_wrapped, self.optimizer, rollout, self.args, self.accelerator, number=number,
+            kl_coef=self.loop.kl.coef, ptx=self.ptx,
+        )  # fmt: skip
+        if self.args.check_first_ratio and not done.value_only:
+            check_first_ratio(rollout, done.deviation, number + 1, compute_dtype(self.policy, self.args))
+        return done
+
+    def _begin(self, resume_from_checkpoint: str | bool | None) -> None:
+        """Everything before the first update."""
+        args = self.args
+        self.prepare()
+        self.state = TrainerState(stateful_callbacks=self._stateful())
+        self.state.compute_steps(args, self.num_updates)
+        self.state.train_batch_size = args.per_device_train_batch_size
+        folder = self.checkpoints.find(resume_from_checkpoint)
+        if folder is not None:
+            self.checkpoints.read(folder, self.optimizer, self.lr_scheduler)
+            self.state.compute_steps(args, self.num_updates)
+            self._load_callback_state()
+        epochs = math.ceil(self.num_updates * self.rollout_size / len(self.prompts))
+        self.state.init_training_references(self, self.num_updates, epochs, None)
+        self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
+        self.is_in_train = True
+        self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
+        if self.loop.score_bias is None:
+            self.loop.score_bias = self.evaluator.mean_reference_score(self.prompts, args.score_bias_samples)
+            shift_values(self.value_model, self.loop.score_bias, self.is_deepspeed_enabled)
+        if args.eval_on_start and self.loop.step == 0 and self.eval_prompts is not None:
+            self.evaluate()
 
     def _log_evaluate_save(self, metrics: dict[str, float]) -> None:
         args = self.args
         if args.diagnose:
-            for finding in self.diagnosis.observe(self.state.global_step, metrics):
+            for finding in self.loop.diagnosis.observe(self.loop.step, metrics):
                 logger.warning(finding)
         if self.control.should_log:
             self.log(metrics)
             self.control.should_log = False
-        if args.load_best_model_at_end and self.state.global_step == self.num_updates:
+        if args.load_best_model_at_end and self.loop.step == self.num_updates:
             # Wherever eval_steps fall: the end of the run may be the best there is.
             self.control.should_evaluate = True
         if (
@@ -361,8 +308,26 @@ class PPOTrainer(Collection, Optimization, Persistence, Sharded, Trainer):
             prompts = PromptSet(eval_dataset, self.processing_class, None, False, "eval_dataset")
         if prompts is None:
             raise UserError("there is no eval_dataset to evaluate on.")
-        self._prepare_once()
-        metrics = self.evaluator.run(prompts, metric_key_prefix)
+        self.prepare()
+        metrics = self.evaluator.run(prompts, metric_key_prefix, self.loop.step, self.loop.score_bias or 0.0)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    # ------------------------------------------------------------------------------------------------ keeping it
+
+    def _stateful(self) -> list[ExportableState]:
+        return [one for one in [*self.callback_handler.callbacks, self.control] if isinstance(one, ExportableState)]
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
+        target = self.checkpoints.write(self.optimizer, self.lr_scheduler, self._stateful())
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(target))
+        self.checkpoints.rotate()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the policy (its adapters, where it has some) and the tokenizer as a Hub folder."""
+        folder = output_dir or self.args.output_dir
+        save_policy(folder, self.policy, self.processing_class, self.is_deepspeed_enabled, self.args.should_save)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, write_json
+from ppo_vs_dpo.models.sharding.collectives import barrier
 
 STATE = "ppo_state"
 
@@ -106,10 +106,19 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.random.set_rng_state(state["cuda"])
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
+class RandomStreams:
+    """The random number generators of this rank, as something that a checkpoint can hold.
+
+    Prompts, samples and minibatches do not draw from them: they depend on the seed and the update alone.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `rng_state`."""
+        return rng_state()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `set_rng_state`."""
+        set_rng_state(state)
 
 
 @contextlib.contextmanager

@@ -1,1 +1,1 @@
-"""The four models of PPO."""
+"""Who takes part: policy, value model, reference, rewards."""

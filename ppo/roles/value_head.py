@@ -11,6 +11,7 @@ import torch
 from ppo_vs_dpo.models.loading.pretrained import score_head
 from ppo_vs_dpo.models.passes.logprobs import base, score_head_of
 from ppo_vs_dpo.models.sharding.deepspeed import whole
+from ppo_vs_dpo.models.sharding.state import keep_written
 
 
 def rescale_values(value_model: torch.nn.Module, weight: float, bias: float) -> None:
@@ -32,10 +33,15 @@ def rescale_values(value_model: torch.nn.Module, weight: float, bias: float) -> 
     value_model.starts_as_scores = True
 
 
-def shift_values(value_model: torch.nn.Module, bias: float) -> None:
+def shift_values(value_model: torch.nn.Module, bias: float, sharded: bool = False) -> None:
     """Subtract a bias that is known only now from the values of a model that `rescale_values` has prepared.
 
     Other value models stay as they are: nobody said that they answer on the scale of the scores.
+
+    Args:
+        value_model: prepared.
+        bias: subtracted.
+        sharded: DeepSpeed keeps fp32 copies of what it trains.
     """
     model = base(value_model)
     if not getattr(model, "starts_as_scores", False):
@@ -45,3 +51,5 @@ def shift_values(value_model: torch.nn.Module, bias: float) -> None:
         head = head.modules_to_save[head.active_adapters[0]]
     with torch.no_grad(), whole([head.bias]):
         head.bias.sub_(bias)
+    if sharded:
+        keep_written(head.parameters())

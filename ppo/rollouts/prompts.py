@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.pretrained import context_length
 from ppo_vs_dpo.models.text.prompts import encode_prompt, truncate_prompt
+from ppo_vs_dpo.ppo.config import PPOConfig
 
 
 def allowed_prompt_length(policy: PreTrainedModel, response_length: int, max_prompt_length: int | None) -> int | None:
@@ -112,3 +113,27 @@ class PromptSet:
 
     def _shuffled(self, seed: int, epoch: int) -> np.ndarray:
         return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(self))
+
+
+def prompt_sets(
+    train: Dataset | None,
+    evaluation: Dataset | None,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: PPOConfig,
+) -> tuple[PromptSet, PromptSet | None]:
+    """The prompts to train on and, where there are any, those of the evaluation.
+
+    Raises:
+        UserError: a prompt that cannot be used, or evaluations without prompts.
+    """
+    limit = allowed_prompt_length(policy, args.sampling().max_new_tokens, args.max_prompt_length)
+    prompts = PromptSet(train, tokenizer, limit, args.truncate_prompts)
+    if evaluation is not None:
+        return prompts, PromptSet(evaluation, tokenizer, limit, args.truncate_prompts, "eval_dataset")
+    if args.eval_strategy != "no":
+        raise UserError(
+            f"ppo.eval_strategy is {args.eval_strategy.value} and there is no eval_dataset: pass prompts to "
+            f"evaluate on, or eval_strategy=no."
+        )
+    return prompts, None

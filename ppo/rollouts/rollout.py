@@ -16,6 +16,7 @@ import torch.distributed as dist
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import atomic_path
 from ppo_vs_dpo.models.passes.logprobs import Batch, pad_batch
+from ppo_vs_dpo.models.sharding.collectives import global_max, several
 
 PROMPT_FIELDS = ("prompt_ids", "prompt_mask")
 
@@ -150,11 +151,10 @@ class Rollout:
 
     def gather(self) -> "Rollout":
         """The rollouts of all ranks, in the order of the global list of prompts; itself on a single rank."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if not several():
             return self
-        widths = torch.tensor([self.prompt_ids.shape[1], self.response_ids.shape[1]], device=self.mask.device)
-        dist.all_reduce(widths, op=dist.ReduceOp.MAX)
-        prompt, response = widths.tolist()
+        widths = [self.prompt_ids.shape[1], self.response_ids.shape[1]]
+        prompt, response = global_max(torch.tensor(widths, device=self.mask.device)).tolist()
         gathered = {}
         for name, value in vars(self).items():
             if name in PROMPT_FIELDS:

@@ -13,7 +13,7 @@ from ppo_vs_dpo.models.loading.pretrained import load_policy, load_tokenizer, lo
 from ppo_vs_dpo.models.loading.quantized import quantization
 from ppo_vs_dpo.models.sharding.deepspeed import is_sharded
 from ppo_vs_dpo.ppo.config import PPOConfig
-from ppo_vs_dpo.ppo.roles.roles import value_model_from
+from ppo_vs_dpo.ppo.roles.given import value_model_from
 from ppo_vs_dpo.ppo.roles.shared import reward_adapter, share_base
 from ppo_vs_dpo.ppo.roles.value_head import rescale_values
 from ppo_vs_dpo.ppo.stage.config import PPOStage

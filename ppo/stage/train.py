@@ -23,7 +23,7 @@ from ppo_vs_dpo.models.sharding.deepspeed import tell_held_bytes, unsharded_load
 from ppo_vs_dpo.models.training import model_settings, training_arguments
 from ppo_vs_dpo.ppo.checkpoints.state import last_checkpoint
 from ppo_vs_dpo.ppo.config import PPOConfig
-from ppo_vs_dpo.ppo.roles.roles import is_peft
+from ppo_vs_dpo.ppo.roles.reference import is_peft
 from ppo_vs_dpo.ppo.stage.config import PPOStage
 from ppo_vs_dpo.ppo.stage.loading import load_roles
 from ppo_vs_dpo.ppo.trainer import PPOTrainer
@@ -128,7 +128,7 @@ def run_stage(context: StageContext) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     if trainer.is_deepspeed_enabled:
-        tell_held_bytes(args.process_index, trainer.held_bytes())
+        tell_held_bytes(args.process_index, trainer.roles.held_bytes())
     save_final(trainer, context)
     context.count(tokens_generated=trainer.state.num_input_tokens_seen)
     history = trainer.state.log_history

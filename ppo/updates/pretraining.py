@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.passes.logprobs import Batch, pad_batch
 from ppo_vs_dpo.models.text.encoding import encode_answers, encode_prompts
+from ppo_vs_dpo.ppo.config import PPOConfig
 
 
 class PretrainingText:
@@ -48,6 +49,19 @@ class PretrainingText:
         self.pad_id, self.batch_size, self.seed = tokenizer.pad_token_id, batch_size, seed
         # Tokens predicted in the draw at hand, over all ranks: what the loss is averaged over.
         self.tokens_in_draw = 1
+
+    @classmethod
+    def of(cls, args: PPOConfig, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase):
+        """Those of a run; ``None`` where ``ppo.ptx_coef`` is 0.
+
+        Raises:
+            UserError: they are asked for and not there.
+        """
+        if not args.ptx_coef:
+            return None
+        if dataset is None:
+            raise UserError("ppo.ptx_coef is set and there is no ptx_dataset: pass pretraining texts, or ptx_coef=0.")
+        return cls(dataset, tokenizer, args.ptx_max_length, args.ptx_batch_size, args.seed)
 
     def draw(self, number: int, size: int) -> list[int]:
         """Rows of one draw; a function of its arguments and the seed alone."""

@@ -1,70 +1,34 @@
 """Figures of a rollout and of an update: over real tokens only, over all ranks."""
 
-from collections import defaultdict
-
 import torch
-import torch.distributed as dist
 
-from ppo_vs_dpo.ppo.algorithm import explained_variance, global_sum, kl_estimate, masked_mean
+from ppo_vs_dpo.models.sharding.collectives import global_sum
+from ppo_vs_dpo.ppo.algorithm import kl_estimate, masked_mean
+from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.rollouts.rollout import Rollout
+from ppo_vs_dpo.ppo.updates.update import Update
 
 
-class Averages:
-    """Weighted means and maxima, collected over micro-batches and brought together over ranks.
+def update_metrics(
+    rollout: Rollout, done: Update, args: PPOConfig, kl_coef: float, rates: dict[str, float], other_engine: bool
+) -> dict[str, float]:
+    """Everything the log says about one update, but times.
 
-    Means are weighted by real tokens, so that the figures do not depend on how a minibatch was cut.
+    Args:
+        rollout: it trained on, whole and gathered.
+        done: what it left.
+        args: the settings.
+        kl_coef: of the rollout.
+        rates: learning rates of the roles.
+        other_engine: the rollout was sampled by an engine with weights of its own.
     """
-
-    def __init__(self):
-        self.sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
-        self.weights: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
-        self.maxima: dict[str, torch.Tensor] = {}
-
-    def add(self, weight: float | torch.Tensor, **means: torch.Tensor) -> None:
-        """Account for means over ``weight`` tokens."""
-        for name, value in means.items():
-            weight_ = torch.as_tensor(weight, dtype=torch.float64)
-            # No 0 x NaN where a micro-batch has no tokens of this kind.
-            if weight_ > 0:
-                self.sums[name] = self.sums[name] + value.detach().double().cpu() * weight_.cpu()
-                self.weights[name] = self.weights[name] + weight_.cpu()
-
-    def add_max(self, **values: torch.Tensor) -> None:
-        """Account for maxima."""
-        for name, value in values.items():
-            value = value.detach().double().cpu()
-            self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
-
-    def local(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum and weight of one mean on this rank."""
-        return self.sums[name], self.weights[name]
-
-    def reduce(self, device: torch.device) -> dict[str, float]:
-        """Means and maxima over all ranks. Every rank must have collected the same names."""
-        out = {}
-        if self.sums:
-            names = sorted(self.sums)
-            stacked = torch.stack([torch.stack([self.sums[n], self.weights[n]]) for n in names]).to(device)
-            for name, (total, weight) in zip(names, global_sum(stacked).tolist(), strict=True):
-                out[name] = total / weight if weight else 0.0
-        if self.maxima:
-            names = sorted(self.maxima)
-            highest = torch.stack([self.maxima[n] for n in names]).to(device)
-            out.update(zip(names, global_max(highest).tolist(), strict=True))
-        return out
-
-
-def global_max(x: torch.Tensor) -> torch.Tensor:
-    """Elementwise maximum over ranks when torch.distributed is up."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        x = x.clone()
-        dist.all_reduce(x, op=dist.ReduceOp.MAX)
-    return x
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on some rank: all then act alike, and none waits for another."""
-    return bool(global_max(torch.tensor([float(flag)], device=device)).item())
+    metrics = {**rollout_metrics(rollout, kl_coef), **done.metrics}
+    if other_engine:
+        metrics.update(engine_metrics(rollout, args.importance_sampling_cap))
+    metrics["val/first_ratio_deviation"] = done.deviation.get("max", 0.0)
+    metrics["policy/stopped_early"] = float(done.stopped_early)
+    metrics["lr"], metrics["lr_value"] = rates.get("policy", 0.0), rates.get("value_model", 0.0)
+    return metrics
 
 
 def rollout_metrics(rollout: Rollout, kl_coef: float) -> dict[str, float]:
@@ -124,3 +88,15 @@ def engine_metrics(rollout: Rollout, cap: float | None) -> dict[str, float]:
         "engine/importance_ratio_capped": masked_mean(above.float(), mask),
     }
     return {name: float(value) for name, value in figures.items()}
+
+
+def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """``1 - Var(returns - values) / Var(returns)`` over the real tokens of all ranks; 0 where returns do not vary."""
+    mask = mask.bool()
+    residual, target = (torch.where(mask, x, 0).double() for x in (returns - values, returns))
+    sums = [mask.sum().double(), residual.sum(), (residual**2).sum(), target.sum(), (target**2).sum()]
+    count, r1, r2, t1, t2 = global_sum(torch.stack(sums))
+    count = count.clamp_min(1)
+    variance = t2 / count - (t1 / count) ** 2
+    unexplained = r2 / count - (r1 / count) ** 2
+    return torch.where(variance > 1e-12, 1 - unexplained / variance.clamp_min(1e-12), 0).to(values.dtype)

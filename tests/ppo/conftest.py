@@ -120,7 +120,9 @@ def make_trainer(tmp_path, tiny_llama, word_tokenizer, prompts):
 def weights():
     """A function that copies the trained tensors of a trainer: ``weights(trainer)``."""
 
+    from ppo_vs_dpo.ppo.checkpoints.saving import trained_tensors
+
     def copy(trainer):
-        return {name: tensor.detach().clone() for name, tensor in trainer._trained().items()}
+        return {name: tensor.detach().clone() for name, tensor in trained_tensors(trainer.model).items()}
 
     return copy

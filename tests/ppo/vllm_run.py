@@ -26,7 +26,7 @@ class StopSynchronising(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == SYNCED:
-            self.trainer.engine.update_weights = lambda model: None
+            self.trainer.roles.engine.update_weights = lambda model: None
 
 
 def main(model: str, folder: str, kind: str) -> None:
@@ -51,15 +51,15 @@ def main(model: str, folder: str, kind: str) -> None:
     stop.trainer = trainer
     trainer.train()
     prompts, seeds = trainer.prompts.ids[:8], list(range(8))
-    draws = [trainer.engine.generate(prompts, trainer.sampling, seeds) for _ in range(2)]
-    draws.append(trainer.engine.generate(prompts[::-1], trainer.sampling, seeds[::-1])[::-1])
-    draws.append(trainer.engine.generate(prompts, trainer.sampling, [seed + 100 for seed in seeds]))
+    draws = [trainer.roles.engine.generate(prompts, trainer.args.sampling(), seeds) for _ in range(2)]
+    draws.append(trainer.roles.engine.generate(prompts[::-1], trainer.args.sampling(), seeds[::-1])[::-1])
+    draws.append(trainer.roles.engine.generate(prompts, trainer.args.sampling(), [seed + 100 for seed in seeds]))
     report = {
         "log": [row for row in trainer.state.log_history if "episode" in row],
         "draws": [[one.token_ids for one in draw] for draw in draws],
         "finished": [one.finished for one in draws[0]],
-        "eos": trainer.eos_ids,
-        "budget": trainer.sampling.max_new_tokens,
+        "eos": trainer.roles.eos_ids,
+        "budget": trainer.args.sampling().max_new_tokens,
     }
     sys.stdout.write(f"\n{json.dumps(report)}\n")
 

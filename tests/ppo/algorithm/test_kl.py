@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ppo_vs_dpo.ppo.algorithm import AdaptiveKL, FixedKL, kl_estimate
+from ppo_vs_dpo.ppo.algorithm import kl_estimate
+from ppo_vs_dpo.ppo.updates.kl_controllers import AdaptiveKL, FixedKL
 
 
 @pytest.fixture

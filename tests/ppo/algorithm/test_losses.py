@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from ppo_vs_dpo.ppo.algorithm import (
-    explained_variance,
     gae,
     masked_mean,
     policy_loss,
@@ -13,6 +12,7 @@ from ppo_vs_dpo.ppo.algorithm import (
     value_loss,
     whiten,
 )
+from ppo_vs_dpo.ppo.watching.metrics import explained_variance
 from tests.ppo.conftest import GAPS, T, ones
 
 

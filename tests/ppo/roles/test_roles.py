@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.passes.logprobs import sequence_scores
+from ppo_vs_dpo.ppo.checkpoints.saving import trained_tensors
 from tests.ppo.conftest import PROMPTS, count_good, logs, same, untimed
 
 
@@ -40,7 +41,7 @@ def test_values_start_on_the_scale_of_the_scores(make_trainer, tiny_reward, bias
         max_steps=1,
     )
     trainer.train()
-    assert trainer.score_bias == pytest.approx(0.7) if bias != "auto" else abs(trainer.score_bias) > 1
+    assert trainer.loop.score_bias == pytest.approx(0.7) if bias != "auto" else abs(trainer.loop.score_bias) > 1
     rollout = trainer.collect(0)
     with torch.no_grad():
         batch = rollout.batch()
@@ -58,7 +59,7 @@ def test_a_value_model_of_ones_own_stays_as_it_is(make_trainer, tiny_reward):
 
 def test_without_reward_model_values_start_at_zero(make_trainer):
     trainer = make_trainer()
-    trainer._prepare_once()
+    trainer.prepare()
     assert not trainer.collect(0).values.any()
     assert torch.equal(trainer.value_model.model.embed_tokens.weight, trainer.policy.model.embed_tokens.weight)
 
@@ -108,10 +109,10 @@ def test_mix_of_rewards(make_trainer, tiny_reward):
     reward = tiny_reward(1)
     parts = {"reward_model": reward, "reward_funcs": [count_good, length]}
     mixed = make_trainer(parts, reward_weights=[2.0, 1.0, -0.5])
-    mixed._prepare_once()
+    mixed.prepare()
     rollout = mixed.collect(0)
     alone = make_trainer({"reward_model": reward})
-    alone._prepare_once()
+    alone.prepare()
     scores = alone.collect(0).scores
     texts = mixed.processing_class.batch_decode(
         [rollout.response_ids[i][rollout.mask[i]] for i in range(16)], skip_special_tokens=True
@@ -142,7 +143,7 @@ def test_reward_model_with_another_tokenizer(make_trainer, tiny_reward, word_tok
     trainer = make_trainer({"reward_model": reward, "reward_processing_class": other})
     # It cannot start the value model, which reads the policy's tokens.
     assert not trainer.value_model.score.weight.any()
-    trainer._prepare_once()
+    trainer.prepare()
     rollout = trainer.collect(0)
     for row in range(len(rollout)):
         ids = [*rollout.prompt_ids[row][rollout.prompt_mask[row]], *rollout.response_ids[row][rollout.mask[row]]]
@@ -159,7 +160,7 @@ def test_scorer_objects(make_trainer):
             return [float(len(c.split())) + 10 * f for c, f in zip(completions, finished, strict=True)]
 
     trainer = make_trainer({"reward_model": Scorer()})
-    trainer._prepare_once()
+    trainer.prepare()
     rollout = trainer.collect(0)
     texts = [
         trainer.processing_class.decode(ids[m], skip_special_tokens=True)
@@ -186,7 +187,7 @@ def test_adapters(make_trainer, tiny_reward, tmp_path):
     assert logs(trainer)[0]["val/first_ratio_deviation"] < 1e-5
     assert abs(logs(trainer)[0]["objective/kl"]) < 1e-5
     assert logs(trainer)[-1]["objective/kl"] != 0
-    names = trainer._trained()
+    names = trained_tensors(trainer.model)
     assert all("lora_" in name or "score" in name or "inv_freq" in name for name in names)
     trainer.policy.get_base_model().save_pretrained(tmp_path / "x")
     assert (tmp_path / "out" / "checkpoint-3" / "adapter_model.safetensors").exists()

@@ -76,7 +76,7 @@ def train(make_trainer, folders, tmp_path):
         if deepspeed is None:
             after = dict(trainer.policy.named_parameters())
             assert all(torch.equal(after[n], p) for n, p in before.items()), "the base or the reward has moved"
-        return trainer.held_bytes()
+        return trainer.roles.held_bytes()
 
     return run
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
 
 from ppo_vs_dpo.artifacts.errors import UserError
@@ -13,7 +14,9 @@ from ppo_vs_dpo.models.sampling.engine import TransformersEngine
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig
 from ppo_vs_dpo.models.sampling.vllm_colocated import VLLMEngine, named_weights
 from ppo_vs_dpo.ppo.algorithm import policy_loss, truncated_importance_weights
-from ppo_vs_dpo.ppo.rollouts.engines import engine_dtype
+from ppo_vs_dpo.ppo.config import PPOConfig
+from ppo_vs_dpo.ppo.rollouts import collect
+from ppo_vs_dpo.ppo.rollouts.engines import check_colocated, check_whole, engine_dtype
 from tests.ppo.conftest import GAPS, T, logs, same, untimed
 
 
@@ -23,7 +26,7 @@ class FakeEngine:
     keeps_weights = True
 
     def __init__(self, trainer, shifts):
-        self.inner = TransformersEngine(trainer.eos_ids, trainer.processing_class)
+        self.inner = TransformersEngine(trainer.roles.eos_ids, trainer.processing_class)
         self.shifts, self.model, self.updates = shifts, None, 0
 
     def update_weights(self, model):
@@ -80,7 +83,7 @@ def run(make_trainer, shifts=None, **settings):
     """A trainer after its updates, its engine replaced where shifts are given, and its rollouts."""
     trainer = make_trainer(**settings)
     if shifts is not None:
-        trainer.engine = FakeEngine(trainer, shifts)
+        trainer.roles.engine = FakeEngine(trainer, shifts)
     collect, rollouts = trainer.collect, []
 
     def kept(*args):
@@ -99,13 +102,13 @@ def test_without_mismatch_the_run_is_the_same(make_trainer, weights, monkeypatch
     assert not any(name.startswith("engine/") for name in logs(plain)[0])
 
     other = make_trainer()
-    other.engine, forward = FakeEngine(other, [0.0]), other._forward
+    other.roles.engine, forward = FakeEngine(other, [0.0]), collect.forward
 
-    def agree(rollout, generated):
-        forward(rollout, generated)
+    def agree(roles, rollout, *others):
+        forward(roles, rollout, *others)
         rollout.engine_logprobs = rollout.logprobs.clone()
 
-    monkeypatch.setattr(other, "_forward", agree)
+    monkeypatch.setattr(collect, "forward", agree)
     other.train()
     assert same(weights(plain), weights(other))
     expected = {"difference_mean": 0, "difference_max": 0, "ratio_mean": 1, "ratio_max": 1, "ratio_capped": 0}
@@ -121,7 +124,7 @@ def test_mismatch_is_measured_and_corrected(make_trainer):
     shifts = [0.5, 1.0, -0.25]
     settings = {"num_ppo_epochs": 1, "num_mini_batches": 1, "check_first_ratio": False}
     trainer, rollouts = run(make_trainer, shifts, max_steps=2, **settings)
-    assert trainer.engine.updates == 2
+    assert trainer.roles.engine.updates == 2
     for rollout, row in zip(rollouts, logs(trainer), strict=True):
         place = torch.arange(rollout.mask.shape[1]) % 3
         shift = torch.tensor(shifts)[place].expand_as(rollout.mask)[rollout.mask]
@@ -152,12 +155,12 @@ def test_no_cap_no_correction(make_trainer, weights):
 def test_weights_are_new_at_each_sampling(make_trainer, prompts):
     """Rollouts and evaluations sample from the policy as it is; the reference by the own loop."""
     trainer = make_trainer({"eval_dataset": prompts.select(range(8))}, eval_strategy="steps", eval_steps=1)
-    trainer.engine = FakeEngine(trainer, [0.0])
+    trainer.roles.engine = FakeEngine(trainer, [0.0])
     trainer.train()
-    assert trainer.engine.updates == 4
+    assert trainer.roles.engine.updates == 4
     assert max(row["engine/logprob_difference_max"] for row in logs(trainer)) < 1e-5
     trainer.evaluate()
-    assert same(dict(trainer.engine.model.named_parameters()), dict(trainer.policy.named_parameters()))
+    assert same(dict(trainer.roles.engine.model.named_parameters()), dict(trainer.policy.named_parameters()))
 
 
 @pytest.mark.parametrize("shift", [0.02, float("nan")])
@@ -194,34 +197,26 @@ def test_a_missing_vllm_names_the_extra(make_trainer, monkeypatch):
         make_trainer(generation_engine="vllm")
 
 
-@pytest.mark.parametrize(
-    ("name", "check", "words"),
-    [
-        ("is_deepspeed_enabled", "check_colocated", "does not work with deepspeed: the engine takes whole weights"),
-        ("is_deepspeed_enabled", "check_whole", "needs ppo.ds3_gather_for_generation"),
-        ("is_fsdp_enabled", "check_whole", r"does not work with ppo\.fsdp"),
-    ],
-)
-def test_sharded_weights_are_refused(make_trainer, name, check, words):
-    from ppo_vs_dpo.ppo.rollouts import engines
-
-    trainer = make_trainer()
-    setattr(trainer, name, True)
-    trainer.args.ds3_gather_for_generation = False
-    with pytest.raises(UserError, match=words):
-        getattr(engines, check)(trainer)
-
-
-def test_several_ranks_and_quantized_weights_are_refused(make_trainer, monkeypatch):
-    from ppo_vs_dpo.ppo.rollouts.engines import check_colocated, check_whole
-
-    trainer = make_trainer()
-    trainer.policy.is_quantized = True
+def test_sharded_and_quantized_weights_are_refused(tiny_llama, tmp_path):
+    policy = tiny_llama(0)
+    args = PPOConfig(output_dir=str(tmp_path), use_cpu=True, ds3_gather_for_generation=False)
+    for kind, words in (
+        (DistributedType.DEEPSPEED, "needs ppo.ds3_gather_for_generation"),
+        (DistributedType.FSDP, r"does not work with ppo\.fsdp"),
+    ):
+        with pytest.raises(UserError, match=words):
+            check_whole(policy, args, kind)
+    policy.is_quantized = True
     with pytest.raises(UserError, match="plain weights, and this one is quantized"):
-        check_whole(trainer)
-    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+        check_whole(policy, args, DistributedType.NO)
+
+
+def test_one_whole_process_is_needed_beside_an_engine():
+    with pytest.raises(UserError, match="does not work with deepspeed: the engine takes whole weights"):
+        check_colocated(1, DistributedType.DEEPSPEED)
     with pytest.raises(UserError, match="works on one process, and there are 2"):
-        check_colocated(trainer)
+        check_colocated(2, DistributedType.MULTI_CPU)
+    check_colocated(1, DistributedType.NO)
 
 
 def test_arithmetic_is_the_trainers():

@@ -108,9 +108,9 @@ def test_the_run_is_that_of_the_own_loop(make_trainer, stand_in, tmp_path):
         torch.testing.assert_close(parameter.detach(), expected[name], atol=1e-5, rtol=1e-5)
     assert stand_in.loads == stand_in.resets >= 3
     assert max(row["engine/logprob_difference_max"] for row in logs(trainer)) < 1e-5
-    folder = Path(trainer.engine.folder.name)
+    folder = Path(trainer.roles.engine.folder.name)
     assert folder.parent == Path(trainer.args.output_dir)
-    trainer.engine.folder.cleanup()
+    trainer.roles.engine.folder.cleanup()
     assert not folder.exists()
 
 
@@ -163,7 +163,7 @@ def test_weights_left_by_a_killed_run_are_removed(make_trainer, stand_in, tmp_pa
     (left / "policy.safetensors").write_bytes(b"0")
     trainer = make_trainer(max_steps=1, **served(stand_in))
     assert not left.exists()
-    assert Path(trainer.engine.folder.name).exists()
+    assert Path(trainer.roles.engine.folder.name).exists()
 
 
 def test_too_little_room(make_trainer, stand_in):

@@ -9,6 +9,7 @@ from datasets import Dataset
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.passes.logprobs import response_logprobs
 from ppo_vs_dpo.ppo.config import PPOConfig
+from ppo_vs_dpo.ppo.rollouts.responses import final_scores
 from tests.ppo.conftest import PROMPTS, logs
 
 
@@ -58,7 +59,7 @@ def test_adaptive_controller_follows_the_measured_kl(make_trainer):
     assert coefficients[-1] != coefficients[0]
 
 
-def test_score_conventions(make_trainer):
+def test_score_conventions(tmp_path):
     scores, finished = torch.tensor([3.0, -4.0, 2.0]), torch.tensor([True, True, False])
     cases = [
         ({"missing_eos_penalty": None}, [3, -4, 2]),
@@ -71,7 +72,8 @@ def test_score_conventions(make_trainer):
         ({"missing_eos_penalty": 1.0, "missing_eos": "subtract", "parity": "summarize-from-feedback"}, [3, -4, -1]),
     ]
     for settings, expected in cases:
-        assert make_trainer(**settings).final_scores(scores, finished).tolist() == expected, settings
+        args = PPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+        assert final_scores(scores, finished, args, args.fixed_score_bias).tolist() == expected, settings
 
 
 @pytest.mark.parametrize("with_references", [True, False])
@@ -85,17 +87,17 @@ def test_automatic_score_bias_brings_references_to_zero(make_trainer, with_refer
     )
     trainer.train()
     if with_references:
-        assert trainer.score_bias == 1.0
+        assert trainer.loop.score_bias == 1.0
     else:
-        rollout = trainer.evaluator.mean_reference_score(8)
-        assert trainer.score_bias == pytest.approx(rollout)
+        rollout = trainer.evaluator.mean_reference_score(trainer.prompts, 8)
+        assert trainer.loop.score_bias == pytest.approx(rollout)
 
 
 def test_reward_whitening_scales_rewards(make_trainer):
     plain, whitened = make_trainer(), make_trainer(whiten_rewards=True)
     rollouts = []
     for trainer in (plain, whitened):
-        trainer._prepare_once()
+        trainer.prepare()
         rollouts.append(trainer.collect(0))
     real = rollouts[0].rewards[rollouts[0].mask]
     expected = (real - real.mean()) / real.std(unbiased=False) + real.mean()
@@ -104,7 +106,7 @@ def test_reward_whitening_scales_rewards(make_trainer):
 
 def test_advantages_without_whitening(make_trainer):
     trainer = make_trainer(whiten_advantages=False)
-    trainer._prepare_once()
+    trainer.prepare()
     rollout = trainer.collect(0)
     torch.testing.assert_close(rollout.advantages + rollout.values, rollout.returns, atol=1e-6, rtol=0)
 
@@ -128,10 +130,10 @@ def test_early_stop_ends_the_update(make_trainer):
 
 def test_reference_follows_the_policy(make_trainer):
     trainer = make_trainer(sync_ref_model=True, ref_model_mixup_alpha=0.25, max_steps=1)
-    before = {n: p.detach().clone() for n, p in trainer.reference.model.named_parameters()}
+    before = {n: p.detach().clone() for n, p in trainer.roles.reference.model.named_parameters()}
     trainer.train()
     policy = dict(trainer.policy.named_parameters())
-    for name, tensor in trainer.reference.model.named_parameters():
+    for name, tensor in trainer.roles.reference.model.named_parameters():
         torch.testing.assert_close(tensor, 0.75 * before[name] + 0.25 * policy[name], atol=1e-6, rtol=0)
 
 
@@ -154,7 +156,7 @@ def test_pretraining_mix_raises_the_likelihood_of_its_texts(make_trainer):
 
 def test_stop_strings_and_generation_settings(make_trainer):
     trainer = make_trainer(stop_strings=["good"], generation_kwargs={"max_new_tokens": 20, "batch_size": 4})
-    trainer._prepare_once()
+    trainer.prepare()
     rollout = trainer.collect(0)
     assert rollout.mask.shape[1] > 6
     texts = [trainer.processing_class.decode(rollout.response_ids[i][rollout.mask[i]]) for i in range(16)]

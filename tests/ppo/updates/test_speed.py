@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ppo_vs_dpo.ppo.roles.roles import PolicyAndValue
+from ppo_vs_dpo.ppo.roles.trained import PolicyAndValue
+from ppo_vs_dpo.ppo.rollouts.responses import sample
 
 SETTINGS = {"num_ppo_epochs": 2, "optim": "sgd", "learning_rate": 1e-2, "max_steps": 2}
 
@@ -71,8 +72,8 @@ def test_logprobs_from_sampling(make_trainer, weights, monkeypatch):
 @pytest.mark.parametrize("settings", [{"top_k": 5}, {"bf16": True}, {"parity": "trl-1.12"}])
 def test_sampling_from_another_distribution_is_not_trusted(make_trainer, settings):
     trainer = make_trainer(logprobs_from_sampling=True, **settings)
-    trainer._prepare_once()
-    drawn = trainer.sample(trainer.prompts.ids[:2], [0, 1])
+    trainer.prepare()
+    drawn = sample(trainer.roles, trainer.prompts.ids[:2], [0, 1], trainer.args)
     assert [one.logprobs for one in drawn] == [None, None]
 
 

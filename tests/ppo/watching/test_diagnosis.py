@@ -86,7 +86,7 @@ def said(make_trainer, **settings):
     reward = settings.pop("reward", None)
     trainer = make_trainer({"reward_funcs": reward} if reward else None, diagnose=True, **settings)
     trainer.train()
-    return trainer.diagnosis.said
+    return trainer.loop.diagnosis.said
 
 
 def test_real_runs_that_go_wrong(make_trainer):

@@ -55,7 +55,7 @@ def train(make_trainer, prompts, tiny_reward, tmp_path):
         settings = {**SETTINGS, **(settings or {}), "deepspeed": settings_of(deepspeed) if deepspeed else None}
         trainer = make_trainer(parts, output_dir=str(tmp_path / name), **settings)
         trainer.train(resume_from_checkpoint=resume or None)
-        return trainer.held_bytes()
+        return trainer.roles.held_bytes()
 
     return run
 

@@ -91,7 +91,7 @@ def test_reward_function_that_raises(make_trainer):
 
 def test_non_finite_loss_stops_before_it_reaches_the_weights(make_trainer, weights, tmp_path):
     trainer = make_trainer()
-    trainer._prepare_once()
+    trainer.prepare()
     collect = trainer.collect
 
     def poisoned(update, clock=None):

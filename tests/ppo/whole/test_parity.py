@@ -89,7 +89,7 @@ def test_summarize_from_feedback_conventions(make_trainer, tiny_reward, tiny_lla
         whiten_rewards=True,
         kl_coef=0.05,
     )
-    trainer._prepare_once()
+    trainer.prepare()
     rollout = trainer.collect(0)
     assert 0 < rollout.finished.sum() < 16
     assert (rollout.logprobs != rollout.ref_logprobs).any()
@@ -107,7 +107,7 @@ def test_the_value_after_the_last_token(make_trainer, tiny_reward):
     """The extra value of the parity conventions is that of the whole sequence: the reward model's own score at
     first."""
     trainer = make_trainer({"reward_model": tiny_reward(1)}, parity="trl-1.12")
-    trainer._prepare_once()
+    trainer.prepare()
     rollout = trainer.collect(0)
     extra = rollout.value_mask & ~rollout.mask
     rows = extra.any(1)

@@ -77,7 +77,7 @@ def test_micro_batch_size_does_not_change_the_update(make_trainer, weights, size
 def test_metrics_are_over_real_tokens(make_trainer):
     """The logged figures are those of the rollout, worked out again row by row without padding."""
     trainer = make_trainer()
-    trainer._prepare_once()
+    trainer.prepare()
     rollout = trainer.collect(0)
     from ppo_vs_dpo.ppo.watching.metrics import rollout_metrics
 
@@ -100,7 +100,7 @@ def test_metrics_are_over_real_tokens(make_trainer):
 def test_rollout_numbers_are_those_of_plain_forward_passes(make_trainer, tiny_llama, word_tokenizer):
     """Log-probabilities without padding, one row at a time, in the collected rollout; rewards and returns add up."""
     trainer = make_trainer(local_rollout_forward_batch_size=5, kl_coef=0.3)
-    trainer._prepare_once()
+    trainer.prepare()
     rollout = trainer.collect(0)
     for row in range(len(rollout)):
         one = rollout.select([row])

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.pretrained import load_tokenizer
-from ppo_vs_dpo.ppo.roles.roles import as_value_or_reward
+from ppo_vs_dpo.ppo.roles.given import as_value_or_reward
 from ppo_vs_dpo.reward_model.scorer import BIAS_KEY, RewardScorer
 
 RewardFunction = Callable[..., Sequence[float]]
@@ -134,6 +134,10 @@ class Rewards:
         if len(weights) != len(parts):
             raise UserError(f"reward_weights has {len(weights)} entries for {len(parts)} rewards; give one each.")
         self.parts, self.weights = parts, weights
+
+    def models(self) -> list[ModelReward]:
+        """The parts that are models of ours, for the trainer to place or shard."""
+        return [part for part in self.parts if isinstance(part, ModelReward)]
 
     def shared(self) -> tuple[PreTrainedModel, float, float] | None:
         """The first reward model that reads the policy's own tokens: what a value model can start from.

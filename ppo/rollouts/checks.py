@@ -1,0 +1,124 @@
+"""What must hold of a rollout while a run goes on; where it does not, the run stops and the rollout is kept."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import write_jsonl
+from ppo_vs_dpo.ppo.algorithm import masked_mean
+from ppo_vs_dpo.ppo.config import PPOConfig
+from ppo_vs_dpo.ppo.rollouts.rollout import Rollout
+
+
+class Unusable(UserError):
+    """A rollout that training cannot go on with. Raised without the trainer's folders; `keep` writes it down.
+
+    Args:
+        rollout: of this rank or of all.
+        kind: one word, for the folder's name.
+        say: the message, given where the rollout is kept.
+    """
+
+    def __init__(self, rollout: Rollout, kind: str, say: Callable[[Any], str]):
+        super().__init__(say("no file"))
+        self.rollout, self.kind, self.say = rollout, kind, say
+
+    def keep(self, root: Path, number: int, tokenizer: PreTrainedTokenizerBase, writes: bool) -> str:
+        """Keep the rollout of update ``number``: tensors (`Rollout.load` reads them) and texts; gives the message."""
+        rollout, folder = self.rollout, root / f"rollout-{self.kind}-update-{number}"
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            rollout.save(folder / "rollout.safetensors")
+            texts = (
+                {
+                    "prompt": tokenizer.decode(rollout.prompt_ids[row][rollout.prompt_mask[row]]),
+                    "completion": tokenizer.decode(rollout.response_ids[row][rollout.mask[row]]),
+                    "score": float(rollout.scores[row]),
+                    "finished": bool(rollout.finished[row]),
+                }
+                for row in range(len(rollout))
+            )
+            write_jsonl(folder / "texts.jsonl", texts)
+        return self.say(folder)
+
+
+def non_finite(rollout: Rollout, what: str, args: PPOConfig, sharded: bool) -> Unusable:
+    """A loss or gradient norm that is not a finite number.
+
+    Args:
+        what: which.
+        sharded: DeepSpeed has stepped already.
+    """
+    kept = "The weights are those before it"
+    if sharded:
+        kept = "DeepSpeed's step has taken it into the weights (the last checkpoint is from before)"
+    return Unusable(
+        rollout,
+        "nonfinite",
+        lambda where: (
+            f"{what} is not finite. {kept}, and the rollout is in {where}. "
+            f"Usual causes: a learning rate too high ({args.learning_rate:g}), fp16 overflow (use bf16), "
+            f"rewards of huge size (score_clip)."
+        ),
+    )
+
+
+def check_first_ratio(rollout: Rollout, deviation: dict[str, float], number: int, dtype: torch.dtype) -> None:
+    """Stop when the policy that trains is not the policy that sampled (N+: ratio exactly 1 on the first pass).
+
+    Args:
+        rollout: that the update trained on.
+        deviation: `ppo.updates.update.Update.deviation`.
+        number: of the update, from 1.
+        dtype: of the policy's forward pass.
+
+    Raises:
+        Unusable: it is more than rounding.
+    """
+    seen, allowed = (deviation["max"], 1e-3) if dtype == torch.float32 else (deviation["mean"], 0.1)
+    if seen <= allowed:
+        return
+    raise Unusable(
+        rollout,
+        "ratio",
+        lambda where: (
+            f"on the first pass over the rollout of update {number} the log ratio is off by {seen:.2g} (allowed "
+            f"{allowed:g}), and the ratio must be 1 there. The policy that trains is not the one that sampled. Usual "
+            f"causes: dropout that is still on, a model that answers differently in training and evaluation. The "
+            f"rollout is in {where}; check_first_ratio=false goes on regardless."
+        ),
+    )
+
+
+def check_agreement(rollout: Rollout, number: int, dtype: torch.dtype) -> None:
+    """Stop when an engine with weights of its own samples from another policy than the one that trains.
+
+    Rounding gives mean differences below 1e-3 nats in fp32, and of a few hundredths in bf16.
+
+    Args:
+        rollout: with the log-probabilities of both.
+        number: of the update, from 1.
+        dtype: of the policy's forward pass.
+
+    Raises:
+        Unusable: it is more than rounding.
+    """
+    allowed = 1e-2 if dtype == torch.float32 else 0.2
+    seen = float(masked_mean((rollout.logprobs - rollout.engine_logprobs).abs(), rollout.mask))
+    # Written so that NaN stops, too.
+    if seen <= allowed:
+        return
+    raise Unusable(
+        rollout,
+        "engine",
+        lambda where: (
+            f"the log-probabilities that the engine sampled update {number} with differ from the trainer's by "
+            f"{seen:.2g} nats on average (allowed {allowed:g}): more than rounding. Usual causes: weights that did "
+            f"not arrive, or an architecture that the engine computes differently. The rollout is in {where}. "
+            f"Use ppo.generation_engine=transformers; check_first_ratio=false goes on regardless."
+        ),
+    )

@@ -1,0 +1,89 @@
+"""Responses and their scores: what a rollout and an evaluation have in common."""
+
+import contextlib
+
+import torch
+from accelerate import Accelerator
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.sampling.engine import TransformersEngine
+from ppo_vs_dpo.models.sampling.generation import Generated
+from ppo_vs_dpo.models.sharding.collectives import any_rank
+from ppo_vs_dpo.models.sharding.deepspeed import gathered
+from ppo_vs_dpo.models.text.prompts import decode_completion
+from ppo_vs_dpo.ppo.config import PPOConfig
+from ppo_vs_dpo.ppo.roles.rewards import RewardError
+from ppo_vs_dpo.ppo.roles.roles import Roles
+from ppo_vs_dpo.ppo.rollouts.checks import Unusable
+from ppo_vs_dpo.ppo.rollouts.prompts import PromptSet
+from ppo_vs_dpo.ppo.rollouts.rollout import Rollout
+
+
+def sample(
+    roles: Roles, prompt_ids: list[list[int]], seeds: list[int], args: PPOConfig, reference: bool = False
+) -> list[Generated]:
+    """Responses of the policy (or of the reference) to some prompts, one seed each.
+
+    With ``logprobs_from_sampling`` the policy's come with their log-probabilities, where those are what a pass over
+    the responses would give.
+    """
+    engine, model, within = roles.engine, roles.policy, contextlib.nullcontext()
+    if reference:
+        # Sampled once a run, unless it moves: not worth weights of its own in another engine.
+        engine = TransformersEngine(roles.eos_ids, roles.tokenizer)
+        model = roles.reference.module
+    if args.ds3_gather_for_generation:
+        # ZeRO-3: the weights are gathered once for the whole rollout. Elsewhere nothing is in pieces.
+        within = roles.reference.generating(roles.trained) if reference else gathered(roles.trained, model)
+    with within:
+        # Each time: whatever moved the weights (an update, a resume, the best checkpoint), they are sampled from.
+        engine.update_weights(model)
+        return engine.generate(prompt_ids, args.sampling(), seeds)
+
+
+def score(
+    roles: Roles,
+    prompts: PromptSet,
+    rows: list[int],
+    generated: list[Generated],
+    accelerator: Accelerator,
+    rollout: Rollout | None = None,
+) -> torch.Tensor:
+    """Scores ``(N,)`` of responses to the prompts ``rows``.
+
+    Raises:
+        UserError: the reward gave something that cannot be used.
+        Unusable: the same, for the responses of a rollout.
+    """
+    error, scores = None, [0.0] * len(rows)
+    try:
+        scores = roles.rewards(
+            [prompts.prompts[row] for row in rows],
+            [decode_completion(roles.tokenizer, g.token_ids) for g in generated],
+            [prompts.ids[row] for row in rows],
+            [g.token_ids for g in generated],
+            [g.finished for g in generated],
+            **prompts.columns_of(rows),
+        )
+    except RewardError as raised:
+        error = raised
+    # All ranks stop together, with the message of the one that failed.
+    if any_rank(error is not None, accelerator.device):
+        message = str(error or "the reward failed on another rank.")
+        if rollout is None:
+            raise UserError(message) from error
+        raise Unusable(rollout, "reward", lambda where: f"{message} The rollout is in {where}.") from error
+    return torch.tensor(scores, dtype=torch.float32)
+
+
+def final_scores(scores: torch.Tensor, finished: torch.Tensor, args: PPOConfig, bias: float) -> torch.Tensor:
+    """Scores after bias (N+ detail 15), clip (Xu et al. 2024) and the penalty for a missing EOS (detail 23)."""
+    final = scores - bias
+    if args.score_clip is not None:
+        final = final.clamp(-args.score_clip, args.score_clip)
+    penalty = args.missing_eos_penalty
+    if penalty is None:
+        return final
+    convention = args.conventions.missing_eos or args.missing_eos
+    penalised = final - penalty if convention == "subtract" else torch.full_like(final, -penalty)
+    return torch.where(finished, final, penalised)
