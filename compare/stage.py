@@ -107,7 +107,9 @@ def run_compare(context: StageContext) -> None:
             f"{stopped[0]}. All replies so far are kept, and {context.dir / 'report.html'} shows what they say; "
             f"start the same command again to ask for the rest."
         )
-    context.finish(verdict=report["verdict"], n_prompts=len(prompts), pair_set=pair_set["hash"])
+    context.finish(
+        verdict=report["verdict"], n_prompts=len(prompts), pair_set=pair_set["hash"], warnings=pair_set["differences"]
+    )
 
 
 @dataclass(frozen=True)

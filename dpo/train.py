@@ -18,7 +18,8 @@ from ppo_vs_dpo.dpo.trainer import PairTrainer
 from ppo_vs_dpo.models.loading.config import LoraSettings
 from ppo_vs_dpo.models.loading.pretrained import check_same_vocabulary, context_length, load_policy, load_tokenizer
 from ppo_vs_dpo.models.loading.quantized import quantization, train_adapters_in_full
-from ppo_vs_dpo.models.text.encoding import count_rows
+from ppo_vs_dpo.models.text.encoding import count_rows, left_out
+from ppo_vs_dpo.models.text.trained_on import trained_on
 from ppo_vs_dpo.models.training import callbacks, model_settings, save_model, train, training_arguments
 
 
@@ -128,10 +129,13 @@ def run_stage(context: StageContext) -> None:
     # 5. How well its implicit reward beta log(pi/ref) orders pairs it has not seen.
     held_out = trainer.evaluate() if test is not None else {}
     save_model(trainer, context, tokenizer, settings.merge_lora)
+    given = count_rows(pairs / "train.parquet")
     context.finish(
         pair_set=pair_figures.get("pair_set"),
+        trained_on=trained_on(dataset, given, trainer.state.epoch),
         pairs=len(dataset),
-        left_out=count_rows(pairs / "train.parquet") - len(dataset),
+        left_out=given - len(dataset),
+        warnings=left_out(given, len(dataset), "dpo", args.max_length),
         soft_labels=soft,
         beta=args.beta,
         loss_type=list(args.loss_type),

@@ -29,12 +29,13 @@ from ppo_vs_dpo.models.loading.quantized import quantization, train_adapters_in_
 from ppo_vs_dpo.models.passes.unpadded import score_at_last_token
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate, row_seed
 from ppo_vs_dpo.models.sharding.deepspeed import is_sharded, unsharded_loading, whole
-from ppo_vs_dpo.models.text.encoding import count_rows, encode_prompts
+from ppo_vs_dpo.models.text.encoding import count_rows, encode_prompts, left_out
 from ppo_vs_dpo.models.text.prompts import decode_completion
+from ppo_vs_dpo.models.text.trained_on import trained_on
 from ppo_vs_dpo.models.training import callbacks, model_settings, save_model, train, training_arguments
 from ppo_vs_dpo.preferences.reading.tables import read_rows
 from ppo_vs_dpo.reward_model.config import RewardModelStage
-from ppo_vs_dpo.reward_model.data import reward_dataset
+from ppo_vs_dpo.reward_model.data import reward_dataset, without_margin
 from ppo_vs_dpo.reward_model.report import write_report
 from ppo_vs_dpo.reward_model.scorer import RewardScorer, store_bias
 from ppo_vs_dpo.reward_model.trainer import PairRewardTrainer
@@ -184,6 +185,7 @@ def run_stage(context: StageContext) -> None:
         settings.use_soft_labels,
         cache=context.run.path("pairs", "tokens"),
     )
+    margins = without_margin(dataset)
     trainer = build_trainer(model, tokenizer, dataset, args, settings.lora, callbacks(context))
     summary = train(trainer, context)
     saved = save_model(trainer, context, tokenizer, settings.merge_lora)
@@ -196,12 +198,16 @@ def run_stage(context: StageContext) -> None:
         # As many training pairs as test pairs are scored, to see over-fitting.
         seen = Dataset.from_list(list(itertools.islice(read_rows(path), len(test))))
         report = centre_and_report(context, settings, saved, seen, test, args.max_length, from_gold)
+    given = count_rows(path)
+    warnings = [*left_out(given, len(dataset), "reward_model", args.max_length), *margins, *report["warnings"]]
     context.finish(
         pair_set=pair_figures.get("pair_set"),
+        trained_on=trained_on(dataset, given, trainer.state.epoch),
         pairs=len(dataset),
-        left_out=count_rows(path) - len(dataset),
+        left_out=given - len(dataset),
         soft_labels="soft_label" in dataset.column_names,
         steps=trainer.state.global_step,
         train_loss=summary["train_loss"],
-        **{key: report[key] for key in ("score_bias", "accuracy", "ceiling", "ece", "brier", "warnings")},
+        **{key: report[key] for key in ("score_bias", "accuracy", "ceiling", "ece", "brier")},
+        warnings=warnings,
     )

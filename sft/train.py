@@ -19,6 +19,7 @@ from ppo_vs_dpo.models.loading.pretrained import build_policy, context_length, l
 from ppo_vs_dpo.models.loading.quantized import quantization, train_adapters_in_full
 from ppo_vs_dpo.models.passes.unpadded import skip_padding
 from ppo_vs_dpo.models.sharding.deepspeed import unsharded_loading
+from ppo_vs_dpo.models.text.encoding import left_out
 from ppo_vs_dpo.models.training import (
     callbacks,
     model_settings,
@@ -104,6 +105,7 @@ def run_stage(context: StageContext) -> None:
         trained=True,
         examples=len(dataset),
         left_out=len(examples) - len(dataset),
+        warnings=left_out(len(examples), len(dataset), "sft", args.max_length),
         steps=trainer.state.global_step,
         train_loss=summary["train_loss"],
         **parameters,

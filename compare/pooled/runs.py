@@ -205,6 +205,9 @@ def pool(runs: list[Run], settings: Settings) -> dict[str, Any]:
             "n_train": sum(pair_set["n_train"] for pair_set in pair_sets),
             "n_test": sum(pair_set["n_test"] for pair_set in pair_sets),
             "same": all(pair_set["same"] for pair_set in pair_sets),
+            "differences": list(
+                dict.fromkeys(text for pair_set in pair_sets for text in pair_set.get("differences", []))
+            ),
         },
         "judges": known,
         "policies": policies,

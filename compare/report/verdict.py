@@ -130,6 +130,7 @@ def warnings(report: dict[str, Any]) -> list[str]:
             "Completions were drawn with top-k or top-p: they come from another policy than the model, and the KL "
             "shown is the model's, not that policy's (which may be infinite)."
         )
+    found += report["pair_set"].get("differences", [])
     for entry in report["control"]:
         if not entry["contains_half"]:
             found.append(

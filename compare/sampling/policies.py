@@ -205,17 +205,21 @@ def check_pair_set(run: RunFolder) -> dict[str, Any]:
     """The pair set of the run, after checking that both branches were trained on it (papers.md 3.8.6).
 
     Returns:
-        ``hash``, ``n_train``, ``n_test``, ``branches`` (stage -> the hash it recorded) and ``same``.
+        ``hash``, ``n_train``, ``n_test``, ``branches`` (stage -> the hash it recorded), ``same``, ``trained_on``
+        (stage -> what it really trained on: `models.text.trained_on`) and ``differences`` between those, in words.
 
     Raises:
         UserError: a branch recorded another hash.
     """
     pairs = run.require("pairs")["figures"]["pair_set"]
-    branches = {}
+    branches, trained, soft = {}, {}, {}
     for stage in ("reward_model", "dpo", *run.points("dpo")):
-        recorded = ((run.done(stage) or {}).get("figures") or {}).get("pair_set")
+        figures = (run.done(stage) or {}).get("figures") or {}
+        recorded = figures.get("pair_set")
         if recorded is not None:
             branches[stage] = recorded["hash"] if isinstance(recorded, dict) else recorded
+        if figures.get("trained_on"):
+            trained[stage], soft[stage] = figures["trained_on"], figures.get("soft_labels")
     different = [stage for stage, value in branches.items() if value != pairs["hash"]]
     if different:
         raise UserError(
@@ -223,4 +227,41 @@ def check_pair_set(run: RunFolder) -> dict[str, Any]:
             f"{branches[different[0]][:12]}, the run's pairs are {pairs['hash'][:12]}. A comparison of PPO and DPO on "
             f"different data says nothing about the methods; train {', '.join(different)} again."
         )
-    return {**pairs, "branches": branches, "same": bool({"reward_model", "dpo"} <= set(branches))}
+    differences = pair_differences(trained, soft)
+    return {
+        **pairs,
+        "branches": branches,
+        "same": {"reward_model", "dpo"} <= set(branches) and len({own["hash"] for own in trained.values()}) < 2,
+        "trained_on": trained,
+        "differences": differences,
+    }
+
+
+def pair_differences(trained: dict[str, dict[str, Any]], soft_labels: dict[str, bool | None]) -> list[str]:
+    """Where the branches did not learn the same from the same pairs; a sentence each.
+
+    Args:
+        trained: stage -> what it trained on (`models.text.trained_on.trained_on`).
+        soft_labels: stage -> whether it took the pairs' probabilities, where they have any.
+    """
+    first = trained.get("reward_model")
+    found = []
+    for stage, own in trained.items():
+        if own["epochs"] is not None and own["epochs"] < 0.999:
+            found.append(f"{stage} saw {own['epochs']:.0%} of its {own['pairs']} training pairs.")
+        if first is None or stage == "reward_model":
+            continue
+        if own["hash"] != first["hash"]:
+            advice = (
+                " Give reward_model.max_length and dpo.max_length the same value."
+                if own["left_out"] != first["left_out"]
+                else ""
+            )
+            found.append(
+                f"The reward model and {stage} did not train on the same pairs: {first['pairs']} against "
+                f"{own['pairs']} (left out: {first['left_out']} and {own['left_out']}).{advice}"
+            )
+        if soft_labels.get(stage) != soft_labels.get("reward_model"):
+            which = ("the reward model", stage) if soft_labels.get("reward_model") else (stage, "the reward model")
+            found.append(f"{which[0]} took the pairs' soft labels, {which[1]} took every pair for certain.")
+    return found

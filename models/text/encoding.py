@@ -211,6 +211,13 @@ def soft_labels(encoded: Dataset, where: str) -> list[str]:
     return [] if all(label is None for label in labels) else ["soft_label"]
 
 
+def left_out(given: int, kept: int, where: str, limit: int | None) -> list[str]:
+    """A sentence where rows were left out for their length, to be said on the console."""
+    if given == kept:
+        return []
+    return [f"{given - kept} of {given} rows are longer than {where}.max_length={limit} tokens and were left out."]
+
+
 def drop_long(rows: Dataset, lengths: Sequence[int], limit: int | None, context: int | None, where: str) -> Dataset:
     """Leave out rows longer than ``limit``; what is left must fit into the model.
 

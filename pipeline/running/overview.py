@@ -60,6 +60,8 @@ class Overview:
         self.states[job.name] = "done"
         self.seconds[job.name] = seconds
         self._say(f"{job.name} done in {seconds:.0f} s; about {self.left()} left")
+        for sentence in ((self.run.done(job.name) or {}).get("figures") or {}).get("warnings") or []:
+            self.console.print(f"{job.name}: {sentence}", style="yellow", highlight=False, markup=False)
 
     def update(self) -> None:
         """Redraw."""
