@@ -8,8 +8,6 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from ppo_vs_dpo.models.text.encoding import MASKS
-
 TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -22,7 +20,7 @@ def trained_on(dataset: Dataset, given: int, epochs: float | None = None) -> dic
         epochs: passes over them, as far as training went.
 
     Returns:
-        ``hash`` (SHA-256 over the rows' tokens and masks, whatever their order), ``pairs``, ``left_out``, ``epochs``.
+        ``hash`` (SHA-256 over the rows' tokens, whatever their order), ``pairs``, ``left_out``, ``epochs``.
     """
     digest = hashlib.sha256(b"".join(sorted(_rows(dataset))))
     return {"hash": digest.hexdigest(), "pairs": len(dataset), "left_out": given - len(dataset), "epochs": epochs}
@@ -30,9 +28,8 @@ def trained_on(dataset: Dataset, given: int, epochs: float | None = None) -> dic
 
 def _rows(dataset: Dataset) -> Iterator[bytes]:
     """16 bytes for each row, a thousand rows at a time."""
-    names = [*TOKENS, *(name for name in MASKS if name in dataset.column_names)]
-    for batch in dataset.select_columns(names).with_format("arrow").iter(batch_size=1_000):
-        columns = [_lists(batch.column(name)) for name in names]
+    for batch in dataset.select_columns(list(TOKENS)).with_format("arrow").iter(batch_size=1_000):
+        columns = [_lists(batch.column(name)) for name in TOKENS]
         for row in range(len(batch)):
             digest = hashlib.sha256()
             for values, starts in columns:
@@ -42,9 +39,9 @@ def _rows(dataset: Dataset) -> Iterator[bytes]:
 
 
 def _lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """A column of lists as all its values, and where each list starts; a null is an empty list."""
+    """A column of lists as all its values, and where each list starts."""
     array = column.combine_chunks()
     array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-    lengths = array.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+    lengths = array.value_lengths().to_numpy(zero_copy_only=False)
     values = array.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
     return values, np.concatenate([[0], np.cumsum(lengths)])
