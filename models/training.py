@@ -1,6 +1,7 @@
 """What the three stages built on TRL share: arguments, resuming, and saving."""
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -72,6 +73,7 @@ def training_arguments(cls: type[Arguments], context: StageContext, passed: dict
     fixed = {"output_dir": str(context.dir / "checkpoints"), "seed": context.seed, "data_seed": context.seed}
     fixed["push_to_hub"] = False  # the finished model is pushed, by `pipeline.running.publish`; checkpoints are not
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(context.dir / "tensorboard")
+    check_values({**defaults, **passed}, context.stage)
     try:
         with warnings.catch_warnings():
             # TRL still sets the old name of a setting that transformers renamed; nothing for the user to do.
@@ -90,6 +92,24 @@ def training_arguments(cls: type[Arguments], context: StageContext, passed: dict
         datasets.disable_progress_bars()
         transformers_logging.disable_progress_bar()
     return args
+
+
+def check_values(values: dict[str, Any], stage: str) -> None:
+    """What transformers finds out only when training starts, or never.
+
+    Raises:
+        UserError: settings that contradict each other or this machine.
+    """
+    workers = ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context")
+    for name in workers:
+        if values.get(name) and not values.get("dataloader_num_workers"):
+            raise UserError(
+                f"{stage}.{name} is set and there are no workers: set dataloader_num_workers, or remove it."
+            )
+    if values.get("fp16") and values.get("use_cpu"):
+        raise UserError(f"{stage}.fp16 does nothing on a CPU: use bf16=true there, or remove it.")
+    if values.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
+        raise UserError(f"{stage}.use_liger_kernel needs the package liger-kernel: pip install it, or remove the key.")
 
 
 def model_settings(context: StageContext) -> ModelConfig:

@@ -51,7 +51,15 @@ UNUSED = {
     "auto_find_batch_size": "set per_device_train_batch_size or micro_batch_tokens",
     "torch_empty_cache_steps": "the cache is not emptied between steps",
     "train_sampling_strategy": "prompts are drawn at random, without replacement",
-    "dataloader_num_workers": "prompts are tokenised before training",
+    **dict.fromkeys(
+        (
+            "dataloader_num_workers",
+            "dataloader_persistent_workers",
+            "dataloader_prefetch_factor",
+            "dataloader_multiprocessing_context",
+        ),
+        "prompts are tokenised before training",
+    ),
     "dataloader_drop_last": "prompts are drawn, not cut into batches",
     "ignore_data_skip": "a resumed run goes on with the next prompts, at no cost",
     "eval_accumulation_steps": "evaluation is PPO's own",

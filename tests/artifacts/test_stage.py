@@ -7,11 +7,12 @@ import textwrap
 from dataclasses import dataclass
 
 import pytest
+from omegaconf import MISSING
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import write_json
 from ppo_vs_dpo.artifacts.run import RunFolder, point_name
-from ppo_vs_dpo.artifacts.settings import MISSING, split
+from ppo_vs_dpo.artifacts.settings import split
 from ppo_vs_dpo.artifacts.stage import StageContext, parse_point
 
 

@@ -4,25 +4,13 @@ import dataclasses
 import difflib
 from typing import Any, TypeVar
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.settings.rules import refused_keys
 
 Own = TypeVar("Own")
-
-# Set by the stage itself; a user who sets them would break resuming or the run folder's layout.
-RESERVED = frozenset({"output_dir", "logging_dir", "seed", "data_seed"})
-
-# Fields of the argument classes that a run refuses, and why.
-NO_KEY = "a token would be written into the run folder; remove it, and set HF_TOKEN or use `hf auth login`."
-FINISHED_ONLY = "the finished model is what push_to_hub pushes; remove it."
-REFUSED = {
-    "hub_token": NO_KEY,
-    "push_to_hub_token": NO_KEY,
-    "hub_strategy": FINISHED_ONLY,
-    "hub_always_push": FINISHED_ONLY,
-}
 
 
 def field_names(cls: type) -> list[str]:
@@ -34,12 +22,6 @@ def nearest(name: str, valid: list[str]) -> str:
     """``" Did you mean x?"``, or nothing where no valid name is near."""
     matches = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     return f" Did you mean {matches[0]}?" if matches else ""
-
-
-def refused_keys(section: dict[str, Any], where: str) -> list[str]:
-    """One sentence for each key that a class has and a run must not set."""
-    problems = [f"{where}.{key}: set by the stage itself; remove it." for key in section if key in RESERVED]
-    return problems + [f"{where}.{key}: {why}" for key, why in REFUSED.items() if section.get(key) is not None]
 
 
 def unknown_keys(section: dict[str, Any], own: type, args: type | None, where: str) -> list[str]:
@@ -77,6 +59,3 @@ def split(section: dict[str, Any], own: type[Own], args: type | None = None, whe
     except OmegaConfBaseException as error:
         problems.append(f"{where}.{error.full_key or ''}: {error.msg or error}".splitlines()[0])
     raise UserError("\n  ".join(["the configuration has errors:", *problems]))
-
-
-__all__ = ["MISSING", "field_names", "nearest", "refused_keys", "split", "unknown_keys"]
