@@ -10,10 +10,24 @@ class UserError(Exception):
 def explain_os_error(error: OSError) -> str | None:
     """One sentence for an operating-system error that a user can act on, or ``None`` for all others."""
     place = f" ({error.filename})" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    number = error.errno
+    if number in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full{place}. Free some space and start the same command again: finished work is kept."
-    if error.errno == errno.EROFS:
+    if number == errno.EROFS:
         return f"the file system is read-only{place}. Choose a folder that can be written: output_dir=..."
-    if error.errno == errno.EACCES:
+    if number in (errno.EACCES, errno.EPERM) and error.filename:
         return f"no permission to write{place}. Choose a folder that can be written: output_dir=..."
+    if number == errno.ENAMETOOLONG:
+        return f"a name is longer than this file system takes{place}. Choose shorter ones: name=..., output_dir=..."
+    if number in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST) and error.filename:
+        what = {errno.EISDIR: "a folder", errno.ENOTDIR: "a file"}.get(number, "something else")
+        return f"{what} stands where this run needs something else{place}. Move it away, or choose name=..."
+    if number == errno.ENOENT and error.filename:
+        return f"a file or folder is gone{place}. If somebody removed it, the same command makes it again."
+    if number in (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO):
+        return (
+            f"the disk does not answer{place}: {error.strerror}. Finished work is kept; start the same command again."
+        )
+    if number in (errno.EMFILE, errno.ENFILE):
+        return "too many files are open. Raise the limit (ulimit -n) and start the same command again."
     return None

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,14 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def printable(text: str) -> str:
+    """``text`` for a terminal: control characters other than line ends and tabs as their escapes.
+
+    Completions, prompts and names are data; an escape sequence in them must not act on a reader's terminal.
+    """
+    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def finite(value: Any) -> Any:
     """``value`` with every non-finite float replaced by ``None``: JSON has no NaN."""
     if isinstance(value, dict):
@@ -103,6 +112,36 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path} does not exist.") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from None
+
+
+def read_marker(path: str | Path, set_aside: bool = False, keys: dict[str, Any] | None = None) -> dict | None:
+    """A marker file (``done.json`` and its like): a JSON object, or ``None`` where there is none that can be read.
+
+    What a marker says is only whether something may be skipped, so an unreadable one costs work, never an error.
+
+    Args:
+        path: the file.
+        set_aside: rename an unreadable one to ``<name>.unreadable`` and say so.
+        keys: what it must have, ``{key: type or types}``.
+    """
+    path = Path(path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in (keys or {}).items()):
+            return found
+        why = "it is not what was written"
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        why = str(error)
+    if set_aside:
+        aside = path.with_name(f"{path.name}.unreadable")
+        with contextlib.suppress(OSError):
+            if aside.is_dir() and not aside.is_symlink():
+                shutil.rmtree(aside)
+            path.rename(aside)
+            sys.stderr.write(f"{path} cannot be read ({why}); it counts as missing, and is now {aside.name}.\n")
+    return None
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:

@@ -1,23 +1,25 @@
 """A run is a folder: its configuration, a folder for each stage, and ``done.json`` as a stage's last word."""
 
-import shutil
 import time
 from pathlib import Path
-from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.artifacts.files import read_json, write_json
+from ppo_vs_dpo.artifacts.files import read_marker, write_json
+from ppo_vs_dpo.artifacts.guards import outputs, replaced
+from ppo_vs_dpo.artifacts.guards.fingerprints import NEEDS, point_name
+from ppo_vs_dpo.artifacts.guards.versions import differences, made_by
 
 # Runs of versions before this one name modules, and are fingerprinted by names, that are no longer there.
 OLDEST = (0, 2)
-STAGES = ("data", "sft", "pairs", "reward_model", "dpo", "ppo", "compare")
+STAGES = tuple(NEEDS)
 
-
-def point_name(stage: str, point: dict[str, Any]) -> str:
-    """Name of a stage's run at a point of a sweep: ``("ppo", {"kl_coef": 0.0})`` -> ``"ppo,kl_coef=0.0"``."""
-    return ",".join([stage, *(f"{key}={value}" for key, value in sorted(point.items()))])
+# What every `done.json` and every `started.json` has, with its types: one without is none.
+DONE_KEYS = {"figures": dict}
+STARTED_KEYS = {"parts": dict}
 
 
 class RunFolder:
@@ -27,7 +29,8 @@ class RunFolder:
         path: the folder; it must hold a ``config.yaml``.
 
     Raises:
-        UserError: there is no such folder, no configuration in it, or it is a run of a version before 0.2.
+        UserError: there is no such folder, no configuration in it that can be read, or it is a run of a version
+            before 0.2.
     """
 
     def __init__(self, path: str | Path):
@@ -38,11 +41,11 @@ class RunFolder:
                 f"Start a run with `ppo-vs-dpo experiment=...` or name an existing folder."
             )
         self._check_version()
-        self.config: DictConfig = OmegaConf.load(self.root / "config.yaml")
+        self.config = read_config(self.root / "config.yaml")
 
     def _check_version(self) -> None:
         manifest = self.root / "manifest.json"
-        versions = (read_json(manifest).get("versions") or {}) if manifest.is_file() else {}
+        versions = (read_marker(manifest) or {}).get("versions") or {}
         version = versions.get("ppo-vs-dpo")
         if version is not None and tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
             raise UserError(
@@ -58,10 +61,21 @@ class RunFolder:
         """Where a stage (``"ppo"``) or a point of its sweep (``"ppo,kl_coef=0.0"``) writes."""
         return self.path("sweep", name) if "," in name else self.path(name)
 
+    def cache(self, *parts: str) -> Path:
+        """A path in the folder for what was drawn or paid for, kept by content: no stage's clearing touches it."""
+        return self.path("cache", *parts)
+
     def done(self, name: str) -> dict | None:
-        """The stage's ``done.json``, or ``None`` where it has not finished."""
-        path = self.stage_dir(name) / "done.json"
-        return read_json(path) if path.is_file() else None
+        """The stage's ``done.json``, or ``None`` where it has not finished, or its files are not there any more."""
+        done = read_marker(self.stage_dir(name) / "done.json", set_aside=True, keys=DONE_KEYS)
+        if done is None or self.damage(name, done):
+            return None
+        return {**done, "seconds": done["seconds"] if isinstance(done.get("seconds"), int | float) else 0.0}
+
+    def damage(self, name: str, done: dict | None = None, hashes: bool = False) -> list[str]:
+        """What is wrong with the files that a stage's ``done.json`` vouches for (`guards.outputs.damage`)."""
+        done = done or read_marker(self.stage_dir(name) / "done.json") or {}
+        return outputs.damage(self.stage_dir(name), done["outputs"], hashes) if "outputs" in done else []
 
     def require(self, name: str) -> dict:
         """The stage's ``done.json``.
@@ -72,15 +86,53 @@ class RunFolder:
         done = self.done(name)
         if done is None:
             raise UserError(
-                f"stage {name} of {self.root} has not finished, and this stage needs it. "
+                f"stage {name} of {self.root} {self._why_not(name)}, and this stage needs it. "
                 f"Run `ppo-vs-dpo experiment=... stages=[{name.split(',')[0]},...]` first."
             )
         return done
 
+    def _why_not(self, name: str) -> str:
+        found = self.damage(name)
+        return f"is damaged ({found[0]})" if found else "has not finished"
+
     def points(self, stage: str) -> list[str]:
         """Names of the finished points of a stage's sweep, sorted."""
         folders = self.path("sweep").glob(f"{stage},*")
-        return sorted(folder.name for folder in folders if (folder / "done.json").is_file())
+        return sorted(folder.name for folder in folders if self.done(folder.name) is not None)
+
+    def begin(self, name: str, fingerprint: str | None, parts: dict[str, str]) -> Path | None:
+        """Make a stage's folder ready for work on just this.
+
+        What was made from something else is moved aside, in one step and before anything is written.
+
+        Returns:
+            Where an earlier result of this stage is kept now, or ``None``.
+        """
+        folder = self.stage_dir(name)
+        before = read_marker(folder / "started.json", set_aside=True, keys=STARTED_KEYS)
+        before = before or read_marker(folder / "done.json")
+        aside = None
+        if before is not None and before.get("fingerprint") != fingerprint:
+            aside = self.clear(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name_of_old in ("progress.json", "done.json"):
+            (folder / name_of_old).unlink(missing_ok=True)
+        write_json(
+            folder / "started.json",
+            {"fingerprint": fingerprint, "parts": parts, "made_by": [*self._others(name), made_by()]},
+        )
+        return aside
+
+    def _others(self, name: str) -> list[dict]:
+        return [one for one in self.made_by(name) if differences(one, made_by())]
+
+    def made_by(self, name: str) -> list[dict]:
+        """Every version of code and libraries that has worked on a stage, the first one first."""
+        made = (read_marker(self.stage_dir(name) / "started.json") or {}).get("made_by")
+        made = made if isinstance(made, list) else []
+        done = (read_marker(self.stage_dir(name) / "done.json") or {}).get("made_by")
+        found = [one for one in [*made, done] if isinstance(one, dict)]
+        return [one for number, one in enumerate(found) if one not in found[:number]]
 
     def finish(
         self, name: str, fingerprint: str | None, seconds: float, figures: dict, cost: dict | None = None
@@ -95,11 +147,32 @@ class RunFolder:
                 "seconds": round(seconds, 3),
                 "cost": cost or {},
                 "figures": figures,
+                "outputs": outputs.list_outputs(self.stage_dir(name)),
+                "made_by": made_by(),
             },
         )
 
-    def clear(self, name: str) -> None:
-        """Remove what a stage wrote (its inputs changed: going on from its checkpoints would mix two runs)."""
-        folder = self.stage_dir(name)
-        (folder / "done.json").unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+    def clear(self, name: str) -> Path | None:
+        """Take what a stage wrote out of the way: its inputs changed, and its checkpoints would mix two runs.
+
+        One rename, which a kill leaves done or not done. What took work is kept; returns where.
+        """
+        return replaced.move_aside(self.root, name, self.stage_dir(name))
+
+
+def read_config(path: Path) -> DictConfig:
+    """A run's ``config.yaml``.
+
+    Raises:
+        UserError: it is not a YAML mapping.
+    """
+    try:
+        config = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(config, DictConfig):
+        raise UserError(f"{path} cannot be read: it holds no keys.")
+    return config
+
+
+__all__ = ["OLDEST", "STAGES", "STARTED_KEYS", "RunFolder", "point_name", "read_config"]

@@ -1,9 +1,11 @@
 """The frame around every stage: arguments, context, and what happens to errors, Ctrl-C and a full disk."""
 
 import argparse
+import contextlib
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.card import write_card
-from ppo_vs_dpo.artifacts.errors import UserError, explain_os_error
-from ppo_vs_dpo.artifacts.files import read_json, write_json
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import read_marker, write_json
+from ppo_vs_dpo.artifacts.guards import locks, refusals
+from ppo_vs_dpo.artifacts.guards.digests import Digests
+from ppo_vs_dpo.artifacts.guards.fingerprints import NEEDS, fingerprint_of
+from ppo_vs_dpo.artifacts.guards.processes import die_with_parent
 from ppo_vs_dpo.artifacts.resources import peak_memory
 from ppo_vs_dpo.artifacts.run import RunFolder, point_name
 
@@ -53,7 +59,8 @@ class StageContext:
         self._spent_file = Path(self.dir) / "spent.json"
         # Time of an attempt that was interrupted counts; a stage that is run again after its end starts at 0.
         interrupted = self._spent_file.is_file() and run.done(self.name) is None
-        self._spent_before = float(read_json(self._spent_file)["seconds"]) if interrupted else 0.0
+        spent = (read_marker(self._spent_file) or {}).get("seconds") if interrupted else 0.0
+        self._spent_before = float(spent) if isinstance(spent, int | float) else 0.0
         self._last_spent = self._started
         self._counted: dict[str, float] = {}
 
@@ -133,36 +140,66 @@ def stage_main(
         parser.add_argument("--point", default="", help="a point of a sweep, e.g. kl_coef=0.0")
     parser.add_argument("--fingerprint", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    code = 1
     try:
-        run = RunFolder(arguments.run)
-        if choices:
-            stage, run_stage, point = arguments.step, choices[arguments.step], {}
-        else:
-            point = parse_point(arguments.point) if arguments.point else {}
-        context = StageContext(run, stage, point, arguments.fingerprint)
-        Path(context.dir).mkdir(parents=True, exist_ok=True)
-        run_stage(context)
-    except UserError as error:
-        sys.stderr.write(f"\nerror in stage {stage}: {error}\n")
-        sys.exit(2)
+        with contextlib.ExitStack() as held:
+            run = RunFolder(arguments.run)
+            if choices:
+                stage, run_stage, point = arguments.step, choices[arguments.step], {}
+            else:
+                point = parse_point(arguments.point) if arguments.point else {}
+            context = StageContext(run, stage, point, arguments.fingerprint)
+            begin(context, held)
+            run_stage(context)
+        code = 0
     except KeyboardInterrupt:
         sys.stderr.write(f"\nstage {stage} interrupted; the same command goes on from its last checkpoint.\n")
-        sys.exit(130)
-    except OSError as error:
-        explained = explain_os_error(error)
-        if explained is None:
-            raise
-        sys.stderr.write(f"\nerror in stage {stage}: {explained}\n")
-        sys.exit(2)
+        code = 130
+    except Exception as error:
+        said = refusals.explain(error)
+        if said is None:
+            traceback.print_exc()
+        code = 1 if said is None else 2
+        sys.stderr.write(f"\nerror in stage {stage}: {refusals.of_a_defect(error) if said is None else said}\n")
     finally:
-        _leave_process_group()
+        _leave_process_group(in_order=code == 0)
+    if code:
+        sys.exit(code)
 
 
-def _leave_process_group() -> None:
+def begin(context: StageContext, held: contextlib.ExitStack) -> None:
+    """Make sure that this process works on its stage alone, that it ends with its launcher, and on what it works.
+
+    Args:
+        context: the stage. Started by hand it has no fingerprint yet, and gets the one that the command would give.
+        held: holds the locks.
+
+    Raises:
+        UserError: another job is at work on this stage, or a command on this run.
+    """
+    run, rank, ranks = context.run, int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    by_hand = context.fingerprint is None
+    if "RANK" in os.environ or not by_hand:
+        die_with_parent()  # not of a shell: `nohup python -m ...` may outlive it
+    if by_hand and rank == 0:
+        held.enter_context(locks.hold(locks.run_lock(run.root), str(run.root), shared=True))
+    held.enter_context(locks.stage_at_work(run.root, context.name, rank, ranks))
+    if by_hand and context.stage in NEEDS:
+        digests = Digests(run.cache("digests.json"))
+        context.fingerprint, parts = fingerprint_of(run.config, context.stage, context.point, digests)
+        if rank == 0:
+            digests.save()
+            aside = run.begin(context.name, context.fingerprint, parts)
+            if aside is not None:
+                sys.stderr.write(f"{context.name} was made with other settings; that result is kept in {aside}\n")
+    Path(context.dir).mkdir(parents=True, exist_ok=True)
+
+
+def _leave_process_group(in_order: bool) -> None:
     """End a distributed run in order: without this, about one in eight two-rank runs aborts at exit."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
-    if sys.exc_info()[0] is None:
+    if in_order:
         torch.distributed.barrier()
     torch.distributed.destroy_process_group()

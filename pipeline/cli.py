@@ -1,9 +1,12 @@
 """The command ``ppo-vs-dpo``: from preference pairs to a verdict."""
 
+import signal
 import sys
+import threading
 from pathlib import Path
 
 from ppo_vs_dpo.artifacts.errors import UserError, explain_os_error
+from ppo_vs_dpo.artifacts.files import printable
 from ppo_vs_dpo.artifacts.run import STAGES
 from ppo_vs_dpo.pipeline.composing.words import with_experiment
 
@@ -27,6 +30,7 @@ Often used
   ppo.kl_coef=0.1  dpo.beta=0.1  sft.learning_rate=1e-5     (any field of TRL's and transformers' argument classes)
   launch.workers=2          stages at once on this machine;  launch.processes=8: ranks of a training stage
   --config-dir DIR          experiments of your own: DIR/experiment/NAME.yaml
+  --accept-version          go on with a run that another version began
 
 Each stage alone: python -m ppo_vs_dpo.reward_model RUN_FOLDER
 """
@@ -39,10 +43,11 @@ ASKED = ("plan", "data", "iterate", "compare")
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 2 the user can mend it, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    interrupt_on_termination()
     try:
         code = dispatch(arguments)
     except UserError as error:
-        sys.stderr.write(f"\nerror: {error}\n")
+        sys.stderr.write(f"\nerror: {printable(str(error))}\n")
         code = 2
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted; the same command goes on from here.\n")
@@ -51,9 +56,24 @@ def main(argv: list[str] | None = None) -> None:
         explained = explain_os_error(error)
         if explained is None:
             raise
-        sys.stderr.write(f"\nerror: {explained}\n")
+        sys.stderr.write(f"\nerror: {printable(explained)}\n")
         code = 2
     sys.exit(code)
+
+
+def interrupt_on_termination() -> None:
+    """Let SIGTERM (a scheduler's) and SIGHUP (a closed terminal) stop the command as Ctrl-C does.
+
+    A signal that the caller ignores (`nohup`) stays ignored.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, interrupt)
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -62,7 +82,7 @@ def dispatch(arguments: list[str]) -> int:
         sys.stdout.write(HELP)
         return 0
     if arguments[0] == "--version":
-        from ppo_vs_dpo.pipeline.running.manifest import versions
+        from ppo_vs_dpo.artifacts.guards.versions import versions
 
         sys.stdout.write(f"ppo-vs-dpo {versions()['ppo-vs-dpo']}\n")
         return 0
@@ -101,14 +121,15 @@ def dispatch(arguments: list[str]) -> int:
         return sweep(with_experiment(with_config_dir(rest)))
     if first == "run":
         first, arguments = next(iter(rest), ""), rest
-    unknown = [item for item in arguments if item.startswith("-") and not item.startswith("--config-dir")]
+    mine = ("--config-dir", "--accept-version")
+    unknown = [item for item in arguments if item.startswith("-") and not item.startswith(mine)]
     if unknown:
         raise UserError(f"unknown option {unknown[0]}. `ppo-vs-dpo --help` lists them.")
     return run_one(with_experiment(with_config_dir(arguments), COMMANDS))
 
 
 def with_config_dir(arguments: list[str]) -> list[str]:
-    """Turn ``--config-dir DIR`` into Hydra's search path, so that it works for sweeps as well."""
+    """Turn ``--config-dir DIR`` into Hydra's search path and ``--accept-version`` into its key, for sweeps as well."""
     overrides, folders = [], []
     rest = iter(arguments)
     for item in rest:
@@ -116,6 +137,8 @@ def with_config_dir(arguments: list[str]) -> list[str]:
             folders.append(next(rest, ""))
         elif item.startswith("--config-dir="):
             folders.append(item.partition("=")[2])
+        elif item == "--accept-version":
+            overrides.append("launch.accept_version=true")
         else:
             overrides.append(item)
     for folder in folders:

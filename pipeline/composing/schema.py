@@ -29,6 +29,7 @@ class LaunchConfig:
     nodes: int = 1
     rendezvous: str | None = None
     threads: int = 1
+    accept_version: bool = False
     expected_seconds: dict[str, float] = field(default_factory=dict)
 
 

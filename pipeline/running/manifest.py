@@ -1,43 +1,13 @@
 """``manifest.json``: which code, versions, machine, seeds and data a run came from."""
 
-import importlib.metadata
 import os
 import platform
-import subprocess
-from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.files import sha256_of, write_json
-from ppo_vs_dpo.artifacts.run import RunFolder
-
-PACKAGES = (
-    *("ppo-vs-dpo", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed"),
-    *("numpy", "scipy", "scikit-learn", "evaluate", "hydra-core"),
-)
-
-
-def git_commit() -> str | None:
-    """The project's commit, with ``-dirty`` where files differ; ``None`` outside a checkout."""
-    root = Path(__file__).parents[2]
-    try:
-        run = ["git", "-C", str(root)]
-        commit = subprocess.run([*run, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run([*run, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{commit}-dirty" if dirty.strip() else commit
-
-
-def versions() -> dict[str, str | None]:
-    """Installed versions of the packages that decide results."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+from ppo_vs_dpo.artifacts.guards.versions import git_commit, versions
+from ppo_vs_dpo.artifacts.run import STAGES, RunFolder
 
 
 def machine() -> dict[str, str | int]:
@@ -68,5 +38,12 @@ def write_manifest(run: RunFolder) -> None:
             "config_hash": sha256_of(OmegaConf.to_container(run.config, resolve=True)),
             "data": data["figures"] if data else None,
             "pair_set": pairs["figures"].get("pair_set") if pairs else None,
+            "made_by": versions_by_stage(run),
         },
     )
+
+
+def versions_by_stage(run: RunFolder) -> dict[str, list[dict]]:
+    """Stage (or point) -> what code and libraries worked on it; more than one where a run went on with others."""
+    names = [name for stage in STAGES for name in (stage, *run.points(stage))]
+    return {name: made for name in names if (made := run.made_by(name))}

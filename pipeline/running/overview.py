@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from ppo_vs_dpo.artifacts.files import read_json
+from ppo_vs_dpo.artifacts.files import printable, read_json
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.pipeline.running.graph import Job
 
@@ -68,9 +68,15 @@ class Overview:
         if self.live:
             self.live.update(self.table())
 
+    def say(self, text: str) -> None:
+        """A line that stays: also above the live table."""
+        console = self.live.console if self.live else self.console
+        line = f"[{clock(time.monotonic() - self.start)}] {printable(text)}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     def _say(self, text: str) -> None:
         if not self.live:
-            self.console.print(f"[{clock(time.monotonic() - self.start)}] {text}", highlight=False, markup=False)
+            self.say(text)
 
     def progress(self, job: Job) -> tuple[float, str]:
         """Share done in [0, 1], and what the stage says about it."""

@@ -7,7 +7,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import write_text
-from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.artifacts.guards import replaced
+from ppo_vs_dpo.artifacts.guards.versions import differences, made_by
+from ppo_vs_dpo.artifacts.run import STAGES, RunFolder
 from ppo_vs_dpo.pipeline.running import graph
 from ppo_vs_dpo.pipeline.running.execute import execute, locked
 from ppo_vs_dpo.pipeline.running.manifest import write_manifest
@@ -29,21 +31,25 @@ def run_pipeline(config: DictConfig) -> int:
 
     Raises:
         UserError: the folder holds another run or is in use; a stage failed (with the stage's own words); the Hub
-            refused a model.
+            refused a model; the run was begun by other code.
     """
     for stage in config.stages:
         wanted(config, stage)  # a push without a name is refused now, not after hours
     folder = Path(config.output_dir) / config.name
     folder.mkdir(parents=True, exist_ok=True)
-    claim(folder, config)
-    run = RunFolder(folder)
-    with locked(run):
+    with locked(folder):
+        claim(folder, config)
         write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
         run = RunFolder(folder)
         jobs = graph.build(run)
         todo = graph.select(jobs, list(config.stages))
+        if any(job.kept for job in todo):
+            bring_back(run, todo)
+            jobs = graph.build(run)
+            todo = graph.select(jobs, list(config.stages))
         chosen = [job for job in jobs if job.stage in config.stages]
         if todo:
+            check_versions(run, jobs, todo)
             write_manifest(run)
             with Overview(run, chosen) as overview:
                 execute(run, todo, overview)
@@ -55,17 +61,63 @@ def run_pipeline(config: DictConfig) -> int:
     return 0
 
 
+def bring_back(run: RunFolder, jobs: list[graph.Job]) -> None:
+    """Put results in their places again that were made from just these settings and moved aside since."""
+    for job in jobs:
+        if job.kept is not None:
+            replaced.bring_back(run.root, job.name, job.kept, run.stage_dir(job.name))
+            sys.stdout.write(f"{job.name}: the earlier result with these settings is back, from {job.kept}\n")
+
+
+def check_versions(run: RunFolder, jobs: list[graph.Job], todo: list[graph.Job]) -> None:
+    """Refuse to make a run of two versions without a word.
+
+    Raises:
+        UserError: what is to do goes on with, or reads, what other code or libraries made; names both.
+    """
+    here, by_name = made_by(), {job.name: job for job in jobs}
+    reads, waiting = set(), [job.name for job in todo]
+    while waiting:
+        name = waiting.pop()
+        if name not in reads:
+            reads.add(name)
+            waiting += by_name[name].needs
+    found: dict[str, list[str]] = {}
+    for job in jobs:
+        if job.name in reads and job.state in ("done", "part"):
+            for made in run.made_by(job.name):
+                for difference in differences(made, here):
+                    found.setdefault(difference, []).append(job.name)
+    if not found or run.config.launch.get("accept_version"):
+        return
+    lines = [f"{', '.join(dict.fromkeys(names))}: {difference}" for difference, names in found.items()]
+    raise UserError(
+        "\n  ".join([f"{run.root} was begun with other code, and its stages would be of two versions:", *lines])
+        + "\nGo on with --accept-version (manifest.json and the report then name both), go back to that version, or "
+        "start anew under another name: name=..."
+    )
+
+
 def claim(folder: Path, config: DictConfig) -> None:
-    """Make sure that a folder is this run's own.
+    """Make sure that a folder is this run's own. One in which nothing has been done yet is anybody's.
 
     Raises:
         UserError: it holds the run of another experiment, seed, model or data set; names what differs.
     """
     path = folder / "config.yaml"
     if not path.is_file():
-        write_text(path, OmegaConf.to_yaml(config))
         return
-    there = RunFolder(folder).config
+    try:
+        there = RunFolder(folder).config
+    except UserError as error:
+        if "cannot be read" not in str(error):
+            raise
+        # What a stage was made from is in its own folder; this file is written anew.
+        path.rename(path.with_name("config.yaml.unreadable"))
+        sys.stderr.write(f"{error} It is now config.yaml.unreadable.\n")
+        return
+    if not any(replaced.worth_keeping(one) for one in [*(folder / s for s in STAGES), *folder.glob("sweep/*")]):
+        return
     differences = [
         f"{key}: {OmegaConf.select(there, key)} there, {OmegaConf.select(config, key)} here"
         for key in IDENTITY

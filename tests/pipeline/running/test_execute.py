@@ -130,10 +130,10 @@ def test_killing_the_command_kills_its_stages(run):
 
 
 def test_one_command_at_a_time(run):
-    with execute.locked(run):
-        with pytest.raises(UserError, match="in use by another command"), execute.locked(run):
+    with execute.locked(run.root):
+        with pytest.raises(UserError, match="in use by another command"), execute.locked(run.root):
             pass
-    with execute.locked(run):
+    with execute.locked(run.root):
         pass
 
 

@@ -147,6 +147,6 @@ def test_keys_that_do_not_belong_are_refused(key):
 
 
 def test_pushing_later_does_not_make_a_stage_stale():
-    from ppo_vs_dpo.pipeline.running.graph import COSMETIC
+    from ppo_vs_dpo.artifacts.guards.fingerprints import COSMETIC
 
     assert {"push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision"} <= set(COSMETIC)

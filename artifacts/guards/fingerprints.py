@@ -1,0 +1,243 @@
+"""What each stage's result depends on, found by walking the resolved configuration.
+
+Whatever a section names counts: a file's or a folder's content, an adapter's base, the source of a function and of the
+user's own modules that it imports, a template of ours by its name. A list of keys would forget the next one.
+"""
+
+import ast
+import re
+import sysconfig
+from collections.abc import Iterator
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ppo_vs_dpo.artifacts.files import read_marker, sha256_of
+from ppo_vs_dpo.artifacts.guards.digests import Digests
+from ppo_vs_dpo.artifacts.guards.versions import ROOMS, ROOT
+
+# What a stage reads from other stages' folders.
+NEEDS = {
+    "data": (),
+    "sft": ("data",),
+    "pairs": ("data", "sft"),
+    "reward_model": ("sft", "pairs"),
+    "dpo": ("sft", "pairs"),
+    "ppo": ("data", "sft", "reward_model"),
+    "compare": ("data", "sft", "pairs", "reward_model", "dpo", "ppo"),
+}
+# What a stage reads from the configuration, besides its own section and the seed.
+READS = {
+    "data": ("model",),
+    "sft": ("model",),
+    "pairs": ("data", "model"),
+    "reward_model": ("model", "data"),
+    "dpo": ("model",),
+    "ppo": ("model", "data"),
+    "compare": ("model", "data"),
+}
+# Keys that change how a result is made, not what it is.
+COSMETIC = ("report_to", "disable_tqdm", "logging_steps", "run_name", "workers")
+COSMETIC += ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision")
+# Keys whose values are names of something else, also where a file of that name lies about.
+NAMES = frozenset(
+    {"source", "format", "split", "test_split", "subset", "kind", "name", "sft", "mode", "rule", "revision", "dtype"}
+    | {
+        "model_type",
+        "attn_implementation",
+        "optim",
+        "lr_scheduler_type",
+        "save_strategy",
+        "eval_strategy",
+        "dimension",
+    }
+    | {"logging_strategy", "head_init", "value_from", "loss_type", "target_modules", "base_url", "api_key_env"}
+)
+# Where our own files lie that a configuration names without a path: key -> folder in configs/.
+OURS = {"template": "judge", "constitution": "constitution"}
+CONFIGS = ROOT / "configs"
+
+FUNCTION = re.compile(r"^(?P<module>[A-Za-z_][\w.]*|[^:]+\.py):(?P<name>[A-Za-z_][\w.]*)$")
+
+
+def point_name(stage: str, point: dict[str, Any]) -> str:
+    """Name of a stage's run at a point of a sweep: ``("ppo", {"kl_coef": 0.0})`` -> ``"ppo,kl_coef=0.0"``."""
+    return ",".join([stage, *(f"{key}={value}" for key, value in sorted(point.items()))])
+
+
+def points_of(config: DictConfig, stage: str) -> list[dict[str, Any]]:
+    """Points of a stage's sweep, ``{"kl_coef": [0, 1]}`` -> ``[{"kl_coef": 0}, {"kl_coef": 1}]``.
+
+    A value equal to the main run's is left out: that point is the main run.
+    """
+    section = config.get(stage)
+    sweep = OmegaConf.to_container(section.get("sweep"), resolve=True) if section and section.get("sweep") else {}
+    return [{key: value} for key, values in sweep.items() for value in values if value != section.get(key)]
+
+
+def needs_of(config: DictConfig, stage: str) -> tuple[str, ...]:
+    """The jobs whose results a stage reads; `compare` reads every point of every sweep."""
+    points = [point_name(other, point) for other in NEEDS for point in points_of(config, other)]
+    return (*NEEDS[stage], *(points if stage == "compare" else ()))
+
+
+def fingerprints(config: DictConfig, digests: Digests | None = None) -> dict[str, tuple[str, dict[str, str]]]:
+    """Of every job of a run: the hash of all that its result depends on, and the hash of each part under its name.
+
+    Args:
+        config: resolved.
+        digests: where hashes of files are kept that did not change; ``None`` reads them all.
+    """
+    inputs = external_inputs(config, digests or Digests(None))
+    found: dict[str, tuple[str, dict[str, str]]] = {}
+    for stage in NEEDS:
+        for point in [{}, *points_of(config, stage)]:
+            parts = _parts(config, stage, point, inputs)
+            parts |= {f"stage {name}": found[name][0] for name in needs_of(config, stage)}
+            found[point_name(stage, point)] = (sha256_of(parts), parts)
+    return found
+
+
+def fingerprint_of(
+    config: DictConfig, stage: str, point: dict[str, Any], digests: Digests | None = None
+) -> tuple[str, dict[str, str]]:
+    """The fingerprint of one job, and its parts; the point need not be one of the sweep's."""
+    known = fingerprints(config, digests)
+    name = point_name(stage, point)
+    if name in known:
+        return known[name]
+    parts = _parts(config, stage, point, external_inputs(config, digests or Digests(None)))
+    parts |= {f"stage {other}": known[other][0] for other in needs_of(config, stage)}
+    return sha256_of(parts), parts
+
+
+def _parts(config: DictConfig, stage: str, point: dict[str, Any], inputs: dict[str, str]) -> dict[str, str]:
+    own = OmegaConf.to_container(config.get(stage, OmegaConf.create({})), resolve=True) or {}
+    own = {key: value for key, value in own.items() if key not in (*COSMETIC, "sweep")}
+    parts = {f"the settings of {stage}": sha256_of([own, point]), "the seed": str(config.get("seed"))}
+    for section in READS[stage]:
+        if config.get(section) is not None:
+            parts[f"the section {section}"] = sha256_of(OmegaConf.to_container(config[section], resolve=True))
+    sections = (*READS[stage], stage)
+    return parts | {
+        f"the content of {key}": value for key, value in inputs.items() if re.split(r"[.\[]", key)[0] in sections
+    }
+
+
+# ---------------------------------------------------------------------------------------- what a configuration names
+
+
+def external_inputs(config: DictConfig, digests: Digests) -> dict[str, str]:
+    """Hash of everything outside of the run that its sections name: dotted key -> hash."""
+    found = {}
+    for section in {*NEEDS, *(name for names in READS.values() for name in names)}:
+        value = config.get(section)
+        if value is None:
+            continue
+        plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        for key, text in leaves(plain, section):
+            content = content_of(text, key, digests)
+            if content is not None:
+                found[key] = content
+    return dict(sorted(found.items()))
+
+
+def leaves(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """``(dotted key, text)`` of every text in nested dicts and lists."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from leaves(item, f"{key}.{name}")
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield from leaves(item, f"{key}[{number}]")
+    elif isinstance(value, str):
+        yield key, value
+
+
+def content_of(text: str, key: str, digests: Digests) -> str | None:
+    """Hash of the file, folder or function that a text names; ``None`` where it names none."""
+    name = re.sub(r"\[\d+\]$", "", key).rpartition(".")[2]
+    if not text or len(text) > 4096 or "\n" in text or "\0" in text or name in NAMES:
+        return None
+    if name in OURS and (ours := CONFIGS / OURS[name] / f"{text}.yaml").is_file():
+        return digests.of(ours)
+    path = Path(text).expanduser()
+    try:
+        if path.exists():
+            return sha256_of([digests.of(path), *_bases(path, digests)])
+    except OSError:
+        return None
+    match = FUNCTION.match(text)
+    source = source_of(match["module"]) if match else None
+    return sha256_of([digests.of(one) for one in own_modules(source)]) if source else None
+
+
+def _bases(folder: Path, digests: Digests, depth: int = 0) -> list[str]:
+    """Hashes of the local models that an adapter stands on."""
+    base = (read_marker(folder / "adapter_config.json") or {}).get("base_model_name_or_path")
+    if not isinstance(base, str) or depth > 5 or not Path(base).exists():
+        return []
+    return [digests.of(Path(base)), *_bases(Path(base), digests, depth + 1)]
+
+
+def source_of(module: str) -> Path | None:
+    """The file of a module, by its name or its path; nothing is imported."""
+    if module.endswith(".py"):
+        return Path(module) if Path(module).is_file() else None
+    spec, places = None, None
+    for part in module.split("."):
+        spec = PathFinder.find_spec(part if spec is None else f"{spec.name}.{part}", places)
+        if spec is None:
+            return _of_this_package(module)
+        places = spec.submodule_search_locations
+        if places is None and part != module.split(".")[-1]:
+            return None
+    return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
+
+
+def _of_this_package(module: str) -> Path | None:
+    root, _, rest = module.partition(".")
+    path = ROOT.joinpath(*rest.split(".")).with_suffix(".py")
+    return path if root == "ppo_vs_dpo" and path.is_file() else None
+
+
+def own_modules(source: Path) -> list[Path]:
+    """A module's file and those of the user's own modules that it imports, one after the other.
+
+    Installed packages, Python's own and this project's rooms are left out: their versions are part of what made a
+    stage.
+    """
+    installed = [Path(sysconfig.get_paths()[name]).resolve() for name in ("stdlib", "purelib", "platlib")]
+    installed += [ROOT / room for room in ROOMS]
+    found, waiting = {}, [source.resolve()]
+    while waiting:
+        path = waiting.pop()
+        if path in found or any(place in path.parents for place in installed):
+            continue
+        found[path] = True
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (OSError, SyntaxError, ValueError):
+            continue
+        waiting += [other.resolve() for other in _imports(tree, path)]
+    return sorted(found)
+
+
+def _imports(tree: ast.AST, path: Path) -> Iterator[Path]:
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.ImportFrom):
+            base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            beside = [base, *(base / alias.name for alias in node.names)]
+            yield from (file for one in beside if (file := one.with_suffix(".py")).is_file())
+        for name in names:
+            beside = path.parent.joinpath(*name.split(".")).with_suffix(".py")
+            other = beside if beside.is_file() else source_of(name) if name else None
+            if other is not None:
+                yield other

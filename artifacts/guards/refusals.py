@@ -1,0 +1,68 @@
+"""What becomes of an exception that ends a stage: one sentence for a person, the traceback for the log."""
+
+import errno
+import re
+import traceback
+from pathlib import Path
+
+from ppo_vs_dpo.artifacts.errors import UserError, explain_os_error
+
+# Libraries that check what they are given: what they refuse is about settings or inputs, not a defect of this project.
+LIBRARIES = ("trl", "transformers", "peft", "accelerate", "datasets", "deepspeed", "huggingface_hub", "tokenizers")
+REFUSALS = (ValueError, TypeError, NotImplementedError, ImportError, LookupError, OSError, AssertionError)
+# How libraries say that the disk is full when the operating system's error has got lost on the way.
+FULL = re.compile(
+    r"no space left on device|os error 28|disk quota exceeded|PytorchStreamWriter failed|file write failed", re.I
+)
+
+
+def explain(error: BaseException) -> str | None:
+    """One sentence (or several, of a `UserError`) where the cause can be mended; ``None`` for a defect."""
+    if isinstance(error, UserError):
+        return str(error)
+    for one in chain(error):
+        if isinstance(one, OSError) and (said := explain_os_error(one)):
+            return said
+        if FULL.search(str(one)):
+            return explain_os_error(OSError(errno.ENOSPC, "")) or ""
+    library = refused_by(error)
+    if library is None:
+        return None
+    return f"{library} refuses: {first_sentence(error)}{_place(error)}"
+
+
+def chain(error: BaseException):
+    """An exception and those it was raised from."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def refused_by(error: BaseException) -> str | None:
+    """The library that raised an exception about what it was given, or ``None``."""
+    if not isinstance(error, REFUSALS):
+        return None
+    frames = traceback.extract_tb(error.__traceback__)
+    parts = Path(frames[-1].filename).parts if frames else ()
+    if "site-packages" not in parts:
+        return None
+    package = parts[len(parts) - parts[::-1].index("site-packages")]
+    return package if package in LIBRARIES else None
+
+
+def first_sentence(error: BaseException) -> str:
+    """The message's first line, with the exception's name where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def of_a_defect(error: BaseException) -> str:
+    """What is said of an exception that nobody expected."""
+    return f"{type(error).__name__}: {first_sentence(error)}{_place(error)}. The traceback is above, in the log."
+
+
+def _place(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""

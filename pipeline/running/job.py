@@ -1,0 +1,175 @@
+"""A job as a process: started, listened to, stopped, and what its end means."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+from omegaconf import DictConfig
+
+from ppo_vs_dpo.artifacts.files import printable
+from ppo_vs_dpo.artifacts.guards import replaced
+from ppo_vs_dpo.artifacts.guards.processes import MARK, die_with_parent, kill_marked
+from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.pipeline.running.graph import DISTRIBUTED, Job
+from ppo_vs_dpo.pipeline.running.launch import launcher
+
+# Characters of a job's output that are kept in memory: its last words are wanted where the disk is full, too.
+KEPT = 1 << 17
+
+
+def environment(config: DictConfig, mark: str) -> dict[str, str]:
+    """Environment of a stage's process."""
+    threads = str(config.launch.threads)
+    return {
+        **os.environ,
+        MARK: mark,
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONHASHSEED": "0",
+    }
+
+
+def command(run: RunFolder, job: Job) -> list[str]:
+    """The command line of a job: what a user would type to run that stage alone."""
+    room = {"data": "preferences", "pairs": "preferences"}.get(job.stage, job.stage)
+    start = launcher(run.config.launch) if job.stage in DISTRIBUTED else [sys.executable, "-m"]
+    arguments = [f"ppo_vs_dpo.{room}", str(run.root)]
+    if room != job.stage:
+        arguments += ["--step", job.stage]
+    if job.point:
+        arguments += ["--point", ",".join(f"{key}={value}" for key, value in sorted(job.point.items()))]
+    return [*start, *arguments, "--fingerprint", job.fingerprint]
+
+
+class Running:
+    """A job's process and its log.
+
+    Args:
+        run: the run folder.
+        job: what to run.
+        command: its command line.
+        mark: of the command that starts it; everything that the job starts carries it, with the job's own number.
+    """
+
+    def __init__(self, run: RunFolder, job: Job, command: list[str], mark: str):
+        self.run, self.job, self.mark = run, job, mark
+        folder = run.stage_dir(job.name)
+        self.aside = run.begin(job.name, job.fingerprint, job.parts)
+        self.log_path = folder / "log.txt"
+        self.log = self.log_path.open("ab")
+        self.said = b""
+        self.started = time.monotonic()
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment(run.config, mark),
+            preexec_fn=die_with_parent,
+            start_new_session=True,
+        )
+        self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.listener.start()
+
+    def _listen(self) -> None:
+        """Write what the job says to its log, and keep its end: of this attempt only, and also on a full disk."""
+        pipe = self.process.stdout.fileno()
+        while True:
+            try:
+                block = os.read(pipe, 1 << 16)
+            except OSError:
+                return
+            if not block:
+                return
+            self.said = (self.said + block)[-KEPT:]
+            with contextlib.suppress(OSError, ValueError):
+                self.log.write(block)
+                self.log.flush()
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the job and its process group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        """End the job and all it started, wherever they are on this machine."""
+        self.signal(signal.SIGKILL)
+        kill_marked(self.mark)
+
+    def close(self) -> None:
+        """Wait for its last words, and close the log."""
+        self.listener.join(timeout=5.0)
+        with contextlib.suppress(OSError):
+            self.log.close()
+        self.process.stdout.close()
+
+    def put_back(self) -> bool:
+        """Where this attempt left nothing that took work: put the result in its place again that it had moved aside.
+
+        Returns:
+            Whether that was done. The attempt's log then stands beside the result, as ``log.failed.txt``.
+        """
+        folder = self.run.stage_dir(self.job.name)
+        if self.aside is None or replaced.worth_keeping(folder):
+            return False
+        with contextlib.suppress(OSError):
+            self.log_path.replace(self.aside / "log.failed.txt")
+        replaced.bring_back(self.run.root, self.job.name, self.aside, folder)
+        self.log_path = folder / "log.failed.txt"
+        return True
+
+    @property
+    def words(self) -> str:
+        """What the job said last, as text."""
+        return self.said.decode(errors="replace")
+
+
+def last_words(text: str, lines: int = 25) -> str:
+    """The end of a log: from its last ``error in stage`` line where there is one, else its last lines."""
+    text = text.replace("\r", "\n")
+    marker = f"\n{text}".rfind("\nerror in stage")
+    said = text[marker:].strip() if marker >= 0 else "\n".join(text.strip().splitlines()[-lines:])
+    # What torchrun adds on its own behalf after the stage's words.
+    return printable(re.split(r"\n[EW]\d{4} [\d:.]+ |\n=+\n|\nTraceback ", said)[0].strip() or said)
+
+
+def root_cause(text: str) -> tuple[int, int] | None:
+    """Rank and exit code of the process that ended first, as torchrun's summary at the end of a log has them."""
+    found = re.findall(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", text, re.DOTALL)
+    return (int(found[-1][0]), int(found[-1][1])) if found else None
+
+
+def explain_end(one: Running) -> str:
+    """Why a job ended as it did, where its log is, and what the same command will do."""
+    code, name = one.process.returncode, one.job.name
+    back = one.put_back()
+    place = f"\n\nThe whole log: {one.log_path}\nThe same command goes on from where this stopped."
+    if back:
+        place += f" The earlier result of {name} is in its place again."
+    elif one.aside is not None:
+        place += f" The earlier result of {name} is kept: {one.aside}"
+    if code < 0:
+        return f"stage {name} was killed by {_signal_name(-code)}.{place}"
+    cause = root_cause(one.words)
+    if cause is not None and cause[1] < 0:
+        return f"rank {cause[0]} of stage {name} was killed by {_signal_name(-cause[1])}.{place}"
+    if code == 0:
+        return f"stage {name} ended without its last word, done.json:\n{last_words(one.words)}{place}"
+    return f"stage {name} failed:\n{last_words(one.words)}{place}"
+
+
+def _signal_name(number: int) -> str:
+    name = signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
+    return f"{name} (out of memory?)" if name == "SIGKILL" else name
+
+
+__all__ = ["Running", "command", "environment", "explain_end", "last_words", "root_cause"]
