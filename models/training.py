@@ -27,6 +27,7 @@ from ppo_vs_dpo.artifacts.files import atomic_folder
 from ppo_vs_dpo.artifacts.resources import parameter_size
 from ppo_vs_dpo.artifacts.settings import field_names, nearest
 from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.models.devices import arithmetic
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.pretrained import load_policy, load_value_or_reward
 from ppo_vs_dpo.models.loading.quantized import in_4bit
@@ -40,6 +41,7 @@ from ppo_vs_dpo.models.sharding.deepspeed import (
     unsharded_loading,
 )
 from ppo_vs_dpo.models.sharding.state import portable_checkpoints
+from ppo_vs_dpo.models.sharding.watch import PATIENCE, meet
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
@@ -47,9 +49,8 @@ Arguments = TypeVar("Arguments", bound=TrainingArguments)
 def training_arguments(cls: type[Arguments], context: StageContext, passed: dict[str, Any]) -> Arguments:
     """TRL's argument class from the keys that the user passed through, with what the run folder asks for.
 
-    The run's ``deepspeed`` section shards the models (`models.sharding.deepspeed`). Where the user says nothing: no
-    bfloat16 and
-    no gradient checkpointing on a CPU (TRL turns both on), TensorBoard files in the stage's folder, a progress bar on
+    The run's ``deepspeed`` section shards the models (`models.sharding.deepspeed`). Where the user says nothing: the
+    arithmetic that the device has (`models.devices`), TensorBoard files in the stage's folder, a progress bar on
     terminals only, pinned memory with an accelerator only.
 
     Raises:
@@ -58,14 +59,15 @@ def training_arguments(cls: type[Arguments], context: StageContext, passed: dict
     accelerator = torch.accelerator.is_available() and not passed.get("use_cpu", False)
     defaults = {
         "use_cpu": not accelerator,
-        "bf16": accelerator and not passed.get("fp16", False),
-        "gradient_checkpointing": accelerator,
+        "ddp_timeout": int(PATIENCE),
         "dataloader_pin_memory": accelerator,
         "report_to": "tensorboard",
         "disable_tqdm": not sys.stderr.isatty(),
         "save_total_limit": 2,
         "ddp_find_unused_parameters": False,
     }
+    passed = {**passed, **arithmetic(model_settings(context), passed, accelerator)}
+    passed = {key: value for key, value in passed.items() if value is not None or key not in defaults}
     sharding = deepspeed_settings(context)
     if sharding is not None:
         defaults["deepspeed"] = sharding
@@ -213,7 +215,8 @@ def train(trainer: Trainer, context: StageContext) -> dict[str, float]:
         sys.stderr.write(f"going on from {checkpoint}\n")
     try:
         portable = portable_checkpoints() if trainer.is_deepspeed_enabled else contextlib.nullcontext()
-        with portable, named_step(lambda: f"{context.stage}, step {trainer.state.global_step + 1}"):
+        patience = trainer.args.ddp_timeout
+        with portable, named_step(lambda: f"{context.stage}, step {trainer.state.global_step + 1}", patience):
             summary = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
         if trainer.is_deepspeed_enabled:
             _tell_held_bytes(trainer)
@@ -286,7 +289,8 @@ def save_model(
         with atomic_folder(target) as folder:
             merged.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-    trainer.accelerator.wait_for_everyone()
+    # The main process may have merged and saved for longer than a collective waits.
+    meet()
     return target
 
 

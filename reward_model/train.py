@@ -24,8 +24,9 @@ from ppo_vs_dpo.models.loading.pretrained import (
     load_tokenizer,
     load_value_or_reward,
     score_head,
+    train_in_full,
 )
-from ppo_vs_dpo.models.loading.quantized import quantization, train_adapters_in_full
+from ppo_vs_dpo.models.loading.quantized import quantization
 from ppo_vs_dpo.models.passes.unpadded import score_at_last_token
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate, row_seed
 from ppo_vs_dpo.models.sharding.deepspeed import is_sharded, unsharded_loading, whole
@@ -81,7 +82,7 @@ def build_trainer(
         callbacks=callbacks,
     )
     score_at_last_token(trainer.model)
-    train_adapters_in_full(trainer.model)
+    train_in_full(trainer.model, trainer.is_deepspeed_enabled)
     return trainer
 
 

@@ -15,8 +15,14 @@ from ppo_vs_dpo.artifacts.files import atomic_folder, read_parquet
 from ppo_vs_dpo.artifacts.settings import split
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.models.loading.config import LoraSettings, ModelConfig
-from ppo_vs_dpo.models.loading.pretrained import build_policy, context_length, load_policy, load_tokenizer
-from ppo_vs_dpo.models.loading.quantized import quantization, train_adapters_in_full
+from ppo_vs_dpo.models.loading.pretrained import (
+    build_policy,
+    context_length,
+    load_policy,
+    load_tokenizer,
+    train_in_full,
+)
+from ppo_vs_dpo.models.loading.quantized import quantization
 from ppo_vs_dpo.models.passes.unpadded import skip_padding
 from ppo_vs_dpo.models.sharding.deepspeed import unsharded_loading
 from ppo_vs_dpo.models.text.encoding import left_out
@@ -69,7 +75,7 @@ def build_trainer(
     )
     if not trainer.padding_free:
         skip_padding(trainer.model)
-    train_adapters_in_full(trainer.model)
+    train_in_full(trainer.model, trainer.is_deepspeed_enabled)
     return trainer
 
 

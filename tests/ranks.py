@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.run import RunFolder
-from ppo_vs_dpo.models.sharding.deepspeed import start_deepspeed
+from ppo_vs_dpo.models.sharding.deepspeed import settled, start_deepspeed
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "deepspeed"
 
@@ -27,7 +27,7 @@ def free_port() -> int:
 
 def settings_of(name: str) -> dict:
     """A file of configs/deepspeed/, with no parameter left whole."""
-    settings = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))
+    settings = settled(OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml")))
     if settings["zero_optimization"]["stage"] == 3:
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return settings

@@ -12,7 +12,10 @@ class ModelConfig:
         path: a Hub name or a local folder; ``None`` builds ``architecture`` from scratch.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run code that comes with the model (off: never unless asked).
-        dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto`` (as saved).
+        dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto`` (as saved), of frozen weights; what trains is in
+            fp32 (or DeepSpeed keeps an fp32 copy).
+        bf16: bfloat16 arithmetic in every stage; ``None`` leaves it to the device (`models.devices`).
+        gradient_checkpointing: activations are computed again in the backward pass; ``None`` as above.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``; ``None`` leaves the choice to transformers.
         chat_template: a Jinja template, or the path of a file with one, for a tokenizer that has none.
         architecture: keyword arguments of ``transformers.AutoConfig.for_model`` (``model_type`` among them).
@@ -22,6 +25,8 @@ class ModelConfig:
     revision: str | None = None
     trust_remote_code: bool = False
     dtype: str = "float32"
+    bf16: bool | None = None
+    gradient_checkpointing: bool | None = None
     attn_implementation: str | None = None
     chat_template: str | None = None
     architecture: dict[str, Any] = field(default_factory=dict)

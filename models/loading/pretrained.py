@@ -255,6 +255,20 @@ def _prepare(model: PreTrainedModel, trainable: bool, quantization: Any = None) 
     return model.train(trainable)
 
 
+def train_in_full(model: torch.nn.Module, sharded: bool) -> None:
+    """Weights that train in fp32, whatever they were loaded in: in bfloat16 a step of 1e-6 is lost nearly always.
+
+    Frozen weights stay as they are, 4-bit ones too (TRL casts adapters on these to bfloat16).
+
+    Args:
+        model: before its optimizer is made.
+        sharded: DeepSpeed keeps an fp32 copy by itself, and wants the weights in the dtype that it computes in.
+    """
+    for parameter in model.parameters():
+        if not sharded and parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+
+
 def disable_dropout(model: torch.nn.Module) -> None:
     """Set every dropout to 0: else PPO's ratio is not 1 on the first pass (Huang et al. 2024, detail 7)."""
     for module in model.modules():

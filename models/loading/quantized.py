@@ -58,11 +58,3 @@ def keep_differentiable(model: torch.nn.Module) -> None:
 def in_4bit(model: torch.nn.Module) -> bool:
     """Whether a model's base is held in 4 bits (through a PEFT wrapper, too)."""
     return bool(getattr(model, "is_loaded_in_4bit", False))
-
-
-def train_adapters_in_full(model: torch.nn.Module) -> None:
-    """Adapters in fp32, as PPO's are; TRL casts those on a 4-bit base to bfloat16, in which small steps are lost."""
-    if in_4bit(model):
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()

@@ -40,6 +40,16 @@ def deepspeed_settings(context: StageContext) -> dict[str, Any] | None:
             f"deepspeed.zero_optimization.offload_param needs stage 3 (stage is {stage}): below it every rank holds "
             f"all weights. Use deepspeed=zero3_offload, or drop offload_param."
         )
+    return settled(settings)
+
+
+def settled(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same, with what is ours to decide decided: memory is page-locked where there is a GPU to copy it to."""
+    settings = copy.deepcopy(settings)
+    for what in ("offload_optimizer", "offload_param"):
+        section = settings.get("zero_optimization", {}).get(what)
+        if section and section.get("pin_memory") == "auto":
+            section["pin_memory"] = torch.cuda.is_available()
     return settings
 
 

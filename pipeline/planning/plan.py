@@ -48,7 +48,8 @@ def job_of(config: Any, stage: str, ranks: int, prompt: int, architecture: Any) 
         adapters = (lora.get("r", 16), tuple(lora.get("target_modules") or default_targets(architecture.model_type)))
     rows, accumulate = key("per_device_train_batch_size", BATCH), key("gradient_accumulation_steps", 1)
     context = getattr(architecture, "max_position_embeddings", None) or sys.maxsize
-    common = {"checkpointing": bool(key("gradient_checkpointing", True)), "adapters": adapters}
+    model = (config.get("model") or {}).get("gradient_checkpointing")
+    common = {"checkpointing": bool(_first(key("gradient_checkpointing", None), model, True)), "adapters": adapters}
     if stage == "ppo":
         response = key("response_length", 53)
         rollout = key("rollout_batch_size", rows * accumulate * ranks)
@@ -77,6 +78,11 @@ def job_of(config: Any, stage: str, ranks: int, prompt: int, architecture: Any) 
         reference=stage == "dpo" and bool(section.get("reference_path")),
         **common,
     )
+
+
+def _first(*values: Any) -> Any:
+    """The first that is said."""
+    return next(value for value in values if value is not None)
 
 
 def default_targets(model_type: str) -> list[str]:
@@ -197,8 +203,9 @@ def main(arguments: list[str]) -> int:
     architecture = model_config(config)
     shape = Shape.of(architecture)
     stages = [stage for stage in config.stages if stage in STAGES]
-    # On a GPU the stages compute in bfloat16 unless told otherwise (models.training.training_arguments).
-    half = not any((config.get(stage) or {}).get("bf16") is False for stage in stages)
+    # On a GPU the stages compute in bfloat16 unless told otherwise (models.devices.arithmetic).
+    chosen = [_first((config.get(stage) or {}).get("bf16"), config.model.get("bf16"), True) for stage in stages]
+    half = all(chosen)
     sharding = sharding_of(config, ranks, half)
     jobs = [job_of(config, s, ranks, given.prompt_tokens, architecture) for s in stages]
     jobs = [job for job in jobs if not (config.get(job.stage) or {}).get("skip_training")]
