@@ -12,6 +12,7 @@ from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.pretrained import load_tokenizer
 from ppo_vs_dpo.models.training import model_settings
 from ppo_vs_dpo.preferences.config import GivenPairs
+from ppo_vs_dpo.preferences.reading.as_read import said_of
 from ppo_vs_dpo.preferences.reading.importing import TokenLimits, stage_pairs
 from ppo_vs_dpo.preferences.reading.mappings import MappingOptions
 from ppo_vs_dpo.preferences.reading.prompts import read_examples, read_prompts
@@ -143,6 +144,7 @@ def data_step(context: StageContext, settings: GivenPairs) -> None:
         format=report.format,
         rows=report.rows,
         problems={kind: found.count for kind, found in report.problems.items()},
+        warnings=[*said_of(report), *report.said],
         **counts,
     )
 

@@ -10,7 +10,10 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.models.text.prompts import completion_text, render_prompt, require_chat_template
+from ppo_vs_dpo.models.text.prompts import completion_text, render_prompt
+from ppo_vs_dpo.models.text.prompts import is_conversational as is_chat
+from ppo_vs_dpo.models.text.turns import encode_turns
+from ppo_vs_dpo.preferences.reading.as_read import AsRead
 from ppo_vs_dpo.preferences.reading.mappings import (
     FilteredError,
     MappingOptions,
@@ -24,6 +27,7 @@ from ppo_vs_dpo.preferences.reading.tables import TableWriter, pair_schema
 from ppo_vs_dpo.preferences.reading.validation import Checker, Report
 
 _CHUNK = 1_000
+SIDES = ("chosen", "rejected")
 # The formats whose columns may have other names.
 RENAMED = ("pairs", "ultrafeedback")
 PLACE = ("place", pa.string())
@@ -43,14 +47,18 @@ class TokenLimits:
         texts: list[str] = []
         for row in rows:
             texts.append(render_prompt(self.tokenizer, row["prompt"]))
-            texts += [completion_text(row[side]) for side in ("chosen", "rejected")]
+            texts += [completion_text(row[side][-1:]) if is_chat(row[side]) else row[side] for side in SIDES]
         lengths = [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        for start in range(0, len(lengths), 3):
-            limits = (("prompt", self.prompt), ("chosen", self.response), ("rejected", self.response))
+        for start, row in zip(range(0, len(lengths), 3), rows, strict=True):
+            found = dict(zip(("prompt", *SIDES), lengths[start : start + 3], strict=True))
+            for side in SIDES:
+                if is_chat(row[side]) and len(row[side]) > 1:  # all that follows the prompt
+                    found[side] = len(encode_turns(self.tokenizer, row["prompt"], row[side], finished=False)[0])
+            limits = {"prompt": self.prompt, "chosen": self.response, "rejected": self.response}
             long = [
-                f"{name} has {length} tokens of {limit}"
-                for (name, limit), length in zip(limits, lengths[start : start + 3], strict=True)
-                if limit is not None and length > limit
+                f"{name} has {length} tokens of {limits[name]}"
+                for name, length in found.items()
+                if limits[name] is not None and length > limits[name]
             ]
             yield "; ".join(long) or None
 
@@ -139,9 +147,12 @@ def stage_pairs(
     valid = mapped(rows, report, checker, options, format)
     first = next(valid, None)
     conversational = first is not None and isinstance(first[1]["prompt"], list)
-    if conversational and limits.tokenizer is not None:
-        _check_template(limits.tokenizer, *first)
-    everything = itertools.chain([first] if first is not None else [], valid)
+    as_read = AsRead(limits.tokenizer, checker, options.conversational)
+    everything = (
+        (place, row)
+        for place, row in itertools.chain([first] if first is not None else [], valid)
+        if as_read.keeps(place, row)
+    )
     kept = itertools.islice(within_limits(everything, limits, checker), max_pairs)
     written = 0
     with TableWriter(out, pair_schema(conversational, PLACE)) as table:
@@ -151,18 +162,5 @@ def stage_pairs(
             written += 1
             if progress is not None and written % _CHUNK == 0:
                 progress(report.rows)
+    report.said += as_read.said
     return written
-
-
-def _check_template(tokenizer: PreTrainedTokenizerBase, place: str, row: dict[str, Any]) -> None:
-    """Fail on the first conversation, not after an hour of training."""
-    from jinja2 import TemplateError
-
-    require_chat_template(tokenizer)
-    try:
-        render_prompt(tokenizer, row["prompt"])
-    except TemplateError as error:
-        raise UserError(
-            f"{place}: the chat template of {tokenizer.name_or_path} refuses this prompt ({error}). "
-            f"Give another template in model.chat_template=FILE."
-        ) from error

@@ -31,6 +31,8 @@ PROBLEMS: dict[str, Problem] = {
     "unread": Problem("text that belongs to the prompt, in a column that is not read", "error"),
     "not_text": Problem("tool calls, tools, reasoning beside the answer, images: not carried", "error"),
     "not_assistant": Problem("an answer that does not begin and end with the assistant's words", "error"),
+    "marks": Problem("the model's own marks (BOS, EOS, turns) inside a text", "error", may_keep=True),
+    "template": Problem("a conversation that the chat template refuses or leaves words of out", "error"),
     "prompt_mismatch": Problem("the two sides answer different prompts", "drop"),
     "several_turns": Problem(
         "answers of several turns: trained on the assistant's words alone", "keep", may_keep=True
@@ -94,6 +96,8 @@ class Report:
         problems: kind -> what was found.
         filtered: reason -> rows left out by a filter of the mapping.
         statistics: lengths, scores and the length rule; see `Statistics.summary`.
+        said: sentences about how the model reads them.
+        refused: why they cannot be used as they are, where that is no matter of single rows.
     """
 
     source: str
@@ -104,6 +108,8 @@ class Report:
     problems: dict[str, Found] = field(default_factory=dict)
     filtered: dict[str, int] = field(default_factory=dict)
     statistics: dict[str, Any] = field(default_factory=dict)
+    said: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
 
     def note(self, kind: str, policy: str, place: str, detail: str) -> None:
         """Count a problem; the first few are kept as examples."""
@@ -117,18 +123,21 @@ class Report:
         return dataclasses.asdict(self)
 
     def raise_errors(self) -> None:
-        """Stop where a problem's policy is ``error``.
+        """Stop where a problem's policy is ``error``, or where something is refused as a whole.
 
         Raises:
             UserError: names every such kind, its count and its first places.
         """
         fatal = {kind: found for kind, found in self.problems.items() if found.policy == "error" and found.count}
-        if not fatal:
+        if not fatal and not self.refused:
             return
         lines = [f"{self.source} cannot be used as it is:"]
         for kind, found in fatal.items():
             lines.append(f"  {kind} ({PROBLEMS[kind].words}): {found.count}")
             lines += [f"    {example['place']}: {example['detail']}" for example in found.examples]
+        lines += [f"  {sentence}" for sentence in self.refused]
+        if not fatal:
+            raise UserError("\n".join(lines))
         kinds = [kind for kind in fatal if kind not in ALWAYS_FATAL]
         advice = f" or leave such rows out with data.on_problem.{kinds[0]}=drop" if kinds else ""
         raise UserError("\n".join([*lines, f"  Mend the file{advice}."]))

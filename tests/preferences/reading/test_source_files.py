@@ -166,14 +166,15 @@ def text(value):
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_file_in_the_sources_real_shape(name, tmp_path, byte_model, capsys):
+def test_a_file_in_the_sources_real_shape(name, tmp_path, byte_model, plain_model, capsys):
     row, ending, format, conversational, more = SOURCES[name]
     path = write(tmp_path, row, ending)
     assert main([str(path), "--json"]) == 0
     inspected = json.loads(capsys.readouterr().out)
     assert (inspected["format"], inspected["rows"], inspected["pairs"]) == (format, N, N)
     assert inspected["problems"] == {}
-    folder = given(tmp_path, byte_model, path=str(path), test_fraction=0.2, heldout_fraction=0.2)
+    model = byte_model if conversational else plain_model
+    folder = given(tmp_path, model, path=str(path), test_fraction=0.2, heldout_fraction=0.2)
     figures, _ = steps(folder)
     assert figures["train_pairs"] + figures["test_pairs"] + figures["heldout_prompts"] == N
     assert figures["problems"] == {}
