@@ -146,6 +146,9 @@ def ask_models(
     ranks = Ranks.join(context, config, context.run.stage_dir(REFERENCE) / "model")
     with named_step(lambda: f"compare, {ranks.step}"):
         scoring, reading = make_judges(context, settings.judges, ranks)
+        for judge in scoring:
+            if judge.heavy:
+                judge.check_context(prompts.prompts, settings.max_new_tokens)
         # 2. Completions of every policy, with their KL to the reference.
         gatherer = Gatherer(context, settings, prompts, ranks)
         gathered = gatherer.all(policies)

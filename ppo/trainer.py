@@ -107,6 +107,9 @@ class PPOTrainer(Trainer):
         )  # fmt: skip
 
         self.prompts, self.eval_prompts = prompt_sets(train_dataset, eval_dataset, roles.policy, tokenizer, args)
+        for prompts in (self.prompts, self.eval_prompts):
+            if prompts is not None:
+                roles.rewards.check_context(prompts.prompts, prompts.longest, args.sampling().max_new_tokens)
         self.ptx = PretrainingText.of(args, ptx_dataset, tokenizer)
         if args.ddp_find_unused_parameters is None:
             # Every trained tensor takes part in every backward pass, but for the policy while the values warm up.

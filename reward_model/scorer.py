@@ -1,5 +1,7 @@
 """The trained reward model as a function from prompts and completions to scores: what other stages use."""
 
+import dataclasses
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,9 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, write_json
 from ppo_vs_dpo.models.loading.config import ModelConfig
-from ppo_vs_dpo.models.loading.pretrained import context_length, load_tokenizer, load_value_or_reward
-from ppo_vs_dpo.models.passes.logprobs import Batch, sequence_scores
-from ppo_vs_dpo.models.text.encoding import encode_answers, encode_prompts
+from ppo_vs_dpo.models.loading.heads import load_reward
+from ppo_vs_dpo.models.loading.pretrained import context_length, load_tokenizer
+from ppo_vs_dpo.models.passes.logprobs import Batch, base
+from ppo_vs_dpo.models.passes.scores import Reader, is_encoder
+from ppo_vs_dpo.models.sharding.deepspeed import is_sharded
+from ppo_vs_dpo.models.text.pairing import CONTINUED, encode_sequences, style_of
 from ppo_vs_dpo.models.text.prompts import Prompt
 
 # The mean score of SFT samples, in the saved model's config.json; subtracted from every score.
@@ -33,9 +38,11 @@ def store_bias(path: str | Path, bias: float) -> None:
 
 
 class RewardScorer:
-    """Scores r(prompt, completion) of a reward model; the mean over SFT samples is 0.
+    """Scores r(prompt, completion) of a reward model, less its bias: the mean over SFT samples is then 0.
 
-    The score is read at the last real token, found by the attention mask: at EOS for a finished completion. That is
+    A score is the model's own: what its forward pass gives for the sequence that its tokenizer makes of prompt and
+    completion. Where a faster way gives the same (a probe at construction says so) it is taken. A model of this
+    project is read at the last real token, found by the attention mask: at EOS for a finished completion. That is
     where training read it (Huang et al. 2024, details 12 and 15).
 
     Args:
@@ -43,38 +50,100 @@ class RewardScorer:
         tokenizer: its tokenizer.
         bias: subtracted from the model's output.
         batch_size: sequences scored at once.
+        foreign: it was trained elsewhere: the score stands where transformers reads it, and conversations are rendered
+            whole by the chat template.
+
+    Raises:
+        UserError: the model does not give one number a sequence, or has fewer tokens than the tokenizer.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bias: float = 0.0, batch_size: int = 64
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        bias: float = 0.0,
+        batch_size: int = 64,
+        foreign: bool = False,
     ):
         self.model, self.tokenizer, self.bias, self.batch_size = model.eval(), tokenizer, bias, batch_size
+        self.foreign = foreign
+        check_vocabulary(model, tokenizer)
+        # Under ZeRO-3 a model without its engine cannot be asked yet: the first scores ask it.
+        if not any(is_sharded(parameter) for parameter in model.parameters()):
+            _ = self.reader
+
+    @functools.cached_property
+    def reader(self) -> Reader:
+        """How this model's scores are read; the probe."""
+        pad = self.tokenizer.pad_token_id
+        special, end = self.tokenizer.all_special_ids, self.tokenizer.eos_token_id
+        return Reader(self.model, 0 if pad is None else pad, not self.foreign, special, end)
+
+    @functools.cached_property
+    def style(self) -> str:
+        """How prompt and completion are put together (`models.text.pairing.style_of`)."""
+        return style_of(self.tokenizer, self.reader.causal, self.foreign)
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether it reads a policy's own tokens, prompt and response, from left to right to a linear head.
+
+        Known from the probe; by the architecture's name while the weights are in pieces.
+        """
+        if "reader" not in self.__dict__:
+            return not is_encoder(self.model)
+        return self.reader.fast and self.reader.causal and self.style == CONTINUED
 
     @classmethod
-    def load(cls, path: str | Path, model_config: ModelConfig | None = None, batch_size: int = 64) -> "RewardScorer":
+    def load(
+        cls,
+        path: str | Path,
+        model_config: ModelConfig | None = None,
+        batch_size: int = 64,
+        head: str | None = None,
+    ) -> "RewardScorer":
         """Load from a folder that the reward-model stage saved, or any one-label model of the Hub.
 
         Args:
             path: folder (whole model or adapter) or Hub name.
             model_config: dtype and attention of the run.
             batch_size: sequences scored at once.
+            head: the name of a head that other projects made (`models.loading.heads`): ``v_head``, ``value_head``.
+
+        Raises:
+            UserError: no head, more than one label, not one number a sequence.
         """
-        model = load_value_or_reward(path, model_config)
+        model = load_reward(path, model_config, head)
         if torch.accelerator.is_available():
             model.to(torch.accelerator.current_accelerator())
-        return cls(model, load_tokenizer(path, model_config), read_bias(path), batch_size)
+        return cls.of(model, path, model_config, batch_size, head)
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        path: str | Path,
+        model_config: ModelConfig | None = None,
+        batch_size: int = 64,
+        head: str | None = None,
+    ) -> "RewardScorer":
+        """A scorer of a model that was loaded from ``path`` already; the arguments are those of `load`."""
+        tokenizer = scoring_tokenizer(path, model_config)
+        # A head of that kind is read at the last real token by those who made it, too.
+        foreign = not is_ours(path) and head is None
+        return cls(model, tokenizer, read_bias(path), batch_size, foreign)
 
     def encode(
         self, prompts: Sequence[Prompt], completions: Sequence[Prompt], finished: Iterable[bool] | None = None
     ) -> list[list[int]]:
-        """Token ids of prompt and completion, with EOS where the completion is finished (all by default).
+        """Token ids of prompt and completion, as this model was trained to read them (`style`).
+
+        Where they are continued, EOS stands at the end of a completion that is finished (all by default).
 
         Raises:
             UserError: a sequence is longer than the model's context; names its number.
         """
-        heads = encode_prompts(self.tokenizer, prompts)
-        tails, _ = encode_answers(self.tokenizer, prompts, completions, finished)
-        rows = [head + tail for head, tail in zip(heads, tails, strict=True)]
+        rows = encode_sequences(self.tokenizer, prompts, completions, finished, self.style)
         limit = context_length(self.model)
         for number, row in enumerate(rows):
             if limit is not None and len(row) > limit:
@@ -83,6 +152,30 @@ class RewardScorer:
                     f"{limit}. Shorten the response budget or the prompts."
                 )
         return rows
+
+    def check_context(self, prompts: Sequence[Prompt], max_new_tokens: int, who: str, key: str) -> None:
+        """The longest prompt and a whole response must fit into the model's context.
+
+        Args:
+            prompts: all that will be scored.
+            max_new_tokens: budget of a response, in the policy's tokens.
+            who: for the message.
+            key: the setting that holds the budget.
+
+        Raises:
+            UserError: they do not.
+        """
+        limit = context_length(self.model)
+        if limit is None or not prompts:
+            return
+        empty = [[{"role": "assistant", "content": ""}] if isinstance(prompt, list) else "" for prompt in prompts]
+        longest = max(map(len, encode_sequences(self.tokenizer, prompts, empty, [False] * len(prompts), self.style)))
+        if longest + max_new_tokens > limit:
+            raise UserError(
+                f"{who}: the longest prompt has {longest} tokens for it, and with a response of {max_new_tokens} "
+                f"({key}) it would be {longest + max_new_tokens}; the reward model takes {limit}. Lower {key}, leave "
+                f"long prompts out, or take a model with a longer context."
+            )
 
     def score(
         self, prompts: Sequence[Prompt], completions: Sequence[Prompt], finished: Iterable[bool] | None = None
@@ -107,11 +200,12 @@ class RewardScorer:
         scores = [0.0] * len(rows)
         for start in range(0, len(order), self.batch_size):
             numbers = order[start : start + self.batch_size]
-            longest = max(len(rows[number]) for number in numbers)
-            ids = torch.tensor([[*rows[n], *[0] * (longest - len(rows[n]))] for n in numbers], device=device)
-            lengths = torch.tensor([len(rows[n]) for n in numbers], device=device)
-            mask = (torch.arange(longest, device=device) < lengths[:, None]).long()
-            values = sequence_scores(self.model, ids, mask) - self.bias
+            some = [rows[number] for number in numbers]
+            longest = max(map(len, some))
+            ids, mask = padded(some, longest, self.reader.pad_id), padded([[1] * len(r) for r in some], longest, 0)
+            types = [getattr(row, "token_types", None) for row in some]
+            known = None if None in types else padded(types, longest, 0).to(device)
+            values = self.reader(self.model, ids.to(device), mask.to(device), known) - self.bias
             for number, value in zip(numbers, values.tolist(), strict=True):
                 scores[number] = value
         return scores
@@ -126,4 +220,42 @@ class RewardScorer:
         Returns:
             ``(B,)`` fp32.
         """
-        return sequence_scores(self.model, batch.input_ids, batch.attention_mask) - self.bias
+        if self.reader.fast:
+            return self.reader(self.model, batch.input_ids, batch.attention_mask) - self.bias
+        rows = [ids[mask.bool()].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
+        return torch.tensor(self.score_sequences(rows), device=batch.input_ids.device)
+
+
+def padded(rows: Sequence[Sequence[int]], longest: int, fill: int) -> torch.Tensor:
+    """``(B, longest)``, filled on the right."""
+    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])
+
+
+def is_ours(path: str | Path) -> bool:
+    """Whether this project's reward-model stage wrote the folder: its config carries the bias of the scores."""
+    config = Path(path) / "config.json"
+    return config.is_file() and BIAS_KEY in read_json(config)
+
+
+def scoring_tokenizer(path: str | Path, model_config: ModelConfig | None = None) -> PreTrainedTokenizerBase:
+    """A reward model's tokenizer; the run's ``model.chat_template`` serves only one that has none."""
+    model_config = model_config or ModelConfig()
+    own = load_tokenizer(path, dataclasses.replace(model_config, chat_template=None), writes=False)
+    if own.chat_template or not model_config.chat_template:
+        return own
+    return load_tokenizer(path, model_config, writes=False)
+
+
+def check_vocabulary(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Every token that the tokenizer can give must have an embedding.
+
+    Raises:
+        UserError: it has not.
+    """
+    embeddings = base(model).get_input_embeddings() if isinstance(base(model), PreTrainedModel) else None
+    size = getattr(embeddings, "num_embeddings", None)
+    if size is not None and len(tokenizer) > size:
+        raise UserError(
+            f"the reward model has {size} tokens and the tokenizer that writes its input {len(tokenizer)}: the two do "
+            f"not belong together. Give the reward model's own tokenizer (reward_processing_class), or its folder."
+        )

@@ -66,13 +66,16 @@ def _scoring(
     entry: dict[str, Any], name: str, where: str, context: StageContext, ranks: Ranks
 ) -> FunctionJudge | RewardModelJudge:
     key = {"function": "function", "reward_model": "path"}[entry["kind"]]
-    unknown = sorted(set(entry) - {"kind", "name", key})
+    others = {"kind", "name"} | ({"head"} if key == "path" else set())
+    unknown = sorted(set(entry) - {*others, key})
     if unknown or key not in entry:
         problem = f"{unknown[0]}: no such key" if unknown else f"{key}: required, and not set"
-        raise UserError(f"{where}.{problem}. A judge of kind {entry['kind']} has name and {key}.")
+        allowed = ", ".join([*sorted(others - {"kind"}), key])
+        raise UserError(f"{where}.{problem}. A judge of kind {entry['kind']} has {allowed}.")
     if entry["kind"] == "function":
         return FunctionJudge(str(entry[key]), name)
-    judge = RewardModelJudge(str(entry[key]), model_config_of(context.run), ranks, name)
+    head = entry.get("head")
+    judge = RewardModelJudge(str(entry[key]), model_config_of(context.run), ranks, name, head and str(head))
     judge.in_sample = False  # no policy of this run was trained on it
     return judge
 

@@ -3,6 +3,7 @@
 The higher score wins, equal scores tie. Such a judge has no order of presentation and never fails to parse.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import numpy as np
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.config import ModelConfig
-from ppo_vs_dpo.models.loading.pretrained import load_tokenizer, load_value_or_reward
+from ppo_vs_dpo.models.loading.heads import load_reward
 from ppo_vs_dpo.models.passes.inference import Ranks
+from ppo_vs_dpo.preferences.recipes.functions import score_with
 from ppo_vs_dpo.preferences.recipes.gold import load_gold
-from ppo_vs_dpo.reward_model.scorer import RewardScorer, read_bias
+from ppo_vs_dpo.reward_model.scorer import RewardScorer, is_ours
 
 
 class FunctionJudge:
@@ -42,7 +44,8 @@ class FunctionJudge:
         Raises:
             UserError: the function gave another number of scores, or one that is not a number.
         """
-        scores = self._score(list(prompts), list(completions), finished=list(finished))
+        ends = {"finished": list(finished)}
+        scores = score_with(self._score, f"judge {self.name}", prompts, completions, finite=False, **ends)
         return check_scores(self.name, scores, prompts)
 
 
@@ -52,15 +55,32 @@ class RewardModelJudge:
     in_sample = True
     heavy = True
 
-    def __init__(self, folder: str | Path, model_config: ModelConfig, ranks: Ranks, name: str = "reward_model"):
-        self.name, self.folder = name, str(folder)
-        self.frozen = ranks.load(load_value_or_reward, folder, model_config)
-        tokenizer = load_tokenizer(folder, model_config)
-        self.scorer = RewardScorer(self.frozen.model, tokenizer, read_bias(folder), batch_size=256)
+    def __init__(
+        self,
+        folder: str | Path,
+        model_config: ModelConfig,
+        ranks: Ranks,
+        name: str = "reward_model",
+        head: str | None = None,
+    ):
+        self.name, self.folder, self.head = name, str(folder), head
+        loader = functools.partial(load_reward, head=head)
+        self.frozen = ranks.load(loader, folder, model_config, whole=head is not None)
+        self.scorer = RewardScorer.of(self.frozen.model, folder, model_config, batch_size=256, head=head)
 
     def identity(self) -> dict[str, Any]:
         """What its verdicts depend on."""
-        return {"kind": "reward_model", "model": Path(self.folder).parent.name}
+        of_run = Path(self.folder).name == "model" and is_ours(self.folder)
+        model = Path(self.folder).parent.name if of_run else self.folder
+        return {"kind": "reward_model", "model": model} | ({"head": self.head} if self.head else {})
+
+    def check_context(self, prompts: Sequence, max_new_tokens: int) -> None:
+        """The longest prompt and a whole response must fit, before anything is sampled.
+
+        Raises:
+            UserError: they do not.
+        """
+        self.scorer.check_context(prompts, max_new_tokens, f"judge {self.name}", "compare.max_new_tokens")
 
     def score(self, prompts: Sequence, completions: Sequence[str], finished: Sequence[bool]) -> np.ndarray:
         """``(N,)`` scores; conversations are continued by an assistant message."""

@@ -57,12 +57,19 @@ def _revision(path: str, config: ModelConfig) -> str | None:
     return config.revision if path == config.path else None
 
 
-def load_tokenizer(path: str | Path, config: ModelConfig | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str | Path, config: ModelConfig | None = None, writes: bool = True
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer and make sure that it can pad.
 
     Where it has no padding token, or pads with the end-of-sequence token, an existing special token takes the
     place if there is one (the vocabulary, and with it every model, stays as it is); else padding stays the
     end-of-sequence token. Both are safe here: masks, never ids, decide what is real.
+
+    Args:
+        path: Hub name or folder.
+        config: how to load it.
+        writes: its model writes responses, which must be able to end; encoders that only score need no such token.
 
     Raises:
         UserError: not found, or it has no end-of-sequence token.
@@ -76,7 +83,7 @@ def load_tokenizer(path: str | Path, config: ModelConfig | None = None) -> PreTr
         revision=_revision(path, config),
         trust_remote_code=config.trust_remote_code,
     )
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and writes:
         raise UserError(f"the tokenizer of {path} has no end-of-sequence token: a response could never end.")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = spare_special_token(tokenizer) or tokenizer.eos_token
@@ -311,8 +318,16 @@ def context_length(model: PreTrainedModel) -> int | None:
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         value = getattr(model.config, name, None)
         if isinstance(value, int) and value > 0:
-            return value
+            return value - _positions_before_the_first(model)
     return None
+
+
+def _positions_before_the_first(model: torch.nn.Module) -> int:
+    """RoBERTa and its kin number positions from their padding token's on: so many of the table are never a token's."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return module.padding_idx + 1
+    return 0
 
 
 def check_response_budget(model: PreTrainedModel, max_prompt: int, max_new_tokens: int, where: str) -> None:

@@ -112,13 +112,16 @@ class Ranks:
         """Whether this process is the one that writes."""
         return self.rank == 0
 
-    def load(self, loader: Callable[..., PreTrainedModel], path: str | Path, config: ModelConfig) -> Frozen:
+    def load(
+        self, loader: Callable[..., PreTrainedModel], path: str | Path, config: ModelConfig, whole: bool = False
+    ) -> Frozen:
         """Load a model, whole onto this rank's device or split over the ranks; all ranks must call this.
 
         Args:
-            loader: `models.loading.pretrained.load_policy` or `load_value_or_reward`.
+            loader: `models.loading.pretrained.load_policy` or `models.loading.heads.load_reward`.
             path: Hub name or folder.
             config: how to load it.
+            whole: the loader changes weights, which must not be in pieces then.
         """
         if self.settings is None:
             model = loader(path, config)
@@ -128,7 +131,7 @@ class Ranks:
         import deepspeed
 
         # An adapter is merged into its base, which needs both whole; the engine splits them afterwards.
-        with unsharded_loading() if is_adapter(path) else contextlib.nullcontext():
+        with unsharded_loading() if whole or is_adapter(path) else contextlib.nullcontext():
             model = loader(path, config)
         engine, *_ = deepspeed.initialize(model=model, config=self.settings)
         engine.eval()

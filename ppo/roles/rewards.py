@@ -1,34 +1,31 @@
 """Where scores come from: a reward model, with any tokenizer; Python functions; or a weighted mix of them."""
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_vs_dpo.artifacts.awaiting import wait_for
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.models.loading.pretrained import load_tokenizer
+from ppo_vs_dpo.models.loading.pretrained import context_length
 from ppo_vs_dpo.ppo.roles.given import as_value_or_reward
+from ppo_vs_dpo.preferences.recipes.functions import ScoreError, as_scores, called
 from ppo_vs_dpo.reward_model.scorer import BIAS_KEY, RewardScorer
 
 RewardFunction = Callable[..., Sequence[float]]
 
 
-class RewardError(UserError):
-    """A reward that cannot be used; carries the row of the sample."""
-
-    def __init__(self, message: str, row: int | None = None):
-        super().__init__(message)
-        self.row = row
+# A reward that cannot be used; carries the row of the sample.
+RewardError = ScoreError
 
 
 class ModelReward:
     """Scores of a reward model (`reward_model.scorer.RewardScorer`), read at the last real token.
 
-    Where its tokenizer is the policy's, the sampled token ids are scored as they are. Else prompt and completion are
-    tokenised again by the reward model's own tokenizer, with its own EOS after a completion that ended by itself.
+    Where its tokenizer is the policy's and it reads sequences as the policy writes them, the sampled token ids are
+    scored as they are. Else prompt and completion are tokenised again as the reward model's own tokenizer pairs them.
 
     Args:
         scorer: the reward model with its tokenizer.
@@ -38,7 +35,7 @@ class ModelReward:
     def __init__(self, scorer: RewardScorer, tokenizer: PreTrainedTokenizerBase):
         scorer.model.requires_grad_(False)
         self.scorer = scorer
-        self.same_tokens = same_tokenizer(scorer.tokenizer, tokenizer)
+        self.same_tokens = same_tokenizer(scorer.tokenizer, tokenizer) and scorer.is_decoder
         self.name = f"reward model {getattr(scorer.model, 'name_or_path', '') or type(scorer.model).__name__}"
 
     @property
@@ -50,6 +47,19 @@ class ModelReward:
     def model(self, model: torch.nn.Module) -> None:
         # A DeepSpeed engine works by hooks on the module inside it.
         self.scorer.model = getattr(model, "module", model)
+
+    def check_context(self, prompts: Sequence, longest: int, response_length: int) -> None:
+        """See `Rewards.check_context`."""
+        if not self.same_tokens:
+            self.scorer.check_context(prompts, response_length, self.name, "ppo.response_length")
+            return
+        limit = context_length(self.model)
+        if limit is not None and longest + response_length > limit:
+            raise UserError(
+                f"{self.name} takes {limit} tokens, and the longest prompt ({longest}) with a response of "
+                f"{response_length} (ppo.response_length) has {longest + response_length}. Lower response_length or "
+                f"max_prompt_length, or take a reward model with the policy's context."
+            )
 
     def __call__(self, prompts, completions, prompt_ids, response_ids, finished, **columns) -> list[float]:
         if self.same_tokens:
@@ -65,11 +75,12 @@ class ScorerReward:
         self.name = f"reward model {getattr(scorer, 'name', '') or type(scorer).__name__}"
 
     def __call__(self, prompts, completions, prompt_ids, response_ids, finished, **columns) -> list[float]:
-        return list(self.scorer.score(prompts, completions, finished))
+        found = self.scorer.score(prompts, completions, finished)
+        return wait_for(found) if inspect.isawaitable(found) else found
 
 
 class FunctionReward:
-    """A Python function ``f(prompts, completions, **columns) -> list[float]``.
+    """A Python function ``f(prompts, completions, **columns) -> list[float]``; a coroutine is awaited.
 
     Columns are those of the data set, and ``finished`` (list of bool); a function without ``**kwargs`` gets the ones
     it names.
@@ -87,7 +98,7 @@ class FunctionReward:
         if not self.takes_all:
             columns = {k: v for k, v in columns.items() if k in self.names}
         try:
-            return self.function(prompts=prompts, completions=completions, **columns)
+            return called(self.function, prompts=prompts, completions=completions, **columns)
         except Exception as error:
             row = self._culprit(prompts, completions, columns)
             where = (
@@ -101,7 +112,8 @@ class FunctionReward:
         """The first sample that raises by itself."""
         for row in range(len(prompts)):
             try:
-                self.function(
+                called(
+                    self.function,
                     prompts=[prompts[row]],
                     completions=[completions[row]],
                     **{k: [v[row]] for k, v in columns.items()},
@@ -139,6 +151,21 @@ class Rewards:
         """The parts that are models of ours, for the trainer to place or shard."""
         return [part for part in self.parts if isinstance(part, ModelReward)]
 
+    def check_context(self, prompts: Sequence, longest: int, response_length: int) -> None:
+        """Prompt and response must fit into every reward model, before anything is sampled.
+
+        Args:
+            prompts: all of them.
+            longest: tokens of the longest, in the policy's tokens.
+            response_length: budget of a response.
+
+        Raises:
+            UserError: they do not.
+        """
+        for part in self.parts:
+            if isinstance(part, ModelReward):
+                part.check_context(prompts, longest, response_length)
+
     def shared(self) -> tuple[PreTrainedModel, float, float] | None:
         """The first reward model that reads the policy's own tokens: what a value model can start from.
 
@@ -154,24 +181,12 @@ class Rewards:
         """Scores of ``N`` completions.
 
         Raises:
-            RewardError: a part raised, gave another number of scores, or one that is not a finite number.
+            RewardError: a part raised, or gave what `preferences.recipes.functions.as_scores` does not take.
         """
         total = [0.0] * len(prompts)
         for part, weight in zip(self.parts, self.weights, strict=True):
             scores = part(prompts, completions, prompt_ids, response_ids, finished, **columns)
-            scores = scores.tolist() if hasattr(scores, "tolist") else list(scores)
-            if len(scores) != len(prompts):
-                raise RewardError(
-                    f"{part.name} returned {len(scores)} scores for {len(prompts)} completions (samples 0 to "
-                    f"{len(prompts) - 1}); it must return one each."
-                )
-            for row, score in enumerate(scores):
-                if not isinstance(score, int | float) or not math.isfinite(score):
-                    raise RewardError(
-                        f"{part.name} returned {score!r} for sample {row} (prompt {_short(prompts[row])}, completion "
-                        f"{_short(completions[row])}); it must be a finite number.",
-                        row,
-                    )
+            for row, score in enumerate(as_scores(part.name, scores, prompts, completions)):
                 total[row] += weight * score
         return total
 
@@ -196,8 +211,9 @@ def make_rewards(
     """
     parts: list[Any] = []
     if isinstance(reward_model, str):
-        own_tokenizer = own_tokenizer or load_tokenizer(reward_model)
-        reward_model = as_value_or_reward(reward_model, trainable=False)
+        reward_model = RewardScorer.load(reward_model, batch_size=batch_size)
+        if own_tokenizer is not None:
+            reward_model.tokenizer = own_tokenizer
     if isinstance(reward_model, torch.nn.Module):
         model = as_value_or_reward(reward_model, trainable=False)
         bias = float(getattr(model.config, BIAS_KEY, 0.0))

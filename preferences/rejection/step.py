@@ -21,6 +21,7 @@ from ppo_vs_dpo.preferences.reading.tables import (
     read_rows,
     without_empty_columns,
 )
+from ppo_vs_dpo.preferences.recipes.functions import score_with
 from ppo_vs_dpo.preferences.recipes.gold import load_gold
 from ppo_vs_dpo.preferences.recipes.steplog import StepLog
 from ppo_vs_dpo.preferences.rejection.samples import Sampler, Scorer, sample_and_score
@@ -38,7 +39,9 @@ def load_scorer(settings: RejectionSampling) -> Scorer:
     """
     if settings.reward_model is None:
         gold = load_gold(settings.gold)
-        return lambda prompts, texts, finished: gold(list(prompts), list(texts), finished=list(finished))
+        return lambda prompts, texts, finished: score_with(
+            gold, settings.gold, prompts, texts, finished=list(finished)
+        )
     module, _, name = settings.scorer.partition(":")
     try:
         cls = getattr(importlib.import_module(module), name)

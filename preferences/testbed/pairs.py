@@ -17,6 +17,7 @@ from ppo_vs_dpo.preferences.recipes.bradley_terry import (
     label_entropy,
     preference_probability,
 )
+from ppo_vs_dpo.preferences.recipes.functions import score_with
 from ppo_vs_dpo.preferences.recipes.gold import load_gold
 from ppo_vs_dpo.preferences.schema import make_pair, pair_set_hash
 from ppo_vs_dpo.preferences.testbed.grammar import distinct_prompts
@@ -128,8 +129,8 @@ def _label(
 ) -> list[dict]:
     """Rows of the schema: the chosen side is drawn with probability sigma(gold_1 - gold_2)."""
     prompts = [prompt for prompt, _, _ in drawn]
-    first = gold(prompts, [one for _, one, _ in drawn])
-    second = gold(prompts, [two for _, _, two in drawn])
+    first = score_with(gold, "data.gold", prompts, [one for _, one, _ in drawn])
+    second = score_with(gold, "data.gold", prompts, [two for _, _, two in drawn])
     first_wins = draw_labels(preference_probability(first, second), rng)
     rows = []
     for (prompt, one, two), score_one, score_two, wins in zip(drawn, first, second, first_wins, strict=True):
