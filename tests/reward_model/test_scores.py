@@ -16,7 +16,7 @@ from transformers import (
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.pretrained import context_length
 from ppo_vs_dpo.models.passes.logprobs import pad_batch
-from ppo_vs_dpo.ppo.rollouts.rewards import ModelReward
+from ppo_vs_dpo.ppo.roles.rewards import ModelReward
 from ppo_vs_dpo.reward_model.scorer import RewardScorer, store_bias
 from tests.architectures import DECODERS, ENCODERS, tiny
 from tests.conftest import WORDS
@@ -209,7 +209,7 @@ def test_ppo_scores_by_an_encoder_and_values_by_the_policys_backbone(word_tokeni
     trainer = trainer_with(tmp_path, word_tokenizer, model)
     assert type(trainer.value_model).__name__ == "LlamaForSequenceClassification"
     seen = {}
-    part = trainer.rewards.parts[0]
+    part = trainer.roles.rewards.parts[0]
     plain = part.scorer.score
 
     def spy(prompts, completions, finished=None):
