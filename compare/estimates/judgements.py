@@ -1,11 +1,14 @@
 """Which judges a comparison asks, and the judgements of those that read instead of scoring."""
 
+import shutil
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import atomic_path
 from ppo_vs_dpo.artifacts.settings import nearest, split
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.compare.estimates.win_rates import PairTable
@@ -19,6 +22,18 @@ from ppo_vs_dpo.models.passes.inference import Ranks
 from ppo_vs_dpo.preferences.schema import text_of
 
 KINDS = ("function", "reward_model", "llm")
+
+
+def replies_file(context: StageContext) -> Path:
+    """Where the replies of judges that read are kept: beside the stages, for they were paid for.
+
+    A run that kept them in ``compare/`` begins with those.
+    """
+    path, before = context.run.cache("judge_replies.jsonl"), context.dir / "judge_cache.jsonl"
+    if before.is_file() and not path.exists():
+        with atomic_path(path) as temporary:
+            shutil.copy(before, temporary)
+    return path
 
 
 def make_judges(
@@ -54,7 +69,7 @@ def make_judges(
         taken.add(name)
         if entry["kind"] == "llm":
             config, _ = split({**entry, "name": name}, LLMJudgeConfig, where=where)
-            reading.append(LLMJudge(config, cache=Cache(context.dir / "judge_cache.jsonl")))
+            reading.append(LLMJudge(config, cache=Cache(replies_file(context))))
         else:
             scoring.append(_scoring(entry, name, where, context, ranks))
     if not scoring and not reading:

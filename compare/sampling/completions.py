@@ -1,6 +1,5 @@
 """Completions of every policy on the held-out prompts: drawn once, kept as Parquet, reused by every judge."""
 
-import glob
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, read_parquet, sha256_of, write_json, write_parquet
+from ppo_vs_dpo.artifacts.guards.versions import DECISIVE, versions
 from ppo_vs_dpo.compare.config import CompareStage
 from ppo_vs_dpo.compare.sampling.kl import sequence_kl
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Policy, Prompts
@@ -121,10 +121,16 @@ class Reference:
 
 
 def completions_key(policy: Policy, prompts: Prompts, settings: CompareStage, seed: int, reference: Any) -> str:
-    """Hash of everything a policy's completions depend on: their file is named after it."""
+    """Hash of everything a policy's completions depend on: their file is named after it.
+
+    Contents count, not names or times: what is drawn is used again whenever the same would be drawn.
+    """
     sampling = [settings.max_new_tokens, settings.top_k, settings.top_p, settings.temperature]
     plans = [[p.role, p.draws, p.temperature, p.measure] for p in plan(policy, settings)]
-    return sha256_of([LAYOUT, policy.name, policy.identity, reference, prompts.ids, sampling, plans, seed])[:16]
+    asked = [prompts.ids, prompts.prompts]
+    made_with = {name: version for name, version in versions().items() if name in (*DECISIVE, "ppo-vs-dpo")}
+    everything = [LAYOUT, policy.name, policy.identity, reference, asked, sampling, plans, seed, made_with]
+    return sha256_of(everything)[:16]
 
 
 def completions_path(folder: Path, policy: Policy, key: str) -> Path:
@@ -297,14 +303,15 @@ def load_or_draw(
 ) -> tuple[pa.Table, dict[str, Any]]:
     """The policy's completions and what was learned with them, from their files, or drawn now and written.
 
-    Files of the same policy under another key are removed. The main process reads and writes; all ranks draw.
+    Files under other keys stay: other settings, or a model that has been trained again since, may ask for them once
+    more. The main process reads and writes; all ranks draw.
     """
     path = completions_path(folder, policy, key)
     found = ranks.agree(lambda: _kept(path))
     if found is None:
         found = make()
         if ranks.is_main:
-            _keep(path, key, *found)
+            _keep(path, *found)
     return found
 
 
@@ -319,16 +326,12 @@ def _kept(path: Path) -> tuple[pa.Table, dict[str, Any]] | None:
         return None
 
 
-def _keep(path: Path, key: str, table: pa.Table, extra: dict[str, Any]) -> None:
+def _keep(path: Path, table: pa.Table, extra: dict[str, Any]) -> None:
     from datasets import Dataset
 
     # The companion first: a Parquet file that is there is complete.
     write_json(path.with_suffix(".json"), extra)
     write_parquet(path, Dataset(table))
-    stem = path.stem[: -len(key)]
-    for old in path.parent.glob(f"{glob.escape(stem)}{'?' * len(key)}.*"):
-        if old.stem != path.stem:
-            old.unlink()
 
 
 def split_draws(table: pa.Table, n_prompts: int) -> list[Draws]:

@@ -3,7 +3,6 @@
 import concurrent.futures
 import multiprocessing
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import pyarrow as pa
 import torch
 
 from ppo_vs_dpo.artifacts.files import read_parquet
+from ppo_vs_dpo.artifacts.guards.outputs import content_id
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.compare.config import CompareStage
@@ -23,7 +23,7 @@ from ppo_vs_dpo.compare.sampling.completions import (
     load_or_draw,
 )
 from ppo_vs_dpo.compare.sampling.elsewhere import completions_elsewhere
-from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Policy, Prompts
+from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Policy, Prompts, model_content
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.passes.inference import Ranks
 
@@ -41,10 +41,16 @@ class Gatherer:
 
     def __init__(self, context: StageContext, settings: CompareStage, prompts: Prompts, ranks: Ranks):
         self.context, self.settings, self.prompts, self.ranks = context, settings, prompts, ranks
-        self.folder = Path(context.dir) / "completions"
+        # Beside the stages: what was drawn outlives a change of any setting that it does not depend on.
+        self.folder = context.run.cache("completions")
         self.model_config = model_config_of(context.run)
-        done = context.run.require(REFERENCE)
-        self.reference_identity = [done.get("fingerprint"), done.get("finished")]
+        # Whose tokens and probabilities they are; pairs are what log-probabilities are compared on, too.
+        done, pairs = context.run.require(REFERENCE), context.run.done("pairs") or {}
+        self.reference_identity = [
+            model_content(context.run, REFERENCE, done),
+            content_id(pairs, "test"),
+            vars(self.model_config),
+        ]
         self._reference: Reference | None = None
 
     @property

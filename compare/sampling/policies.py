@@ -6,6 +6,8 @@ from typing import Any
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_parquet
+from ppo_vs_dpo.artifacts.guards.digests import Digests
+from ppo_vs_dpo.artifacts.guards.outputs import content_id
 from ppo_vs_dpo.artifacts.run import RunFolder, point_name
 from ppo_vs_dpo.compare.config import CompareStage
 from ppo_vs_dpo.preferences.schema import prompt_id
@@ -73,13 +75,15 @@ def policies_of(run: RunFolder, settings: CompareStage) -> tuple[list[Policy], l
                     stage,
                     model=str(run.stage_dir(name) / "model"),
                     point=_point(name),
-                    identity=[done.get("fingerprint"), done.get("finished")],
+                    identity=model_content(run, name, done),
                 )
             )
     along, missing = checkpoints_of(run, settings.checkpoints)
     found, warnings = found + along, warnings + missing
+    digests = Digests(run.cache("policy_digests.json"))
     for name, source in (settings.policies or {}).items():
-        found.append(_added(name, source, {policy.name for policy in found}))
+        found.append(_added(name, source, {policy.name for policy in found}, digests))
+    digests.save()
     if len(found) < 2:
         raise UserError(
             f"{run.root} has only the reference policy: there is nothing to compare. Run ppo or dpo first."
@@ -96,6 +100,7 @@ def checkpoints_of(run: RunFolder, wanted: dict[str, Any]) -> tuple[list[Policy]
         UserError: a stage that has no checkpoints of a policy, or steps that are none.
     """
     found, warnings = [], []
+    digests = Digests(run.cache("checkpoint_digests.json"))
     for stage, steps in (wanted or {}).items():
         where = f"compare.checkpoints.{stage}"
         if stage not in ("ppo", "dpo"):
@@ -118,10 +123,10 @@ def checkpoints_of(run: RunFolder, wanted: dict[str, Any]) -> tuple[list[Policy]
                     f"frontier. {stage}.save_steps and {stage}.save_total_limit say which are kept."
                 )
                 continue
-            identity = [done.get("fingerprint"), done.get("finished"), step]
             point = {"step": step}
-            name = point_name(stage, point)
+            name, identity = point_name(stage, point), _weights(kept[step], digests)
             found.append(Policy(name, stage, str(kept[step]), point=point, checkpoint=True, identity=identity))
+    digests.save()
     return found, warnings
 
 
@@ -135,24 +140,36 @@ def _checkpoints(folder: Path) -> dict[int, Path]:
     return found
 
 
-def _added(name: str, source: Any, taken: set[str]) -> Policy:
+def _added(name: str, source: Any, taken: set[str], digests: Digests) -> Policy:
     where = f"compare.policies.{name}"
     if name in taken or name.startswith("best_of_"):
         raise UserError(f"{where}: the name is taken. Choose another.")
     if not isinstance(source, dict) or len(set(source) & {"path", "completions"}) != 1:
         raise UserError(f"{where}: give either path: MODEL or completions: FILE.")
     if "path" in source:
-        return Policy(name, "other", model=str(source["path"]), identity=_stamp(source["path"]))
+        return Policy(name, "other", model=str(source["path"]), identity=_content(source["path"], digests))
     if not Path(source["completions"]).is_file():
         raise UserError(f"{where}.completions: {source['completions']} does not exist.")
-    return Policy(name, "other", completions=str(source["completions"]), identity=_stamp(source["completions"]))
+    identity = _content(source["completions"], digests)
+    return Policy(name, "other", completions=str(source["completions"]), identity=identity)
 
 
-def _stamp(path: str) -> list:
-    """Name, size and time of a file, or of a folder's files; a Hub name has no more than its name."""
-    root = Path(path)
-    members = [root] if root.is_file() else sorted(root.glob("*")) if root.is_dir() else []
-    return [str(path), *([item.name, item.stat().st_size, item.stat().st_mtime_ns] for item in members)]
+def model_content(run: RunFolder, name: str, done: dict[str, Any]) -> str:
+    """Hash of a finished stage's model: as its last word lists the files, or of the files themselves."""
+    return (
+        content_id(done, "model/") if done.get("outputs") else _content(run.stage_dir(name) / "model", Digests(None))
+    )
+
+
+def _content(path: str | Path, digests: Digests) -> str:
+    """Hash of a file or a folder; a Hub name has no more than its name."""
+    return digests.of(Path(path)) if Path(path).exists() else str(path)
+
+
+def _weights(folder: Path, digests: Digests) -> list[str]:
+    """Hashes of a checkpoint's model, without the optimizer's state beside it."""
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")])
+    return [digests.of(path) for path in files]
 
 
 def _point(name: str) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def pairs_step(context: StageContext, settings: ConstitutionalPairs) -> None:
     ]
     # 1. Who answers, criticises and judges. Equal settings share one model.
     helper, critic, judge = _models(context, settings)
-    logs = {name: StepLog(context.dir / f"steps_{name}.jsonl", [identity, name]) for name in splits}
+    logs = {name: StepLog.of(context.run, "steps", name, identity) for name in splits}
     items = {
         name: load_items(read_rows(context.run.path("data", f"prompts_{name}.parquet")), logs[name]) for name in splits
     }

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.artifacts.files import read_json, sha256_of, write_json
+from ppo_vs_dpo.artifacts.files import read_marker, sha256_of, write_json
+from ppo_vs_dpo.artifacts.run import RunFolder
 
 
 class StepLog:
@@ -22,9 +23,18 @@ class StepLog:
         self.path, self._file = path, None
         mark = path.with_suffix(".identity.json")
         wanted = {"made_from": sha256_of(identity)}
-        if not mark.is_file() or read_json(mark) != wanted:
+        if read_marker(mark) != wanted:
             path.unlink(missing_ok=True)
             write_json(mark, wanted)
+
+    @classmethod
+    def of(cls, run: RunFolder, what: str, split: str, identity: Any) -> "StepLog":
+        """A run's log of the steps of one split, kept beside the stages under a name made of what they depend on.
+
+        Steps take hours, and where a model at an endpoint did them they were paid for: a setting on which they do not
+        depend changes nothing here, and going back to earlier settings finds theirs.
+        """
+        return cls(run.cache("pairs", f"{what}_{split}-{sha256_of(identity)[:12]}.jsonl"), [identity, split])
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add finished steps. They outlive this process at once, and a power cut after `sync`."""

@@ -3,13 +3,15 @@
 import dataclasses
 import importlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.artifacts.files import read_json
+from ppo_vs_dpo.artifacts.guards.digests import Digests
+from ppo_vs_dpo.artifacts.guards.fingerprints import external_inputs
+from ppo_vs_dpo.artifacts.guards.outputs import content_id
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig, row_seed
 from ppo_vs_dpo.models.training import model_settings
@@ -60,6 +62,10 @@ def _as_answer(prompt: Text, text: str) -> Text:
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
+# Settings that choose among finished steps, or say how many are done before they are written down.
+FILTERS = ("max_growth", "label_clamp", "rule", "rso_beta", "pairs_per_prompt", "prompts_per_step")
+
+
 def policy_path(context: StageContext, path: str | None) -> str:
     """The policy to sample: the one named, or the run's SFT policy."""
     if path is not None:
@@ -69,20 +75,17 @@ def policy_path(context: StageContext, path: str | None) -> str:
 
 
 def identity_of(context: StageContext, settings: Any, policy: str) -> dict[str, Any]:
-    """What the samples depend on: settings, seed, prompts and policy."""
-    sft = context.run.done("sft") or {}
-    data = context.run.done("data") or {}
-    config = Path(policy) / "config.json"
+    """What the samples depend on: settings, seed, prompts and policy; contents, not names or times."""
+    sft, data = context.run.done("sft") or {}, context.run.done("data") or {}
+    named = OmegaConf.create({"data": context.run.config.get("data") or {}})
     return {
-        "settings": dataclasses.asdict(settings),
+        "settings": {key: value for key, value in dataclasses.asdict(settings).items() if key not in FILTERS},
         "seed": context.seed,
-        "policy": [
-            policy,
-            read_json(config) if config.is_file() else None,
-            sft.get("fingerprint"),
-            sft.get("finished"),
-        ],
-        "prompts": [data.get("fingerprint"), data.get("finished")],
+        "model": vars(model_settings(context)),
+        "policy": [policy.removeprefix(str(context.run.root)), content_id(sft, "model/")],
+        "prompts": content_id(data, "prompts"),
+        # Models, functions and files that the section names: who scores and judges is part of a step, too.
+        "inputs": external_inputs(named, Digests(None)),
     }
 
 
@@ -103,7 +106,7 @@ def pairs_step(context: StageContext, settings: RejectionSampling) -> None:
     # 1. Sample and score.
     sampler = Sampler(policy, sampling, context.seed, model_settings(context))
     scorer = load_scorer(settings)
-    logs = {name: StepLog(context.dir / f"samples_{name}.jsonl", [identity, name]) for name in splits}
+    logs = {name: StepLog.of(context.run, "samples", name, identity) for name in splits}
     before = 0
     for name in splits:
         sample_and_score(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.artifacts.files import read_json, read_parquet, write_json, write_jsonl, write_parquet
+from ppo_vs_dpo.artifacts.files import read_json, read_parquet, write_jsonl, write_parquet
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.artifacts.stage import StageContext, stage_main
 from ppo_vs_dpo.compare.stage import run_compare
@@ -111,6 +111,7 @@ def test_same_seed_same_figures(run):
     before = read_json(run / "compare" / "report.json")
     svg = (run / "compare" / "figures" / "frontier.svg").read_bytes()
     shutil.rmtree(run / "compare")
+    shutil.rmtree(run / "cache")
     # Two processes and another batch size draw the same completions.
     set_config(run, "workers: 2")
     assert figures(compare(run)) == figures(before)
@@ -119,7 +120,7 @@ def test_same_seed_same_figures(run):
 
 def test_completions_are_drawn_once(run):
     before = read_json(run / "compare" / "report.json")
-    files = {path: path.stat().st_mtime_ns for path in (run / "compare" / "completions").glob("*.parquet")}
+    files = {path: path.stat().st_mtime_ns for path in (run / "cache" / "completions").glob("*.parquet")}
     assert len(files) == 5
     # One is lost, one is truncated (a full disk): these two are drawn again, nothing else.
     lost, torn, *kept = sorted(files)
@@ -131,13 +132,19 @@ def test_completions_are_drawn_once(run):
 
 
 def test_a_new_model_is_drawn_again(run):
-    old = next((run / "compare" / "completions").glob("ppo-*.parquet"))
-    content = read_json(run / "ppo" / "done.json")
-    write_json(run / "ppo" / "done.json", {**content, "fingerprint": "retrained"})
+    old = list((run / "cache" / "completions").glob("ppo-*.parquet"))
+    weights = run / "ppo" / "model" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes((run / "dpo" / "model" / "model.safetensors").read_bytes())
     compare(run)
-    new = list((run / "compare" / "completions").glob("ppo-*.parquet"))
-    assert len(new) == 1
-    assert new[0] != old
+    new = set((run / "cache" / "completions").glob("ppo-*.parquet"))
+    assert len(new) == 2
+    assert new > set(old)
+    # The earlier model's are used again when it is back.
+    before = {path: path.stat().st_mtime_ns for path in new}
+    weights.write_bytes(content)
+    compare(run)
+    assert {path: path.stat().st_mtime_ns for path in (run / "cache" / "completions").glob("ppo-*.parquet")} == before
 
 
 def test_different_pairs_are_refused(run):
@@ -242,7 +249,7 @@ def test_settings_that_cannot_be_meant(run, change, message):
     section = config[start:].replace("max_new_tokens: 12, ", "") if change.startswith("max_new") else config[start:]
     section = section.replace(", best_of_n: [2, 4]", "") if change.startswith("best_of") else section
     (run / "config.yaml").write_text(config[:start] + section.rstrip().rstrip("}") + f", {change}}}\n")
-    shutil.rmtree(run / "compare" / "completions")
+    shutil.rmtree(run / "cache" / "completions")
     with pytest.raises(UserError, match=message):
         compare(run)
 

@@ -46,6 +46,13 @@ def run_here(folder: Path, step: str) -> None:
     {"data": run_data, "pairs": run_pairs}[step](StageContext(RunFolder(folder), step))
 
 
+def log_of(folder: Path, what: str) -> Path | None:
+    """The log of finished steps that a run keeps (`StepLog.of`); ``None`` before its first step."""
+    found = sorted(path for path in (folder / "cache" / "pairs").glob(f"{what}-*.jsonl"))
+    assert len(found) <= 1
+    return found[0] if found else None
+
+
 @pytest.fixture(scope="session")
 def testbed_policy(tmp_path_factory) -> Path:
     """A policy that has learned to write reviews, more or less: 150 steps on the grammar."""

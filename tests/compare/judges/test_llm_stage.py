@@ -78,7 +78,7 @@ def test_down_mid_way_writes_the_report_and_says_how_to_go_on(run):
         assert not (run / "compare" / "done.json").exists()
         report = read_json(run / "compare" / "report.json")
         assert any("stopped early" in warning for warning in report["warnings"])
-        assert len(read_jsonl(run / "compare" / "judge_cache.jsonl")) == 20
+        assert len(read_jsonl(run / "cache" / "judge_replies.jsonl")) == 20
         server.answer = lambda question, number: prefers_longer(question)
         report = compare(run)
         assert report["judges"]["reader"]["judged"] == 48

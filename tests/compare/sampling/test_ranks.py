@@ -59,6 +59,7 @@ def on_ranks(alone: Path, root: Path, deepspeed: str | None, ranks: int = 2) -> 
     """The same run, compared anew on several ranks; what they printed."""
     shutil.copytree(alone, root)
     shutil.rmtree(root / "compare")
+    shutil.rmtree(root / "cache")
     if deepspeed:
         config = OmegaConf.load(root / "config.yaml")
         config.deepspeed = settings_of(deepspeed)
@@ -71,7 +72,7 @@ def same_report(*roots: Path) -> None:
     reports = [check_schema(read_json(root / "compare" / "report.json")) for root in roots]
     close(*map(figures, reports))
     assert "mine" in reports[1]["policies"]
-    drawn = [sorted((root / "compare" / "completions").glob("*.parquet")) for root in roots]
+    drawn = [sorted((root / "cache" / "completions").glob("*.parquet")) for root in roots]
     assert len(drawn[0]) == 6
     for mine, theirs in zip(*drawn, strict=True):
         assert mine.name == theirs.name

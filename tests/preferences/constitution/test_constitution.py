@@ -37,7 +37,7 @@ from ppo_vs_dpo.preferences.recipes.steplog import StepLog
 from ppo_vs_dpo.preferences.testbed import reviewer
 from ppo_vs_dpo.preferences.testbed.gold import gold_reward
 from ppo_vs_dpo.preferences.testbed.grammar import reviews
-from tests.preferences.conftest import ROOT, make_run, run_here, with_policy
+from tests.preferences.conftest import ROOT, log_of, make_run, run_here, with_policy
 
 CRITIC = {"kind": "python", "function": "ppo_vs_dpo.preferences.testbed.reviewer:critic"}
 JUDGE = {"kind": "python", "function": "ppo_vs_dpo.preferences.testbed.reviewer:judge"}
@@ -261,7 +261,7 @@ def test_a_judge_that_reasons_first_is_clamped(tmp_path, testbed_policy):
     assert 0 < clamped < len(labels) <= 60
     assert clamped <= figures["clamped_labels"] <= clamped + 12  # and those of the test pairs
     # Two samples, two reasonings, two choices for each prompt, in that order, each once.
-    steps = [(step["what"], step["round"]) for step in read_jsonl(run / "pairs" / "steps_train.jsonl")]
+    steps = [(step["what"], step["round"]) for step in read_jsonl(log_of(run, "steps_train"))]
     assert set(steps) == set(all_steps("feedback", 1, chain_of_thought=True))
     order = [("sample", 0), ("sample", 1), ("reasoning", 0), ("choice", 0), ("reasoning", 1), ("choice", 1)]
     assert list(dict.fromkeys(steps)) == order
@@ -352,10 +352,10 @@ def test_a_killed_run_goes_on_without_repeating_or_losing_a_step(tmp_path, testb
     run = run_of(tmp_path / "killed", testbed_policy, batch=2)
     command = [sys.executable, "-m", "ppo_vs_dpo.preferences", str(run), "--step", "pairs"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    log = run / "pairs" / "steps_train.jsonl"
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
-        if log.is_file() and log.read_bytes().count(b"\n") >= 75:
+        log = log_of(run, "steps_train")
+        if log is not None and log.read_bytes().count(b"\n") >= 75:
             break
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)

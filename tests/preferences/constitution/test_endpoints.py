@@ -14,7 +14,7 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, read_jsonl
 from ppo_vs_dpo.preferences.config import Endpoint
 from ppo_vs_dpo.preferences.constitution.endpoints import HARD_LOGIT, EndpointError, OpenAIModel, Request
-from tests.preferences.conftest import make_run, run_here, run_step, with_policy
+from tests.preferences.conftest import log_of, make_run, run_here, run_step, with_policy
 
 KEY = "sk-secret-0123456789"
 
@@ -207,14 +207,14 @@ def test_a_run_against_an_endpoint_that_dies_keeps_what_was_done_and_goes_on(ser
     with pytest.raises(EndpointError, match="Finished steps are kept: the same command goes on") as error:
         run_here(run, "pairs")
     said = "".join(traceback.format_exception(error.value))
-    kept = read_jsonl(run / "pairs" / "steps_train.jsonl")
+    kept = read_jsonl(log_of(run, "steps_train"))
     assert len(kept) == 30
     asked = len(server.requests)
     server.behave = well
     run_here(run, "pairs")
     # 20 + 4 prompts: answer, critique, revision, two samples, two choices.
     assert len(server.requests) - asked == 24 * 7 - 30
-    assert read_jsonl(run / "pairs" / "steps_train.jsonl")[:30] == kept
+    assert read_jsonl(log_of(run, "steps_train"))[:30] == kept
     figures = read_json(run / "pairs" / "done.json")["figures"]
     # The judge likes (A) whatever it is: all preference cancels.
     assert figures["position_bias"] == pytest.approx(math.log(1.5), abs=1e-5)

@@ -20,7 +20,7 @@ from ppo_vs_dpo.preferences.rejection.samples import sample_and_score
 from ppo_vs_dpo.preferences.schema import prompt_id
 from ppo_vs_dpo.preferences.testbed import grammar
 from ppo_vs_dpo.preferences.testbed.gold import gold_reward
-from tests.preferences.conftest import ROOT, make_run, run_here, with_policy
+from tests.preferences.conftest import ROOT, log_of, make_run, run_here, with_policy
 
 GOLD = "ppo_vs_dpo.preferences.testbed.gold:gold_reward"
 SMALL = {
@@ -42,7 +42,7 @@ def run_of(folder, policy, **data):
 
 
 def samples_of(run, split="train"):
-    return [json.loads(line) for line in (run / "pairs" / f"samples_{split}.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in log_of(run, f"samples_{split}").read_text().splitlines()]
 
 
 def test_best_against_worst_pairs_and_best_of_n_examples(tmp_path, testbed_policy):
@@ -100,10 +100,10 @@ def test_a_killed_run_goes_on_without_repeating_or_losing_a_prompt(tmp_path, tes
     run = run_of(tmp_path / "killed", testbed_policy, prompts_per_step=4)
     command = [sys.executable, "-m", "ppo_vs_dpo.preferences", str(run), "--step", "pairs"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    log = run / "pairs" / "samples_train.jsonl"
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
-        if log.is_file() and log.read_bytes().count(b"\n") >= 8:
+        log = log_of(run, "samples_train")
+        if log is not None and log.read_bytes().count(b"\n") >= 8:
             break
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
