@@ -17,6 +17,30 @@ from ppo_vs_dpo.artifacts.settings import field_names, nearest
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig
 
 
+class Estimator(NamedTuple):
+    """What an advantage estimator needs.
+
+    Attributes:
+        critic: a value model.
+        group: responses of a prompt, at least.
+        whitens: by default its advantages are whitened over the rollout.
+    """
+
+    critic: bool
+    group: int
+    whitens: bool
+
+
+# `ppo.rollouts.advantages` has the equations. Whitening: N+ detail 25; Hu et al. 2025 (REINFORCE++), eq. 4; the two
+# others have a scale of their own.
+ESTIMATORS = {
+    "gae": Estimator(critic=True, group=1, whitens=True),
+    "rloo": Estimator(critic=False, group=2, whitens=False),
+    "grpo": Estimator(critic=False, group=2, whitens=False),
+    "reinforce_pp": Estimator(critic=False, group=1, whitens=True),
+}
+
+
 class Conventions(NamedTuple):
     """What implementations do differently.
 
@@ -207,7 +231,27 @@ class PPOConfig(TrainingArguments):
     # -- advantages
     gamma: float = _option(1.0, "N+, Ziegler, Stiennon, Xu: 1.")
     lam: float = _option(0.95, "N+, Ziegler, Stiennon: 0.95.")
-    whiten_advantages: bool = _option(True, "Xu Table 3: APPS pass@5 18.0 -> 38.1 by this alone; N+ detail 25.")
+    whiten_advantages: bool | None = _option(
+        None,
+        "Xu Table 3: APPS pass@5 18.0 -> 38.1 by this alone; N+ detail 25. Default: with gae and reinforce_pp; rloo "
+        "and grpo have a scale of their own.",
+    )
+    advantage: Literal["gae", "rloo", "grpo", "reinforce_pp"] = _option(
+        "gae",
+        "gae: PPO with a value model. rloo (Ahmadian et al. 2024), grpo (Shao et al. 2024), reinforce_pp (Hu et al. "
+        "2025): none is loaded or trained; the baseline is what the other responses to the prompt got.",
+    )
+    samples_per_prompt: int = _option(
+        1, "Responses to each prompt of a rollout: k. RLOO (2 or 4 in the paper) and GRPO (64) need at least 2."
+    )
+    grpo_divide_by_std: bool = _option(
+        True, "GRPO's division by the spread of a group's rewards; false is Dr. GRPO (Liu et al. 2025)."
+    )
+    loss_average: Literal["tokens", "responses", "budget"] = _option(
+        "tokens",
+        "What the policy loss is a mean over: all real tokens of a minibatch; responses, each the mean over its "
+        "tokens (GRPO's length bias); or responses times response_length (Dr. GRPO).",
+    )
 
     # -- the update
     num_ppo_epochs: int = _option(4, "Passes over a rollout. Ziegler, Stiennon, N+: 4 (InstructGPT: 1).")
@@ -279,6 +323,12 @@ class PPOConfig(TrainingArguments):
         size = self.rollout_batch_size
         if size is None:
             size = self.per_device_train_batch_size * self.gradient_accumulation_steps * ranks
+        if size % (self.num_mini_batches * self.samples_per_prompt):
+            raise UserError(
+                f"a rollout of {size} responses (ppo.rollout_batch_size) in {self.num_mini_batches} minibatches "
+                f"cannot hold whole groups of {self.samples_per_prompt} (ppo.samples_per_prompt). Make it a multiple "
+                f"of {self.num_mini_batches * self.samples_per_prompt}."
+            )
         if size % (self.num_mini_batches * ranks):
             raise UserError(
                 f"a rollout of {size} responses (ppo.rollout_batch_size) cannot be cut into {self.num_mini_batches} "
@@ -290,7 +340,18 @@ class PPOConfig(TrainingArguments):
         """Updates of a run with so many training prompts and so many responses an update."""
         if self.max_steps > 0:
             return self.max_steps
-        return max(1, math.ceil((self.total_episodes or self.num_train_epochs * prompts) / size))
+        episodes = self.total_episodes or self.num_train_epochs * prompts * self.samples_per_prompt
+        return max(1, math.ceil(episodes / size))
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a value model is trained."""
+        return ESTIMATORS[self.advantage].critic
+
+    @property
+    def whitens_advantages(self) -> bool:
+        """``whiten_advantages``, or what is usual with the estimator."""
+        return ESTIMATORS[self.advantage].whitens if self.whiten_advantages is None else self.whiten_advantages
 
     @property
     def fixed_score_bias(self) -> float:
@@ -320,6 +381,7 @@ class PPOConfig(TrainingArguments):
                 yield f"ppo.{name} has no meaning in PPO: {why}. Leave it out."
         positive = (
             "response_length",
+            "samples_per_prompt",
             "num_ppo_epochs",
             "num_mini_batches",
             "local_rollout_forward_batch_size",
@@ -339,6 +401,8 @@ class PPOConfig(TrainingArguments):
         if self.temperature <= 0:
             yield f"ppo.temperature is {self.temperature}; PPO explores by sampling, so it must be positive."
         choices = {
+            "advantage": tuple(ESTIMATORS),
+            "loss_average": ("tokens", "responses", "budget"),
             "kl_estimator": ("k1", "k2", "k3"),
             "kl_in": ("reward", "loss"),
             "kl_controller": ("fixed", "adaptive"),
@@ -350,6 +414,19 @@ class PPOConfig(TrainingArguments):
         for name, valid in choices.items():
             if getattr(self, name) not in valid:
                 yield f"ppo.{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(str, valid))}."
+        if self.advantage in ESTIMATORS:
+            least = ESTIMATORS[self.advantage].group
+            if self.samples_per_prompt < least:
+                yield (
+                    f"ppo.advantage={self.advantage} compares a response with others to the same prompt: set "
+                    f"samples_per_prompt to at least {least} (it is {self.samples_per_prompt})."
+                )
+            if not self.has_critic and self.value_warmup_updates:
+                yield f"ppo.value_warmup_updates with advantage={self.advantage}: it has no values. Set it to 0."
+            if self.advantage in ("rloo", "grpo") and self.gamma != 1:
+                yield f"ppo.gamma={self.gamma} with advantage={self.advantage}: whole responses count. Set it to 1."
+            if not self.has_critic and self.conventions.score_after_last:
+                yield f"ppo.parity={self.parity} is of PPO with values; drop it with advantage={self.advantage}."
         if not 0 < self.vllm_gpu_memory_utilization <= 1:
             yield (
                 f"ppo.vllm_gpu_memory_utilization is {self.vllm_gpu_memory_utilization}; it is a share of memory, "

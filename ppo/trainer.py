@@ -151,8 +151,8 @@ class PPOTrainer(Trainer):
         return self.roles.policy
 
     @property
-    def value_model(self) -> PreTrainedModel:
-        """The value model, unwrapped."""
+    def value_model(self) -> PreTrainedModel | None:
+        """The value model, unwrapped; ``None`` without a critic."""
         return self.roles.value
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -221,7 +221,7 @@ class PPOTrainer(Trainer):
 
             # 9. log, evaluate, save
             self.state.global_step += 1
-            self.state.epoch = loop.step * self.rollout_size / len(self.prompts)
+            self.state.epoch = loop.step * self.rollout_size / (len(self.prompts) * args.samples_per_prompt)
             self.control = self.callback_handler.on_step_end(args, self.state, self.control)
             with named_step(lambda n=number + 1: f"ppo, evaluating and saving after update {n}"):
                 self._log_evaluate_save(metrics)
@@ -264,14 +264,15 @@ class PPOTrainer(Trainer):
             self.checkpoints.read(folder, self.optimizer, self.lr_scheduler)
             self.state.compute_steps(args, self.num_updates)
             self._load_callback_state()
-        epochs = math.ceil(self.num_updates * self.rollout_size / len(self.prompts))
+        epochs = math.ceil(self.num_updates * self.rollout_size / (len(self.prompts) * args.samples_per_prompt))
         self.state.init_training_references(self, self.num_updates, epochs, None)
         self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
         self.is_in_train = True
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
         if self.loop.score_bias is None:
             self.loop.score_bias = self.evaluator.mean_reference_score(self.prompts, args.score_bias_samples)
-            shift_values(self.value_model, self.loop.score_bias, self.is_deepspeed_enabled)
+            if self.value_model is not None:
+                shift_values(self.value_model, self.loop.score_bias, self.is_deepspeed_enabled)
         if args.eval_on_start and self.loop.step == 0 and self.eval_prompts is not None:
             self.evaluate()
 

@@ -52,8 +52,8 @@ def value_model_from(reward_model: PreTrainedModel | None, policy: PreTrainedMod
     return value_model
 
 
-def add_adapters(policy: PreTrainedModel, value_model: PreTrainedModel, peft_config) -> tuple:
-    """Wrap policy and value model with PEFT adapters; the value head trains in full.
+def add_adapters(policy: PreTrainedModel, value_model: PreTrainedModel | None, peft_config) -> tuple:
+    """Wrap policy and value model (if there is one) with PEFT adapters; the value head trains in full.
 
     Raises:
         UserError: the policy has adapters already.
@@ -65,6 +65,8 @@ def add_adapters(policy: PreTrainedModel, value_model: PreTrainedModel, peft_con
             "peft_config was given and the policy has adapters already. Merge them first (merge_and_unload), or drop "
             "peft_config to train the adapters it has."
         )
+    if value_model is None:
+        return get_peft_model(policy, peft_config), None
     value_config = copy.deepcopy(peft_config)
     value_config.task_type = TaskType.SEQ_CLS
     # The adapter library adds the head to the modules that train in full, for this task type.

@@ -27,7 +27,7 @@ class Roles:
 
     Attributes:
         policy: trained; a causal language model, unwrapped.
-        value: trained; a scalar head on a backbone, unwrapped.
+        value: trained; a scalar head on a backbone, unwrapped. ``None`` where no critic is asked for.
         reference: frozen; what the policy is held to.
         rewards: frozen; what gives the scores.
         tokenizer: the policy's.
@@ -36,7 +36,7 @@ class Roles:
     """
 
     policy: PreTrainedModel
-    value: PreTrainedModel
+    value: PreTrainedModel | None
     reference: Reference
     rewards: Rewards
     tokenizer: PreTrainedTokenizerBase
@@ -91,13 +91,15 @@ def make_roles(
         args.reward_weights,
         args.local_rollout_forward_batch_size,
     )
-    if value_model is None:
+    if not args.has_critic and value_model is not None:
+        raise UserError(f"a value_model was given, and advantage={args.advantage} trains none. Drop it, or use gae.")
+    if args.has_critic and value_model is None:
         shared, weight, bias = rewards.shared() or (None, 1.0, 0.0)
         value_model = value_model_from(shared, policy)
         if shared is not None:
             rescale_values(value_model, weight, weight * bias + args.fixed_score_bias)
-    value = as_value_or_reward(value_model, trainable=True)
-    if value is reward_model or value is policy:
+    value = as_value_or_reward(value_model, trainable=True) if args.has_critic else None
+    if value is not None and (value is reward_model or value is policy):
         raise UserError("value_model must be a model of its own: it is trained. Pass a copy, or nothing.")
     reference = as_policy(ref_model) if ref_model is not None else None
     if peft_config is not None:
@@ -106,14 +108,14 @@ def make_roles(
 
 
 def held_by_role(
-    policy: nn.Module, value_model: nn.Module, reference: nn.Module | None, reward: nn.Module | None
+    policy: nn.Module, value_model: nn.Module | None, reference: nn.Module | None, reward: nn.Module | None
 ) -> dict[str, int]:
     """Bytes of weights that this rank holds of each role; on a shared base of the base and of each role's own part.
 
-    ``reference`` and ``reward`` are ``None`` where there is no such model, or where it is another's weights.
+    A role is ``None`` where there is no such model, or where it is another's weights.
     """
     roles = {"policy": policy, "value": value_model, "reference": reference, "reward": reward}
-    if not isinstance(value_model, SharedRole):
+    if not isinstance(value_model, SharedRole) and not isinstance(reward, SharedRole):
         return {role: held_bytes(model) for role, model in roles.items() if model is not None}
     parts: dict[str, list] = {"base": [], "policy": [], "value": [], "reward": []}
     for name, parameter in policy.named_parameters():

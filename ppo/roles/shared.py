@@ -128,8 +128,8 @@ def reward_adapter(stage: Path, base: Path) -> Path:
 
 
 def share_base(
-    base: PreTrainedModel, lora: LoraSettings, reward: Path | None, value_from: str
-) -> tuple[nn.Module, SharedRole, SharedRole | None]:
+    base: PreTrainedModel, lora: LoraSettings, reward: Path | None, value_from: str | None
+) -> tuple[nn.Module, SharedRole | None, SharedRole | None]:
     """Put the roles on one base.
 
     Args:
@@ -137,10 +137,10 @@ def share_base(
         lora: of the policy, and of the value model where it starts from the policy.
         reward: folder of the reward model's adapter; ``None`` where the reward is a function.
         value_from: ``reward_model``: the value model starts as a copy of the reward's adapter and head (N+ detail
-            22); ``policy``: as the bare base with a head of zeros.
+            22); ``policy``: as the bare base with a head of zeros; ``None``: there is no value model.
 
     Returns:
-        ``(policy, value model, reward model or None)``. The policy's adapter is named ``default``.
+        ``(policy, value model or None, reward model or None)``. The policy's adapter is named ``default``.
     """
     from peft import get_peft_model
 
@@ -155,7 +155,7 @@ def share_base(
         starts_from_reward = reward is not None and (name == REWARD or value_from == "reward_model")
         if starts_from_reward:
             _load_scalar_adapter(model, reward, name, heads[name])
-        elif name == VALUE:
+        elif name == VALUE and value_from is not None:
             model.add_adapter(VALUE, config)
             nn.init.zeros_(heads[VALUE].weight)
     for name, parameter in model.named_parameters():
@@ -165,7 +165,7 @@ def share_base(
     model.shared = shared
     heads[REWARD].requires_grad_(False)
     scorer = SharedRole(shared, REWARD, heads[REWARD]) if reward is not None else None
-    return model, SharedRole(shared, VALUE, heads[VALUE]), scorer
+    return model, SharedRole(shared, VALUE, heads[VALUE]) if value_from is not None else None, scorer
 
 
 def _load_scalar_adapter(model: nn.Module, folder: Path, name: str, head: nn.Linear) -> None:

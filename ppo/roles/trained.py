@@ -11,7 +11,7 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.passes.logprobs import Batch, response_logprobs, response_values
 from ppo_vs_dpo.models.sharding.deepspeed import check_settings
 from ppo_vs_dpo.ppo.config import PPOConfig
-from ppo_vs_dpo.ppo.roles.shared import VALUE, SharedRole
+from ppo_vs_dpo.ppo.roles.shared import VALUE
 
 
 class PolicyAndValue(nn.Module):
@@ -20,7 +20,7 @@ class PolicyAndValue(nn.Module):
     Everything that needs gradients goes through one `forward` a backward pass, as data-parallel wrappers require.
     """
 
-    def __init__(self, policy: PreTrainedModel, value_model: PreTrainedModel):
+    def __init__(self, policy: PreTrainedModel, value_model: PreTrainedModel | None):
         super().__init__()
         self.policy = policy
         self.value_model = value_model
@@ -47,7 +47,8 @@ class PolicyAndValue(nn.Module):
             ptx: pretraining texts, as a batch whose "response" is the text after its first token.
 
         Returns:
-            ``values`` ``(B, R)`` and, as asked for, ``logprobs`` and ``entropy`` ``(B, R)``, ``ptx_logprobs``.
+            ``values`` ``(B, R)`` where there is a value model; as asked for, ``logprobs`` and ``entropy`` ``(B, R)``,
+            ``ptx_logprobs``.
         """
         value_batch = batch
         if value_mask is not None and not torch.equal(value_mask, batch.response_mask):
@@ -55,7 +56,7 @@ class PolicyAndValue(nn.Module):
             prompt_mask = batch.attention_mask[:, : batch.prompt_length]
             attention_mask = torch.cat([prompt_mask, value_mask.to(prompt_mask.dtype)], dim=1)
             value_batch = dataclasses.replace(batch, response_mask=value_mask, attention_mask=attention_mask)
-        out = {"values": response_values(self.value_model, value_batch)}
+        out = {} if self.value_model is None else {"values": response_values(self.value_model, value_batch)}
         if with_policy:
             out["logprobs"], entropy = response_logprobs(self.policy, batch, temperature, with_entropy)
             if entropy is not None:
@@ -72,18 +73,19 @@ class PolicyAndValue(nn.Module):
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
         """Trade compute for memory in both models."""
-        if isinstance(self.value_model, SharedRole):
+        shared = getattr(self.policy, "shared", None)
+        if shared is not None:
             gradient_checkpointing_kwargs = {
                 **(gradient_checkpointing_kwargs or {}),
                 "use_reentrant": False,
-                "context_fn": self.value_model.shared.checkpoint_contexts,
+                "context_fn": shared.checkpoint_contexts,
             }
-        for model in (self.policy, self.value_model):
+        for model in filter(None, (self.policy, self.value_model)):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep all activations."""
-        for model in (self.policy, self.value_model):
+        for model in filter(None, (self.policy, self.value_model)):
             model.gradient_checkpointing_disable()
 
 

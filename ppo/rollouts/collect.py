@@ -4,9 +4,10 @@ import torch
 from accelerate import Accelerator
 
 from ppo_vs_dpo.models.sampling.generation import Generated, row_seed
-from ppo_vs_dpo.ppo.algorithm import gae, token_rewards, whiten
+from ppo_vs_dpo.ppo.algorithm import token_rewards, whiten
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.roles.roles import Roles
+from ppo_vs_dpo.ppo.rollouts.advantages import estimate
 from ppo_vs_dpo.ppo.rollouts.checks import check_agreement
 from ppo_vs_dpo.ppo.rollouts.clock import Clock
 from ppo_vs_dpo.ppo.rollouts.engines import compute_dtype
@@ -45,7 +46,8 @@ def collect(
     """
     clock = clock or Clock()
     # 1. draw prompts: ranks take turns along one global list
-    drawn = prompts.drawn_for(number, size, args.seed)
+    k = args.samples_per_prompt
+    drawn = [row for row in prompts.drawn_for(number, size // k, args.seed) for _ in range(k)]
     positions = range(accelerator.process_index, len(drawn), accelerator.num_processes)
     rows = [drawn[position] for position in positions]
     prompt_ids = [prompts.ids[row] for row in rows]
@@ -83,17 +85,12 @@ def collect(
         args.kl_estimator,
         rollout.value_mask,
     )
-    unbiased = args.conventions.unbiased
     if args.whiten_rewards:
+        unbiased = args.conventions.unbiased
         rollout.rewards = whiten(rollout.rewards, rollout.value_mask, shift_mean=False, unbiased=unbiased)
 
     # 6. advantages and returns
-    rollout.advantages, rollout.returns = gae(
-        rollout.rewards, rollout.values, rollout.value_mask, args.gamma, args.lam
-    )
-    if args.whiten_advantages:
-        rollout.advantages = whiten(rollout.advantages, rollout.mask, unbiased=unbiased)
-    return rollout.gather()
+    return estimate(rollout, args)
 
 
 @torch.no_grad()

@@ -137,7 +137,7 @@ class Rollout:
             held += length
         yield order[start:]
 
-    def minibatches(self, number: int, seed: int, update: int, epoch: int) -> list[torch.Tensor]:
+    def minibatches(self, number: int, seed: int, update: int, epoch: int, group: int = 1) -> list[torch.Tensor]:
         """A fresh random partition of the rows into ``number`` minibatches; the same on every rank.
 
         Args:
@@ -145,9 +145,12 @@ class Rollout:
             seed: the run's seed.
             update: which update, from 0.
             epoch: which pass over this rollout, from 0.
+            group: so many neighbouring rows stay together.
         """
         generator = np.random.Generator(np.random.Philox(key=[seed, (update << 20) + epoch]))
-        return list(torch.from_numpy(generator.permutation(len(self))).chunk(number))
+        groups = torch.from_numpy(generator.permutation(len(self) // group))
+        rows = (groups[:, None] * group + torch.arange(group)).flatten()
+        return list(rows.chunk(number))
 
     def gather(self) -> "Rollout":
         """The rollouts of all ranks, in the order of the global list of prompts; itself on a single rank."""

@@ -45,11 +45,13 @@ def _separate(context: StageContext, own: PPOStage, config: ModelConfig, args: P
         # ZeRO-3 splits what it loads as it is read; the trainer's copy of the policy would be whole for a moment.
         roles["ref_model"] = load_policy(sft, config)
     if own.gold_reward:
-        if base is not None:
+        if base is not None and args.has_critic:
             roles["value_model"] = _backbone_of(sft, config, base)
         return roles
     reward = RewardScorer.load(folder, config, batch_size=args.local_rollout_forward_batch_size)
     roles["reward_model"] = reward
+    if not args.has_critic:
+        return roles
     if own.value_from == "reward_model":
         roles["value_model"] = load_value_or_reward(folder, config, trainable=True, quantization=base)
         rescale_values(roles["value_model"], 1.0, reward.bias + args.fixed_score_bias)
@@ -80,13 +82,13 @@ def _on_one_base(context: StageContext, own: PPOStage, config: ModelConfig, args
         load_policy(sft, config, quantization=quantization(own.lora, config, context)),
         own.lora,
         folder,
-        own.value_from,
+        own.value_from if args.has_critic else None,
     )
     roles: dict[str, Any] = {"model": policy, "value_model": value_model}
     if reward is not None:
         bias = read_bias(folder)
         tokenizer = load_tokenizer(folder, config)
         roles["reward_model"] = RewardScorer(reward, tokenizer, bias, args.local_rollout_forward_batch_size)
-        if own.value_from == "reward_model":
+        if value_model is not None and own.value_from == "reward_model":
             rescale_values(value_model, 1.0, bias + args.fixed_score_bias)
     return roles

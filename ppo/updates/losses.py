@@ -24,6 +24,7 @@ class LossInputs:
         rollout: the micro-batch's rows: masks, old log-probabilities and values, advantages, returns.
         tokens: real response tokens of the whole minibatch.
         value_tokens: places where values count, of the whole minibatch.
+        responses: of the whole minibatch.
         values: ``(B, R)`` of the value model now, with gradients; ``None`` without a value model.
         logprobs: ``(B, R)`` of the policy now, with gradients; ``None`` while only the values are trained.
         entropy: ``(B, R)`` of the policy now, with gradients; ``None`` where no term asks for it.
@@ -35,6 +36,7 @@ class LossInputs:
     rollout: Rollout
     tokens: torch.Tensor
     value_tokens: torch.Tensor
+    responses: int = 1
     values: torch.Tensor | None = None
     logprobs: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
@@ -55,6 +57,8 @@ class LossSettings:
     entropy_coef: float = 0.0
     importance_sampling_cap: float | None = None
     ptx_coef: float = 0.0
+    loss_average: str = "tokens"
+    response_length: int = 1
 
     @classmethod
     def of(cls, args: PPOConfig, kl_coef: float) -> "LossSettings":
@@ -102,6 +106,9 @@ def ppo_loss(inputs: LossInputs, settings: LossSettings) -> LossOutputs:
         weights = truncated_importance_weights(
             old.logprobs, old.engine_logprobs, mask, settings.importance_sampling_cap
         )
+        share_of = _token_weights(inputs, settings)
+        if share_of is not None:
+            weights = weights * share_of
         share, stats = policy_loss(
             inputs.logprobs, old.logprobs, old.advantages, mask, settings.cliprange, inputs.tokens, weights
         )
@@ -117,7 +124,7 @@ def ppo_loss(inputs: LossInputs, settings: LossSettings) -> LossOutputs:
             # Masked before the exponential: NaN at a masked position must not reach the gradient.
             pair = (torch.where(mask, logprobs, 0) for logprobs in (inputs.logprobs, old.ref_logprobs))
             kl = kl_estimate(*pair, settings.kl_estimator)
-            share = masked_mean(kl, mask, inputs.tokens)
+            share = masked_mean(kl if share_of is None else kl * share_of, mask, inputs.tokens)
             means["loss/kl_avg"] = _mean_of(share, inputs.tokens, here)
             loss = loss + settings.kl_coef * share
         if settings.entropy_coef:
@@ -131,6 +138,20 @@ def ppo_loss(inputs: LossInputs, settings: LossSettings) -> LossOutputs:
         sums |= _sums(here, {"loss/ptx_avg": _mean_of(share, inputs.text_tokens, here)})
         loss = loss + settings.ptx_coef * share
     return LossOutputs(loss, sums, maxima)
+
+
+def _token_weights(inputs: LossInputs, settings: LossSettings) -> torch.Tensor | None:
+    """``(B, 1)``: what turns a mean over tokens into the mean that ``loss_average`` names; ``None`` for ``tokens``.
+
+    ``responses``: ``1/N sum_i 1/|y_i| sum_t`` (GRPO: Shao et al. 2024, eq. 3), in which a token of a long response
+    counts less. ``budget``: ``1/(N L) sum_i sum_t`` with L the response budget (Dr. GRPO: Liu et al. 2025, section 3).
+    """
+    if settings.loss_average == "tokens":
+        return None
+    lengths = inputs.rollout.mask.sum(1, keepdim=True).clamp_min(1)
+    if settings.loss_average == "budget":
+        lengths = torch.full_like(lengths, settings.response_length)
+    return inputs.tokens / (inputs.responses * lengths)
 
 
 def log_ratio_from_0(inputs: LossInputs) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -81,6 +81,7 @@ def update(
     for epoch, index, rows in _minibatches(rollout, args, number):
         name = f"update {number + 1}, pass {epoch + 1}, minibatch {index + 1}"
         sizes = {"tokens": rollout.mask[rows].sum(), "value_tokens": rollout.value_mask[rows].sum()}
+        sizes["responses"] = len(rows)
         mine = rollout.select(rows[accelerator.process_index :: accelerator.num_processes])
         micro_batches = list(mine.micro_batches(args.per_device_train_batch_size, budget))
         texts: list[Batch | None] = [None] * len(micro_batches)
@@ -124,7 +125,9 @@ def update(
 def _minibatches(rollout: Rollout, args: PPOConfig, number: int) -> Iterator[tuple[int, int, torch.Tensor]]:
     """All minibatches of an update: number of the pass, number in the pass, rows."""
     for epoch in range(args.num_ppo_epochs):
-        for index, rows in enumerate(rollout.minibatches(args.num_mini_batches, args.seed, number, epoch)):
+        for index, rows in enumerate(
+            rollout.minibatches(args.num_mini_batches, args.seed, number, epoch, args.samples_per_prompt)
+        ):
             yield epoch, index, rows
 
 

@@ -161,7 +161,9 @@ def value_not_learning(history: list[Metrics]) -> Finding | None:
     """Values that explain nothing make advantages noise."""
     if len(history) < 2 * WINDOW:
         return None
-    explained = [row.get("val/explained_variance", 0.0) for row in history[-WINDOW:]]
+    explained = [row["val/explained_variance"] for row in history[-WINDOW:] if "val/explained_variance" in row]
+    if not explained:  # no value model
+        return None
     if sum(explained) / WINDOW > 0:
         return None
     return Finding(

@@ -28,6 +28,11 @@ def update_metrics(
     metrics["val/first_ratio_deviation"] = done.deviation.get("max", 0.0)
     metrics["policy/stopped_early"] = float(done.stopped_early)
     metrics["lr"], metrics["lr_value"] = rates.get("policy", 0.0), rates.get("value_model", 0.0)
+    if args.samples_per_prompt > 1:
+        metrics["val/groups_without_signal"] = groups_without_signal(rollout, args.samples_per_prompt)
+    if not args.has_critic:
+        for name in ("val/explained_variance", "val/mean", "lr_value"):
+            del metrics[name]
     return metrics
 
 
@@ -69,6 +74,12 @@ def rollout_metrics(rollout: Rollout, kl_coef: float) -> dict[str, float]:
         "response/length_max": lengths.max(),
     }
     return {name: float(value) for name, value in figures.items()}
+
+
+def groups_without_signal(rollout: Rollout, k: int) -> float:
+    """Share of prompts whose ``k`` responses all got the same reward: they move a group-relative policy nowhere."""
+    groups = rollout.rewards.sum(1).view(-1, k)
+    return float(((groups.amax(1) - groups.amin(1)) == 0).float().mean())
 
 
 def engine_metrics(rollout: Rollout, cap: float | None) -> dict[str, float]:

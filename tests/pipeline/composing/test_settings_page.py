@@ -17,6 +17,9 @@ from ppo_vs_dpo.pipeline.composing.settings_page import STAGES, argument_classes
 ROOT = Path(__file__).parents[3]
 # Another value for fields whose type and default do not suggest a valid one; with what else it needs.
 OTHER = {
+    "advantage": "reinforce_pp",
+    "loss_average": "responses",
+    "whiten_advantages": False,
     "generation_engine": "vllm",
     "lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 1}, "optim": "adafactor",
     "optim_args": "foreach=True", "optim_target_modules": ["q_proj"], "logging_strategy": "no", "log_level": "info",
