@@ -22,6 +22,7 @@ from ppo_vs_dpo.preferences.reading.mappings import (
     map_row,
     mapping_named,
 )
+from ppo_vs_dpo.preferences.reading.mappings.columns import propose
 from ppo_vs_dpo.preferences.reading.readers import Broken, Placed
 from ppo_vs_dpo.preferences.reading.tables import TableWriter, pair_schema
 from ppo_vs_dpo.preferences.reading.validation import Checker, Report
@@ -79,12 +80,15 @@ def mapped(
             format = detect(row, options)
             mapping = mapping_named(format)
         report.format = format
+        report.columns = report.columns or [str(name) for name in row]
         try:
             pair = map_row(row, mapping, options)
         except FilteredError as reason:
             report.filtered[str(reason)] = report.filtered.get(str(reason), 0) + 1
             continue
         except UnmappableError as problem:
+            if problem.kind == "missing_field" and not report.proposal and format == "pairs":
+                report.proposal = propose(row)
             checker.drops(problem.kind, place, problem.detail)
             continue
         checked = checker.check(place, pair)

@@ -9,6 +9,7 @@ import numpy as np
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.settings import nearest
+from ppo_vs_dpo.preferences.reading.mappings.columns import as_setting
 from ppo_vs_dpo.preferences.schema import OPTIONAL_NUMBERS, Text, make_pair, pair_id, text_of
 
 
@@ -96,6 +97,9 @@ class Report:
         problems: kind -> what was found.
         filtered: reason -> rows left out by a filter of the mapping.
         statistics: lengths, scores and the length rule; see `Statistics.summary`.
+        columns: names in the first row.
+        proposal: names of columns that would make pairs of the rows, where they are not found as they are.
+        sequence: of the first pair, what the model reads (``data inspect`` with a model).
         said: sentences about how the model reads them.
         refused: why they cannot be used as they are, where that is no matter of single rows.
     """
@@ -108,6 +112,9 @@ class Report:
     problems: dict[str, Found] = field(default_factory=dict)
     filtered: dict[str, int] = field(default_factory=dict)
     statistics: dict[str, Any] = field(default_factory=dict)
+    columns: list[str] = field(default_factory=list)
+    proposal: dict[str, str] = field(default_factory=dict)
+    sequence: dict[str, Any] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
 
@@ -138,9 +145,18 @@ class Report:
         lines += [f"  {sentence}" for sentence in self.refused]
         if not fatal:
             raise UserError("\n".join(lines))
+        raise UserError("\n".join([*lines, f"  {self.remedy(fatal)}"]))
+
+    def remedy(self, fatal: dict[str, Found]) -> str:
+        """What to do about problems that stop: names for the columns, or to leave out rows, but never all of them."""
+        if self.proposal:
+            return f"The columns are {', '.join(self.columns)}. Name them: {as_setting(self.proposal)}."
         kinds = [kind for kind in fatal if kind not in ALWAYS_FATAL]
-        advice = f" or leave such rows out with data.on_problem.{kinds[0]}=drop" if kinds else ""
-        raise UserError("\n".join([*lines, f"  Mend the file{advice}."]))
+        if not kinds:
+            return "Mend the file."
+        if fatal[kinds[0]].count >= self.rows:
+            return f"No row is left so. The columns are {', '.join(self.columns)}; data.columns says which is what."
+        return f"Mend the file or leave such rows out with data.on_problem.{kinds[0]}=drop."
 
 
 class Statistics:

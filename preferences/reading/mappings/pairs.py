@@ -235,7 +235,7 @@ def _check_all_read(row: dict[str, Any], used: set[str], pair: dict[str, Any]) -
         )
 
 
-_SCORES = {
+SCORES = {
     "chosen_score": ("score_chosen", "rating_chosen", "chosen_rating", "chosen_avg_rating"),
     "rejected_score": ("score_rejected", "rating_rejected", "rejected_rating", "rejected_avg_rating"),
 }
@@ -249,7 +249,7 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
     """
     found = {}
     for name in OPTIONAL_NUMBERS:
-        others = _SCORES.get(name, ())
+        others = SCORES.get(name, ())
         source = next((item for item in (name, *others) if item in row), None)
         value = row.get(source)
         if value is None or value == "":

@@ -1,17 +1,24 @@
 """``ppo-vs-dpo data inspect``: the report of a file, for people and as JSON."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
+from transformers import AutoTokenizer
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.dpo.data import dpo_dataset
+from ppo_vs_dpo.preferences.reading.importing import mapped
 from ppo_vs_dpo.preferences.reading.inspect import main
+from ppo_vs_dpo.preferences.reading.mappings import MappingOptions
+from ppo_vs_dpo.preferences.reading.readers import read_files
 from ppo_vs_dpo.preferences.reading.validation import Checker, Report, Statistics, policies
-from tests.preferences.conftest import ROOT
-from tests.preferences.files import ROWS, write_jsonl
+from tests.preferences.conftest import ROOT, run_here
+from tests.preferences.files import ROWS, given, write_jsonl
 
 
 def report_of(capsys, *argv):
@@ -84,7 +91,7 @@ def test_shared_prompts_and_token_limits(tmp_path, capsys, plain_model):
     _, report = report_of(capsys, train, "--tokenizer", plain_model, "--max-response-tokens", 11)
     # " Answer 1." has 10 bytes, " Answer 10." 11, " Nonsense 1." 12 and " Nonsense 10." 13.
     assert report["problems"]["truncated"]["count"] == 30
-    with pytest.raises(UserError, match="need --tokenizer"):
+    with pytest.raises(UserError, match="need --model"):
         main([str(train), "--max-response-tokens", "5"])
 
 
@@ -133,3 +140,111 @@ def test_real_hh(capsys, real_data):
         == 1812
     )
     assert 0.4 < report["statistics"]["length_rule"]["longer_is_chosen"] < 0.6
+
+
+def inspected(capsys, *argv):
+    code = main([*map(str, argv)])
+    return code, capsys.readouterr().out
+
+
+def test_it_says_what_the_model_reads_token_by_token(tmp_path, capsys, byte_model):
+    """The tokens are those that the stages train on; a person sees them as text, with the loss beside."""
+    pair = {
+        "chosen": [turn("user", "Hi"), turn("assistant", "Yes\né"), turn("user", "?"), turn("assistant", "No")],
+        "rejected": [turn("user", "Hi"), turn("assistant", "Hm")],
+    }
+    path = write_jsonl(tmp_path / "pairs.jsonl", [pair])
+    code, report = report_of(capsys, path, "--model", byte_model)
+    assert code == 0
+    tokenizer = AutoTokenizer.from_pretrained(byte_model)
+    trained = dpo_dataset(Dataset.from_list([next(iter(_pairs(path)))]), tokenizer)[0]
+    chosen = report["sequence"]["chosen"]
+    assert chosen["ids"] == [*trained["prompt_ids"], *trained["chosen_ids"]]
+    assert chosen["loss"] == [0] * len(trained["prompt_ids"]) + trained["chosen_mask"]
+    assert (
+        "".join(chosen["tokens"]) == "<|user|>Hi<|end|><|assistant|>Yes\né<|end|><|user|>?<|end|><|assistant|>No</s>"
+    )
+    code, said = inspected(capsys, path, "--model", byte_model)
+    lines = [line.strip() for line in said.splitlines()]
+    start = next(number for number, line in enumerate(lines) if line.startswith("chosen: ") and "tokens" in line)
+    assert lines[start + 1 : start + 5] == [
+        "no loss │ <|user|>Hi<|end|><|assistant|>",
+        "loss    │ Yes⏎é",
+        "no loss │ <|end|><|user|>?<|end|><|assistant|>",
+        "loss    │ No</s>",
+    ]
+    code, said = inspected(capsys, path, "--model", byte_model, "--tokens")
+    assert len(re.findall(r" loss *$", said, re.MULTILINE)) >= sum(chosen["loss"])
+
+
+def turn(role, text):
+    return {"role": role, "content": text}
+
+
+def _pairs(path):
+    report = Report(str(path))
+    for _, row in mapped(read_files(str(path)), report, Checker(report, policies()), MappingOptions()):
+        yield row
+
+
+def test_it_ends_with_the_command_to_type_next(tmp_path, capsys, byte_model, plain_model):
+    path = write_jsonl(tmp_path / "own pairs.jsonl")
+    _, said = inspected(capsys, path)
+    assert f"ppo-vs-dpo data inspect '{path}' --model MODEL" in said
+    start = f"ppo-vs-dpo experiment=hh name=own_pairs model.path={{}} data=files data.path='{path}'"
+    assert said.rstrip().endswith(f"{start.format('MODEL')} data.conversational=true")
+    code, said = inspected(capsys, path, "--model", byte_model)
+    assert code == 2
+    for part in ("'Question 0? Answer 0.'", "data.conversational=true", "data.conversational=false"):
+        assert part in said
+    assert said.rstrip().endswith("--conversational false")
+    code, said = inspected(capsys, path, "--model", byte_model, "--conversational", "true")
+    assert code == 0
+    assert said.rstrip().endswith(f"{start.format(byte_model)} data.conversational=true")
+    code, said = inspected(capsys, path, "--model", plain_model)
+    assert code == 0
+    assert said.rstrip().endswith(f"{start.format(plain_model)} data.conversational=false")
+
+
+@pytest.mark.parametrize(
+    ("row", "proposal"),
+    [
+        (
+            {"id": "a 1", "instruction": "Q?", "output_good": "A", "output_bad": "B"},
+            "prompt=instruction,chosen=output_good,rejected=output_bad",
+        ),
+        (
+            {"question": "Q?", "preferredAnswer": "A", "nonPreferredAnswer": "B"},
+            "prompt=question,chosen=preferredAnswer,rejected=nonPreferredAnswer",
+        ),
+        ({"query": "Q?", "winner": "A", "loser": "B"}, "prompt=query,chosen=winner,rejected=loser"),
+        (
+            {"system": "Be kind.", "user": "Q?", "chosen": "A", "rejected": "B"},
+            "prompt=user,system=system",
+        ),
+        ({"question": "Q?", "response_a": "A", "response_b": "B", "label": 1}, None),
+    ],
+)
+def test_columns_of_other_names_are_proposed_and_work(tmp_path, capsys, plain_model, row, proposal):
+    path = write_jsonl(tmp_path / "x.jsonl", [row] * 2)
+    code, said = inspected(capsys, path)
+    assert code == 2
+    assert ", ".join(row) in said
+    assert "=drop" not in said  # it would drop them all
+    if proposal is None:
+        assert "data.columns says which is what" in said
+        return
+    assert f"--columns {proposal}" in said
+    code, report = report_of(capsys, path, "--columns", proposal)
+    assert (code, report["pairs"]) == (0, 1)  # the second is the same
+    columns = "{" + ", ".join(item.replace("=", ": ") for item in proposal.split(",")) + "}"
+    with pytest.raises(UserError, match=re.escape(f"'data.columns={columns}'")):
+        run_here(given(tmp_path, plain_model, path=str(path)), "data")
+
+
+def test_a_name_that_no_pair_has_is_refused(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl")
+    with pytest.raises(UserError, match=r"data\.columns\.choosen.*Did you mean chosen"):
+        main([str(path), "--columns", "choosen=chosen"])
+    with pytest.raises(UserError, match=r"read for data\.format=pairs, and data\.format is hh"):
+        main([str(path), "--columns", "chosen=chosen", "--format", "hh"])

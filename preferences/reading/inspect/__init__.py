@@ -1,4 +1,4 @@
-"""``ppo-vs-dpo data inspect SOURCE``: what is in a preference data set and what is wrong with it."""
+"""``ppo-vs-dpo data inspect SOURCE``: what is in a preference data set, what is wrong with it, what a model reads."""
 
 import argparse
 import json
@@ -12,11 +12,15 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.preferences.reading.importing import TokenLimits, mapped, within_limits
+from ppo_vs_dpo.preferences.reading.as_read import AsRead
+from ppo_vs_dpo.preferences.reading.importing import RENAMED, TokenLimits, mapped, within_limits
+from ppo_vs_dpo.preferences.reading.inspect.following import following
+from ppo_vs_dpo.preferences.reading.inspect.sequence import sequence_of, show_sequence
 from ppo_vs_dpo.preferences.reading.mappings import MAPPINGS, MappingOptions
+from ppo_vs_dpo.preferences.reading.mappings.columns import not_read
 from ppo_vs_dpo.preferences.reading.readers import Placed, is_local, read_files, read_hub
 from ppo_vs_dpo.preferences.reading.validation import PROBLEMS, Checker, Report, policies
-from ppo_vs_dpo.preferences.schema import text_of
+from ppo_vs_dpo.preferences.schema import Text
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -27,12 +31,22 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--format", default="auto", choices=["auto", *MAPPINGS], help="the source's format")
     parser.add_argument(
-        "--columns", default="", help="for format pairs, e.g. prompt=question,chosen=better,rejected=worse"
+        "--columns",
+        default="",
+        help="the columns' names, e.g. prompt=question,chosen=better,rejected=worse",
     )
     parser.add_argument("--split", default="train", help="the Hub's split")
     parser.add_argument("--subset", help="the Hub's configuration")
     parser.add_argument("--test", help="a file with test pairs, or test:SPLIT of the Hub: looks for shared prompts")
-    parser.add_argument("--tokenizer", help="a model whose tokenizer counts tokens, for the two limits")
+    parser.add_argument(
+        "--model",
+        "--tokenizer",
+        help="a model folder or Hub name: shows the tokens it reads and where the loss is",
+    )
+    parser.add_argument(
+        "--conversational", choices=["true", "false"], help="make messages of texts, or texts of messages"
+    )
+    parser.add_argument("--tokens", action="store_true", help="with --model: a line for each token")
     parser.add_argument("--max-prompt-tokens", type=int, help="longer prompts are counted as truncated")
     parser.add_argument("--max-response-tokens", type=int, help="longer responses are counted as truncated")
     parser.add_argument("--max-rows", type=int, help="look at the first rows only")
@@ -61,19 +75,19 @@ def main(argv: list[str]) -> int:
     if options.json:
         sys.stdout.write(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
     else:
-        show(report, first)
-    return 2 if any(found.policy == "error" for found in report.problems.values()) or not report.pairs else 0
+        show(report, first, options=options)
+    stops = report.refused or any(found.policy == "error" for found in report.problems.values())
+    return 2 if stops or not report.pairs else 0
 
 
 def inspect(options: argparse.Namespace, progress) -> tuple[Report, dict | None]:
     """Read everything; the report, and the first good pair."""
-    columns = dict(item.split("=", 1) for item in options.columns.split(",") if "=" in item)
-    if options.columns and len(columns) != len(options.columns.split(",")):
-        raise UserError(f"--columns {options.columns}: give it as prompt=question,chosen=better,rejected=worse.")
+    conversational = {"true": True, "false": False, None: None}[options.conversational]
     report = Report(options.source)
     checker = Checker(report, policies())
-    mapping = MappingOptions(columns=columns)
+    mapping = MappingOptions(columns=columns_of(options), conversational=conversational)
     limits = TokenLimits(_tokenizer(options), options.max_prompt_tokens, options.max_response_tokens)
+    as_read = AsRead(limits.tokenizer, checker, conversational)
     test_prompts: set[int] = set()
     if options.test:
         for _ in mapped(_rows(options, options.test), Report(options.test), checker, mapping, options.format):
@@ -83,6 +97,8 @@ def inspect(options: argparse.Namespace, progress) -> tuple[Report, dict | None]
     for place, row in within_limits(
         mapped(_counted(_rows(options), options, progress), report, checker, mapping, options.format), limits, checker
     ):
+        if not as_read.keeps(place, row):
+            continue
         if int(row["prompt_id"], 16) in test_prompts and checker.drops("leakage", place, f"prompt {row['prompt_id']}"):
             continue
         first = first or row
@@ -90,18 +106,35 @@ def inspect(options: argparse.Namespace, progress) -> tuple[Report, dict | None]
         checker.statistics.add(row)
     report.prompts = len(checker.prompts)
     report.statistics = checker.statistics.summary()
+    report.said += as_read.said
+    if first is not None and limits.tokenizer is not None:
+        report.sequence = sequence_of(limits.tokenizer, first)
     return report, first
+
+
+def columns_of(options: argparse.Namespace) -> dict[str, str]:
+    """``--columns`` as a mapping.
+
+    Raises:
+        UserError: it is not written as one.
+    """
+    columns = dict(item.split("=", 1) for item in options.columns.split(",") if "=" in item)
+    if options.columns and len(columns) != len(options.columns.split(",")):
+        raise UserError(f"--columns {options.columns}: give it as prompt=question,chosen=better,rejected=worse.")
+    return columns
 
 
 def _tokenizer(options: argparse.Namespace):
     limited = options.max_prompt_tokens is not None or options.max_response_tokens is not None
-    if limited and options.tokenizer is None:
-        raise UserError("--max-prompt-tokens and --max-response-tokens need --tokenizer MODEL.")
-    if not limited:
+    if limited and options.model is None:
+        raise UserError("--max-prompt-tokens and --max-response-tokens need --model MODEL.")
+    if options.tokens and options.model is None:
+        raise UserError("--tokens needs --model MODEL.")
+    if options.model is None:
         return None
     from ppo_vs_dpo.models.loading.pretrained import load_tokenizer
 
-    return load_tokenizer(options.tokenizer)
+    return load_tokenizer(options.model)
 
 
 def _rows(options: argparse.Namespace, test: str | None = None) -> Iterator[Placed]:
@@ -119,7 +152,9 @@ def _counted(rows: Iterator[Placed], options: argparse.Namespace, progress) -> I
         yield row
 
 
-def show(report: Report, first: dict | None, console: Console | None = None) -> None:
+def show(
+    report: Report, first: dict | None, console: Console | None = None, options: argparse.Namespace | None = None
+) -> None:
     """Print a report for people."""
     console = console or Console(soft_wrap=True, highlight=False)
     form = "none" if first is None else "conversation" if isinstance(first["prompt"], list) else "plain text"
@@ -141,15 +176,25 @@ def show(report: Report, first: dict | None, console: Console | None = None) -> 
     if first is not None:
         console.print("\n[bold]The first pair[/]")
         for side in ("prompt", "chosen", "rejected"):
-            text = " ".join(text_of(first[side]).split())
+            text = " ".join(_with_roles(first[side]).split())
             console.print(f"  {side}: {escape(text[:150])}{'…' if len(text) > 150 else ''}")
-    fatal = [kind for kind, found in report.problems.items() if found.policy == "error"]
-    if fatal:
-        console.print(
-            f"\n[red]A run would stop here.[/] Mend the rows above, or drop them: data.on_problem.{fatal[0]}=drop"
-        )
-    elif not report.pairs:
-        console.print("\n[red]There is no usable pair.[/]")
+    if report.format in RENAMED and (others := not_read(report.columns, columns_of(options) if options else {})):
+        console.print(f"\n[dim]Columns that are not read: {escape(', '.join(others))}[/]")
+    if options is None:
+        return
+    if report.sequence:
+        show_sequence(report.sequence, options.model, console, options.tokens)
+    for sentence in report.said:
+        console.print(f"[yellow]{escape(sentence)}[/]")
+    conversation = first is not None and isinstance(first["prompt"], list)
+    lines = following(report, options, columns_of(options), conversation)
+    console.print(f"\n[bold]{escape(lines[0])}[/]")
+    for line in lines[1:]:
+        console.print(escape(line))
+
+
+def _with_roles(value: Text) -> str:
+    return value if isinstance(value, str) else " ".join(f"[{turn['role']}] {turn['content']}" for turn in value)
 
 
 def _show_statistics(report: Report, console: Console) -> None:
