@@ -29,7 +29,9 @@ from ppo_vs_dpo.compare.sampling.policies import (
     Prompts,
     check_pair_set,
     heldout_prompts,
+    is_given,
     policies_of,
+    unmeasured,
 )
 from ppo_vs_dpo.models.passes.inference import Ranks
 from ppo_vs_dpo.models.sharding.deepspeed import held_bytes, named_step, tell_held_bytes
@@ -60,6 +62,9 @@ def run_compare(context: StageContext) -> None:
     if found is None:
         return
     scoring, reading, draws, contenders = found.scoring, found.reading, found.draws, found.contenders
+    notes += unmeasured(policies, found.learned)
+    if not found.has_model:
+        notes.append("No model was named: lengths are in words, not in tokens, and there is no KL.")
     checkpoints = along_training(policies, draws, settings)
     if (settings.best_of_n or settings.best_of) and PROXY not in {judge.name for judge in scoring}:
         notes.append("There is no reward model, so nothing selects among samples: best-of-n is left out.")
@@ -86,6 +91,7 @@ def run_compare(context: StageContext) -> None:
         "settings": {"seeds": [context.seed], **vars(settings), "n_prompts": len(prompts)},
         "pair_set": pair_set,
         "judges": judges,
+        "names": {REFERENCE: context.run.config.given.shown} if is_given(context.run) else {},
         **figures(
             contenders, checkpoints, draws, scored, tables, found.logprobs, settings, context.seed, found.learned
         ),
@@ -108,7 +114,10 @@ def run_compare(context: StageContext) -> None:
             f"start the same command again to ask for the rest."
         )
     context.finish(
-        verdict=report["verdict"], n_prompts=len(prompts), pair_set=pair_set["hash"], warnings=pair_set["differences"]
+        verdict=report["verdict"],
+        n_prompts=len(prompts),
+        pair_set=pair_set and pair_set["hash"],
+        warnings=pair_set["differences"] if pair_set else [],
     )
 
 
@@ -124,6 +133,7 @@ class Asked:
         contenders: the policies at the main temperature.
         logprobs: of what best-of-n selects.
         enumerated: all completions that there are, where they are few.
+        has_model: whether a reference model is known; else there are outputs only.
     """
 
     scoring: list[Any]
@@ -133,6 +143,7 @@ class Asked:
     contenders: list[Contender]
     logprobs: dict[str, np.ndarray]
     enumerated: Enumerated | None
+    has_model: bool
 
 
 def ask_models(
@@ -160,13 +171,13 @@ def ask_models(
         contenders = contenders_of(policies, draws, settings)
         logprobs = best_of_n_logprobs(contenders, draws, gatherer)
         enumerated = enumerate_policies(contenders, policies, scoring, gatherer, settings)
-        if ranks.settings is not None:
+        if ranks.settings is not None and gatherer.has_model:
             held = {judge.name: held_bytes(judge.frozen.model) for judge in scoring if judge.heavy}
             tell_held_bytes(ranks.rank, {"reference": held_bytes(gatherer.reference.model), **held})
         if not ranks.leave():
             return None
     learned = {policy.name: extra for policy, (_, extra) in zip(policies, gathered, strict=True)}
-    return Asked(scoring, reading, draws, learned, contenders, logprobs, enumerated)
+    return Asked(scoring, reading, draws, learned, contenders, logprobs, enumerated, gatherer.has_model)
 
 
 def check_settings(settings: CompareStage) -> None:

@@ -21,6 +21,7 @@ From preference pairs to a verdict: SFT, reward model, PPO, DPO, best-of-n, comp
   ppo-vs-dpo data inspect SOURCE                 what is in a preference data set, and what is wrong with it
   ppo-vs-dpo iterate RUN --rounds 3              iterative DPO: sample, score, pair, train, repeat, from a finished run
   ppo-vs-dpo compare RUN [RUN ...]               pool finished runs (seeds, sweeps) into one report
+  ppo-vs-dpo compare --policy a=MODEL --policy b=outputs.jsonl --judge my.py:score ...   your own models or outputs
   ppo-vs-dpo --help | --version
 
 Often used
@@ -112,6 +113,10 @@ def dispatch(arguments: list[str]) -> int:
 
         return iterate(rest)
     if first == "compare":
+        from ppo_vs_dpo.pipeline import comparing
+
+        if comparing.wanted(rest):
+            return comparing.main(rest)
         from ppo_vs_dpo.compare.pooled.runs import main as compare_several
 
         return compare_several(rest) or 0

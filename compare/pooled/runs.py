@@ -13,7 +13,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError, explain_os_error
-from ppo_vs_dpo.artifacts.files import read_json, read_parquet
+from ppo_vs_dpo.artifacts.files import read_json, read_parquet, sha256_of
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.compare.config import CompareStage
 from ppo_vs_dpo.compare.estimates.judgements import table_of
@@ -59,6 +59,8 @@ def load(root: str | Path) -> Run:
             f"{run.path('compare', 'report.json')} has schema version {report.get('schema_version')}, this is "
             f"{SCHEMA_VERSION}. Compare that run again."
         )
+    if report["pair_set"] is None:
+        raise UserError(f"{run.root} compares policies that were given; only runs are pooled.")
     path = run.path("compare", "completions.parquet")
     table = read_parquet(path, ["policy", "role", "temperature", "draw", "prompt_id", "prompt", "completion"])
     frame = {name: np.array(table[name][:], dtype=object) for name in ("policy", "role", "prompt_id", "completion")}
@@ -272,6 +274,16 @@ def pooled_samples(runs: list[Run], names: list[str], judges: list[str]) -> dict
     return merged
 
 
+def own_folder(runs: list[Run]) -> Path:
+    """``pooled/`` beside the first run; under another name where that holds the report of other runs."""
+    names = [run.root.name for run in runs]
+    folder = runs[0].root.parent / "pooled"
+    there = folder / "report.json"
+    if there.is_file() and read_json(there)["settings"].get("runs") != names:
+        return folder.with_name(f"pooled-{sha256_of(sorted(names))[:8]}")
+    return folder
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="ppo-vs-dpo compare", description=__doc__.split("\n\n")[0])
@@ -279,10 +291,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", metavar="FOLDER", help="where to write; default: pooled/ beside the first run")
     arguments = parser.parse_args(argv)
     try:
+        if len(arguments.runs) == 1:
+            alone = RunFolder(arguments.runs[0]).path("compare", "report.html")
+            raise UserError(f"one run is not pooled: its report is {alone}. Name the runs of other seeds, too.")
         runs = [load(root) for root in arguments.runs]
         own = runs[0].report["settings"]
         report = pool(runs, Settings(own["resamples"], own["seeds"][0], own["confidence"]))
-        folder = Path(arguments.output) if arguments.output else runs[0].root.parent / "pooled"
+        folder = Path(arguments.output) if arguments.output else own_folder(runs)
         samples = pooled_samples(runs, list(report["policies"]), list(report["judges"]))
         write_pages(folder, report, samples, " + ".join(run.root.name for run in runs))
     except UserError as error:

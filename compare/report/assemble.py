@@ -21,9 +21,9 @@ from ppo_vs_dpo.compare.estimates.win_rates import (
 from ppo_vs_dpo.compare.frontier.points import frontier, matched_kl
 from ppo_vs_dpo.compare.judges.agreement import agreement
 from ppo_vs_dpo.compare.judges.scores import preference_by_score
-from ppo_vs_dpo.compare.report.verdict import main_judge
+from ppo_vs_dpo.compare.report.verdict import label, main_judge
 from ppo_vs_dpo.compare.sampling.completions import Draws
-from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender, realised_best, shown_columns, uniform
+from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender, main_pair, realised_best, shown_columns, uniform
 from ppo_vs_dpo.compare.sampling.gather import Gatherer
 from ppo_vs_dpo.compare.sampling.kl import sequence_kl
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE
@@ -67,15 +67,21 @@ def figures(
     difficult = settings.length_difficulty
     win = [entry for judge in all_judges for entry in win_rates(tables[judge], judge, how, lengths, difficult)]
     first = main_judge({"judges": {name: {"in_sample": name == PROXY} for name in all_judges}})
-    judged = first is not None and tables[first].has("ppo", "dpo")
+    policy, versus = main_pair(contenders)
+    judged = first is not None and tables[first].has(policy, versus)
+    given = any(c.method == "other" for c in contenders if c.name in (policy, versus))
+    why_not = f"no judge compared {label(policy)} with {label(versus)}"
+    if judged and given:
+        why_not = "a policy that was given is one point, not a curve along which its KL could be matched"
     return {
         "policies": policies,
         "win_rates": win + controls,
         "control": controls,
-        "power": power_line(tables[first], "ppo", "dpo", how) if judged else None,
-        "matched_kl": matched_kl(contenders, tables[first], "ppo", "dpo", how)
-        if judged
-        else {"policy": "ppo", "versus": "dpo", "refused": "no judge compared PPO with DPO"},
+        "head_to_head": [policy, versus],
+        "power": power_line(tables[first], policy, versus, how) if judged else None,
+        "matched_kl": matched_kl(contenders, tables[first], policy, versus, how)
+        if judged and not given
+        else {"policy": policy, "versus": versus, "refused": why_not},
         "frontier": frontier(contenders, checkpoints, {**policies, **steps}, how),
         "ranking": {judge: ranking_of(tables[judge], contenders, how) for judge in all_judges},
         "agreement": judge_agreement([verdict_sides(contenders, scored, tables)]),

@@ -23,7 +23,7 @@ def stage_cost(run: RunFolder, stage: str) -> dict[str, Any] | None:
     them (6 N a token trained, 2 N a token in a forward pass, N without embeddings).
     """
     done = run.done(stage)
-    if done is None:
+    if done is None or "given" in (done.get("figures") or {}):
         return None
     figures, spent = done.get("figures") or {}, done.get("cost") or {}
     work = {key: figures[key] for key in WORK if isinstance(figures.get(key), int | float)}

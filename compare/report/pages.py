@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from ppo_vs_dpo.artifacts.files import finite, write_json, write_text
 from ppo_vs_dpo.compare.report.plots import TITLES, element_of, frontier_plot, shown_rewards, write_figure
-from ppo_vs_dpo.compare.report.verdict import label, main_judge, percent
+from ppo_vs_dpo.compare.report.verdict import head_to_head, label, main_judge, names_of, percent
 from ppo_vs_dpo.compare.sampling.contenders import Contender, shown_columns
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Prompts
 
@@ -97,12 +97,18 @@ def write_report(
     folder: Path, report: dict[str, Any], contenders: list[Contender], prompts: Prompts, title: str
 ) -> None:
     """Write all four forms of the report."""
-    samples = sample_table(contenders, prompts, list(report["judges"]))
+    with names_of(report):
+        samples = sample_table(contenders, prompts, list(report["judges"]))
     write_pages(folder, report, samples, title)
 
 
 def write_pages(folder: Path, report: dict[str, Any], samples: dict[str, Any], title: str) -> None:
     """Write ``report.json``, ``figures/``, ``report.md`` and ``report.html``."""
+    with names_of(report):
+        _write_pages(folder, report, samples, title)
+
+
+def _write_pages(folder: Path, report: dict[str, Any], samples: dict[str, Any], title: str) -> None:
     write_json(folder / "report.json", report)
     charts = []
     keys = shown_rewards(report)
@@ -124,6 +130,7 @@ def render_html(report: dict[str, Any], samples: dict[str, Any], charts: list[Ma
     return template.render(
         report=finite(report),
         title=title or "a comparison",
+        head_to_head=" against ".join(map(label, head_to_head(report))),
         first_judge=judge,
         has_gold=any(policy["gold_reward"] is not None for policy in policies),
         has_proxy=any(policy["proxy_reward"] is not None for policy in policies),

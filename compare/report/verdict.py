@@ -1,5 +1,8 @@
 """The verdict in three sentences that claim no more than was measured, and the report's warnings."""
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 JUDGE_NAMES = {"gold": "the gold reward", "reward_model": "the reward model that PPO was trained on"}
@@ -32,16 +35,37 @@ def main_judge(report: dict[str, Any]) -> str | None:
     return next((name for name, judge in judges.items() if not judge["in_sample"]), next(iter(judges), None))
 
 
+# Names under which policies are shown, where they are not their own: the reference of a comparison of given policies.
+_shown: ContextVar[dict[str, str] | None] = ContextVar("shown", default=None)
+
+
+@contextlib.contextmanager
+def names_of(report: dict[str, Any]) -> Iterator[None]:
+    """Inside the block `label` calls policies as this report does."""
+    token = _shown.set(report.get("names") or {})
+    try:
+        yield
+    finally:
+        _shown.reset(token)
+
+
 def label(name: str) -> str:
     """``ppo`` -> ``PPO``, ``ppo,kl_coef=0.0`` -> ``PPO kl_coef 0.0``, ``best_of_16`` -> ``best-of-16``.
 
     ``best_of_4,policy=ppo`` -> ``best-of-4 of PPO``.
     """
+    if name in (_shown.get() or {}):
+        return _shown.get()[name]
     method, _, point = name.partition(",")
     if point.startswith("policy="):
         return f"{label(method)} of {label(point.removeprefix('policy='))}"
     method = method.upper() if method in ("ppo", "dpo", "sft") else method.replace("best_of_", "best-of-")
     return f"{method} {point.replace('=', ' ').replace(',', ', ')}" if point else method
+
+
+def head_to_head(report: dict[str, Any]) -> tuple[str, str]:
+    """The two policies that the verdict is about: PPO and DPO, or the first two that were given."""
+    return tuple(report.get("head_to_head") or ("ppo", "dpo"))
 
 
 def _who_wins(entry: dict[str, Any]) -> str:
@@ -55,17 +79,21 @@ def _who_wins(entry: dict[str, Any]) -> str:
 
 def sentences(report: dict[str, Any]) -> list[str]:
     """Three sentences: the two methods as they are; at matched KL; against the reference, and what is not known."""
-    return [_head_to_head(report), _matched(report), _against_reference(report)]
+    with names_of(report):
+        found = [_head_to_head(report), _matched(report), _against_reference(report)]
+        # Policies that were given are single points: that they have no curve says nothing about them.
+        return [found[0], found[2]] if report.get("names") else found
 
 
 def _head_to_head(report: dict[str, Any]) -> str:
     judge = main_judge(report)
-    entry = find(report, "ppo", "dpo", judge)
+    policy, versus = head_to_head(report)
+    entry = find(report, policy, versus, judge)
     if entry is None:
         have = ", ".join(label(name) for name in report["policies"])
-        return f"There is no verdict between PPO and DPO: this run has {have} only."
+        return f"There is no verdict between {label(policy)} and {label(versus)}: this run has {have} only."
     if entry["ci"][1] < 0.5:
-        entry = find(report, "dpo", "ppo", judge)
+        entry = find(report, versus, policy, judge)
     kl = [report["policies"][name]["kl"]["mean"] for name in (entry["policy"], entry["versus"])]
     at = f", at KL {kl[0]:.1f} against {kl[1]:.1f} nats" if None not in kl else ""
     told_apart = not entry["ci"][0] <= 0.5 <= entry["ci"][1]
@@ -107,8 +135,11 @@ def _against_reference(report: dict[str, Any]) -> str:
     best = [
         name for name, p in report["policies"].items() if p["method"] == "best_of_n" and "policy" not in p["point"]
     ]
-    names = ["ppo", "dpo", *best[-1:]]
+    given = [name for name, p in report["policies"].items() if p["method"] == "other"]
+    names = [name for name in (*dict.fromkeys(["ppo", "dpo", *given]), *best[-1:]) if name != "sft"]
     found = [(name, find(report, name, "sft", judge)) for name in names]
+    if head_to_head(report)[1] == "sft":
+        found = []  # the first sentence has said it
     parts = [f"{label(name)} wins {rate(entry)}" for name, entry in found if entry is not None]
     seeds = report["settings"]["seeds"]
     spread = (
@@ -116,11 +147,23 @@ def _against_reference(report: dict[str, Any]) -> str:
         if len(seeds) > 1
         else f"one run (seed {seeds[0]}), so what another seed would give is not in these intervals"
     )
-    return f"Against SFT {', '.join(parts)}; {spread}." if parts else f"No policy was judged against SFT; {spread}."
+    reference = label("sft")
+    if report.get("names"):
+        # Nothing was trained here: the draws are all that chance had a hand in.
+        spread = "another training of the same policies may come out differently"
+    if not parts:
+        said = f"{spread[0].upper()}{spread[1:]}."
+        return said if report.get("names") else f"No policy was judged against SFT; {spread}."
+    return f"Against {reference} {', '.join(parts)}; {spread}."
 
 
 def warnings(report: dict[str, Any]) -> list[str]:
     """What a reader must know before quoting a figure."""
+    with names_of(report):
+        return _warnings(report)
+
+
+def _warnings(report: dict[str, Any]) -> list[str]:
     found = []
     settings = report["settings"]
     if settings["n_prompts"] < 30:
@@ -130,11 +173,11 @@ def warnings(report: dict[str, Any]) -> list[str]:
             "Completions were drawn with top-k or top-p: they come from another policy than the model, and the KL "
             "shown is the model's, not that policy's (which may be infinite)."
         )
-    found += report["pair_set"].get("differences", [])
+    found += (report["pair_set"] or {}).get("differences", [])
     for entry in report["control"]:
         if not entry["contains_half"]:
             found.append(
-                f"The control failed: SFT against SFT is {rate(entry)} by {entry['judge']}; "
+                f"The control failed: {label('sft')} against {label('sft')} is {rate(entry)} by {entry['judge']}; "
                 f"do not trust small differences."
             )
     for point in report["frontier"]:

@@ -59,6 +59,16 @@ class Contender:
         return self.per_prompt(self.draws.measures[measure])
 
 
+def main_pair(contenders: list[Contender]) -> tuple[str, str]:
+    """The two policies that a comparison is about: PPO and DPO; else the first two that were given, or one of them
+    and the reference."""
+    names = [contender.name for contender in contenders]
+    given = [contender.name for contender in contenders if contender.method == "other"]
+    if {"ppo", "dpo"} <= set(names) or not given or {"ppo", "dpo"} & (set(names) - set(given)):
+        return "ppo", "dpo"
+    return given[0], given[1] if len(given) > 1 else REFERENCE
+
+
 def uniform(draws: Draws) -> np.ndarray:
     """Equal weights on all draws of a prompt."""
     return np.full(draws.shape, 1 / draws.shape[1])

@@ -22,7 +22,7 @@ from ppo_vs_dpo.compare.sampling.completions import (
     draw,
     load_or_draw,
 )
-from ppo_vs_dpo.compare.sampling.elsewhere import completions_elsewhere
+from ppo_vs_dpo.compare.sampling.elsewhere import NoReference, completions_elsewhere
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Policy, Prompts, model_content
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.passes.inference import Ranks
@@ -51,11 +51,15 @@ class Gatherer:
             content_id(pairs, "test"),
             vars(self.model_config),
         ]
-        self._reference: Reference | None = None
+        # A comparison of outputs alone knows no model.
+        self.has_model = "completions" not in (done.get("figures") or {})
+        self._reference: Reference | NoReference | None = None
 
     @property
-    def reference(self) -> Reference:
+    def reference(self) -> Reference | NoReference:
         """The reference policy, loaded when first needed."""
+        if self._reference is None and not self.has_model:
+            self._reference = NoReference(self.prompts)
         if self._reference is None:
             folder = self.context.run.stage_dir(REFERENCE) / "model"
             test = self.context.run.path("pairs", "test.parquet")

@@ -73,7 +73,7 @@ def policies_of(run: RunFolder, settings: CompareStage) -> tuple[list[Policy], l
                 Policy(
                     name,
                     stage,
-                    model=str(run.stage_dir(name) / "model"),
+                    **_source(run, name, done),
                     point=_point(name),
                     identity=model_content(run, name, done),
                 )
@@ -156,6 +156,8 @@ def _added(name: str, source: Any, taken: set[str], digests: Digests) -> Policy:
 
 def model_content(run: RunFolder, name: str, done: dict[str, Any]) -> str:
     """Hash of a finished stage's model: as its last word lists the files, or of the files themselves."""
+    if "given" in (done.get("figures") or {}):
+        return done["fingerprint"]  # made by `pipeline.comparing` from what lies elsewhere
     return (
         content_id(done, "model/") if done.get("outputs") else _content(run.stage_dir(name) / "model", Digests(None))
     )
@@ -170,6 +172,28 @@ def _weights(folder: Path, digests: Digests) -> list[str]:
     """Hashes of a checkpoint's model, without the optimizer's state beside it."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")])
     return [digests.of(path) for path in files]
+
+
+def _source(run: RunFolder, name: str, done: dict[str, Any]) -> dict[str, str]:
+    """Where a stage's policy is: its model, or in a comparison of given outputs their file."""
+    outputs = (done.get("figures") or {}).get("completions")
+    return {"model": str(run.stage_dir(name) / "model")} if outputs is None else {"completions": outputs}
+
+
+def is_given(run: RunFolder) -> bool:
+    """Whether this is a comparison of policies that were given, not a run that trained any."""
+    return run.config.get("given") is not None
+
+
+def unmeasured(policies: list[Policy], learned: dict[str, dict[str, Any]]) -> list[str]:
+    """Why a policy has no KL, a sentence each."""
+    found = []
+    for policy in policies:
+        if policy.completions is not None:
+            found.append(f"{policy.name} has no KL: its completions come from a file, and its model is not known.")
+        elif policy.method == "other" and not (learned.get(policy.name) or {}).get("measurable", True):
+            found.append(f"{policy.name} has no KL: its vocabulary is another than the reference's.")
+    return found
 
 
 def _point(name: str) -> dict[str, Any]:
@@ -218,16 +242,19 @@ def heldout_prompts(run: RunFolder, limit: int) -> Prompts:
     return Prompts([prompts[row] for row in kept], [ids[row] for row in kept], dropped)
 
 
-def check_pair_set(run: RunFolder) -> dict[str, Any]:
+def check_pair_set(run: RunFolder) -> dict[str, Any] | None:
     """The pair set of the run, after checking that both branches were trained on it (papers.md 3.8.6).
 
     Returns:
         ``hash``, ``n_train``, ``n_test``, ``branches`` (stage -> the hash it recorded), ``same``, ``trained_on``
-        (stage -> what it really trained on: `models.text.trained_on`) and ``differences`` between those, in words.
+        (stage -> what it really trained on: `models.text.trained_on`) and ``differences`` between those, in words;
+        ``None`` where policies were given and nothing was trained.
 
     Raises:
         UserError: a branch recorded another hash.
     """
+    if is_given(run):
+        return None
     pairs = run.require("pairs")["figures"]["pair_set"]
     branches, trained, soft = {}, {}, {}
     for stage in ("reward_model", "dpo", *run.points("dpo")):

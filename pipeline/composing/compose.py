@@ -126,6 +126,21 @@ def load(overrides: list[str], check_missing: bool = True) -> DictConfig:
     return finish(config, experiment, task_overrides, multirun=False, check_missing=check_missing)
 
 
+def compose_plainly(overrides: list[str]) -> DictConfig:
+    """The root with no experiment: for commands that use a section or two of it.
+
+    Raises:
+        UserError: unknown keys, or what Hydra cannot compose.
+    """
+    with hydra_configs():
+        try:
+            config = compose(config_name="config", overrides=prepare_overrides(overrides))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(explain(error)) from None
+    OmegaConf.set_struct(config, False)
+    return config
+
+
 def finish(
     config: DictConfig,
     experiment: str | None,

@@ -1,0 +1,312 @@
+"""``ppo-vs-dpo compare --policy NAME=SOURCE ...``: a verdict on models or outputs that somebody else made.
+
+Nothing is trained. All that can be wrong with files is said in the first second, before a model is loaded.
+"""
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import fingerprint_file, read_json, sha256_of, write_json, write_parquet, write_text
+from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.compare.sampling.rows import match, read_completions
+from ppo_vs_dpo.pipeline.composing.compose import check_section, compose_plainly
+from ppo_vs_dpo.pipeline.composing.words import no_such_choice
+from ppo_vs_dpo.preferences.reading.prompts import read_prompts
+from ppo_vs_dpo.preferences.reading.readers import SUFFIXES, suffix_of
+from ppo_vs_dpo.preferences.recipes.gold import load_gold
+from ppo_vs_dpo.preferences.schema import Text, prompt_id
+
+# The place of the policy that all are held against; a run's is its SFT model, and files of a run call it so.
+REFERENCE = "sft"
+OWN = ("--policy", "--prompts", "--judge", "--reference")
+# One draw of the reference for the baseline, one for the control (reference against itself); nothing to select from.
+DEFAULTS = {"baseline_draws": 1, "pool_size": 1, "best_of_n": [], "best_of": {}, "checkpoints": {}}
+DEFAULTS |= {"max_new_tokens": 256, "n_prompts": 512, "enumerate_up_to": 0, "batch_size": 64}
+USAGE = """\
+ppo-vs-dpo compare --prompts FILE --policy a=FOLDER --policy b=outputs.jsonl --reference FOLDER --judge JUDGE
+       ppo-vs-dpo compare RUN [RUN ...] [--output FOLDER]        (pools finished runs)"""
+
+
+def wanted(arguments: list[str]) -> bool:
+    """Whether a command line of ``compare`` names policies rather than runs."""
+    return any(word.split("=")[0] in OWN for word in arguments) or {"--help", "-h"} & {*arguments} != set()
+
+
+def main(arguments: list[str]) -> int:
+    """The command."""
+    given = parser().parse_intermixed_args(arguments)
+    sources = [source_of(text) for text in given.policy or []]
+    if len(sources) < 2 and not (sources and given.reference):
+        raise UserError("what is compared with what? Give two of --policy NAME=SOURCE, or one and --reference MODEL.")
+    names = [name for name, _ in sources]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--policy {twice[0]}: the name stands there twice.")
+    judges = [judge_of(text) for text in given.judge or []]
+    if not judges:
+        raise UserError(
+            "who judges? Give --judge my_file.py:function, --judge reward_model=MODEL, or --judge "
+            "'llm={model: NAME, base_url: URL, template: alpaca_eval}' (docs/compare.md)."
+        )
+    prompts = prompts_of(given.prompts, sources)[: int(settings_of(given.settings)["compare"]["n_prompts"])]
+    prompts, note = fitting(prompts, [path for _, path in sources if not is_outputs(path)] + [given.reference or ""])
+    if note:
+        sys.stdout.write(note + "\n")
+    ids = [prompt_id(prompt) for prompt in prompts]
+    for name, path in sources:
+        if is_outputs(path):
+            match(path, prompts, ids, 1, f"--policy {name}={path}")
+    folder = Path(given.output or f"runs/{'-against-'.join(names)[:80]}")
+    run = lay_out(folder, given, sources, judges, prompts)
+
+    context = Told(run, "compare")
+    Path(context.dir).mkdir(parents=True, exist_ok=True)
+    with (Path(context.dir) / "log.txt").open("a", encoding="utf-8") as log:
+        # What libraries print goes where a stage's output goes.
+        with contextlib.redirect_stderr(log):
+            with contextlib.redirect_stdout(log):
+                from ppo_vs_dpo.compare.stage import run_compare
+                from ppo_vs_dpo.pipeline.running.run import say_verdict
+            run_compare(context)
+        say_verdict(run)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """What may be typed."""
+    found = argparse.ArgumentParser(prog="ppo-vs-dpo compare", usage=USAGE, description=__doc__.split("\n\n")[0])
+    found.add_argument("--policy", action="append", metavar="NAME=SOURCE", help="a model (folder or Hub), or outputs")
+    found.add_argument("--prompts", metavar="FILE", help="default: those of the first file of outputs")
+    found.add_argument("--reference", metavar="MODEL", help="what the policies were trained from: KL is to it")
+    found.add_argument("--judge", action="append", metavar="JUDGE", help="FILE.py:FUNCTION, reward_model=, llm=")
+    found.add_argument("--output", metavar="FOLDER", help="where to write (default: runs/NAME-against-NAME)")
+    found.add_argument("--seed", type=int, default=1, help="of all draws (default: %(default)s)")
+    found.add_argument("settings", nargs="*", metavar="key=value", help="compare.max_new_tokens=128 model.dtype=...")
+    return found
+
+
+class Told(StageContext):
+    """Says what is being done, a line for each thing."""
+
+    _said: frozenset[str] | set[str] = frozenset()
+
+    def progress(self, done: float, total: float, note: str = "") -> None:
+        super().progress(done, total, note)
+        what = note.replace(f" {REFERENCE}", f" {self.run.config.given.shown}")
+        if note and note not in self._said:
+            self._said = {*self._said, note}
+            sys.stdout.write(f"  {what}\n")
+            sys.stdout.flush()
+
+
+def source_of(text: str) -> tuple[str, str]:
+    """``"a=FOLDER"`` -> ``("a", "FOLDER")``.
+
+    Raises:
+        UserError: no name, or a source that is not there.
+    """
+    name, sign, path = text.partition("=")
+    if not sign or not name or not path:
+        raise UserError(f"--policy {text}: give a name and where it is, NAME=FOLDER or NAME=outputs.jsonl.")
+    if is_outputs(path) and not Path(path).is_file():
+        raise UserError(f"--policy {name}: {path} does not exist.")
+    if not is_outputs(path):
+        check_model(path, f"--policy {name}")
+    return name, path
+
+
+def is_outputs(path: str) -> bool:
+    """A file of completions, by its name; all else is a model."""
+    return suffix_of(Path(path)) in SUFFIXES
+
+
+def check_model(path: str, where: str) -> None:
+    """Refuse a folder that holds no model, or a path that is none; a name of the Hub is looked for when it loads."""
+    folder = Path(path)
+    if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+        raise UserError(f"{where}: {path} does not exist. Give a model's folder, its name on the Hub, or a file.")
+    if folder.exists() and not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        inside = folder / "model"
+        hint = f" Did you mean {inside}?" if (inside / "config.json").is_file() else ""
+        raise UserError(f"{where}: {path} holds no model: it has no config.json.{hint}")
+
+
+def judge_of(text: str) -> dict[str, Any]:
+    """``--judge`` as an entry of ``compare.judges``.
+
+    Raises:
+        UserError: none of the kinds, or a function or folder that is not there.
+    """
+    kind, sign, rest = text.partition("=")
+    if sign and kind == "llm":
+        value = OmegaConf.to_container(OmegaConf.create(rest)) if rest.startswith("{") else {"model": rest}
+        return {"kind": "llm", **value}
+    if sign and kind == "reward_model":
+        check_model(rest, "--judge reward_model")
+        return {"kind": "reward_model", "name": Path(rest).name, "path": rest}
+    if sign and kind != "function":
+        raise UserError(no_such_choice(f"--judge/{kind}", ["function", "reward_model", "llm"]))
+    function = rest if sign else text
+    if ":" not in function:
+        raise UserError(f"--judge {text}: give FILE.py:FUNCTION, reward_model=MODEL or llm=MODEL.")
+    load_gold(function, "--judge")
+    return {"kind": "function", "name": function.rpartition(":")[2], "function": function}
+
+
+def prompts_of(path: str | None, sources: list[tuple[str, str]]) -> list[Text]:
+    """The prompts: of their own file, or those of the first file of outputs.
+
+    Raises:
+        UserError: neither is there, or the file cannot be read.
+    """
+    if path is not None:
+        return list(read_prompts(path, conversational=None))
+    outputs = [(name, source) for name, source in sources if is_outputs(source)]
+    if not outputs:
+        raise UserError("on which prompts? Give --prompts FILE: a column prompt, texts or lists of messages.")
+    name, source = outputs[0]
+    rows = read_completions(source, f"--policy {name}={source}")
+    if any(prompt is None for prompt, *_ in rows):
+        raise UserError(f"--policy {name}={source}: rows have prompt_id only; give --prompts FILE as well.")
+    return list({prompt_id(prompt): prompt for prompt, *_ in rows}.values())
+
+
+def has_template(model: str) -> bool | None:
+    """Whether a model in a folder has a chat template; ``None`` where that is not known without the Hub."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return None
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.is_file() and bool(read_json(config).get("chat_template"))
+
+
+def fitting(prompts: list[Text], models: list[str]) -> tuple[list[Text], str]:
+    """Prompts as the models read them, and what was done to them: plain text for chat models becomes a user's turn.
+
+    Raises:
+        UserError: conversations for a model without a chat template, or models of both kinds.
+    """
+    known = {model: has_template(model) for model in models if model}
+    chat, plain = ([m for m, has in known.items() if has is wanted] for wanted in (True, False))
+    texts = sum(isinstance(prompt, str) for prompt in prompts)
+    if 0 < texts < len(prompts):
+        raise UserError(
+            f"{texts} of {len(prompts)} prompts are plain text and the others conversations: give one kind."
+        )
+    if not texts and plain:
+        raise UserError(f"the prompts are conversations, and {plain[0]} has no chat template: give plain text.")
+    if texts and chat and plain:
+        raise UserError(
+            f"{chat[0]} is a chat model and {plain[0]} is not: no prompt means the same to both. Let each make its "
+            f"completions as it should, and give the files: --policy NAME=outputs.jsonl."
+        )
+    if texts and chat:
+        turns = [[{"role": "user", "content": prompt.strip()}] for prompt in prompts]
+        return (
+            turns,
+            f"{len(prompts)} prompts of plain text are asked as a user's turn each: {chat[0]} is a chat model.",
+        )
+    return prompts, ""
+
+
+def settings_of(overrides: list[str]) -> dict[str, Any]:
+    """The sections ``model`` and ``compare``, with what was typed.
+
+    Raises:
+        UserError: a key of another section, an unknown key or a value that cannot be meant.
+    """
+    keys = [one.lstrip("+").partition("=")[0] for one in overrides]
+    if foreign := [key for key in keys if key.split(".")[0] not in ("model", "compare", "launch", "deepspeed")]:
+        raise UserError(f"{foreign[0]}: only compare.KEY=VALUE and model.KEY=VALUE mean something here.")
+    config = compose_plainly(overrides)
+    for key, value in DEFAULTS.items():
+        if f"compare.{key}" not in keys:
+            OmegaConf.update(config, f"compare.{key}", value, merge=False)
+    if problems := check_section("compare", config.compare, "ppo_vs_dpo.compare.config:CompareStage"):
+        raise UserError("\n  ".join(["the configuration has errors:", *problems]))
+    return OmegaConf.to_container(config, resolve=True)
+
+
+def lay_out(
+    folder: Path, given: Any, sources: list[tuple[str, str]], judges: list[dict[str, Any]], prompts: list[Text]
+) -> RunFolder:
+    """Write the folder that `compare.stage` reads: a run in which nothing was trained.
+
+    Without ``--reference`` the first model, or the first file where there is no model, takes the place of the policy
+    that the others are held against.
+    """
+    if (folder / "config.yaml").is_file() and OmegaConf.load(folder / "config.yaml").get("given") is None:
+        raise UserError(f"{folder} holds a run. Choose another folder: --output FOLDER.")
+    reference, rest, shown = given.reference, dict(sources), "reference"
+    if reference is None:
+        shown = next((name for name, path in sources if not is_outputs(path)), sources[0][0])
+        reference = rest.pop(shown)
+    else:
+        check_model(reference, "--reference")
+    taken = {name for name in rest if name == REFERENCE or name.startswith("best_of_")}
+    if taken:
+        raise UserError(f"--policy {min(taken)}: this name has a meaning in reports. Choose another.")
+    config = settings_of(given.settings)
+    policies = {name: {"completions" if is_outputs(path) else "path": path} for name, path in rest.items()}
+    config["compare"] |= {"policies": policies, "judges": [*config["compare"]["judges"], *judges]}
+    figures = link(folder / REFERENCE, reference)
+    model = {**config["model"], "path": None if is_outputs(reference) else reference, "architecture": {}}
+    plain = {
+        "experiment": "compare",
+        "name": folder.name,
+        "output_dir": str(folder.parent),
+        "seed": given.seed,
+        "stages": ["compare"],
+        "given": {"prompts": given.prompts, "reference": reference, "shown": shown, "policies": dict(sources)},
+        "model": model,
+        "data": {},
+        "compare": config["compare"],
+        "deepspeed": config.get("deepspeed") or {},
+        "launch": config["launch"],
+    }
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
+    rows = {"prompt": prompts, "prompt_id": [prompt_id(prompt) for prompt in prompts]}
+    write_parquet(folder / "data" / "prompts_heldout.parquet", rows)
+    # Whatever the reference's draws depend on is in this fingerprint: they are used again where it is the same.
+    write_json(
+        folder / REFERENCE / "done.json",
+        {"stage": REFERENCE, "fingerprint": stamp(reference), "finished": None, "seconds": 0, "figures": figures},
+    )
+    return RunFolder(folder)
+
+
+def link(folder: Path, source: str) -> dict[str, str]:
+    """Make ``folder/model`` the reference's model by a link, or name its file of outputs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = folder / "model"
+    model.unlink(missing_ok=True)
+    if is_outputs(source):
+        return {"given": source, "completions": str(Path(source).resolve())}
+    path = Path(source)
+    if not path.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            path = Path(snapshot_download(source))
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            raise UserError(f"--reference {source}: {str(error).splitlines()[0]}") from error
+    model.symlink_to(path.resolve(), target_is_directory=True)
+    return {"given": source}
+
+
+def stamp(source: str) -> str:
+    """Content of a file; names, sizes and times of a model's files (gigabytes are not read to see a change)."""
+    path = Path(source)
+    if path.is_file():
+        return fingerprint_file(path)
+    files = sorted(path.glob("*")) if path.is_dir() else []
+    return sha256_of([source, *([one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in files)])

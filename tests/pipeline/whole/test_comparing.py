@@ -1,0 +1,198 @@
+"""`ppo-vs-dpo compare --policy ...`: models and outputs that somebody else made, with nothing trained."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import read_json, read_parquet
+from ppo_vs_dpo.compare.sampling.rows import match, names_of
+from ppo_vs_dpo.pipeline.cli import dispatch
+from ppo_vs_dpo.pipeline.comparing import fitting
+from ppo_vs_dpo.preferences.schema import prompt_id
+from tests.compare.helpers import check_schema
+from tests.pipeline.chat_model import save_chat_model
+
+PROMPTS = [f"What is {number} plus {number}?" for number in range(20)]
+SMALL = ["compare.max_new_tokens=8", "compare.resamples=100"]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """A folder with a chat model, one trained from it, plain prompts, two files of outputs and a judge."""
+    folder = tmp_path_factory.mktemp("desk")
+    save_chat_model(folder / "base")
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.05 * torch.randn_like(weight)
+    model.save_pretrained(folder / "tuned")
+    AutoTokenizer.from_pretrained(folder / "base").save_pretrained(folder / "tuned")
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": one}) + "\n" for one in PROMPTS))
+    rows = {
+        "right": [{"prompt": one, "completion": f"It is {2 * n}, I am sure of it."} for n, one in enumerate(PROMPTS)],
+        "short": [{"instruction": one, "output": "No."} for one in PROMPTS],  # AlpacaEval's names
+        "half": [{"prompt": one, "completion": "No."} for one in PROMPTS[:9]],
+    }
+    for name, lines in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "judge.py").write_text(
+        "def longer(prompts, completions, **columns):\n    return [len(one) for one in completions]\n"
+    )
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(desk, monkeypatch):
+    monkeypatch.chdir(desk)
+
+
+def compare(*words: str) -> int:
+    return dispatch(["compare", *words, "--judge", "judge.py:longer", *SMALL])
+
+
+def test_a_model_and_a_file_against_a_reference(capsys):
+    words = ["--prompts", "prompts.jsonl", "--policy", "tuned=tuned", "--policy", "right=right.jsonl"]
+    assert compare(*words, "--reference", "base", "--output", "one") == 0
+    said = capsys.readouterr().out
+    assert "20 prompts of plain text are asked as a user's turn" in said
+    assert "by the judge longer: right wins" in said or "by the judge longer: tuned wins" in said
+    assert "PPO" not in said.replace("ppo", "")
+    report = check_schema(read_json(Path("one/compare/report.json")))
+    assert report["head_to_head"] == ["tuned", "right"]
+    assert (report["names"], report["pair_set"]) == ({"sft": "reference"}, None)
+    # KL where model and reference are known; where not, the reason.
+    assert report["policies"]["tuned"]["kl"]["mean"] > 0
+    assert report["policies"]["right"]["kl"]["mean"] is None
+    assert "right has no KL: its completions come from a file, and its model is not known." in report["warnings"]
+    # The control asks the reference twice; the page names policies as they were named.
+    assert [one["judge"] for one in report["control"]] == ["longer"]
+    page = Path("one/compare/report.html").read_text()
+    assert "<h1>tuned against right</h1>" in page
+    drawn = Path("one/compare/completions.parquet").stat().st_mtime_ns
+    rows = read_parquet("one/compare/completions.parquet").to_pandas()
+    again = sorted(rows["completion"])
+    assert compare(*words, "--reference", "base", "--output", "one") == 0  # drawn once, used again
+    assert sorted(read_parquet("one/compare/completions.parquet").to_pandas()["completion"]) == again
+    assert Path("one/compare/completions.parquet").stat().st_mtime_ns > drawn
+
+
+def test_outputs_alone_need_no_model(capsys):
+    assert compare("--policy", "right=right.jsonl", "--policy", "short=short.jsonl", "--output", "two") == 0
+    said = capsys.readouterr().out
+    assert "right beats short by the judge longer: right wins 100.0 %" in said
+    report = check_schema(read_json(Path("two/compare/report.json")))
+    assert report["policies"]["sft"]["length"] == pytest.approx(8)  # words: there is no tokenizer
+    assert [w for w in report["warnings"] if "words" in w]
+
+
+def test_the_first_model_is_what_others_are_held_against():
+    words = ["--prompts", "prompts.jsonl", "--policy", "base=base", "--policy", "tuned=tuned", "--output", "three"]
+    assert compare(*words) == 0
+    report = check_schema(read_json(Path("three/compare/report.json")))
+    assert (report["names"], report["head_to_head"]) == ({"sft": "base"}, ["tuned", "sft"])
+    assert report["policies"]["sft"]["kl"]["mean"] == 0 < report["policies"]["tuned"]["kl"]["mean"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--policy", "a=right.jsonl"], "what is compared with what"),
+        (["--policy", "right.jsonl", "--policy", "b=short.jsonl"], r"give a name and where it is, NAME=FOLDER"),
+        (["--policy", "a=right.jsonl", "--policy", "a=short.jsonl"], "the name stands there twice"),
+        (["--policy", "a=right.jsonl", "--policy", "b=gone.jsonl"], r"--policy b: gone\.jsonl does not exist"),
+        (["--policy", "a=right.jsonl", "--policy", "b=./gone"], r"--policy b: \./gone does not exist"),
+        (["--policy", "a=right.jsonl", "--policy", "b=."], r"--policy b: \. holds no model: it has no config\.json"),
+        (["--policy", "a=right.jsonl", "--policy", "b=half.jsonl"], r"b=half\.jsonl has fewer than 1 .* 11 of 20"),
+        (["--policy", "a=tuned", "--policy", "b=base"], "on which prompts"),
+        (["--policy", "a=right.jsonl", "--policy", "b=short.jsonl", "--judge", "judge.py:shorter"], "shorter"),
+        (
+            ["--policy", "a=right.jsonl", "--policy", "b=short.jsonl", "--judge", "gone.py:f"],
+            r"gone\.py does not exist",
+        ),
+        (["--policy", "a=right.jsonl", "--policy", "b=short.jsonl", "--judge", "rewrd=x"], "no such --judge"),
+        (["--policy", "a=right.jsonl", "--policy", "best_of_2=short.jsonl"], "this name has a meaning in reports"),
+        (["--policy", "a=right.jsonl", "--policy", "b=short.jsonl", "ppo.kl_coef=1"], "only compare"),
+        (["--policy", "a=right.jsonl", "--policy", "b=short.jsonl", "compare.sampels=1"], "Did you mean samples"),
+        (["--policy", "a=right.jsonl", "--policy", "b=short.jsonl", "compare.confidence=2"], "confidence"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_loaded(words, message, monkeypatch):
+    monkeypatch.setattr("ppo_vs_dpo.compare.stage.run_compare", lambda context: pytest.fail("it began to work"))
+    with pytest.raises(UserError, match=message):
+        compare(*words)
+
+
+def test_somebody_must_judge():
+    with pytest.raises(UserError, match="who judges"):
+        dispatch(["compare", "--policy", "a=right.jsonl", "--policy", "b=short.jsonl"])
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    (tmp_path / "config.yaml").write_text("experiment: quickstart\n")
+    with pytest.raises(UserError, match="holds a run"):
+        compare("--policy", "a=right.jsonl", "--policy", "b=short.jsonl", "--output", str(tmp_path))
+
+
+def test_given_comparisons_are_not_pooled(capsys):
+    compare("--policy", "right=right.jsonl", "--policy", "short=short.jsonl", "--output", "two")
+    assert dispatch(["compare", "two", "two"]) == 2
+    assert "two compares policies that were given" in capsys.readouterr().err
+    assert dispatch(["compare", "two"]) == 2
+    assert "one run is not pooled: its report is two/compare/report.html" in capsys.readouterr().err
+
+
+def test_a_prompt_is_found_however_it_is_written(tmp_path):
+    turn = [{"role": "user", "content": "Why?"}]
+    asked = [[{"role": "system", "content": "Be brief."}, *turn], "Why not? ", turn + [turn[0]]]
+    written = [json.dumps(asked[0]), "Why not?", asked[2]]
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": one, "completion": str(n)} for n, one in enumerate(written)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ids = [prompt_id(one) for one in asked]
+    assert [[text for text, _ in one] for one in match(path, asked, ids, 1, "x")] == [["0"], ["1"], ["2"]]
+    assert set(names_of("Why?")) & set(names_of(turn))
+    assert not set(names_of("Why?")) & set(names_of("Why not?"))
+
+
+def test_prompts_are_made_to_fit_the_models(desk, tmp_path):
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "tokenizer_config.json").write_text("{}")
+    turns, note = fitting(["Why? "], [str(desk / "base")])
+    assert turns == [[{"role": "user", "content": "Why?"}]]
+    assert "user's turn" in note
+    assert fitting(["Why? "], [str(plain)]) == (["Why? "], "")
+    with pytest.raises(UserError, match="has no chat template"):
+        fitting(turns, [str(plain)])
+    with pytest.raises(UserError, match="no prompt means the same to both"):
+        fitting(["Why?"], [str(plain), str(desk / "base")])
+    with pytest.raises(UserError, match="1 of 2 prompts are plain text"):
+        fitting(["Why?", *turns], [])
+
+
+PAGE = (Path(__file__).parents[3] / "docs" / "your-own-models.md").read_text(encoding="utf-8")
+
+
+def test_the_page_works_as_it_is_written(desk, tmp_path, monkeypatch, capsys):
+    """The command, the judge and the script of docs/your-own-models.md, typed into a folder with small models."""
+    monkeypatch.chdir(tmp_path)
+    for name, source in (("my_model", "base"), ("my_dpo_model", "tuned"), ("theirs.jsonl", "short.jsonl")):
+        Path(name).symlink_to(desk / source)
+    Path("prompts.jsonl").symlink_to(desk / "prompts.jsonl")
+    judge, script = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    Path("my_judge.py").write_text(judge)
+    exec(compile(script.replace("max_new_tokens=64", "max_new_tokens=4"), "script", "exec"), {})
+    assert len(Path("mine.jsonl").read_text().splitlines()) == len(PROMPTS)
+    (command,) = re.findall(r"```sh\nppo-vs-dpo (.*?)\n```", PAGE, re.DOTALL)
+    assert dispatch([*shlex.split(command), *SMALL]) == 0
+    assert "the judge polite" in capsys.readouterr().out
+    # What the script wrote is what the command reads.
+    words = ["--policy", "mine=mine.jsonl", "--policy", "theirs=theirs.jsonl", "--judge", "my_judge.py:polite"]
+    assert dispatch(["compare", *words, *SMALL]) == 0
