@@ -233,7 +233,7 @@ def policy_loss(
     with torch.no_grad():
         stats = {
             "ratio_mean": masked_mean(ratio, mask),
-            "ratio_max": torch.where(mask, ratio, 0).max() if mask.any() else ratio.new_zeros(()),
+            "ratio_max": torch.where(mask, ratio, 0).max() if mask.numel() else ratio.new_zeros(()),
             "approx_kl": masked_mean(0.5 * log_ratio**2, mask),
             "clip_fraction": masked_mean((clipped > unclipped).to(ratio.dtype), mask),
         }

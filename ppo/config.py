@@ -160,7 +160,7 @@ class PPOConfig(TrainingArguments):
     micro_batch_tokens: int | None = _option(
         None,
         "Also at most so many real tokens per pass, forward or training: less memory, and on a CPU more speed "
-        "(activations stay in the cache). The same update up to rounding. On a single process only.",
+        "(activations stay in the cache). The same update up to rounding, on any number of ranks.",
     )
     logprobs_from_sampling: bool = _option(
         False,

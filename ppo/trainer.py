@@ -36,7 +36,7 @@ from ppo_vs_dpo.ppo.roles.rewards import RewardFunction
 from ppo_vs_dpo.ppo.roles.roles import make_roles
 from ppo_vs_dpo.ppo.roles.trained import optimizer_groups, settle_deepspeed
 from ppo_vs_dpo.ppo.roles.value_head import shift_values
-from ppo_vs_dpo.ppo.rollouts.checks import Unusable, check_first_ratio
+from ppo_vs_dpo.ppo.rollouts.checks import Unusable, check_first_ratio, rounding
 from ppo_vs_dpo.ppo.rollouts.clock import Clock
 from ppo_vs_dpo.ppo.rollouts.collect import collect
 from ppo_vs_dpo.ppo.rollouts.engines import compute_dtype, make_engine
@@ -127,7 +127,7 @@ class PPOTrainer(Trainer):
         self.num_updates = args.num_updates(len(self.prompts), self.rollout_size)
         if self.is_deepspeed_enabled:
             settle_deepspeed(args, self.accelerator, self.model, self.num_updates)
-        roles.place(self.accelerator)
+        roles.place(self.accelerator, args.sync_ref_model)
         longest = max(prompts.longest for prompts in (self.prompts, self.eval_prompts) if prompts is not None)
         roles.engine = make_engine(roles.policy, tokenizer, args, self.accelerator, longest)
         self.evaluator = Evaluator(roles, args, self.accelerator)
@@ -135,6 +135,7 @@ class PPOTrainer(Trainer):
         self.checkpoints = Checkpoints(roles, self.loop, args, self.accelerator, settings)
         self.sizes = Sizes.of(roles)
         self._prepared = False
+        self._rounding: dict[str, float] = {}
 
     @property
     def state(self) -> TrainerState:
@@ -201,7 +202,7 @@ class PPOTrainer(Trainer):
             number, clock = loop.step, Clock()
             self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
             try:
-                with named_step(lambda n=number + 1, clock=clock: f"ppo, update {n}, {clock.now}"):
+                with named_step(lambda n=number + 1, clock=clock: f"ppo, update {n}, {clock.now}", args.ddp_timeout):
                     rollout = self.collect(number, clock)  # steps 1 to 6
                     with clock("time/train"):
                         done = self.update(rollout, number)  # step 7
@@ -223,7 +224,7 @@ class PPOTrainer(Trainer):
             self.state.global_step += 1
             self.state.epoch = loop.step * self.rollout_size / (len(self.prompts) * args.samples_per_prompt)
             self.control = self.callback_handler.on_step_end(args, self.state, self.control)
-            with named_step(lambda n=number + 1: f"ppo, evaluating and saving after update {n}"):
+            with named_step(lambda n=number + 1: f"ppo, evaluating and saving after update {n}", args.ddp_timeout):
                 self._log_evaluate_save(metrics)
             if self.control.should_training_stop:
                 break
@@ -248,8 +249,11 @@ class PPOTrainer(Trainer):
             self.model_wrapped, self.optimizer, rollout, self.args, self.accelerator, number=number,
             kl_coef=self.loop.kl.coef, ptx=self.ptx,
         )  # fmt: skip
+        dtype = compute_dtype(self.policy, self.args)
         if self.args.check_first_ratio and not done.value_only:
-            check_first_ratio(rollout, done.deviation, number + 1, compute_dtype(self.policy, self.args))
+            check_first_ratio(rollout, done.deviation, number + 1, dtype)
+        # For the diagnosis alone.
+        self._rounding = {"first_ratio/mean": done.deviation.get("mean", 0.0), "first_ratio/allowed": rounding(dtype)}
         return done
 
     def _begin(self, resume_from_checkpoint: str | bool | None) -> None:
@@ -279,7 +283,7 @@ class PPOTrainer(Trainer):
     def _log_evaluate_save(self, metrics: dict[str, float]) -> None:
         args = self.args
         if args.diagnose:
-            for finding in self.loop.diagnosis.observe(self.loop.step, metrics):
+            for finding in self.loop.diagnosis.observe(self.loop.step, {**metrics, **self._rounding}):
                 logger.warning(finding)
         if self.control.should_log:
             self.log(metrics)

@@ -14,7 +14,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.sharding.collectives import barrier
-from ppo_vs_dpo.models.sharding.deepspeed import whole, whole_state
+from ppo_vs_dpo.models.sharding.deepspeed import whole_state
 from ppo_vs_dpo.models.sharding.state import INDEX, load_trained, save_trained
 from ppo_vs_dpo.ppo.checkpoints.loop import PROGRESS, LoopState
 from ppo_vs_dpo.ppo.checkpoints.state import (
@@ -117,7 +117,7 @@ class Checkpoints:
             if scaler is not None:
                 state["scaler"] = scaler.state_dict()
         if self.args.sync_ref_model:
-            state["reference"] = whole_state(self.roles.reference.module, keep=self.args.should_save)
+            state["reference"] = self.roles.reference.state(self.args.should_save)
         if self.args.should_save:
             save_state(folder, STATE, state)
         save_state(folder, f"rng_{rank}", self.loop.random.state_dict())
@@ -167,9 +167,7 @@ class Checkpoints:
             if "scaler" in state and self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         if "reference" in state:
-            mine = dict(self.roles.reference.module.named_parameters())
-            with whole(mine.values()):
-                copy_tensors(mine, {name: state["reference"][name] for name in mine}, folder)
+            self.roles.reference.load(state["reference"])
         scheduler.load_state_dict(state["scheduler"])
         self.loop.load_state_dict(state)
         own = folder / f"rng_{self.accelerator.process_index}.json"

@@ -1,16 +1,18 @@
 """The reference: a frozen policy of its own, or the policy with its adapters switched off."""
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.models.loading.pretrained import check_same_vocabulary, disable_dropout
+from ppo_vs_dpo.models.loading.pretrained import check_same_vocabulary, disable_dropout, halve_frozen
 from ppo_vs_dpo.models.passes.logprobs import Batch, response_logprobs
-from ppo_vs_dpo.models.sharding.deepspeed import gathered, whole, whole_copy
+from ppo_vs_dpo.models.sharding.deepspeed import gathered, is_sharded, whole, whole_copy, whole_state
 from ppo_vs_dpo.ppo.roles.shared import SharedRole
 
 
@@ -58,11 +60,21 @@ class Reference:
             model.requires_grad_(False)
             model.eval()
         self.model, self.policy = model, policy
+        # The weights that `follow` moves, in fp32: this rank's pieces under ZeRO-3.
+        self.slow: dict[str, torch.Tensor] = {}
 
-    def prepare(self, accelerator: Accelerator) -> None:
-        """Put it on the device, or under DeepSpeed's ZeRO-3 into an inference engine."""
+    def prepare(self, accelerator: Accelerator, moves: bool = False) -> None:
+        """Put it on the device, or under DeepSpeed's ZeRO-3 into an inference engine.
+
+        Args:
+            accelerator: of the trainer.
+            moves: `follow` will be called.
+        """
         if self.model is not None:
-            self.model = prepare_frozen(self.model, accelerator)
+            if not sharded(accelerator) and not is_peft(self.policy):
+                # Loaded in another dtype than what trains it would round otherwise, and the KL would never be 0.
+                self.model.to(next(self.policy.parameters()).dtype)
+            self.model = prepare_frozen(self.model, accelerator, halve=not moves)
 
     @property
     def module(self) -> nn.Module:
@@ -86,22 +98,84 @@ class Reference:
                 "adapters. "
                 "Pass ref_model, or switch sync_ref_model off."
             )
-        for mine, theirs in zip(self.module.parameters(), policy.parameters(), strict=True):
-            with whole([mine, theirs]):
-                mine.lerp_(theirs.to(mine.dtype), alpha)
+        theirs = dict(policy.named_parameters())
+        for name, mine in self.module.named_parameters():
+            with self._held(mine, theirs[name]) as (target, source):
+                if target.dtype == torch.float32:
+                    target.lerp_(source.float(), alpha)
+                    continue
+                # In bfloat16 a thousandth of the way is less than half a step: it would stand still.
+                slow = self.slow.setdefault(name, target.float())
+                target.copy_(slow.lerp_(source.float(), alpha))
+
+    @contextlib.contextmanager
+    def _held(self, mine: nn.Parameter, theirs: nn.Parameter) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """What this rank holds of two parameters of one shape: under ZeRO-3 a piece, the same of both."""
+        if is_sharded(mine) and is_sharded(theirs) and not getattr(mine, "ds_persist", False):
+            yield mine.ds_tensor, theirs.ds_tensor
+            return
+        with whole([mine, theirs]):
+            yield mine.data, theirs.data
+
+    @torch.no_grad()
+    def state(self, keep: bool) -> dict[str, torch.Tensor]:
+        """Its weights on the host, whole and as exact as they are kept; all ranks must call this.
+
+        Args:
+            keep: whether this rank wants them.
+        """
+        found = whole_state(self.module, keep)
+        for name, parameter in self.module.named_parameters():
+            slow = self.slow.get(name)
+            if slow is not None and slow.shape != getattr(parameter, "ds_shape", parameter.shape):
+                pieces = [torch.empty_like(slow) for _ in range(dist.get_world_size())]
+                dist.all_gather(pieces, slow)
+                slow = torch.cat(pieces)[: parameter.ds_numel].view(parameter.ds_shape)
+            if keep and slow is not None:
+                found[name] = slow.cpu().clone()
+        return found
+
+    @torch.no_grad()
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        """Put back what `state` gave; all ranks must call this."""
+        for name, parameter in self.module.named_parameters():
+            with whole([parameter]):
+                parameter.copy_(state[name].view(parameter.shape))
+            if parameter.dtype == torch.float32:
+                continue
+            value = state[name].float()
+            if is_sharded(parameter) and not getattr(parameter, "ds_persist", False):
+                size, rank = parameter.ds_tensor.numel(), dist.get_rank()
+                value = nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+                value = value[size * rank : size * (rank + 1)]
+            self.slow[name] = value.to(parameter.device).clone()
 
     def generating(self, engine: nn.Module) -> contextlib.AbstractContextManager:
         """The reference's weights whole, wherever they are: in an engine of its own or the policy's ``engine``."""
         return gathered(engine, self.policy) if self.model is None else gathered(self.model, self.model)
 
 
-def prepare_frozen(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Place a frozen model: ZeRO-3 shards it, everything else holds it whole on each rank."""
+def sharded(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed holds the models."""
+    return getattr(accelerator.state, "deepspeed_plugin", None) is not None
+
+
+def prepare_frozen(model: nn.Module, accelerator: Accelerator, halve: bool = True) -> nn.Module:
+    """Place a frozen model: ZeRO-3 shards it, everything else holds it whole on each rank.
+
+    Args:
+        model: that nobody trains.
+        accelerator: of the trainer.
+        halve: under autocast, hold linear layers in the dtype that they compute in.
+    """
     if isinstance(model, SharedRole):
         # Its base is in the policy's engine already.
         return model.to(accelerator.device)
-    if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
+    if sharded(accelerator):
         from trl.models.utils import prepare_deepspeed
 
         return prepare_deepspeed(model, accelerator)
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    if halve and half is not None and accelerator.native_amp:
+        halve_frozen(model, half)
     return model.to(accelerator.device)

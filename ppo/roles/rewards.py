@@ -1,5 +1,6 @@
 """Where scores come from: a reward model, with any tokenizer; Python functions; or a weighted mix of them."""
 
+import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,6 +37,8 @@ class ModelReward:
         scorer.model.requires_grad_(False)
         self.scorer = scorer
         self.same_tokens = same_tokenizer(scorer.tokenizer, tokenizer) and scorer.is_decoder
+        # The run's arithmetic, once the trainer has placed the model.
+        self.computing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
         self.name = f"reward model {getattr(scorer.model, 'name_or_path', '') or type(scorer.model).__name__}"
 
     @property
@@ -62,9 +65,10 @@ class ModelReward:
             )
 
     def __call__(self, prompts, completions, prompt_ids, response_ids, finished, **columns) -> list[float]:
-        if self.same_tokens:
-            return self.scorer.score_sequences([[*p, *r] for p, r in zip(prompt_ids, response_ids, strict=True)])
-        return self.scorer.score(prompts, completions, finished)
+        with self.computing():
+            if self.same_tokens:
+                return self.scorer.score_sequences([[*p, *r] for p, r in zip(prompt_ids, response_ids, strict=True)])
+            return self.scorer.score(prompts, completions, finished)
 
 
 class ScorerReward:

@@ -1,5 +1,7 @@
 """Who takes part in PPO: policy, value, reference, rewards, and the engine that samples."""
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.models.loading.pretrained import eos_token_ids
+from ppo_vs_dpo.models.loading.pretrained import eos_token_ids, train_in_full
 from ppo_vs_dpo.models.sampling.engine import Engine
 from ppo_vs_dpo.models.sharding.deepspeed import held_bytes
 from ppo_vs_dpo.models.sharding.state import state_bytes
@@ -33,6 +35,8 @@ class Roles:
         tokenizer: the policy's.
         trained: policy and value as the one module that is trained; wrapped (DDP, DeepSpeed) once training begins.
         engine: what samples the rollouts; there when the trainer is.
+        computing: the run's arithmetic as a context: what is not called through ``trained`` runs within it, so that
+            all roles and phases round alike.
     """
 
     policy: PreTrainedModel
@@ -42,6 +46,7 @@ class Roles:
     tokenizer: PreTrainedTokenizerBase
     trained: nn.Module
     engine: Engine | None = None
+    computing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     @property
     def model(self) -> PolicyAndValue:
@@ -53,11 +58,12 @@ class Roles:
         """Every token that ends a response."""
         return eos_token_ids(self.policy, self.tokenizer)
 
-    def place(self, accelerator: Accelerator) -> None:
+    def place(self, accelerator: Accelerator, reference_moves: bool = False) -> None:
         """Put what is frozen on the device, or under DeepSpeed's ZeRO-3 into inference engines."""
-        self.reference.prepare(accelerator)
+        self.computing = accelerator.autocast
+        self.reference.prepare(accelerator, reference_moves)
         for part in self.rewards.models():
-            part.model = prepare_frozen(part.model, accelerator)
+            part.model, part.computing = prepare_frozen(part.model, accelerator), accelerator.autocast
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes that this rank holds of each role's weights and, sharded, of the optimizer and its fp32 weights."""
@@ -104,6 +110,9 @@ def make_roles(
     reference = as_policy(ref_model) if ref_model is not None else None
     if peft_config is not None:
         policy, value = add_adapters(policy, value, peft_config)
+    for trained in (policy, value):
+        if trained is not None:
+            train_in_full(trained, sharded=getattr(args, "deepspeed_plugin", None) is not None)
     return Roles(policy, value, Reference(reference, policy), rewards, tokenizer, PolicyAndValue(policy, value))
 
 

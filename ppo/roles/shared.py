@@ -151,7 +151,7 @@ def share_base(
     for name in (VALUE, REWARD):
         # Small, and trained or scored outside of any engine of its own.
         with unsharded_loading():
-            heads[name] = nn.Linear(width, 1, bias=False, dtype=base.dtype)
+            heads[name] = nn.Linear(width, 1, bias=False, dtype=torch.float32)
         starts_from_reward = reward is not None and (name == REWARD or value_from == "reward_model")
         if starts_from_reward:
             _load_scalar_adapter(model, reward, name, heads[name])

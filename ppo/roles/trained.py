@@ -51,11 +51,13 @@ class PolicyAndValue(nn.Module):
             ``ptx_logprobs``.
         """
         value_batch = batch
-        if value_mask is not None and not torch.equal(value_mask, batch.response_mask):
+        if value_mask is not None:
             # A parity convention: one value more, of the state after the last token. It attends to what is before it.
             prompt_mask = batch.attention_mask[:, : batch.prompt_length]
             attention_mask = torch.cat([prompt_mask, value_mask.to(prompt_mask.dtype)], dim=1)
-            value_batch = dataclasses.replace(batch, response_mask=value_mask, attention_mask=attention_mask)
+            value_batch = dataclasses.replace(
+                batch, response_mask=value_mask, attention_mask=attention_mask, on_host=None
+            )
         out = {} if self.value_model is None else {"values": response_values(self.value_model, value_batch)}
         if with_policy:
             out["logprobs"], entropy = response_logprobs(self.policy, batch, temperature, with_entropy)

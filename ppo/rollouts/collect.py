@@ -4,6 +4,7 @@ import torch
 from accelerate import Accelerator
 
 from ppo_vs_dpo.models.sampling.generation import Generated, row_seed
+from ppo_vs_dpo.models.sharding.collectives import global_max
 from ppo_vs_dpo.ppo.algorithm import token_rewards, whiten
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.roles.roles import Roles
@@ -70,7 +71,7 @@ def collect(
     with clock("time/forward"):
         forward(roles, rollout, generated, args, accelerator)
     if roles.engine.keeps_weights and args.check_first_ratio:
-        check_agreement(rollout, number + 1, compute_dtype(roles.policy, args))
+        check_agreement(rollout, number + 1, compute_dtype(roles.policy, args), accelerator.device)
 
     # What follows may be summed over ranks, and some backends do so on the device only.
     rollout = rollout.to(accelerator.device)
@@ -93,6 +94,11 @@ def collect(
     return estimate(rollout, args)
 
 
+def _differs(part: Rollout, args: PPOConfig) -> torch.Tensor | None:
+    """Where values count, by a convention that counts them elsewhere than at the tokens; else ``None``."""
+    return part.value_mask if args.conventions.score_after_last else None
+
+
 @torch.no_grad()
 def forward(
     roles: Roles, rollout: Rollout, generated: list[Generated], args: PPOConfig, accelerator: Accelerator
@@ -111,17 +117,24 @@ def forward(
         rollout.logprobs = rollout.engine_logprobs.clone()
     roles.trained.train()
     temperature = args.logprob_temperature
-    tokens = args.micro_batch_tokens if accelerator.num_processes == 1 else None
-    for rows in rollout.micro_batches(args.local_rollout_forward_batch_size, tokens):
+    size, tokens = args.local_rollout_forward_batch_size, args.micro_batch_tokens
+    groups = rollout.micro_batches(size, tokens)
+    if tokens is not None:
+        # Ranks must make the same number of passes: sharded weights are gathered in each.
+        most = int(global_max(torch.tensor(float(len(groups)), device=accelerator.device)))
+        groups = rollout.micro_batches(size, tokens, most)
+    for rows in groups:
         part = rollout.select(rows).to(accelerator.device)
         batch = part.batch()
         out = roles.trained(
-            batch, temperature, value_mask=part.value_mask, with_policy=not known, with_entropy=not known
+            batch, temperature, value_mask=_differs(part, args), with_policy=not known, with_entropy=not known
         )
-        out["ref_logprobs"] = roles.reference.logprobs(batch, temperature)
+        with roles.computing():
+            out["ref_logprobs"] = roles.reference.logprobs(batch, temperature)
         width = part.mask.shape[1]
-        for name, values in out.items():
-            getattr(rollout, name)[rows, :width] = values.float().cpu()
+        # One copy to the host for all.
+        for name, values in zip(out, torch.stack([x.float() for x in out.values()]).cpu(), strict=True):
+            getattr(rollout, name)[rows, :width] = values
     if not roles.engine.keeps_weights:
         # Sampled by the model that trains: nothing to correct for.
         rollout.engine_logprobs = rollout.logprobs.clone()

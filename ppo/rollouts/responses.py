@@ -35,7 +35,8 @@ def sample(
     if args.ds3_gather_for_generation:
         # ZeRO-3: the weights are gathered once for the whole rollout. Elsewhere nothing is in pieces.
         within = roles.reference.generating(roles.trained) if reference else gathered(roles.trained, model)
-    with within:
+    # Another engine has an arithmetic of its own.
+    with within, contextlib.nullcontext() if engine.keeps_weights else roles.computing():
         # Each time: whatever moved the weights (an update, a resume, the best checkpoint), they are sampled from.
         engine.update_weights(model)
         return engine.generate(prompt_ids, args.sampling(), seeds)

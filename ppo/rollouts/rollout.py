@@ -5,9 +5,10 @@ gathered once, and minibatches are then the same whatever the number of ranks.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,20 @@ from ppo_vs_dpo.models.passes.logprobs import Batch, pad_batch
 from ppo_vs_dpo.models.sharding.collectives import global_max, several
 
 PROMPT_FIELDS = ("prompt_ids", "prompt_mask")
+
+
+class Extents(NamedTuple):
+    """How far the ``N`` rows of a rollout reach, on the host.
+
+    Attributes:
+        prompt: ``(N,)`` real prompt tokens.
+        tokens: ``(N,)`` real response tokens.
+        width: ``(N,)`` columns up to the last where a token or a value counts.
+    """
+
+    prompt: torch.Tensor
+    tokens: torch.Tensor
+    width: torch.Tensor
 
 
 @dataclass
@@ -83,27 +98,48 @@ class Rollout:
             **{name: tokens.clone() for name in TOKEN_FLOATS},
         )
 
+    def fields(self) -> dict[str, torch.Tensor]:
+        """Its tensors by name."""
+        return {name: getattr(self, name) for name in FIELDS}
+
+    @functools.cached_property
+    def extents(self) -> "Extents":
+        """How far its rows reach, on the host: one copy, and cutting it up waits for no device afterwards."""
+        columns = torch.arange(1, self.mask.shape[1] + 1, device=self.mask.device)
+        width = ((self.value_mask | self.mask) * columns).amax(1)
+        found = torch.stack([self.prompt_mask.sum(1), self.mask.sum(1), width]).cpu()
+        return Extents(*found)
+
     def to(self, device: torch.device | str) -> "Rollout":
         """The same rollout on another device."""
-        return Rollout(**{name: value.to(device) for name, value in vars(self).items()})
+        return Rollout(**{name: value.to(device) for name, value in self.fields().items()})
 
     def select(self, rows: torch.Tensor | list[int]) -> "Rollout":
         """Some rows, with the columns that are padding in all of them cut off."""
-        rows = torch.as_tensor(rows, device=self.mask.device)
-        picked = {name: value[rows] for name, value in vars(self).items()}
-        prompt = max(1, int(picked["prompt_mask"].sum(1).max()))
+        rows = torch.as_tensor(rows, device="cpu")
+        extents = Extents(*(one[rows] for one in self.extents))
+        index = rows.to(self.mask.device)
+        picked = {name: value[index] for name, value in self.fields().items()}
         # Never narrower than one column: a response may be empty.
-        response = max(1, int(_width(picked["value_mask"] | picked["mask"])))
+        prompt, response = (max(1, int(one.max())) for one in (extents.prompt, extents.width))
         for name, value in picked.items():
             if name in PROMPT_FIELDS:
                 picked[name] = value[:, value.shape[1] - prompt :]
             elif value.dim() == 2:
                 picked[name] = value[:, :response]
-        return Rollout(**picked)
+        selected = Rollout(**picked)
+        selected.__dict__["extents"] = extents
+        return selected
 
     def batch(self) -> Batch:
         """Prompts and responses side by side, as the models take them."""
         attention_mask = torch.cat([self.prompt_mask, self.mask], dim=1).long()
+        on_host = (attention_mask, self.mask)
+        if self.mask.device.type != "cpu":
+            prompt, response = self.prompt_mask.shape[1], self.mask.shape[1]
+            real = torch.arange(response) < self.extents.tokens[:, None]
+            shown = torch.arange(prompt) >= prompt - self.extents.prompt[:, None]
+            on_host = (torch.cat([shown, real], dim=1).long(), real)
         return Batch(
             input_ids=torch.cat([self.prompt_ids, self.response_ids], dim=1),
             attention_mask=attention_mask,
@@ -111,31 +147,37 @@ class Rollout:
             response_ids=self.response_ids,
             response_mask=self.mask,
             prompt_length=self.prompt_ids.shape[1],
+            on_host=on_host,
         )
 
     def lengths(self) -> torch.Tensor:
         """``(N,)`` real response tokens."""
         return self.mask.sum(1)
 
-    def micro_batches(self, size: int, tokens: int | None = None) -> Iterator[torch.Tensor]:
-        """Row numbers in groups, similar lengths together, so that little is padding.
+    def micro_batches(self, size: int, tokens: int | None = None, at_least: int = 1) -> list[torch.Tensor]:
+        """Row numbers in groups, similar lengths together, so that little is padding; on the host.
 
         Args:
             size: rows of a group at most.
             tokens: real tokens of a group at most, unless a single row has more.
+            at_least: groups; the largest are parted until there are so many (or rows).
         """
-        total = self.prompt_mask.sum(1) + self.lengths()
-        lengths, order = torch.sort(total, stable=True)
+        lengths, order = torch.sort(self.extents.prompt + self.extents.tokens, stable=True)
         if tokens is None:
-            yield from order.split(size)
-            return
-        start, held = 0, 0
-        for stop, length in enumerate(lengths.tolist()):
-            if stop > start and (stop - start == size or held + length > tokens):
-                yield order[start:stop]
-                start, held = stop, 0
-            held += length
-        yield order[start:]
+            groups = list(order.split(size))
+        else:
+            groups, start, held = [], 0, 0
+            for stop, length in enumerate(lengths.tolist()):
+                if stop > start and (stop - start == size or held + length > tokens):
+                    groups.append(order[start:stop])
+                    start, held = stop, 0
+                held += length
+            groups.append(order[start:])
+        while len(groups) < min(at_least, len(order)):
+            place = max(range(len(groups)), key=lambda number: len(groups[number]))
+            half = (len(groups[place]) + 1) // 2
+            groups[place : place + 1] = [groups[place][:half], groups[place][half:]]
+        return groups
 
     def minibatches(self, number: int, seed: int, update: int, epoch: int, group: int = 1) -> list[torch.Tensor]:
         """A fresh random partition of the rows into ``number`` minibatches; the same on every rank.
@@ -159,7 +201,7 @@ class Rollout:
         widths = [self.prompt_ids.shape[1], self.response_ids.shape[1]]
         prompt, response = global_max(torch.tensor(widths, device=self.mask.device)).tolist()
         gathered = {}
-        for name, value in vars(self).items():
+        for name, value in self.fields().items():
             if name in PROMPT_FIELDS:
                 value = torch.nn.functional.pad(value, (prompt - value.shape[1], 0))
             elif value.dim() == 2:
@@ -177,7 +219,7 @@ class Rollout:
         from safetensors.torch import save_file
 
         with atomic_path(path) as temporary:
-            save_file({name: value.detach().cpu().contiguous() for name, value in vars(self).items()}, temporary)
+            save_file({name: value.detach().cpu().contiguous() for name, value in self.fields().items()}, temporary)
 
     @classmethod
     def load(cls, path: str | Path) -> "Rollout":
@@ -206,12 +248,6 @@ TOKEN_FLOATS = (
     "returns",
 )
 FIELDS = tuple(field.name for field in dataclasses.fields(Rollout))
-
-
-def _width(mask: torch.Tensor) -> int:
-    """One past the last True column of any row."""
-    columns = mask.any(0).nonzero()
-    return int(columns.max()) + 1 if len(columns) else 0
 
 
 def extend_by_one(mask: torch.Tensor) -> torch.Tensor:

@@ -75,15 +75,12 @@ def update(
         for group in optimizer.param_groups:
             if group.get("role") == "policy":
                 group["lr"] = 0.0
-    # Ranks must make the same number of passes: sharded weights are gathered in each.
-    budget = args.micro_batch_tokens if accelerator.num_processes == 1 else None
     totals, deviation, steps, stopped = Totals(), Totals(), 0, False
     for epoch, index, rows in _minibatches(rollout, args, number):
         name = f"update {number + 1}, pass {epoch + 1}, minibatch {index + 1}"
         sizes = {"tokens": rollout.mask[rows].sum(), "value_tokens": rollout.value_mask[rows].sum()}
         sizes["responses"] = len(rows)
-        mine = rollout.select(rows[accelerator.process_index :: accelerator.num_processes])
-        micro_batches = list(mine.micro_batches(args.per_device_train_batch_size, budget))
+        mine, micro_batches = _share(rollout, rows, args, accelerator)
         texts: list[Batch | None] = [None] * len(micro_batches)
         if ptx is not None and not value_only:
             # The draw of pretraining texts is numbered through, so that no text comes twice before all came once.
@@ -131,12 +128,27 @@ def _minibatches(rollout: Rollout, args: PPOConfig, number: int) -> Iterator[tup
             yield epoch, index, rows
 
 
+def _share(
+    rollout: Rollout, rows: torch.Tensor, args: PPOConfig, accelerator: Accelerator
+) -> tuple[Rollout, list[torch.Tensor]]:
+    """This rank's rows of a minibatch and their cut into micro-batches: as many as on any rank, which all can tell.
+
+    Sharded weights are gathered in each pass, by all ranks together.
+    """
+    ranks, rank = accelerator.num_processes, accelerator.process_index
+    size, tokens = args.per_device_train_batch_size, args.micro_batch_tokens
+    mine, most = rollout.select(rows[rank::ranks]), 1
+    if tokens is not None and ranks > 1:
+        most = max(len(rollout.select(rows[other::ranks]).micro_batches(size, tokens)) for other in range(ranks))
+    return mine, mine.micro_batches(size, tokens, most)
+
+
 def _forward(model: nn.Module, part: Rollout, text: Batch | None, sizes: dict, args: PPOConfig, value_only: bool):
     """The one pass with gradients through all that is trained; gives the `LossInputs` of the micro-batch ``part``."""
     out = model(
         part.batch(),
         args.logprob_temperature,
-        value_mask=part.value_mask,
+        value_mask=part.value_mask if args.conventions.score_after_last else None,
         with_policy=not value_only,
         with_entropy=args.entropy_coef != 0 and not value_only,
         ptx=text,

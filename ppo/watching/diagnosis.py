@@ -51,15 +51,15 @@ def non_finite(history: list[Metrics]) -> Finding | None:
 
 def first_ratio(history: list[Metrics]) -> Finding | None:
     """The policy that trains is not the one that sampled (N+: ratio exactly 1 on the first pass)."""
-    deviation = history[-1].get("val/first_ratio_deviation", 0.0)
-    if deviation <= 1e-4:
+    deviation, allowed = history[-1].get("first_ratio/mean", 0.0), history[-1].get("first_ratio/allowed", 1e-4)
+    if deviation <= allowed:
         return None
     return Finding(
         "ratio is not 1 at first",
-        f"before the first optimizer step of the update the log ratio was off by {deviation:.2g}.",
-        "Usually low precision (bf16 gives about 1e-2), dropout, or padding that changes what the model sees.",
-        "In fp32 it should be below 1e-5: check dropout and the attention implementation. In bf16 keep cliprange well "
-        "above it.",
+        f"before the first optimizer step of the update the log ratio was off by {deviation:.2g} on average, more "
+        f"than the rounding of this run's arithmetic ({allowed:g}).",
+        "Usually dropout, or padding that changes what the model sees.",
+        "Check dropout and the attention implementation; keep cliprange well above it.",
     )
 
 
@@ -219,7 +219,8 @@ CHECKS: tuple[Callable[[list[Metrics]], Finding | None], ...] = (
 
 # The figures that checks look at, and a checkpoint keeps.
 WATCHED = (
-    "val/first_ratio_deviation",
+    "first_ratio/mean",
+    "first_ratio/allowed",
     "objective/kl",
     "objective/kl_se",
     "objective/rlhf_reward",

@@ -104,7 +104,9 @@ class Evaluator:
             part = slice(start, start + size)
             pad_id, device = self.roles.tokenizer.pad_token_id, self.accelerator.device
             batch = pad_batch(prompt_ids[part], response_ids[part], pad_id, device=device)
-            pieces.append(full_kl(policy, reference.module, batch, self.args.logprob_temperature).sum(1).cpu())
+            with self.roles.computing():
+                kl = full_kl(policy, reference.module, batch, self.args.logprob_temperature)
+            pieces.append(kl.sum(1).cpu())
         return torch.cat(pieces) if pieces else torch.zeros(0)
 
     def _gather(self, table: torch.Tensor, total: int) -> torch.Tensor:

@@ -133,10 +133,10 @@ def test_a_policy_without_a_value_model():
 def test_nothing_is_touched():
     """The same inputs give the same outputs, gradients reach what is trained alone, and padding gets none."""
     given = inputs()
-    before = {name: value.clone() for name, value in vars(given.rollout).items()}
+    before = {name: value.clone() for name, value in given.rollout.fields().items()}
     first, second = (ppo_loss(given, CASES["all"][0]) for _ in range(2))
     assert torch.equal(first.loss, second.loss)
-    assert all(torch.equal(before[n].nan_to_num(), value.nan_to_num()) for n, value in vars(given.rollout).items())
+    assert all(torch.equal(before[n].nan_to_num(), value.nan_to_num()) for n, value in given.rollout.fields().items())
     first.loss.backward()
     for trained, mask in (
         (given.logprobs, given.rollout.mask),

@@ -35,7 +35,7 @@ def test_a_healthy_run_is_left_in_peace():
     ("kind", "rows"),
     [
         ("non-finite figure", [{"loss/policy_avg": float("nan")}]),
-        ("ratio is not 1 at first", [{"val/first_ratio_deviation": 0.02}]),
+        ("ratio is not 1 at first", [{"first_ratio/mean": 0.02}]),
         ("negative KL", [{"objective/kl": -0.5}]),
         ("no EOS", [{"response/eos_rate": 0.2}]),
         ("no EOS", [{}, {"response/eos_rate": 0.3}]),
