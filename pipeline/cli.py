@@ -20,6 +20,7 @@ From preference pairs to a verdict: SFT, reward model, PPO, DPO, best-of-n, comp
   ppo-vs-dpo plan NAME --gpus 8                  memory for each role, time at best, and whether it fits
   ppo-vs-dpo data inspect SOURCE                 what is in a preference data set, and what is wrong with it
   ppo-vs-dpo iterate RUN --rounds 3              iterative DPO: sample, score, pair, train, repeat, from a finished run
+  ppo-vs-dpo paper list | show NAME | run NAME   papers: full configurations, miniatures, which claims hold
   ppo-vs-dpo compare RUN [RUN ...]               pool finished runs (seeds, sweeps) into one report
   ppo-vs-dpo compare --policy a=MODEL --policy b=outputs.jsonl --judge my.py:score ...   your own models or outputs
   ppo-vs-dpo --help | --version
@@ -36,9 +37,9 @@ Often used
 Each stage alone: python -m ppo_vs_dpo.reward_model RUN_FOLDER
 """
 
-COMMANDS = ("list", "show", "plan", "data", "iterate", "compare")
+COMMANDS = ("list", "show", "plan", "data", "iterate", "paper", "compare")
 # Commands with options, and a help, of their own.
-ASKED = ("plan", "data", "iterate", "compare")
+ASKED = ("plan", "data", "iterate", "paper", "compare")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -120,6 +121,10 @@ def dispatch(arguments: list[str]) -> int:
         from ppo_vs_dpo.compare.pooled.runs import main as compare_several
 
         return compare_several(rest) or 0
+    if first == "paper":
+        from ppo_vs_dpo.pipeline.paper import main as paper
+
+        return paper(rest)
     if first in ("-m", "--multirun"):
         from ppo_vs_dpo.pipeline.sweep import sweep
 

@@ -87,7 +87,7 @@ def sweep_job(config: DictConfig) -> None:
     """One job of a sweep; runs wherever Hydra's launcher puts it."""
     from hydra.core.hydra_config import HydraConfig
 
-    from ppo_vs_dpo.pipeline.composing.compose import finish
+    from ppo_vs_dpo.pipeline.composing.compose import chosen, finish
     from ppo_vs_dpo.pipeline.running.run import run_pipeline
 
     hydra_config = HydraConfig.get()
@@ -96,7 +96,7 @@ def sweep_job(config: DictConfig) -> None:
     naming = [one for one in hydra_config.overrides.task if one.lstrip("+").partition("=")[0] not in fixed]
     resolved = finish(
         config,
-        hydra_config.runtime.choices.get("experiment"),
+        chosen(dict(hydra_config.runtime.choices)),
         naming,
         multirun=True,
         emptied=list(hydra_config.overrides.task),

@@ -13,7 +13,19 @@ import ppo_vs_dpo
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-ROOMS = ("artifacts", "models", "preferences", "sft", "reward_model", "ppo", "dpo", "compare", "pipeline", "configs")
+ROOMS = (
+    "artifacts",
+    "models",
+    "preferences",
+    "sft",
+    "reward_model",
+    "ppo",
+    "dpo",
+    "compare",
+    "papers",
+    "pipeline",
+    "configs",
+)
 
 
 def test_every_folder_with_code_is_installed():

@@ -17,11 +17,12 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.run import STAGES
 from ppo_vs_dpo.artifacts.settings import nearest, refused_keys
 from ppo_vs_dpo.models.loading.config import ModelConfig
+from ppo_vs_dpo.papers.settings import all_settings, unknown
 from ppo_vs_dpo.pipeline.composing.schema import CONFIGS, PIPELINE_KEYS, SECTIONS, load_class, root_keys, section_keys
 from ppo_vs_dpo.pipeline.composing.words import everywhere, experiments, no_such_choice, tracker_problems
 from ppo_vs_dpo.preferences.config import data_class
 
-GROUPS = ("experiment", "model", "data", "sft", "reward_model", "dpo", "ppo", "compare", "judge", "deepspeed")
+GROUPS = ("experiment", "paper", "model", "data", "sft", "reward_model", "dpo", "ppo", "compare", "judge", "deepspeed")
 # Bytes of a run's default name before it is cut; most file systems end at 255, and folders stand beside it.
 LONGEST_NAME = 120
 # Mappings whose keys are somebody else's: any name is taken.
@@ -121,7 +122,7 @@ def load(overrides: list[str], check_missing: bool = True) -> DictConfig:
             config = compose(config_name="config", overrides=prepare_overrides(overrides), return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(explain(error)) from None
-        experiment = config.hydra.runtime.choices.get("experiment")
+        experiment = chosen(dict(config.hydra.runtime.choices))
         task_overrides = list(config.hydra.overrides.task)
     return finish(config, experiment, task_overrides, multirun=False, check_missing=check_missing)
 
@@ -143,7 +144,7 @@ def compose_plainly(overrides: list[str]) -> DictConfig:
 
 def finish(
     config: DictConfig,
-    experiment: str | None,
+    experiment: str,
     overrides: list[str],
     multirun: bool,
     check_missing: bool = True,
@@ -153,25 +154,61 @@ def finish(
 
     Args:
         config: as Hydra composed it.
-        experiment: the choice of that group.
+        experiment: its name, from `chosen`.
         overrides: those that the run's name is made of.
         multirun: name it after all of them.
         check_missing: required keys must be set.
         emptied: all overrides, where ``overrides`` are not all.
     """
-    if not experiment or experiment == "null":
-        raise UserError(f"which experiment? Give experiment=NAME, one of: {', '.join(experiments())}.")
     plain = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
     OmegaConf.set_struct(plain, False)
     plain = OmegaConf.create(OmegaConf.to_container(plain, resolve=False))
     for key in emptied_keys(overrides if emptied is None else emptied):
         OmegaConf.update(plain, key, {}, merge=False)
     plain.experiment = experiment
+    leave_open(plain, experiment, overrides if emptied is None else emptied)
     if not plain.get("name"):
         plain.name = run_name(experiment, overrides, multirun)
     check(plain, check_missing)
     OmegaConf.resolve(plain)
     return plain
+
+
+def chosen(choices: dict[str, str | None]) -> str:
+    """The experiment's name: as it was given, or ``paper/NAME`` for a paper's full configuration.
+
+    Raises:
+        UserError: neither or both were given.
+    """
+    given = [
+        f"paper/{value}" if group == "paper" else value
+        for group in ("experiment", "paper")
+        if (value := choices.get(group)) and value != "null"
+    ]
+    if not given:
+        raise UserError(f"which experiment? Give experiment=NAME, one of: {', '.join(experiments())}.")
+    if len(given) > 1:
+        raise UserError(f"experiment={given[0]} and paper={given[1].removeprefix('paper/')}: give one of them.")
+    return given[0]
+
+
+def leave_open(config: DictConfig, experiment: str, overrides: list[str]) -> None:
+    """Set to ``???`` again what the experiment's own file leaves open and the command line does not fill.
+
+    OmegaConf lets the value of an earlier file stand where a later one says ``???``: a paper's unpublished number
+    would silently be the testbed's.
+    """
+    path = (
+        CONFIGS / f"{experiment}.yaml"
+        if experiment.startswith("paper/")
+        else CONFIGS / f"experiment/{experiment}.yaml"
+    )
+    if not path.is_file():
+        return
+    given = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    for key in unknown(path):
+        if not any(key == one or key.startswith(f"{one}.") for one in given):
+            OmegaConf.update(config, key, "???", force_add=True)
 
 
 def run_name(experiment: str, overrides: list[str], multirun: bool) -> str:
@@ -191,6 +228,8 @@ def run_name(experiment: str, overrides: list[str], multirun: bool) -> str:
 
 def explain(error: Exception) -> str:
     """Hydra's and OmegaConf's errors in one or two lines."""
+    if isinstance(error, MissingConfigException) and str(error.missing_cfg_file).startswith("paper/"):
+        return no_such_choice(str(error.missing_cfg_file).replace("paper/", "paper:", 1), all_settings())
     if isinstance(error, MissingConfigException) and error.options:
         wanted = str(error.missing_cfg_file)
         own = wanted.startswith("experiment/")
@@ -217,7 +256,8 @@ def check(config: DictConfig, check_missing: bool = True) -> None:
         # OmegaConf lets a typed default stand where a file says ???, so the model's path is looked at by hand.
         if not config.model.get("path") and not config.model.get("architecture"):
             missing = sorted({*missing, "model.path"})
-        problems += [f"{key}: required, and not set." for key in missing]
+        notes = notes_on(str(config.get("experiment")))
+        problems += [f"{key}: required, and not set.{notes.get(key, '')}" for key in missing]
     known = [*root_keys(), *SECTIONS, "experiment"]
     problems += [f"{key}: no such key.{nearest(key, known)}" for key in config if key not in known]
     try:
@@ -236,6 +276,12 @@ def check(config: DictConfig, check_missing: bool = True) -> None:
     problems += [f"stages: there is no stage {s}.{nearest(s, list(STAGES))}" for s in stages if s not in STAGES]
     if problems:
         raise complaint(problems)
+
+
+def notes_on(experiment: str) -> dict[str, str]:
+    """Key -> `` (what its comment says)`` for what a paper's file leaves open."""
+    path = CONFIGS / f"{experiment}.yaml"
+    return {key: f" ({note})" for key, note in unknown(path).items() if note} if path.is_file() else {}
 
 
 def check_section(section: str, values: DictConfig | dict, own: str) -> list[str]:

@@ -59,7 +59,7 @@ def comments(choices: dict[str, str | None]) -> dict[str, str]:
             continue
         path = CONFIGS / group / f"{choice}.yaml"
         if path.is_file():
-            prefix = "" if group == "experiment" else f"{group}."
+            prefix = "" if group in ("experiment", "paper") else f"{group}."
             found.update({f"{prefix}{key}": text for key, text in comments_of(path).items()})
     return found
 

@@ -69,8 +69,8 @@ def everywhere(overrides: list[str]) -> list[str]:
 
 
 def no_such_choice(wanted: str, options: list[str]) -> str:
-    """One line for a file that a group does not have: ``("experiment/quickstrat", [...])``."""
-    group, _, name = wanted.rpartition("/")
+    """One line for a file that a group does not have: ``("experiment/quickstrat", [...])``, ``"paper:a/b"``."""
+    group, _, name = wanted.partition(":") if ":" in wanted else wanted.rpartition("/")
     return (
         f"{group}={name}: there is no such {group or 'file'}.{nearest(name, options)} There are: {', '.join(options)}."
     )

@@ -61,6 +61,7 @@ class Shape:
 def _shape(kind: type, content: str) -> Shape:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.pytorch_utils import Conv1D
 
     config = kind.from_dict(json.loads(content))
     config.num_labels = 1
@@ -69,16 +70,21 @@ def _shape(kind: type, content: str) -> Shape:
         scalar = AutoModelForSequenceClassification.from_config(config)
     heads = config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    # GPT-2's linear layers are Conv1D, whose weight is (inputs, outputs).
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)}
     output = model.get_output_embeddings()
-    linear = [(name, module.in_features, module.out_features) for name, module in layers.items()]
+    linear = [
+        (name, m.in_features, m.out_features) if isinstance(m, torch.nn.Linear) else (name, *m.weight.shape)
+        for name, m in layers.items()
+    ]
+    ffn = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
     return Shape(
         parameters=sum(p.numel() for p in model.parameters()),
         scalar_parameters=sum(p.numel() for p in scalar.parameters()),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         kv=(getattr(config, "num_key_value_heads", None) or heads) * head,
-        ffn=config.intermediate_size,
+        ffn=ffn,
         gated=any(name.endswith("gate_proj") for name, _, _ in linear),
         vocabulary=config.vocab_size,
         multiplied=sum(module.weight.numel() for module in layers.values() if module is not output),

@@ -14,6 +14,7 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.pipeline.planning import memory
 from ppo_vs_dpo.pipeline.planning.advice import advice
 from ppo_vs_dpo.pipeline.planning.estimate import Job, estimate
+from ppo_vs_dpo.pipeline.planning.known import published_sizes
 from ppo_vs_dpo.pipeline.planning.memory import GB, GPUS, Gpu, Shape, Sharding
 from ppo_vs_dpo.pipeline.planning.scaling import write_table
 
@@ -173,6 +174,10 @@ def model_config(config: Any) -> Any:
         try:
             return AutoConfig.from_pretrained(section.path, revision=section.get("revision"))
         except (OSError, ValueError) as error:
+            sizes = published_sizes(section.path)
+            if sizes is not None:
+                sys.stdout.write(f"{section.path} was not reached; its sizes are those that were published.\n")
+                return AutoConfig.for_model(sizes.pop("model_type"), **sizes)
             raise UserError(f"model.path={section.path}: {str(error).splitlines()[0]}") from error
     architecture = OmegaConf.to_container(section.architecture, resolve=True)
     if "vocab_size" not in architecture:
@@ -186,7 +191,7 @@ def main(arguments: list[str]) -> int:
     """``ppo-vs-dpo plan [--gpus N] [--gpu NAME] [key=value ...]``; 0 where all fits, 1 where it does not."""
     parser = argparse.ArgumentParser(prog="ppo-vs-dpo plan", description=__doc__.splitlines()[0])
     parser.add_argument("overrides", nargs="*", help="a configuration, as for a run: experiment=NAME key=value ...")
-    parser.add_argument("--gpus", type=int, help="how many (default: launch.processes)")
+    parser.add_argument("--gpus", type=int, help="how many (default: launch.processes x launch.nodes)")
     parser.add_argument("--gpu", default="a100-80gb", choices=sorted(GPUS), help="which (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=512, help="longest prompt (default: %(default)s)")
     parser.add_argument("--table", metavar="FILE", help="write the table of known models into FILE instead")
@@ -197,7 +202,7 @@ def main(arguments: list[str]) -> int:
     from ppo_vs_dpo.pipeline.composing.compose import load
 
     config = load(given.overrides)
-    ranks = given.gpus or config.launch.processes
+    ranks = given.gpus or config.launch.processes * config.launch.nodes
     if ranks < 1:
         raise UserError(f"--gpus {ranks}: at least 1.")
     architecture = model_config(config)

@@ -6,24 +6,16 @@ from typing import Any
 from ppo_vs_dpo.artifacts.files import write_text
 from ppo_vs_dpo.pipeline.planning.advice import advice
 from ppo_vs_dpo.pipeline.planning.estimate import Job, estimate
+from ppo_vs_dpo.pipeline.planning.known import LLAMA_3_8B, LLAMA_3_70B, PYTHIA
 from ppo_vs_dpo.pipeline.planning.memory import GB, GPUS, Shape, Sharding
 
-# Sizes as published with the models: Biderman et al. 2023 (2304.01373), table 1, and the models' config.json;
-# Llama 3 (2407.21783), table 3.
-NEOX = {"model_type": "gpt_neox", "tie_word_embeddings": False, "max_position_embeddings": 2048}
-LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 8192}
 MODELS: dict[str, dict[str, Any]] = {
-    "Pythia-1B": {**NEOX, "vocab_size": 50304, "hidden_size": 2048, "num_hidden_layers": 16,
-                  "num_attention_heads": 8, "intermediate_size": 8192},
-    "Pythia-2.8B": {**NEOX, "vocab_size": 50304, "hidden_size": 2560, "num_hidden_layers": 32,
-                    "num_attention_heads": 32, "intermediate_size": 10240},
-    "Pythia-6.9B": {**NEOX, "vocab_size": 50432, "hidden_size": 4096, "num_hidden_layers": 32,
-                    "num_attention_heads": 32, "intermediate_size": 16384},
-    "Llama-3-8B": {**LLAMA, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-                   "intermediate_size": 14336},
-    "Llama-3-70B": {**LLAMA, "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64,
-                    "intermediate_size": 28672},
-}  # fmt: skip
+    "Pythia-1B": PYTHIA["1b"],
+    "Pythia-2.8B": PYTHIA["2.8b"],
+    "Pythia-6.9B": PYTHIA["6.9b"],
+    "Llama-3-8B": LLAMA_3_8B,
+    "Llama-3-70B": LLAMA_3_70B,
+}
 # The work: TL;DR's lengths (Huang et al. 2024: 512 + 53), 512 responses an update, 4 passes, checkpointing.
 PROMPT, RESPONSE, ROLLOUT, ROWS = 512, 53, 512, 8
 

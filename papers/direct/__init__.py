@@ -1,0 +1,1 @@
+"""Papers on DPO and on DPO against PPO."""

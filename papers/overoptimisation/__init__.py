@@ -1,0 +1,1 @@
+"""Papers on rewards that are optimised too far."""

@@ -1,0 +1,1 @@
+"""Papers whose recipe is what people reproduce."""
