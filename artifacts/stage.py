@@ -102,11 +102,12 @@ class StageContext:
         """
         if self.is_main_process:
             cost = {**peak_memory(), **self._counted}
-            if (self.dir / "model" / "config.json").is_file() or (
-                self.dir / "model" / "adapter_config.json"
-            ).is_file():
+            model = self.dir / "model"
+            # A model that was brought along keeps its own card, where it lies.
+            made = "given" not in figures
+            if made and any((model / name).is_file() for name in ("config.json", "adapter_config.json")):
                 config = OmegaConf.to_container(self.run.config, resolve=True)
-                write_card(self.dir / "model", self.stage, {**config, self.stage: self.config}, figures)
+                write_card(model, self.stage, {**config, self.stage: self.config}, figures)
             self.run.finish(self.name, self.fingerprint, self.seconds, figures, cost)
             self._spent_file.unlink(missing_ok=True)
 

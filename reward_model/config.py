@@ -15,6 +15,8 @@ class RewardModelStage:
         use_margin: train with the pairs' ``margin`` in the loss, -log sigma(delta - margin) (Llama 2, eq. 2).
         use_soft_labels: where the pairs have ``soft_label``, the probability that chosen is better, train with the
             cross-entropy to it (Bai et al. 2022b); else every pair counts as certain.
+        path: a reward model that is trained already, a folder or a name on the Hub: it takes the place of training one
+            (its scores are centred and judged on the run's held-out pairs like any other's).
         lora: train adapters (and the head) instead of all weights.
         merge_lora: save the merged model (and the adapter beside it); else the adapter alone.
         samples: SFT samples that the scores are centred on.
@@ -24,6 +26,7 @@ class RewardModelStage:
         label_noise: share of labels believed wrong, where no gold reward tells the ceiling (0.3 for HH).
     """
 
+    path: str | None = None
     head_init: str = "zero"
     use_margin: bool = False
     use_soft_labels: bool = True

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl.trainer.reward_config import RewardConfig
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.artifacts.files import read_parquet
+from ppo_vs_dpo.artifacts.files import atomic_folder, read_parquet
 from ppo_vs_dpo.artifacts.settings import split
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.models.loading.config import LoraSettings
@@ -154,6 +156,42 @@ def centre_and_report(
     return {**report, "score_bias": scorer.bias}
 
 
+def take_given(
+    context: StageContext, settings: RewardModelStage, source: str, test: Dataset, labels_from_gold: bool
+) -> None:
+    """A reward model that was trained elsewhere in the place of one of this run: linked, centred, judged.
+
+    Its weights are not copied: ``model/`` links to them, and has a configuration of its own for the bias.
+
+    Raises:
+        UserError: it is not there, or gives no single score.
+    """
+    if not context.is_main_process:
+        return
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(source))
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise UserError(
+                f"reward_model.path={source}: {str(error).splitlines()[0]} Give a folder, or a name on the Hub."
+            ) from error
+    with atomic_folder(context.dir / "model") as target:
+        for file in sorted(folder.iterdir()):
+            if file.name == "config.json":
+                (target / file.name).write_bytes(file.read_bytes())
+            elif file.is_file() and file.name != "README.md":
+                (target / file.name).symlink_to(file.resolve())
+    seen = read_parquet(context.run.path("pairs", "train.parquet"), PAIR_COLUMNS)
+    seen = seen.select(range(min(len(test), len(seen))))
+    with unsharded_loading():
+        report = centre_and_report(context, settings, context.dir / "model", seen, test, None, labels_from_gold)
+    context.finish(
+        given=source,
+        **{key: report[key] for key in ("score_bias", "accuracy", "ceiling", "ece", "brier", "warnings")},
+    )
+
+
 def run_stage(context: StageContext) -> None:
     """Run the stage."""
     settings, passed = split(context.config, RewardModelStage, RewardConfig, where="reward_model")
@@ -168,6 +206,10 @@ def run_stage(context: StageContext) -> None:
             "pairs/test.parquet has no rows, and the reward model must be judged on pairs it has not seen. Hold some "
             "out (the data section's test split)."
         )
+
+    if settings.path is not None:
+        take_given(context, settings, settings.path, test, "label_ceiling" in pair_figures)
+        return
 
     # 1. Where it starts: the SFT policy's weights, a head that knows nothing.
     folder = context.run.path("sft", "model")

@@ -15,7 +15,7 @@ from ppo_vs_dpo.compare.estimates.win_rates import PairTable
 from ppo_vs_dpo.compare.judges.agreement import position_bias
 from ppo_vs_dpo.compare.judges.llm import Cache, Comparison, Judgement, LLMJudge, LLMJudgeConfig
 from ppo_vs_dpo.compare.judges.scores import FunctionJudge, RewardModelJudge
-from ppo_vs_dpo.compare.sampling.contenders import Contender, shown_columns
+from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender, shown_columns
 from ppo_vs_dpo.compare.sampling.gather import model_config_of
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Prompts
 from ppo_vs_dpo.models.passes.inference import Ranks
@@ -36,10 +36,17 @@ def replies_file(context: StageContext) -> Path:
     return path
 
 
+def own_rewards(context: StageContext) -> list[str]:
+    """The functions that PPO of this run was rewarded by (``ppo.reward``)."""
+    reward = (context.run.config.get("ppo") or {}).get("reward") or []
+    parts = [reward] if isinstance(reward, str) else list(reward)
+    return [one for one in parts if one != PROXY] if context.run.done("ppo") is not None else []
+
+
 def make_judges(
     context: StageContext, entries: list[Any], ranks: Ranks
 ) -> tuple[list[FunctionJudge | RewardModelJudge], list[LLMJudge]]:
-    """The gold function and the reward model of the run, where there are any, and the judges of ``compare.judges``.
+    """The gold function, PPO's own rewards, the reward model, where there are any, and ``compare.judges``.
 
     Returns:
         Judges that score, and judges that read.
@@ -52,6 +59,9 @@ def make_judges(
     gold = (context.run.config.get("data") or {}).get("gold")
     if gold:
         scoring.append(FunctionJudge(gold))
+    for function in own_rewards(context):
+        scoring.append(FunctionJudge(function, function.rpartition(":")[2]))
+        scoring[-1].in_sample = True  # PPO was trained to please it
     if context.run.done("reward_model") is not None:
         folder = context.run.stage_dir("reward_model") / "model"
         scoring.append(RewardModelJudge(folder, model_config_of(context.run), ranks))

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_marker
 from ppo_vs_dpo.artifacts.guards import replaced
@@ -29,6 +31,7 @@ class Job:
         because: for a stale job, what changed; for one whose files are not whole any more, which.
         parts: hash of each thing the fingerprint is made of, so that a change can be named.
         kept: an earlier result, made from just this and moved aside since.
+        spared: of its needs, those it can do without: read where they are done, not asked for where they are not.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Job:
     because: str = ""
     parts: dict[str, str] = field(default_factory=dict)
     kept: Path | None = None
+    spared: tuple[str, ...] = ()
 
 
 def build(run: RunFolder) -> list[Job]:
@@ -52,9 +56,20 @@ def build(run: RunFolder) -> list[Job]:
         for point in [{}, *points_of(run.config, stage)]:
             job = Job(point_name(stage, point), stage, point, needs_of(run.config, stage))
             job.fingerprint, job.parts = known[job.name]
+            job.spared = spared(run.config, stage)
             _set_state(run, job)
             jobs.append(job)
     return jobs
+
+
+def spared(config: DictConfig, stage: str) -> tuple[str, ...]:
+    """The reward model, where PPO's reward is made of functions only: then nothing but best-of-n would read it."""
+    if stage not in ("ppo", "compare"):
+        return ()
+    section = config.get("ppo") or {}
+    reward = section.get("reward") or "reward_model"
+    parts = [reward] if isinstance(reward, str) else list(reward)
+    return ("reward_model",) if section.get("gold_reward") or "reward_model" not in parts else ()
 
 
 def _set_state(run: RunFolder, job: Job) -> None:
@@ -88,7 +103,7 @@ def select(jobs: list[Job], stages: list[str]) -> list[Job]:
     for job in chosen:
         for need in job.needs:
             other = by_name[need]
-            if other.stage not in stages and other.state != "done":
+            if other.stage not in stages and other.state != "done" and need not in job.spared:
                 reason = f"it is stale ({other.because} changed)" if other.state == "stale" else "it has not finished"
                 raise UserError(
                     f"stage {job.name} needs {other.name}, which is not among stages={list(stages)}, and {reason}. "

@@ -1,8 +1,13 @@
 """The stage's own keys. Apart from `ppo.config`, so that the pipeline can read them without importing transformers."""
 
 from dataclasses import dataclass
+from typing import Any
 
+from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.config import LoraSettings
+
+# The part of the reward that is the run's own reward model.
+MODEL = "reward_model"
 
 
 @dataclass
@@ -16,6 +21,8 @@ class PPOStage:
         validation_prompts: training prompts set aside for the evaluation during training; the held-out prompts of the
             verdict are never seen here.
         value_from: ``reward_model`` (N+ detail 22) or ``policy``: what the value model starts from.
+        reward: what is optimised: ``reward_model`` (of the run), a function ``my_file.py:function``, or a list whose
+            sum is weighted by ``reward_weights``.
         gold_reward: optimise the run's known gold reward (``data.gold``) instead of the reward model (DPO paper's
             PPO-GT).
     """
@@ -24,4 +31,42 @@ class PPOStage:
     shared_base: bool = False
     validation_prompts: int = 128
     value_from: str = "reward_model"
+    reward: Any = "reward_model"
     gold_reward: bool = False
+
+    @property
+    def rewards(self) -> list[str]:
+        """The parts of the reward by name; the reward model is ``reward_model``.
+
+        Raises:
+            UserError: something that is neither.
+        """
+        parts = self.reward if isinstance(self.reward, list) else [self.reward]
+        if not parts or not all(isinstance(one, str) and (one == MODEL or ":" in one) for one in parts):
+            raise UserError(
+                f"ppo.reward is {self.reward!r}; it must be {MODEL}, my_file.py:function, or a list of these, "
+                f"[{MODEL}, my_file.py:function]."
+            )
+        if len(set(parts)) < len(parts):
+            raise UserError(f"ppo.reward is {self.reward!r}: a part stands there twice.")
+        if self.gold_reward and parts != [MODEL]:
+            raise UserError("ppo.gold_reward and ppo.reward: give one; the gold reward stands in place of all others.")
+        return parts
+
+    @property
+    def uses_model(self) -> bool:
+        """Whether the run's reward model has a part in the reward."""
+        return not self.gold_reward and MODEL in self.rewards
+
+    @property
+    def functions(self) -> list[str]:
+        """The functions among the parts, in their order."""
+        return [one for one in self.rewards if one != MODEL]
+
+    def problems(self) -> list[str]:
+        """What cannot be meant, a sentence each; the command asks before the first stage starts."""
+        try:
+            self.rewards  # noqa: B018
+        except UserError as error:
+            return [str(error)]
+        return []

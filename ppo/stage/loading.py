@@ -14,6 +14,7 @@ from ppo_vs_dpo.models.loading.quantized import quantization
 from ppo_vs_dpo.models.sharding.deepspeed import is_sharded
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.roles.given import value_model_from
+from ppo_vs_dpo.ppo.roles.rewards import same_tokenizer
 from ppo_vs_dpo.ppo.roles.shared import reward_adapter, share_base
 from ppo_vs_dpo.ppo.roles.value_head import rescale_values
 from ppo_vs_dpo.ppo.stage.config import PPOStage
@@ -23,13 +24,13 @@ from ppo_vs_dpo.reward_model.scorer import RewardScorer, read_bias
 def load_roles(context: StageContext, own: PPOStage, config: ModelConfig, args: PPOConfig) -> dict[str, Any]:
     """The roles as keyword arguments of `ppo.trainer.PPOTrainer`.
 
-    With ``gold_reward`` there is no reward model; the caller adds the function.
+    Where the reward is made of functions only there is no reward model; the caller adds the functions.
 
     Raises:
         UserError: a stage before this one is missing, or the settings contradict each other.
     """
     context.run.require("sft")
-    if not own.gold_reward:
+    if own.uses_model:
         context.run.require("reward_model")
     return (_on_one_base if own.shared_base else _separate)(context, own, config, args)
 
@@ -44,7 +45,7 @@ def _separate(context: StageContext, own: PPOStage, config: ModelConfig, args: P
     elif any(is_sharded(parameter) for parameter in policy.parameters()):
         # ZeRO-3 splits what it loads as it is read; the trainer's copy of the policy would be whole for a moment.
         roles["ref_model"] = load_policy(sft, config)
-    if own.gold_reward:
+    if not own.uses_model:
         if base is not None and args.has_critic:
             roles["value_model"] = _backbone_of(sft, config, base)
         return roles
@@ -52,7 +53,7 @@ def _separate(context: StageContext, own: PPOStage, config: ModelConfig, args: P
     roles["reward_model"] = reward
     if not args.has_critic:
         return roles
-    if own.value_from == "reward_model":
+    if starts_from_reward_model(own, reward, sft, config):
         roles["value_model"] = load_value_or_reward(folder, config, trainable=True, quantization=base)
         rescale_values(roles["value_model"], 1.0, reward.bias + args.fixed_score_bias)
     elif base is not None:
@@ -60,6 +61,16 @@ def _separate(context: StageContext, own: PPOStage, config: ModelConfig, args: P
     else:
         roles["value_model"] = value_model_from(None, policy)
     return roles
+
+
+def starts_from_reward_model(own: PPOStage, reward: RewardScorer, sft: Path, config: ModelConfig) -> bool:
+    """Whether the value model can be a copy of the reward model: it must read the policy's tokens.
+
+    One from the Hub may not (another vocabulary, an encoder); the value model then starts from the policy.
+    """
+    if own.value_from != "reward_model":
+        return False
+    return reward.is_decoder and same_tokenizer(reward.tokenizer, load_tokenizer(sft, config))
 
 
 def _backbone_of(sft: Path, config: ModelConfig, base: Any) -> PreTrainedModel:
@@ -77,7 +88,7 @@ def _on_one_base(context: StageContext, own: PPOStage, config: ModelConfig, args
     if args.sync_ref_model:
         raise UserError("ppo.sync_ref_model moves the reference, and with ppo.shared_base it is the frozen base.")
     sft = context.run.path("sft", "model")
-    folder = None if own.gold_reward else reward_adapter(context.run.path("reward_model"), sft)
+    folder = None if not own.uses_model else reward_adapter(context.run.path("reward_model"), sft)
     policy, value_model, reward = share_base(
         load_policy(sft, config, quantization=quantization(own.lora, config, context)),
         own.lora,

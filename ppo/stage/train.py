@@ -3,7 +3,6 @@
 Reads ``sft/model``, ``reward_model/model`` and ``data/prompts_train.parquet``; writes ``ppo/model``.
 """
 
-import importlib
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from ppo_vs_dpo.ppo.roles.reference import is_peft
 from ppo_vs_dpo.ppo.stage.config import PPOStage
 from ppo_vs_dpo.ppo.stage.loading import load_roles
 from ppo_vs_dpo.ppo.trainer import PPOTrainer
+from ppo_vs_dpo.preferences.recipes.gold import load_gold
 
 
 def split_prompts(prompts: Dataset, validation: int, seed: int) -> tuple[Dataset, Dataset | None]:
@@ -76,20 +76,18 @@ def can_choose_best(passed: dict[str, Any]) -> bool:
     return evaluates and passed.get("save_strategy") not in (False, "no") and not passed.get("save_only_model")
 
 
-def gold_reward(context: StageContext):
-    """The run's known gold reward, a function named in ``data.gold``.
+def reward_functions(context: StageContext, own: PPOStage) -> list:
+    """The functions that the reward is made of: the gold reward of the data, or those of ``ppo.reward``.
 
     Raises:
-        UserError: there is none, or it cannot be imported.
+        UserError: there is no gold reward, or a function cannot be imported.
     """
+    if not own.gold_reward:
+        return [load_gold(name, "ppo.reward") for name in own.functions]
     name = OmegaConf.select(context.run.config, "data.gold")
     if not name:
         raise UserError("ppo.gold_reward is set, and the data of this run has no gold reward (data.gold).")
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"data.gold is {name!r}, which cannot be imported: {error}") from error
+    return [load_gold(name)]
 
 
 def run_stage(context: StageContext) -> None:
@@ -107,8 +105,7 @@ def run_stage(context: StageContext) -> None:
 
     # 1. The models. The reference is made from the policy: a copy, or the policy without its adapters.
     roles = load_roles(context, own, config, args)
-    if own.gold_reward:
-        roles["reward_funcs"] = gold_reward(context)
+    roles["reward_funcs"] = reward_functions(context, own) or None
     tokenizer = load_tokenizer(context.run.path("sft", "model"), config)
 
     # 2. The prompts.

@@ -204,6 +204,14 @@ def test_without_gold_the_in_sample_judge_says_so(run):
     assert "in-sample" in (run / "compare" / "report.html").read_text()
 
 
+def test_what_ppo_was_rewarded_by_is_asked_as_an_in_sample_judge(run):
+    path = run / "config.yaml"
+    path.write_text(path.read_text() + "ppo: {reward: [reward_model, 'tests.compare.helpers:tie_gold']}\n")
+    report = compare(run)
+    assert report["judges"]["tie_gold"]["in_sample"]
+    assert {entry["judge"] for entry in report["win_rates"]} >= {"tie_gold", "gold", "reward_model"}
+
+
 def test_completions_made_elsewhere(run, tmp_path):
     rows = [{"prompt": prompt, "completion": " good good good"} for prompt in PROMPTS]
     write_jsonl(tmp_path / "mine.jsonl", [*rows, rows[0]])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers import LlamaConfig, LlamaForSequenceClassification
 from trl.trainer.reward_config import RewardConfig
 
 import ppo_vs_dpo.reward_model.train as reward_model_train
@@ -199,6 +200,35 @@ def test_stage(word_tokenizer, tiny_llama, tmp_path):
     test = read_parquet(run.path("pairs", "test.parquet"))
     delta = scored_pairs(scorer, test, None, None)["delta"]
     assert np.mean(delta > 0) == pytest.approx(report["accuracy"])
+
+
+def test_a_model_that_was_trained_elsewhere(word_tokenizer, tiny_llama, tmp_path):
+    """reward_model.path: no weight is trained or copied; the bias is this run's, the folder stays as it was."""
+    model = LlamaForSequenceClassification(LlamaConfig(**{**tiny_llama().config.to_dict(), "num_labels": 1}))
+    torch.manual_seed(5)
+    torch.nn.init.normal_(model.score.weight)
+    theirs = tmp_path / "theirs"
+    model.save_pretrained(theirs)
+    word_tokenizer.save_pretrained(theirs)
+    (theirs / "README.md").write_text("theirs")
+    before = {file.name: file.read_bytes() for file in theirs.iterdir()}
+    run = make_run(tmp_path / "run", word_tokenizer, tiny_llama(), reward_model={"path": str(theirs)})
+    run_stage(context_of(run, "reward_model"))
+    assert {file.name: file.read_bytes() for file in theirs.iterdir()} == before
+    saved = run.path("reward_model", "model")
+    assert (saved / "model.safetensors").resolve() == (theirs / "model.safetensors").resolve()
+    assert not (saved / "README.md").exists()
+    figures = run.done("reward_model")["figures"]
+    assert figures["given"] == str(theirs)
+    assert 0 <= figures["accuracy"] <= 1
+    ours, alone = RewardScorer.load(saved), RewardScorer.load(theirs)
+    assert (alone.bias, ours.bias) == (0.0, figures["score_bias"])
+    assert ours.score(["the film was"], [" good"])[0] == pytest.approx(
+        alone.score(["the film was"], [" good"])[0] - ours.bias, abs=1e-6
+    )
+    wrong = make_run(tmp_path / "wrong", word_tokenizer, tiny_llama(), reward_model={"path": str(tmp_path / "gone")})
+    with pytest.raises(UserError, match=r"reward_model\.path=.*gone: .* Give a folder, or a name on the Hub"):
+        run_stage(context_of(wrong, "reward_model"))
 
 
 def test_an_interrupted_run_ends_bit_for_bit_as_if_it_had_not_been(word_tokenizer, tiny_llama, tmp_path, monkeypatch):

@@ -108,6 +108,26 @@ def test_a_stage_that_did_not_finish_is_resumed(finished, tmp_path):
     assert found["compare"] == "done"  # it read the same inputs; ppo will give the same result
 
 
+@pytest.mark.parametrize(
+    ("ppo", "asks"),
+    [
+        ({}, True),
+        ({"reward": ["reward_model", "a.py:f"]}, True),
+        ({"reward": "a.py:f"}, False),
+        ({"gold_reward": True}, False),
+    ],
+)
+def test_no_reward_model_is_asked_for_where_nothing_reads_it(ppo, asks, tmp_path):
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create({**CONFIG, "ppo": ppo})))
+    jobs = graph.build(RunFolder(tmp_path))
+    stages = [stage for stage in STAGES if stage != "reward_model"]
+    if asks:
+        with pytest.raises(UserError, match="needs reward_model"):
+            graph.select(jobs, stages)
+    else:
+        assert "reward_model" not in {job.stage for job in graph.select(jobs, stages)}
+
+
 def test_chosen_stages_need_theirs_done(finished, tmp_path):
     config, write = finished
     run = write({**config, "sft": {"learning_rate": 0.3}})

@@ -15,7 +15,8 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import write_parquet
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.artifacts.stage import StageContext
-from ppo_vs_dpo.ppo.stage.train import gold_reward, run_stage, split_prompts
+from ppo_vs_dpo.ppo.stage.config import PPOStage
+from ppo_vs_dpo.ppo.stage.train import reward_functions, run_stage, split_prompts
 from ppo_vs_dpo.reward_model.scorer import store_bias
 from tests.ppo.conftest import PROMPTS
 
@@ -137,10 +138,47 @@ def test_adapters_are_merged(run_folder):
 def test_gold_reward_in_place_of_the_reward_model(run_folder):
     run = run_folder(gold_reward=True, max_steps=1)
     context = StageContext(run, "ppo")
-    assert gold_reward(context)(["a"], ["good film"]) == [-2.0]
+    (gold,) = reward_functions(context, PPOStage(gold_reward=True))
+    assert gold(["a"], ["good film"]) == [-2.0]
     run.clear("reward_model")
     run_stage(context)
     assert metrics(run.path("ppo"))[0]["objective/scores"] <= 0
+
+
+OWN = "def words(prompts, completions, **columns):\n    return [100.0 + len(one.split()) for one in completions]\n"
+
+
+def test_a_function_of_one_s_own_alone_or_beside_the_reward_model(run_folder, tmp_path):
+    """ppo.reward: the file's function is what is optimised; in a list its share is what reward_weights says."""
+    (tmp_path / "own.py").write_text(OWN)
+    name = f"{tmp_path}/own.py:words"
+    scores = {}
+    for reward, weights in (("reward_model", None), (name, None), (["reward_model", name], [1.0, 0.5])):
+        run = run_folder(reward=reward, reward_weights=weights, max_steps=1, missing_eos_penalty=None)
+        if reward == name:
+            run.clear("reward_model")
+        run_stage(StageContext(run, "ppo"))
+        scores[str(reward)] = metrics(run.path("ppo"))[0]["objective/scores"]
+        run.clear("ppo")
+    model, own, mixed = scores.values()
+    assert 100 <= own <= 106
+    assert mixed == pytest.approx(model + own / 2, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"reward": "rewrd_model"}, "must be reward_model, my_file.py:function, or a list"),
+        ({"reward": []}, "must be reward_model, my_file.py:function, or a list"),
+        ({"reward": ["a.py:f", "a.py:f"]}, "a part stands there twice"),
+        ({"reward": "a.py:f", "gold_reward": True}, "give one; the gold reward stands in place of all others"),
+    ],
+)
+def test_a_reward_that_cannot_be_meant(settings, words):
+    (problem,) = PPOStage(**settings).problems()
+    assert words in problem
+    with pytest.raises(UserError, match=r"ppo\.reward=nowhere\.py:f: .*does not exist"):
+        reward_functions(None, PPOStage(reward="nowhere.py:f"))
 
 
 def test_what_the_value_model_starts_from(run_folder, monkeypatch):
