@@ -193,6 +193,16 @@ def overview(checked: Sequence[Checked]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def minutes(checked: Sequence[Checked]) -> float:
+    """What all miniatures took; runs of the pipeline that several papers look at count once."""
+    spent: dict[str, float] = {}
+    for one in checked:
+        if one.miniature is not None:
+            # A world belongs to one paper.
+            spent["".join(one.miniature.run) or one.paper.name] = one.minutes
+    return sum(spent.values())
+
+
 def document(checked: Sequence[Checked]) -> str:
     """docs/papers.md."""
     every = [claim for one in checked for claim in one.claims]
@@ -209,7 +219,7 @@ def document(checked: Sequence[Checked]) -> str:
         "stays here.",
         "",
         f"{len(checked)} papers, {len(every)} claims: {summary(every) if every else 'none checked yet'}; "
-        f"{sum(one.minutes for one in checked):.1f} minutes in all.",
+        f"{minutes(checked):.1f} minutes in all.",
     ]
     for one in checked:
         lines += ["", f"## {one.paper.title}", "", one.paper.question]

@@ -8,7 +8,7 @@ import numpy as np
 from ppo_vs_dpo.papers.claims import Report, Statement, figure
 from ppo_vs_dpo.papers.paper import Paper
 from ppo_vs_dpo.papers.worlds.bits import bradley_terry, pairs, world
-from ppo_vs_dpo.ppo.algorithm import AdaptiveKL
+from ppo_vs_dpo.ppo.updates.kl_controllers import AdaptiveKL
 
 PLACE = "Ziegler et al. 2019 (1909.08593)"
 
