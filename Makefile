@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install browser quickstart test test-slow bench lint format clean
+.PHONY: install browser quickstart test test-slow bench audit lint format clean
 
 install: $(STAMP)
 
@@ -41,6 +41,10 @@ bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.dpo_vs_trl
 	@$(BIN)/python -m benchmarks.reward_vs_trl
 	@$(BIN)/python -m benchmarks.ppo_vs_trl --scaling --rounds 1
+
+# The comparison's statistics under simulation; writes the tables of docs/statistics.md.
+audit: $(STAMP)
+	$(BIN)/python -m benchmarks.statistics_audit --write docs/statistics.md $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

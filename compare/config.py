@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+# On which prompts a main point was chosen: none (fixed beforehand), validation prompts, or those of the comparison.
+CHOSEN_ON = ("fixed", "validation", "heldout")
+
 
 @dataclass
 class CompareStage:
@@ -30,8 +33,13 @@ class CompareStage:
             optimal frontier is exact; 0 never does.
         policies: further policies: ``{name: {path: MODEL}}`` or ``{name: {completions: FILE}}``.
         judges: further judges; see ``docs/compare.md``. The gold function and the reward model are always asked.
-        resamples: bootstrap resamples and random sign flips.
-        confidence: of all intervals.
+        tuning: how each method's main point was found, ``{ppo: {settings: 12, chosen_on: validation}}``: how many
+            settings were tried, and on which prompts the main one was chosen (`CHOSEN_ON`); recorded and printed.
+        near_duplicate: prompts of one dialogue and equal ones are one unit of evidence, and so are those whose
+            5-character shingles overlap at least this much (Jaccard); 1 and above: only the first two kinds.
+        delta: the smallest difference of a win rate from 1/2 that matters; set before, for "equal within delta".
+        resamples: a fifth of the random sign flips that test a judge that reads; all other tests are exact.
+        confidence: of all intervals; 1 - confidence is the level of every test.
     """
 
     n_prompts: int = 512
@@ -52,6 +60,9 @@ class CompareStage:
     enumerate_up_to: int = 100_000
     policies: dict[str, Any] = field(default_factory=dict)
     judges: list[Any] = field(default_factory=list)
+    tuning: dict[str, Any] = field(default_factory=dict)
+    near_duplicate: float = 0.8
+    delta: float = 0.05
     resamples: int = 2000
     confidence: float = 0.95
 
@@ -70,4 +81,17 @@ class CompareStage:
             found.append(f"compare.best_of_n: {too_large[0]} is not in 1..pool_size ({self.pool_size}).")
         if not 0.5 <= self.confidence < 1:
             found.append(f"compare.confidence is {self.confidence}; it must be in [0.5, 1).")
+        for name, one in (self.tuning or {}).items():
+            known = isinstance(one, dict) and set(one) <= {"settings", "chosen_on"}
+            counted = known and type(one.get("settings", 1)) is int and one.get("settings", 1) >= 1
+            if name not in ("ppo", "dpo") or not counted or one.get("chosen_on", "fixed") not in CHOSEN_ON:
+                found.append(
+                    f"compare.tuning.{name} is {one!r}; it must be like "
+                    f"{{settings: 12, chosen_on: validation}}, for ppo or dpo, "
+                    f"chosen_on one of {', '.join(CHOSEN_ON)}."
+                )
+        if not 0 < self.delta < 0.5:
+            found.append(f"compare.delta is {self.delta}; it must lie between 0 and 0.5 (0.05 is 5 points).")
+        if not self.near_duplicate > 0:
+            found.append(f"compare.near_duplicate is {self.near_duplicate}; it must be above 0 (1 switches it off).")
         return found

@@ -13,16 +13,18 @@ from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.compare.config import CompareStage
 from ppo_vs_dpo.compare.estimates.judgements import comparisons_of, make_judges, table_of
 from ppo_vs_dpo.compare.estimates.win_rates import Settings, judge_pairs
+from ppo_vs_dpo.compare.frontier.cross import cross_logprobs
 from ppo_vs_dpo.compare.frontier.gaps import Enumerated, enumerate_policies, optimal_figures
 from ppo_vs_dpo.compare.judges.llm import Judgement, LLMJudge
 from ppo_vs_dpo.compare.report.assemble import best_of_n_logprobs, figures
 from ppo_vs_dpo.compare.report.cost import cost
+from ppo_vs_dpo.compare.report.decision import decide
 from ppo_vs_dpo.compare.report.pages import write_report
 from ppo_vs_dpo.compare.report.tables import write_completions, write_judgements
-from ppo_vs_dpo.compare.report.verdict import sentences, warnings
+from ppo_vs_dpo.compare.report.verdict import sentences, warnings, would_change
 from ppo_vs_dpo.compare.sampling.completions import Draws, split_draws
 from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender, along_training, contenders_of
-from ppo_vs_dpo.compare.sampling.gather import Gatherer, model_config_of, score_all
+from ppo_vs_dpo.compare.sampling.gather import Gatherer, heldout_accuracy, model_config_of, score_all
 from ppo_vs_dpo.compare.sampling.policies import (
     REFERENCE,
     Policy,
@@ -31,13 +33,14 @@ from ppo_vs_dpo.compare.sampling.policies import (
     heldout_prompts,
     is_given,
     policies_of,
+    tuning_of,
     unmeasured,
 )
 from ppo_vs_dpo.models.passes.inference import Ranks
 from ppo_vs_dpo.models.sharding.deepspeed import held_bytes, named_step, tell_held_bytes
 
 # Version of report.json; docs/compare.md describes the fields.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def run_compare(context: StageContext) -> None:
@@ -52,11 +55,13 @@ def run_compare(context: StageContext) -> None:
     check_settings(settings)
     # 1. The same pairs in both branches, and prompts that nobody was trained on.
     pair_set = check_pair_set(context.run)
-    prompts = heldout_prompts(context.run, settings.n_prompts)
+    prompts = heldout_prompts(context.run, settings.n_prompts, settings.near_duplicate)
     policies, notes = policies_of(context.run, settings)
     check_best_of(settings, policies)
     if prompts.trained_on:
         notes.append(f"{prompts.trained_on} held-out prompts had been trained on in this run and were left out.")
+    if prompts.repeated:
+        notes.append(f"{prompts.repeated} held-out prompts stood there twice and count once.")
     # 2. and 3. What takes models; under a launcher all ranks do it together, the rest is the main process's.
     found = ask_models(context, settings, prompts, policies)
     if found is None:
@@ -72,7 +77,9 @@ def run_compare(context: StageContext) -> None:
     scored = {judge.name: judge_pairs(contenders, judge.name) for judge in scoring}
     read: list[Judgement] = []
     tables = dict(scored)
-    judges: dict[str, dict[str, Any]] = {j.name: {**j.identity(), "in_sample": j.in_sample} for j in scoring}
+    judges: dict[str, dict[str, Any]] = {
+        j.name: {**j.identity(), "in_sample": j.in_sample, "heldout": found.checked[j.name]} for j in scoring
+    }
     stopped: list[str] = []
     for judge in reading:
         verdicts, why = ask(context, judge, contenders, prompts)
@@ -83,24 +90,31 @@ def run_compare(context: StageContext) -> None:
         notes += reading_notes(judge, known, why)
         stopped += [why] if why else []
     # 5. Figures.
-    how = Settings(settings.resamples, context.seed, settings.confidence)
+    how = Settings(settings.resamples, context.seed, settings.confidence, prompts.clusters)
     report = {
         "schema_version": SCHEMA_VERSION,
         "verdict": [],
+        "would_change": [],
         "warnings": [],
-        "settings": {"seeds": [context.seed], **vars(settings), "n_prompts": len(prompts)},
+        "settings": {
+            "seeds": [context.seed],
+            **vars(settings),
+            "n_prompts": len(prompts),
+            "units": prompts.units,
+            "tuning": tuning_of(context.run, settings),
+        },
         "pair_set": pair_set,
         "judges": judges,
         "names": {REFERENCE: context.run.config.given.shown} if is_given(context.run) else {},
-        **figures(
-            contenders, checkpoints, draws, scored, tables, found.logprobs, settings, context.seed, found.learned
-        ),
+        **figures(contenders, checkpoints, draws, scored, tables, found.logprobs, settings, how, found.learned),
         "optimum": optimal_figures(contenders, draws, scoring, found.enumerated, context.run, settings, how),
         "reward_model": reward_model_figures(context),
     }
     report["settings"].pop("workers")
+    report["decision"] = decide(report)
     report["warnings"] = notes + warnings(report)
     report["verdict"] = sentences(report)
+    report["would_change"] = would_change(report)
     report["cost"] = cost(context, found.learned, started)
     report["cost"]["judges"] = {judge.name: judge.counted() for judge in reading}
     # 6. Files.
@@ -134,6 +148,7 @@ class Asked:
         logprobs: of what best-of-n selects.
         enumerated: all completions that there are, where they are few.
         has_model: whether a reference model is known; else there are outputs only.
+        checked: judge that scores -> on how many held-out pairs it is right.
     """
 
     scoring: list[Any]
@@ -144,6 +159,7 @@ class Asked:
     logprobs: dict[str, np.ndarray]
     enumerated: Enumerated | None
     has_model: bool
+    checked: dict[str, dict[str, int]]
 
 
 def ask_models(
@@ -168,8 +184,11 @@ def ask_models(
         for number, judge in enumerate(scoring):
             score_all(judge, draws, prompts, settings.workers, ranks)
             context.progress(80 + 5 * (number + 1) / len(scoring), 100, f"judged by {judge.name}")
+        pairs = gatherer.reference.pairs if gatherer.has_model else ()
+        checked = {judge.name: heldout_accuracy(judge, pairs, settings.workers, ranks) for judge in scoring}
         contenders = contenders_of(policies, draws, settings)
         logprobs = best_of_n_logprobs(contenders, draws, gatherer)
+        cross_logprobs(contenders, policies, draws, gatherer)
         enumerated = enumerate_policies(contenders, policies, scoring, gatherer, settings)
         if ranks.settings is not None and gatherer.has_model:
             held = {judge.name: held_bytes(judge.frozen.model) for judge in scoring if judge.heavy}
@@ -177,7 +196,7 @@ def ask_models(
         if not ranks.leave():
             return None
     learned = {policy.name: extra for policy, (_, extra) in zip(policies, gathered, strict=True)}
-    return Asked(scoring, reading, draws, learned, contenders, logprobs, enumerated, gatherer.has_model)
+    return Asked(scoring, reading, draws, learned, contenders, logprobs, enumerated, gatherer.has_model, checked)
 
 
 def check_settings(settings: CompareStage) -> None:

@@ -21,14 +21,8 @@ import numpy as np
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import finite
 from ppo_vs_dpo.compare.estimates.length_control import length_controlled
-from ppo_vs_dpo.compare.estimates.statistics import (
-    detectable_gap,
-    permutation_test,
-    prompts_needed,
-    sign_test,
-    wilson,
-    win_rate_interval,
-)
+from ppo_vs_dpo.compare.statistics.intervals import wilson
+from ppo_vs_dpo.compare.statistics.significance import detectable_gap, sign_test, win_rates_with_p
 
 
 def load_annotations(path: str | Path) -> list[dict[str, Any]]:
@@ -135,7 +129,7 @@ def statistics_of(
     preference = np.where(values == 0, 1.5, values) - 1
     n = len(preference)
     discrete = np.where(draws, 0.5, np.round(values) - 1)
-    interval = win_rate_interval(preference[:, None])
+    interval, p = win_rates_with_p(preference[:, None])
     low, high = wilson(discrete.sum(), n)
     result: dict[str, Any] = {
         "win_rate": float(preference.mean() * 100),
@@ -148,12 +142,9 @@ def statistics_of(
         "n_without_preference": int((~usable).sum()),
         "win_rate_ci": [100 * x for x in interval.ci(0)],
         "discrete_win_rate_wilson": [100 * low, 100 * high],
-        "p_permutation": float(permutation_test(preference[:, None], resamples=9999)[0]),
+        "p_permutation": float(p[0]),
         "p_sign": sign_test(preference),
         "detectable_gap": 100 * detectable_gap(n, float(preference.std(ddof=1)) if n > 1 else 0.5),
-        "prompts_needed": prompts_needed(
-            float(preference.mean() - 0.5), float(preference.std(ddof=1)) if n > 1 else 0.5
-        ),
     }
     kept = [row for row, use in zip(rows, usable, strict=True) if use]
     texts = [(row.get("output_1"), row.get("output_2")) for row in kept]

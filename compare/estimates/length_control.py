@@ -21,6 +21,9 @@ STRENGTHS = np.logspace(-4, 4, 10)
 # A penalty this weak changes no digit that is shown.
 UNPENALISED = 1e10
 
+# Where lengths do not overlap the model only extrapolates: the figure is refused (docs/statistics.md).
+FEWEST_OTHER, LEAST_SHARE, MOST_CORRELATED = 5, 0.1, 0.95
+
 
 @dataclass(frozen=True)
 class LengthControlled:
@@ -28,7 +31,8 @@ class LengthControlled:
 
     Attributes:
         win_rate: mean preference at equal lengths.
-        ci: interval by the delta method on the logit scale, from a sandwich covariance (preferences need not be 0/1).
+        ci: interval by the delta method on the logit scale, with t, from a sandwich covariance that allows for what
+            each prompt does to its own fit (HC3; preferences need not be 0/1).
         theta: quality difference, log-odds.
         phi: length bias of the judge, log-odds for a length difference of infinitely many standard deviations.
         psi: slope on difficulty, 0 without one.
@@ -87,6 +91,36 @@ def chosen_strength(design: np.ndarray, preferences: np.ndarray, folds: int = 5)
     return float(STRENGTHS[losses.argmin()])
 
 
+def check_overlap(difference: np.ndarray) -> None:
+    """Refuse to say what happens at equal length where one side is longer nearly always.
+
+    Raises:
+        ValueError: fewer than 5 prompts, or than a tenth of them, on which one of the two is not the longer one.
+    """
+    least = max(FEWEST_OTHER, LEAST_SHARE * len(difference))
+    for side, rows in (("longer", difference <= 0), ("shorter", difference >= 0)):
+        if rows.sum() < least:
+            raise ValueError(
+                f"lengths do not overlap: one answer is {side} on all but {int(rows.sum())} of "
+                f"{len(difference)} prompts, so "
+                f"nothing says how the judge goes at equal length"
+            )
+
+
+def check_separable(inverse: np.ndarray, used: np.ndarray) -> None:
+    """Refuse where quality and length cannot be told apart.
+
+    Raises:
+        ValueError: the two estimates' correlation is above `MOST_CORRELATED`.
+    """
+    if used[1]:
+        correlation = abs(inverse[0, 1]) / np.sqrt(max(inverse[0, 0] * inverse[1, 1], 1e-300))
+        if correlation > MOST_CORRELATED:
+            raise ValueError(
+                f"quality and length cannot be told apart: their estimates' correlation is {correlation:.2f}"
+            )
+
+
 def length_controlled(
     preferences: np.ndarray,
     length_difference: np.ndarray,
@@ -105,11 +139,13 @@ def length_controlled(
         regularised: choose an L1 penalty by cross-validation, as AlpacaEval does; else plain maximum likelihood.
 
     Raises:
-        ValueError: fewer than 10 prompts, or all preferences equal 0 or 1.
+        ValueError: fewer than 10 prompts, all preferences equal 0 or 1, or lengths that do not overlap: one side is
+            longer nearly always, and what the judge would say at equal length is nowhere to be seen.
     """
     preferences = np.asarray(preferences, dtype=np.float64)
     if len(preferences) < 10:
         raise ValueError(f"{len(preferences)} prompts are too few to fit a length effect")
+    check_overlap(np.asarray(length_difference, dtype=np.float64))
     design = features(length_difference, difficulty)
     used = np.ptp(design, axis=0) > 0
     used[0] = True
@@ -119,7 +155,11 @@ def length_controlled(
     # Sandwich covariance A^-1 B A^-1 of the estimating equations (White 1982).
     p = expit(design @ coefficients)
     a = np.linalg.pinv((design * (p * (1 - p))[:, None]).T @ design)
-    b = (design * ((preferences - p) ** 2)[:, None]).T @ design
+    check_separable(a, used)
+    # HC3 (MacKinnon & White 1985): a prompt's residual is what it would be without that prompt.
+    leverage = np.einsum("pi,ij,pj->p", design, a, design) * p * (1 - p)
+    residual = (preferences - p) / np.maximum(1 - leverage, 0.1)
+    b = (design * (residual**2)[:, None]).T @ design
     covariance = a @ b @ a
     errors = np.sqrt(np.clip(np.diag(covariance), 0, None))
     at_equal = design.copy()
@@ -129,7 +169,7 @@ def length_controlled(
     mean = float(np.clip(win_rates.mean(), 1e-9, 1 - 1e-9))
     gradient = (at_equal * (win_rates * (1 - win_rates))[:, None]).mean(axis=0)
     error = float(np.sqrt(gradient @ covariance @ gradient)) / max(mean * (1 - mean), 1e-12)
-    z = stats.norm.ppf(0.5 + confidence / 2)
+    z = stats.t.ppf(0.5 + confidence / 2, max(len(preferences) - int(used.sum()), 1))
     logit = np.log(mean) - np.log1p(-mean)
     return LengthControlled(
         win_rate=mean,

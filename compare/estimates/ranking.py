@@ -1,5 +1,6 @@
-"""One ranking of all policies from all pairs: Bradley-Terry strengths with bootstrap intervals."""
+"""One ranking of all policies from all pairs: Bradley-Terry strengths, and which ranks the data leave open."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -7,9 +8,9 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 from scipy.special import expit
 
-from ppo_vs_dpo.compare.estimates.statistics import resampling_weights
+from ppo_vs_dpo.compare.statistics.intervals import jackknife, spread, without_each
 
-# Keeps a resample finite in which one policy lost everything; moves no strength that is shown by more than 1e-3.
+# Keeps a fit finite in which one policy lost everything; moves no strength that is shown by more than 1e-3.
 RIDGE = 1e-4
 
 
@@ -62,50 +63,61 @@ def is_connected(pairs: list[tuple[str, str]], win_rates: np.ndarray, names: lis
 
 def ranking(
     pairs: list[tuple[str, str]],
-    preferences: np.ndarray,
+    groups: list[np.ndarray],
     names: list[str],
     *,
     reference: str = "sft",
-    resamples: int = 500,
-    seed: int = 0,
+    shared: bool = False,
+    clusters: Sequence[np.ndarray | None] = (),
     confidence: float = 0.95,
 ) -> dict[str, Any]:
-    """Strengths of all policies relative to the reference, best first.
+    """Strengths of all policies relative to the reference, best first, of one run or several.
+
+    Every strength has one pseudo-value a prompt (jackknife), and from these its interval over prompts, or over seeds
+    and prompts. A policy's rank may be any that the differences of strengths leave open, each at confidence 1 - alpha
+    / (M
+    - 1) (Bonferroni): the rank is inside as often as the confidence says, for each policy, not for all at once.
 
     Args:
         pairs: ``K`` pairs of names.
-        preferences: ``(P, K)`` for the first of each pair.
+        groups: ``(P_s, K)`` preferences for the first of each pair, one array a run.
         names: ``M`` policies; those in no pair are left out.
         reference: has strength 0, where it is among them.
+        shared: the runs share their prompts.
+        clusters: of each run's prompts.
+        confidence: of the intervals.
 
     Returns:
         ``{"entries": [{policy, strength, ci, rank, rank_ci}], "note"}``; strengths are log-odds of a win. Without
-        finite strengths, ``entries`` is empty and ``note`` says why.
+        finite strengths, ``entries`` is empty and ``note`` says why. Of several runs, entries have ``per_seed``.
     """
     names = [name for name in names if any(name in pair for pair in pairs)]
-    if len(preferences) < 2:
-        return {"entries": [], "note": "fewer than two prompts have a verdict on every pair."}
-    win_rates = preferences.mean(axis=0)
-    if len(names) < 2 or not is_connected(pairs, win_rates, names):
+    if len(names) < 2 or not all(is_connected(pairs, group.mean(axis=0), names) for group in groups if len(group)):
         return {"entries": [], "note": "some policy wins or loses everything: its strength is not finite."}
-    matrix = design(pairs, names)
-    point = strengths(matrix, win_rates)
-    resampled = strengths(matrix, resampling_weights(len(preferences), resamples, seed) @ preferences)
-    if reference in names:
-        column = names.index(reference)
-        point, resampled = point - point[column], resampled - resampled[:, [column]]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(resampled, [tail, 1 - tail], axis=0)
-    ranks = 1 + (resampled[:, None, :] > resampled[:, :, None]).sum(-1)
-    best, worst = np.quantile(ranks, [tail, 1 - tail], axis=0, method="nearest")
-    entries = [
-        {
+    if any(len(group) < 3 for group in groups):
+        return {"entries": [], "note": "fewer than three prompts have a verdict on every pair."}
+    matrix, values = design(pairs, names), []
+    column = names.index(reference) if reference in names else 0
+    for group in groups:
+        whole = strengths(matrix, group.mean(axis=0))
+        left_out = strengths(matrix, without_each(group))
+        values.append(jackknife(left_out - left_out[:, [column]], whole - whole[column]))
+    options = {"shared": shared, "clusters": clusters, "by_skewness": False}
+    interval = spread(values, **options).interval(confidence)
+    per_seed = np.stack([value.mean(axis=0) for value in values])
+    size = len(names)
+    differences = [(value[:, :, None] - value[:, None, :]).reshape(len(value), -1) for value in values]
+    apart = spread(differences, **options).interval(1 - (1 - confidence) / max(size - 1, 1))
+    above = apart.low.reshape(size, size) > 1e-12
+    best, worst = 1 + above.sum(axis=0), size - above.sum(axis=1)
+    entries = []
+    for rank, i in enumerate(np.argsort(-interval.mean, kind="stable")):
+        entry = {
             "policy": names[i],
             "rank": rank + 1,
             "rank_ci": [int(best[i]), int(worst[i])],
-            "strength": float(point[i]),
-            "ci": [float(low[i]), float(high[i])],
+            "strength": float(interval.mean[i]),
+            "ci": interval.ci(i),
         }
-        for rank, i in enumerate(np.argsort(-point, kind="stable"))
-    ]
+        entries.append(entry if len(groups) == 1 else {**entry, "per_seed": per_seed[:, i].tolist()})
     return {"entries": entries, "note": ""}

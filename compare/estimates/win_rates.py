@@ -1,39 +1,62 @@
 """From contenders and judges to the figures of the report: policies, win rates, control, frontier, matched KL."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ppo_vs_dpo.compare.estimates.length_control import length_controlled
-from ppo_vs_dpo.compare.estimates.statistics import (
-    detectable_gap,
-    holm,
-    mean_interval,
-    permutation_test,
-    prompts_needed,
-    sign_test,
-    wilson,
-    win_rate_interval,
-)
 from ppo_vs_dpo.compare.judges.scores import preference_by_score
 from ppo_vs_dpo.compare.sampling.best_of_n import kl_bound
 from ppo_vs_dpo.compare.sampling.completions import Draws
 from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender, best_of_n_kl, pair_preference, uniform
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE
+from ppo_vs_dpo.compare.statistics.intervals import mean_interval, spread, wilson, win_rate_interval
+from ppo_vs_dpo.compare.statistics.significance import (
+    detectable_gap,
+    holm,
+    label_permutation_p,
+    prompts_for_equality,
+    sign_test,
+    win_rates_with_p,
+)
+
+# A control that fails touches every figure: all controls of a report together fail one sound report in a hundred.
+CONTROL_LEVEL = 0.01
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How figures get their intervals."""
+    """How figures get their intervals.
+
+    Attributes:
+        resamples: random sign flips of the test of judges that read.
+        seed: of them.
+        confidence: of all intervals; 1 - confidence is the level of all tests.
+        clusters: ``(P,)`` which prompts are one unit of evidence; ``None``: each one is.
+    """
 
     resamples: int = 2000
     seed: int = 0
     confidence: float = 0.95
+    clusters: np.ndarray | None = None
 
     def kwargs(self) -> dict[str, Any]:
         """Keyword arguments of the interval functions."""
-        return {"resamples": self.resamples, "seed": self.seed, "confidence": self.confidence}
+        return {"confidence": self.confidence, "clusters": self.clusters}
+
+    @property
+    def both_sided(self) -> float:
+        """Confidence of the interval whose two ends are one-sided tests at the level of all tests."""
+        return 2 * self.confidence - 1
+
+    def units(self, n: int) -> int:
+        """How many units of evidence ``n`` prompts are."""
+        return n if self.clusters is None else len(np.unique(self.clusters))
+
+    def of_rows(self, rows: np.ndarray) -> "Settings":
+        """The same for some of the prompts."""
+        return self if self.clusters is None else replace(self, clusters=self.clusters[rows])
 
 
 def describe(contender: Contender, judges: list[str], settings: Settings, bon_logprob: np.ndarray | None) -> dict:
@@ -80,15 +103,19 @@ def describe_kl(contender: Contender, settings: Settings, bon_logprob: np.ndarra
         found = best_of_n_kl(contender, bon_logprob)
         interval = mean_interval(found["estimate"], **settings.kwargs())
         kind = "beirami" if contender.base == REFERENCE else "beirami + k1"
-        return {"mean": interval.mean, "ci": interval.ci(), "kind": kind, "bound": found["bound"]}
+        # Where no draw was likely and none tied, the estimate is the bound, and an interval of no width would be a
+        # claim.
+        ci = interval.ci() if np.ptp(found["estimate"]) > 1e-9 else None
+        return {"mean": interval.mean, "ci": ci, "kind": kind, "bound": found["bound"]}
     if contender.kl() is None:
         return {"mean": None, "ci": None, "kind": "not measured"}
     measures = np.stack([contender.kl(name) for name in ("kl", "k1", "k3")], axis=1)
     interval = mean_interval(measures, **settings.kwargs())
+    low, high = interval.ci(0)
     error = measures.std(axis=0, ddof=1) / np.sqrt(len(measures)) if len(measures) > 1 else np.full(3, np.nan)
     return {
         "mean": float(interval.mean[0]),
-        "ci": interval.ci(0),
+        "ci": [max(low, 0.0), high],  # never negative: a KL
         "kind": "exact per token",
         "standard_error": float(error[0]),
         "k1": {"mean": float(interval.mean[1]), "ci": interval.ci(1), "standard_error": float(error[1])},
@@ -104,8 +131,9 @@ class PairTable:
         pairs: names ``(policy, versus)``.
         preferences: ``(P, K)``.
         ties: ``(P, K)``.
-
         known_difficulty: ``(P,)``, where it was computed from more pairs than this table holds.
+        exact_p: ``(K,)`` of the label permutation test, NaN where draws were weighted (best-of-n); ``None`` for a
+            judge that reads, whose verdicts are tested by swapping names.
 
     A judge that reads may leave comparisons out: these are NaN.
     """
@@ -114,6 +142,7 @@ class PairTable:
     preferences: np.ndarray
     ties: np.ndarray
     known_difficulty: np.ndarray | None = None
+    exact_p: np.ndarray | None = None
 
     def of(self, policy: str, versus: str) -> np.ndarray:
         """``(P,)`` preference for ``policy`` over ``versus``, whichever way the pair is stored."""
@@ -146,12 +175,16 @@ class PairTable:
 
     def complete(self) -> np.ndarray:
         """Preferences ``(P', K)`` of the prompts on which every pair was judged."""
-        return self.preferences[np.isfinite(self.preferences).all(axis=1)]
+        return self.preferences[self.whole()]
+
+    def whole(self) -> np.ndarray:
+        """``(P,)`` whether every pair was judged on the prompt."""
+        return np.isfinite(self.preferences).all(axis=1)
 
 
 def judge_pairs(contenders: list[Contender], judge: str) -> PairTable:
     """All unordered pairs by a scoring judge; pairs that share draws and cannot be made independent are left out."""
-    pairs, preferences, ties = [], [], []
+    pairs, preferences, ties, exact_p = [], [], [], []
     for i, ours in enumerate(contenders):
         for theirs in contenders[:i]:
             found = pair_preference(ours, theirs, judge)
@@ -159,7 +192,10 @@ def judge_pairs(contenders: list[Contender], judge: str) -> PairTable:
                 pairs.append((ours.name, theirs.name))
                 preferences.append(found[0])
                 ties.append(found[1])
-    return PairTable(pairs, np.stack(preferences, axis=1), np.stack(ties, axis=1))
+                plain = ours.n is None and theirs.n is None
+                sides = (ours.draws.scores[judge], theirs.draws.scores[judge])
+                exact_p.append(label_permutation_p(*sides) if plain else np.nan)
+    return PairTable(pairs, np.stack(preferences, axis=1), np.stack(ties, axis=1), exact_p=np.array(exact_p))
 
 
 def win_rates(
@@ -181,9 +217,14 @@ def win_rates(
     known = np.isfinite(table.preferences)
     if not known.all():
         return _partial_win_rates(table, judge, settings, lengths, difficulty)
-    interval = win_rate_interval(table.preferences, **settings.kwargs())
-    p_values = permutation_test(table.preferences, resamples=settings.resamples * 5 - 1, seed=settings.seed)
+    # Enough flips that the smallest p can pass Holm's correction.
+    flips = max(5 * settings.resamples - 1, int(np.ceil(20 * len(table.pairs) / (1 - settings.confidence))))
+    interval, p_values = win_rates_with_p(
+        table.preferences, table.exact_p, flips=flips, seed=settings.seed, **settings.kwargs()
+    )
     corrected = holm(p_values)
+    # Two one-sided tests at alpha are the interval of confidence 1 - 2 alpha (Schuirmann 1987).
+    inner = win_rate_interval(table.preferences, confidence=settings.both_sided, clusters=settings.clusters)
     n = len(table.preferences)
     entries = []
     for column, (policy, versus) in enumerate(table.pairs):
@@ -193,7 +234,11 @@ def win_rates(
         shared = {
             "judge": judge,
             "n": n,
+            "units": settings.units(n),
+            "decided": int((np.abs(preference - 0.5) > 1e-12).sum()),
             "ties": float(table.ties[:, column].mean()),
+            "test": _test_of(table, column),
+            "within": float(max(0.5 - inner.low[column], inner.high[column] - 0.5)),
             "p": float(p_values[column]),
             "p_holm": float(corrected[column]),
             "p_sign": sign_test(preference),
@@ -225,7 +270,7 @@ def _partial_win_rates(
         if difficulty:
             alone.known_difficulty = table.difficulty(*pair)[rows]
         of_rows = None if lengths is None else {name: lengths[name][rows] for name in pair}
-        entries += win_rates(alone, judge, settings, of_rows, difficulty)
+        entries += win_rates(alone, judge, settings.of_rows(rows), of_rows, difficulty)
     corrected = holm([entry["p"] for entry in entries[::2]])
     for number, entry in enumerate(entries):
         entry["p_holm"] = float(corrected[number // 2])
@@ -238,6 +283,11 @@ def reverse(entry: dict[str, Any]) -> dict[str, Any]:
     def swap(interval: list[float]) -> list[float]:
         return [1.0 - interval[1], 1.0 - interval[0]]
 
+    raw = entry.get("raw")
+    if raw is not None:
+        entry = {**entry, "raw": {**raw, "win_rate": 1.0 - raw["win_rate"], "ci": swap(raw["ci"])}}
+    if "per_seed" in entry:
+        entry = {**entry, "per_seed": [1.0 - rate for rate in entry["per_seed"]]}
     controlled = entry["length_controlled"]
     if controlled is not None:
         controlled = {**controlled, "win_rate": 1.0 - controlled["win_rate"], "ci": swap(controlled["ci"])}
@@ -247,7 +297,7 @@ def reverse(entry: dict[str, Any]) -> dict[str, Any]:
         "versus": entry["policy"],
         "win_rate": 1.0 - entry["win_rate"],
         "ci": swap(entry["ci"]),
-        "wilson": swap(entry["wilson"]),
+        **({"wilson": swap(entry["wilson"])} if "wilson" in entry else {}),
         "length_controlled": controlled,
     }
 
@@ -265,14 +315,30 @@ def _controlled(
     return found if difficulty is None else {**found, "difficulty_slope": abs(fit.psi)}
 
 
-def control(baseline: Draws, pool: Draws | None, judge: str, settings: Settings) -> dict[str, Any] | None:
-    """SFT against SFT on independent draws: the yardstick must say "no difference"."""
+def _test_of(table: PairTable, column: int) -> str:
+    if table.exact_p is None:
+        return "sign flip"
+    return "label permutation" if np.isfinite(table.exact_p[column]) else "interval"
+
+
+def control(
+    baseline: Draws, pool: Draws | None, judge: str, settings: Settings, judges: int = 1
+) -> dict[str, Any] | None:
+    """SFT against SFT on independent draws: the yardstick must say "no difference", by the exact law of that null.
+
+    Args:
+        baseline: draws of the reference.
+        pool: further ones.
+        judge: who judges.
+        settings: of the interval.
+        judges: how many controls the report has: they share `CONTROL_LEVEL`.
+    """
     if pool is None or judge not in pool.scores:
         return None
-    preference, ties = preference_by_score(
-        pool.scores[judge], baseline.scores[judge], uniform(pool), uniform(baseline)
-    )
-    interval = win_rate_interval(preference[:, None], **settings.kwargs())
+    sides = (pool.scores[judge], baseline.scores[judge])
+    preference, ties = preference_by_score(*sides, uniform(pool), uniform(baseline))
+    exact = label_permutation_p(*sides)
+    interval, _ = win_rates_with_p(preference[:, None], np.array([exact]), **settings.kwargs())
     low, high = interval.ci(0)
     return {
         "policy": REFERENCE,
@@ -283,24 +349,63 @@ def control(baseline: Draws, pool: Draws | None, judge: str, settings: Settings)
         "ci": [low, high],
         "ties": float(ties.mean()),
         "contains_half": bool(low <= 0.5 <= high),
+        "expected": 0.5,
+        **_passed(exact, judges),
     }
 
 
-def power_line(table: PairTable, policy: str, versus: str, settings: Settings) -> dict[str, Any]:
-    """What this many prompts can show, and how many the observed gap would need."""
+def _passed(p: float, judges: int) -> dict[str, Any]:
+    level = CONTROL_LEVEL / judges
+    return {"p": float(p), "level": level, "passed": bool(p > level)}
+
+
+# Ties make best-of-n win less than n/(n+1) by its own judge; with more than this share the control is left out.
+FEW_TIES = 0.01
+
+
+def positive_control(win_rates: list[dict[str, Any]], table: PairTable, settings: Settings) -> dict[str, Any] | None:
+    """Best-of-n against SFT by the judge it was chosen by wins n/(n+1), exactly: the yardstick must see a known
+    difference.
+
+    Of n + 1 independent draws of SFT the best is equally likely to be each. The largest n over the reference is taken.
+
+    Args:
+        win_rates: entries, of the judge that best-of-n selects by.
+        table: that judge's preferences.
+        settings: of the interval.
+    """
+    own = [e for e in win_rates if e["judge"] == PROXY and e["versus"] == REFERENCE]
+    own = [e for e in own if e["policy"].removeprefix("best_of_").isdigit() and e["ties"] <= FEW_TIES]
+    if not own:
+        return None
+    entry = max(own, key=lambda e: int(e["policy"].removeprefix("best_of_")))
+    n = int(entry["policy"].removeprefix("best_of_"))
+    preference = table.of(entry["policy"], REFERENCE)
+    if n == 1 or settings.units(len(preference)) < 3:
+        return None
+    expected = n / (n + 1)
+    p = spread([preference[:, None]], clusters=[settings.clusters]).p_value(expected)[0]
+    low, high = mean_interval(preference, bounds=(0.0, 1.0), **settings.kwargs()).ci()
+    kept = {key: entry[key] for key in ("policy", "versus", "judge", "n", "win_rate", "ties")}
+    return {**kept, "ci": [low, high], "contains_half": low <= 0.5 <= high, "expected": expected, **_passed(p, 1)}
+
+
+def power_line(table: PairTable, policy: str, versus: str, settings: Settings, delta: float) -> dict[str, Any]:
+    """What this many prompts can show: a difference, and equality within ``delta``."""
     preference = table.of(policy, versus)
-    preference = preference[np.isfinite(preference)]
-    n, gap = len(preference), float(preference.mean() - 0.5)
-    deviation = float(preference.std(ddof=1)) if n > 1 else 0.5
+    known = np.isfinite(preference)
+    units, alpha = settings.of_rows(known).units(int(known.sum())), 1 - settings.confidence
+    deviation = float(preference[known].std(ddof=1)) if known.sum() > 1 else 0.5
     return {
         "policy": policy,
         "versus": versus,
-        "n": n,
-        "observed_gap": gap,
+        "n": int(known.sum()),
+        "units": units,
         "deviation": deviation,
-        "detectable_gap": detectable_gap(n, deviation),
-        "detectable_gap_single_draws": detectable_gap(n),
-        "prompts_needed": prompts_needed(gap, deviation),
+        "detectable_gap": min(0.5, detectable_gap(units, deviation, alpha=alpha)),
+        "detectable_gap_single_draws": min(0.5, detectable_gap(units, alpha=alpha)),
+        "delta": delta,
+        "prompts_for_equality": prompts_for_equality(delta, max(deviation, 0.5 / np.sqrt(units)), alpha=alpha),
         "power": 0.8,
-        "alpha": 0.05,
+        "alpha": alpha,
     }

@@ -11,7 +11,6 @@ import numpy as np
 
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.compare.config import CompareStage
-from ppo_vs_dpo.compare.estimates.statistics import mean_interval
 from ppo_vs_dpo.compare.estimates.win_rates import Settings
 from ppo_vs_dpo.compare.frontier.enumeration import Space, log_probabilities, space_of
 from ppo_vs_dpo.compare.frontier.exact import kl_divergence, optimal_policy, suboptimality
@@ -20,6 +19,7 @@ from ppo_vs_dpo.compare.sampling.completions import Draws
 from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender
 from ppo_vs_dpo.compare.sampling.gather import Gatherer
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Policy, Prompts
+from ppo_vs_dpo.compare.statistics.intervals import mean_interval
 from ppo_vs_dpo.models.loading.pretrained import eos_token_ids, load_policy
 from ppo_vs_dpo.models.passes.inference import Ranks
 from ppo_vs_dpo.models.text.prompts import decode_completion
@@ -154,7 +154,12 @@ def estimated(
     settings: CompareStage,
     how: Settings,
 ) -> dict[str, Any] | None:
-    """By importance weights on all draws of the reference; points that hang on few draws are left out."""
+    """By importance weights on all draws of the reference.
+
+    Points of the curve that hang on few draws are left out, and the curve is a lower estimate. J* is bounded from
+    below, so that J* - J is *at least* what is given (``at_least``); the lower end of its interval holds, its upper
+    end says nothing.
+    """
     own = [d for d in draws if d.policy == REFERENCE and d.temperature == settings.temperature]
     n = sum(one.shape[1] for one in own)
     if n < FEW_DRAWS:
@@ -176,13 +181,10 @@ def estimated(
             beta = betas[contender.name]
             best = tilt(rewards, beta)
             about = {"policy": contender.name, "judge": judge, "beta": beta, "ess": float(best.ess.mean())}
-            if not best.usable:
-                gaps.append({**about, "refused": f"{about['ess']:.1f} effective draws of {n} a prompt"})
-                continue
-            objective = contender.score(judge) - beta * contender.kl()
-            gaps.append(
-                {**about, **entry(how, objective=objective, optimum=best.optimum, gap=best.optimum - objective)}
-            )
+            # From so few draws J* is known from below only: a lower bound holds for any rewards, an estimate does not.
+            objective, optimum = contender.score(judge) - beta * contender.kl(), best.least_optimum
+            found = entry(how, objective=objective, optimum=optimum, gap=optimum - objective)
+            gaps.append({**about, **found, "at_least": True})
     return {"kind": "importance weights", "draws": n, "curves": curves, "gaps": gaps, "policies": None}
 
 

@@ -1,10 +1,19 @@
-"""The reward-KL frontier: every method's points, matched KL, and over-optimisation in the open."""
+"""Two methods at one KL: the farther one as a mixture of two of its points whose own KL is the nearer one's.
 
-from typing import Any
+Randomising once a completion between two policies A and B is a policy, m = (1 - w) A + w B. Its win rates are the
+interpolated ones, exactly. Its KL is less than the interpolated one:
+
+    KL(m || ref) = (1 - w) [KL(A || ref) - KL(A || m)] + w [KL(B || ref) - KL(B || m)],
+
+so w is found from the mixture's own KL, for which each point's completions need log-probabilities under the other.
+Interpolating KL itself would compare the nearer method with one of less KL (docs/statistics.md).
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
-from ppo_vs_dpo.compare.estimates.statistics import Interval, mean_interval, resampling_weights
 from ppo_vs_dpo.compare.sampling.contenders import Contender
 
 
@@ -14,123 +23,75 @@ def curve(contenders: list[Contender], method: str) -> list[Contender]:
     return sorted(own, key=lambda c: (c.kl().mean(), c.name))
 
 
-def mixture_weights(kl: np.ndarray, target: float) -> np.ndarray:
-    """Weights of the two points of a curve that enclose a KL, linear in KL.
+def neighbours(line: list[Contender], target: float) -> tuple[Contender, Contender] | None:
+    """The two points of a line whose KLs enclose the target, or ``None``: nothing is extrapolated."""
+    for below, above in pairwise(line):
+        if below.kl().mean() <= target <= above.kl().mean():
+            return below, above
+    return None
 
-    Randomising between two policies with these weights is a policy: its win rate is exactly the interpolated one,
-    and its KL is at most the target (KL is convex).
 
-    Args:
-        kl: ``(K,)`` KL of the curve's points, any order.
-        target: the KL wanted.
+@dataclass(frozen=True)
+class Mixture:
+    """Two points, ``(P,)`` and ``(P, D)`` arrays.
 
-    Raises:
-        ValueError: the target lies outside the curve. Nothing is extrapolated.
+    Attributes:
+        kl_below: KL to the reference of the point of lower KL.
+        kl_above: of the other.
+        ratio_below: log B - log A of the lower point's (A's) own completions.
+        ratio_above: log A - log B of the higher point's (B's) own completions.
     """
-    order = np.argsort(kl, kind="stable")
-    sorted_kl = kl[order]
-    if not sorted_kl[0] - 1e-12 <= target <= sorted_kl[-1] + 1e-12:
-        raise ValueError(f"KL {target:.3g} lies outside the curve [{sorted_kl[0]:.3g}, {sorted_kl[-1]:.3g}]")
-    right = int(np.clip(np.searchsorted(sorted_kl, target), 1, len(kl) - 1)) if len(kl) > 1 else 0
-    weights = np.zeros(len(kl))
-    if len(kl) == 1:
-        weights[order[0]] = 1.0
-        return weights
-    left = right - 1
-    width = sorted_kl[right] - sorted_kl[left]
-    share = float(np.clip((target - sorted_kl[left]) / width, 0.0, 1.0)) if width > 0 else 1.0
-    weights[order[left]], weights[order[right]] = 1 - share, share
-    return weights
+
+    kl_below: np.ndarray
+    kl_above: np.ndarray
+    ratio_below: np.ndarray
+    ratio_above: np.ndarray
+
+    def kl(self, weight: float) -> np.ndarray:
+        """``(P,)`` KL to the reference of the mixture with this weight of the higher point; its mean rises with it."""
+        if weight <= 0:
+            return self.kl_below
+        if weight >= 1:
+            return self.kl_above
+        with np.errstate(over="ignore"):
+            # KL(A || m) = -E_A log(1 - w + w B / A), at most -log(1 - w); KL(B || m) likewise.
+            of_below = -np.logaddexp(np.log1p(-weight), np.log(weight) + self.ratio_below).mean(axis=1)
+            of_above = -np.logaddexp(np.log(weight), np.log1p(-weight) + self.ratio_above).mean(axis=1)
+        return (1 - weight) * (self.kl_below - of_below) + weight * (self.kl_above - of_above)
+
+    def weight_at(self, target: float) -> float:
+        """The weight at which the mixture's mean KL is the target, by bisection; between the two points' KLs."""
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.kl(middle).mean() < target else (low, middle)
+        return (low + high) / 2
 
 
-def matched_win_rate(
-    kl_a: np.ndarray,
-    kl_b: np.ndarray,
-    preferences: np.ndarray,
-    main_a: int,
-    main_b: int,
-    *,
-    resamples: int,
-    seed: int,
-    confidence: float,
-) -> dict[str, Any]:
-    """Win rate of method A against method B where both have the KL of the closer of the two main policies.
+def matched_values(
+    mixture: Mixture, near_kl: np.ndarray, below: np.ndarray, above: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """The mixture's win rate against the nearer policy at that policy's KL, as one value a prompt.
+
+    The weight is itself estimated. A prompt's value holds what it does to the win rate through the weight (delta
+    method: -(W_B - W_A) (KL_m - KL_near) / d KL_m / dw), so that the values' mean is the win rate and their spread its
+    spread.
 
     Args:
-        kl_a: ``(P, I)`` KL of A's points on every prompt; the reference may be one of them (KL 0).
-        kl_b: ``(P, J)`` the same for B.
-        preferences: ``(P, I, J)`` preference for A's point over B's.
-        main_a: index of A's main policy.
-        main_b: index of B's main policy.
-        resamples: bootstrap resamples over prompts; KL, interpolation and win rate are all redone in each.
-        seed: of the resampling.
-        confidence: of the interval.
+        mixture: of the farther method's two points.
+        near_kl: ``(P,)`` of the nearer policy.
+        below: ``(P,)`` preferences of the lower point over the nearer policy.
+        above: of the higher point.
 
     Returns:
-        ``kl``, ``win_rate``, ``ci``, ``points`` (weights on each side), ``resamples_used``.
-
-    Raises:
-        ValueError: the matched KL lies outside one of the curves.
+        ``(P,)`` values and the weight of the higher point.
     """
-    mean_a, mean_b, mean_w = kl_a.mean(0), kl_b.mean(0), preferences.mean(0)
-
-    def at_lower(a: np.ndarray, b: np.ndarray, wins: np.ndarray) -> tuple[float, float, np.ndarray, np.ndarray]:
-        target = min(a[main_a], b[main_b])
-        on_a, on_b = mixture_weights(a, target), mixture_weights(b, target)
-        return target, float(on_a @ wins @ on_b), on_a, on_b
-
-    target, win_rate, on_a, on_b = at_lower(mean_a, mean_b, mean_w)
-    draws = []
-    weights = resampling_weights(len(kl_a), resamples, seed)
-    all_a, all_b = weights @ kl_a, weights @ kl_b
-    all_w = np.tensordot(weights, preferences, axes=1)
-    for a, b, wins in zip(all_a, all_b, all_w, strict=True):
-        try:
-            draws.append(at_lower(a, b, wins)[1])
-        except ValueError:
-            continue  # this resample's curves do not reach; counted by resamples_used
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail]) if draws else (0.0, 1.0)
-    return {
-        "kl": float(target),
-        "win_rate": win_rate,
-        "ci": [float(low), float(high)],
-        "weights": [on_a.tolist(), on_b.tolist()],
-        "resamples_used": len(draws),
-    }
-
-
-def over_optimised(
-    gold: np.ndarray,
-    proxy: np.ndarray,
-    *,
-    resamples: int,
-    seed: int,
-    confidence: float,
-) -> list[dict[str, Any]]:
-    """For each point of a curve: is there an earlier one (of lower KL, of a lower step) with more gold, no more proxy?
-
-    Marked where, against the best earlier point, gold falls (the paired interval lies below 0) while proxy does not
-    (its interval does not lie below 0): the learned reward still rises, the true one falls (Gao et al. 2022).
-
-    Args:
-        gold: ``(P, K)`` gold rewards.
-        proxy: ``(P, K)`` rewards of the model that was optimised.
-    """
-    found = []
-    for column in range(gold.shape[1]):
-        mark: dict[str, Any] = {"over_optimised": False}
-        if column:
-            best = int(np.argmax(gold[:, :column].mean(0)))
-            difference = np.stack([gold[:, column] - gold[:, best], proxy[:, column] - proxy[:, best]], axis=1)
-            change: Interval = mean_interval(difference, resamples=resamples, seed=seed, confidence=confidence)
-            mark = {
-                "over_optimised": bool(change.high[0] < 0 and change.high[1] >= 0),
-                "against": best,
-                "gold_change": float(change.mean[0]),
-                "gold_change_ci": change.ci(0),
-                "proxy_change": float(change.mean[1]),
-                "proxy_change_ci": change.ci(1),
-            }
-        found.append(mark)
-    return found
+    weight = mixture.weight_at(float(near_kl.mean()))
+    step = 1e-4
+    left, right = max(weight - step, 0.0), min(weight + step, 1.0)
+    slope = (mixture.kl(right).mean() - mixture.kl(left).mean()) / (right - left)
+    excess = mixture.kl(weight) - near_kl
+    values = (1 - weight) * below + weight * above
+    if slope > 0:
+        values = values - (above.mean() - below.mean()) * (excess - excess.mean()) / slope
+    return values, weight

@@ -1,94 +1,202 @@
 """The reward-KL frontier of a report: the points of every method, and two methods at matched KL."""
 
-from itertools import combinations
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ppo_vs_dpo.compare.estimates.win_rates import PairTable, Settings
-from ppo_vs_dpo.compare.frontier.matched import curve, matched_win_rate, over_optimised
+from ppo_vs_dpo.compare.frontier.matched import Mixture, curve, matched_values, neighbours
+from ppo_vs_dpo.compare.frontier.overoptimised import over_optimised
 from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender
-from ppo_vs_dpo.compare.sampling.policies import REFERENCE
+from ppo_vs_dpo.compare.statistics.intervals import Spread, spread
 
 
-def matched_kl(contenders: list[Contender], table: PairTable, a: str, b: str, settings: Settings) -> dict[str, Any]:
-    """Two methods at the KL of the closer of their main policies, along their sweeps from the reference on.
+@dataclass(frozen=True)
+class Compared:
+    """What one run has to say about its frontier.
+
+    Attributes:
+        contenders: its policies.
+        checkpoints: points along training.
+        table: preferences of the main judge, or ``None``.
+        clusters: of its prompts.
+    """
+
+    contenders: list[Contender]
+    checkpoints: list[Contender] = field(default_factory=list)
+    table: PairTable | None = None
+    clusters: np.ndarray | None = None
+
+    def __getitem__(self, name: str) -> Contender:
+        return next(one for one in [*self.contenders, *self.checkpoints] if one.name == name)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a policy or checkpoint of this name whose KL was measured."""
+        return any(one.name == name and one.kl() is not None for one in [*self.contenders, *self.checkpoints])
+
+
+def matched_kl(runs: list[Compared], a: str, b: str, settings: Settings, shared: bool = False) -> dict[str, Any]:
+    """Two methods at one KL, or what can be said without: of one run, or of several.
 
     Returns:
-        The figures, or ``{"refused": reason}``: nothing is extrapolated.
+        ``kind`` ``matched`` (the farther method's mixture has the nearer one's KL), ``equal`` (the two KLs cannot be
+        told apart: they are compared as they are) or ``one-sided`` (no point of the farther method's sweep lies at or
+        below
+            the
+        nearer KL: they are compared as they are, and a win of the nearer one is a win with less KL); or
+        ``{"refused": reason}``.
     """
-    by_name = {c.name: c for c in contenders}
-    if a not in by_name or b not in by_name or by_name[a].kl() is None or by_name[b].kl() is None:
-        return {"policy": a, "versus": b, "refused": "the KL of one of them was not measured"}
-    swept = [name for name in by_name if by_name[name].method in (REFERENCE, "ppo", "dpo")]
-    judged = all(table.has(one, two) for one, two in combinations(swept, 2))
-    if not judged or not np.isfinite(table.preferences).all():
-        return {"policy": a, "versus": b, "refused": "the judge did not judge every point of both sweeps"}
-    start = [by_name[REFERENCE]]
-    sides = [start + curve(contenders, by_name[name].method) for name in (a, b)]
-    n = len(by_name[a].weights)
-    preferences = np.full((n, len(sides[0]), len(sides[1])), 0.5)
-    for i, ours in enumerate(sides[0]):
-        for j, theirs in enumerate(sides[1]):
-            if ours.name != theirs.name:
-                preferences[:, i, j] = table.of(ours.name, theirs.name)
-    kl = [np.stack([c.kl() for c in side], axis=1) for side in sides]
-    main = [[c.name for c in side].index(name) for side, name in zip(sides, (a, b), strict=True)]
-    try:
-        found = matched_win_rate(*kl, preferences, *main, **settings.kwargs())
-    except ValueError as error:
-        return {"policy": a, "versus": b, "refused": f"{error}; nothing is extrapolated"}
-    weights = found.pop("weights")
-    found["points"] = {
-        name: {c.name: w for c, w in zip(side, weight, strict=True) if w > 0}
-        for name, side, weight in zip((a, b), sides, weights, strict=True)
+    about = {"policy": a, "versus": b}
+    if not all(run.has(a) and run.has(b) for run in runs):
+        return {**about, "refused": "the KL of one of them was not measured"}
+    if not all(run.table is not None and run.table.has(a, b) for run in runs):
+        return {**about, "refused": "no judge compared PPO with DPO"}
+    if not all(np.isfinite(run.table.of(a, b)).all() for run in runs):
+        return {**about, "refused": "the judge did not judge every prompt"}
+    if any(len(run[a].weights) < 3 for run in runs):
+        return {**about, "refused": "there are fewer than three prompts"}
+
+    def over(values: Callable[[Compared], np.ndarray]) -> Spread:
+        groups, labels = [values(run)[:, None] for run in runs], [run.clusters for run in runs]
+        return spread(groups, shared=shared, clusters=labels, by_skewness=False)
+
+    kls = {name: float(np.mean([run[name].kl().mean() for run in runs])) for name in (a, b)}
+    apart = over(lambda run: run[a].kl() - run[b].kl()).interval(settings.confidence)
+    if apart.low[0] <= 0 <= apart.high[0]:
+        found = over(lambda run: run.table.of(a, b))
+        return {**about, "kind": "equal", "kl": float(np.mean(list(kls.values()))), **_figures(found, settings, runs)}
+    near, far = (a, b) if kls[a] < kls[b] else (b, a)
+    sides = [_sides(run, near, far) for run in runs]
+    if not all(sides):
+        found = over(lambda run: run.table.of(near, far))
+        about = {"policy": near, "versus": far}
+        return {
+            **about,
+            "kind": "one-sided",
+            "kl": kls[near],
+            "kl_versus": kls[far],
+            **_figures(found, settings, runs),
+        }
+    matched = [
+        matched_values(mixture, run[near].kl(), run.table.of(below, near), run.table.of(above, near))
+        for run, (below, above, mixture) in zip(runs, sides, strict=True)
+    ]
+    labels = [run.clusters for run in runs]
+    found = spread([v[:, None] for v, _ in matched], shared=shared, clusters=labels, by_skewness=False)
+    below, above, _ = sides[0]
+    mixed = {below: 1 - matched[0][1], above: matched[0][1]}
+    figures = _figures(found, settings, runs)
+    return {
+        **{"policy": far, "versus": near, "kind": "matched", "kl": kls[near]},
+        **figures,
+        "points": {far: {name: weight for name, weight in mixed.items() if weight > 1e-9}, near: {near: 1.0}},
     }
-    return {"policy": a, "versus": b, **found}
+
+
+def _sides(run: Compared, near: str, far: str) -> tuple[str, str, Mixture] | None:
+    """The farther method's two points around the nearer KL and their mixture; ``None`` where it cannot be made."""
+    pair = neighbours(curve(run.contenders, run[far].method), float(run[near].kl().mean()))
+    if pair is None:
+        return None
+    below, above = pair
+    names = below.name, above.name
+    known = above.name in below.draws.under and below.name in above.draws.under
+    judged = all(run.table.has(name, near) and np.isfinite(run.table.of(name, near)).all() for name in names)
+    if not known or not judged:
+        return None
+    mixture = Mixture(
+        below.kl(),
+        above.kl(),
+        below.draws.under[above.name] - below.draws.measures["logprob"],
+        above.draws.under[below.name] - above.draws.measures["logprob"],
+    )
+    return *names, mixture
+
+
+def _figures(found: Spread, settings: Settings, runs: list[Compared]) -> dict[str, Any]:
+    interval = found.interval(settings.confidence, (0.0, 1.0))
+    figures = {"win_rate": float(np.clip(interval.mean[0], 0, 1)), "ci": interval.ci(0)}
+    return {**figures, "p": float(found.p_value(0.5)[0]), "points": {}, "runs": len(runs)}
 
 
 def frontier(
-    contenders: list[Contender], checkpoints: list[Contender], policies: dict[str, dict], settings: Settings
+    runs: list[Compared], policies: dict[str, dict[str, Any]], settings: Settings, shared: bool = False
 ) -> list[dict[str, Any]]:
-    """Points of every method; over-optimisation marked where gold is known.
+    """Points of every method; over-optimisation marked where gold is known. Of one run, or of several.
 
     Each point says which line it is on: ``along`` is ``sweep`` (of the coefficient, by rising KL), ``training``
-    (checkpoints of the main run, by step), ``n`` (best-of-n) or ``other``. Over-optimised is what has less gold and no
-    less proxy than an *earlier* point of its line.
+    (checkpoints of the main run, by step), ``n`` (best-of-n) or ``other``. See `over_optimised` for the mark: against
+    an *earlier* point of its line.
+
+    Args:
+        runs: each with its contenders and checkpoints.
+        policies: entries of the report, checkpoints included; what is not among them is left out.
+        settings: of the intervals.
+        shared: the runs share their prompts.
     """
-    points = []
+    everywhere = [name for name in policies if all(run.has(name) for run in runs)]
+    first = runs[0]
+    kl_of = {name: np.mean([run[name].kl().mean() for run in runs]) for name in everywhere}
+    lines: dict[tuple[str, str], list[str]] = {}
     for method in ("ppo", "dpo"):
-        sweep = _line(curve(contenders, method), "sweep", policies, settings)
-        # In the order of training, which ends at the main policy: it closes this line and is written down once.
-        steps = sorted((c for c in checkpoints if c.method == method), key=lambda c: c.point["step"])
-        main = [c for c in contenders if c.name == method and c.kl() is not None]
-        training = _line([*steps, *main], "training", policies, settings) if steps else []
+        own = [name for name in everywhere if first[name].method == method]
+        steps = [name for name in own if any(one.name == name for one in first.checkpoints)]
+        sweep = [name for name in own if name not in steps]
+        lines[method, "sweep"] = sorted(sweep, key=lambda name: (kl_of[name], name))
+        if steps:
+            # In the order of training, which ends at the main policy: it closes this line and is written down once.
+            steps.sort(key=lambda name: first[name].point["step"])
+            lines[method, "training"] = steps + [method] * (method in own)
+    tests = sum(max(len(line) - 1, 0) for line in lines.values())
+    points = []
+    for (method, along), line in lines.items():
+        if along == "training":
+            continue
+        sweep = _line(runs, line, along, policies, settings, shared, tests)
+        training = _line(runs, lines.get((method, "training"), []), "training", policies, settings, shared, tests)
         late = next((point for point in training if point["policy"] == method and point.get("over_optimised")), None)
         # Over-optimised against an own checkpoint counts like against a point of the sweep.
         points += [{**late, "along": "sweep"} if late and point["policy"] == method else point for point in sweep]
         points += [point for point in training if point["policy"] != method]
-    for contender in contenders:
+    for contender in first.contenders:
+        if contender.name not in policies:
+            continue
         if contender.method == "best_of_n":
             points.append({**_point(contender.name, policies[contender.name], {}), "along": "n"})
-        elif contender.method == "other" and contender.kl() is not None:
+        elif contender.method == "other" and contender.name in everywhere:
             points.append({**_point(contender.name, policies[contender.name], {}), "along": "other"})
     return points
 
 
-def _line(line: list[Contender], along: str, policies: dict[str, dict], settings: Settings) -> list[dict[str, Any]]:
+def _line(
+    runs: list[Compared],
+    line: list[str],
+    along: str,
+    policies: dict[str, dict[str, Any]],
+    settings: Settings,
+    shared: bool,
+    tests: int,
+) -> list[dict[str, Any]]:
     if not line:
         return []
     marks: list[dict[str, Any]] = [{} for _ in line]
-    if all("gold" in c.draws.scores and PROXY in c.draws.scores for c in line):
-        gold = np.stack([c.score("gold") for c in line], axis=1)
-        proxy = np.stack([c.score(PROXY) for c in line], axis=1)
-        marks = over_optimised(gold, proxy, **settings.kwargs())
+    if all({"gold", PROXY} <= set(run[name].draws.scores) for run in runs for name in line):
+        gold, proxy = (
+            [np.stack([run[name].score(judge) for name in line], axis=1) for run in runs] for judge in ("gold", PROXY)
+        )
+        labels = [run.clusters for run in runs]
+        marks = over_optimised(
+            gold, proxy, tests=tests, shared=shared, clusters=labels, confidence=settings.confidence
+        )
     points = []
-    for contender, mark in zip(line, marks, strict=True):
-        if mark.get("over_optimised"):
-            mark["against"] = line[mark["against"]].name
+    for name, mark in zip(line, marks, strict=True):
+        if mark.get("over_optimised") or mark.get("gold_fell"):
+            mark["against"] = line[mark["against"]]
         else:
             mark.pop("against", None)
-        points.append({**_point(contender.name, policies[contender.name], mark), "along": along})
+        points.append({**_point(name, policies[name], mark), "along": along})
     return points
 
 

@@ -27,6 +27,8 @@ class Tilted:
         reward: E_{pi*} r.
         kl: KL(pi* || p) in nats.
         optimum: J* = beta log Z.
+        least_optimum: beta log (mean e^{r / beta}), without correction: its expectation is at most J* (Jensen), for
+            any rewards and however few draws carry the weight.
         ess: effective draws.
     """
 
@@ -34,6 +36,7 @@ class Tilted:
     reward: np.ndarray
     kl: np.ndarray
     optimum: np.ndarray
+    least_optimum: np.ndarray
     ess: np.ndarray
 
     @property
@@ -62,7 +65,7 @@ def tilt(rewards: np.ndarray, beta: float) -> Tilted:
         left_out += np.stack(_figures(top, np.exp(part - top[:, None]), rewards[:, row], beta, n - 1))
     reward, kl, optimum = n * np.stack(whole) - (n - 1) / n * left_out
     weights = softmax(scaled, axis=1)
-    return Tilted(beta, reward, kl, optimum, 1.0 / (weights**2).sum(1))
+    return Tilted(beta, reward, kl, optimum, whole[2], 1.0 / (weights**2).sum(1))
 
 
 def _figures(top: np.ndarray, weights: np.ndarray, rewards: np.ndarray, beta: float, n: int) -> tuple:

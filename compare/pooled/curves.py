@@ -2,60 +2,31 @@
 
 from typing import Any
 
-import numpy as np
-
 from ppo_vs_dpo.compare.estimates.win_rates import Settings
-from ppo_vs_dpo.compare.frontier.points import matched_kl
-from ppo_vs_dpo.compare.pooled.figures import Run, mean_of, over_runs, pooled_point
+from ppo_vs_dpo.compare.frontier.points import Compared, frontier, matched_kl
+from ppo_vs_dpo.compare.pooled.figures import Run, mean_of, over_runs, pooled_point, shares_prompts
+
+
+def compared(run: Run, judge: str | None = None) -> Compared:
+    """A run as the frontier reads it."""
+    table = run.tables[judge] if judge is not None else None
+    return Compared(list(run.contenders.values()), list(run.checkpoints.values()), table, run.prompts.clusters)
 
 
 def pooled_matched_kl(runs: list[Run], judge: str, settings: Settings) -> dict[str, Any]:
-    """Matched KL in every run, then the mean over runs with a t interval."""
-    found = [matched_kl(list(run.contenders.values()), run.tables[judge], "ppo", "dpo", settings) for run in runs]
-    refused = [one for one in found if "refused" in one]
-    if refused:
-        return refused[0]
-    rates = [one["win_rate"] for one in found]
-    middle, ci = over_runs(rates, [one["ci"] for one in found], settings, (0.0, 1.0))
-    return {
-        "policy": "ppo",
-        "versus": "dpo",
-        "kl": float(np.mean([one["kl"] for one in found])),
-        "win_rate": middle,
-        "ci": ci,
-        "per_seed": rates,
-        "points": found[0]["points"],
-    }
+    """Matched KL in every run, and its mean over runs and prompts."""
+    return matched_kl([compared(run, judge) for run in runs], "ppo", "dpo", settings, shares_prompts(runs))
 
 
 def pooled_frontier(policies: dict[str, dict[str, Any]], runs: list[Run], settings: Settings) -> list[dict[str, Any]]:
-    """Points of all methods; over-optimised where every run marks the point so."""
-    marks = [{p["policy"]: p for p in run.report["frontier"]} for run in runs]
-    points = []
-    for first in runs[0].report["frontier"]:
-        name = first["policy"]
-        marked = [mark[name] for mark in marks if name in mark]
-        if len(marked) < len(runs):
-            continue
-        if name in policies:
-            entry = policies[name]
-        elif all(name in run.checkpoints for run in runs):
+    """Points of all methods and of the checkpoints that every run has."""
+    entries = dict(policies)
+    for name in runs[0].checkpoints:
+        if all(name in run.checkpoints for run in runs):
+            marked = [{p["policy"]: p for p in run.report["frontier"]}[name] for run in runs]
             own = [run.checkpoints[name] for run in runs]
-            entry = pooled_point(runs, own, [mark["kl"] for mark in marked], settings)
-        else:
-            continue
-        keys = ("method", "point", "kl", "eos_rate")
-        keys += ("gold_reward", "gold_reward_ci", "proxy_reward", "proxy_reward_ci")
-        point = {"policy": name, **{key: entry[key] for key in keys}, "along": first.get("along", "sweep")}
-        if point["kl"]["mean"] is not None:
-            point["sqrt_kl"] = float(np.sqrt(max(point["kl"]["mean"], 0.0)))
-        point["over_optimised"] = all(mark.get("over_optimised") for mark in marked)
-        if point["over_optimised"]:
-            point["against"] = marked[0]["against"]
-            point["gold_change"] = float(np.mean([mark["gold_change"] for mark in marked]))
-            point["proxy_change"] = float(np.mean([mark["proxy_change"] for mark in marked]))
-        points.append(point)
-    return points
+            entries[name] = pooled_point(runs, own, [mark["kl"] for mark in marked], settings)
+    return frontier([compared(run) for run in runs], entries, settings, shares_prompts(runs))
 
 
 def pooled_optimum(runs: list[Run], settings: Settings) -> dict[str, Any] | None:
@@ -63,12 +34,13 @@ def pooled_optimum(runs: list[Run], settings: Settings) -> dict[str, Any] | None
     found = [run.report.get("optimum") for run in runs]
     if not all(found) or len({one["kind"] for one in found}) > 1:
         return None
+    shared = shares_prompts(runs)
 
     def figures(entries: list[dict[str, Any]], keys: tuple[str, ...]) -> dict[str, Any]:
         made = {}
         for key in keys:
-            values = [entry[key] for entry in entries]
-            made[key], made[f"{key}_ci"] = over_runs(values, [entry[f"{key}_ci"] for entry in entries], settings)
+            values, intervals = [entry[key] for entry in entries], [entry[f"{key}_ci"] for entry in entries]
+            made[key], made[f"{key}_ci"] = over_runs(values, intervals, settings, shared)
         return {**made, "ess": mean_of([entry["ess"] for entry in entries])}
 
     curves = {}
@@ -90,6 +62,7 @@ def pooled_optimum(runs: list[Run], settings: Settings) -> dict[str, Any] | None
         if refused is not None:
             gaps.append({**about, "ess": refused["ess"], "refused": refused["refused"]})
         else:
-            gaps.append({**about, **figures(entries, ("objective", "optimum", "gap"))})
+            bound = {"at_least": True} if any(entry.get("at_least") for entry in entries) else {}
+            gaps.append({**about, **figures(entries, ("objective", "optimum", "gap")), **bound})
     kept = {key: found[0][key] for key in ("kind", "draws", "completions") if key in found[0]}
     return {**kept, "curves": curves, "gaps": gaps, "policies": None}

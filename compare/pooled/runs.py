@@ -16,6 +16,7 @@ from ppo_vs_dpo.artifacts.errors import UserError, explain_os_error
 from ppo_vs_dpo.artifacts.files import read_json, read_parquet, sha256_of
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.compare.config import CompareStage
+from ppo_vs_dpo.compare.estimates.allowed import sampled_as_measured, use_kl
 from ppo_vs_dpo.compare.estimates.judgements import table_of
 from ppo_vs_dpo.compare.estimates.win_rates import PairTable, Settings, judge_pairs
 from ppo_vs_dpo.compare.judges.llm import Judgement
@@ -33,12 +34,15 @@ from ppo_vs_dpo.compare.pooled.figures import (
 )
 from ppo_vs_dpo.compare.report.assemble import judge_agreement, verdict_sides
 from ppo_vs_dpo.compare.report.cost import pooled_cost
+from ppo_vs_dpo.compare.report.decision import decide, find, main_judge
 from ppo_vs_dpo.compare.report.pages import sample_table, write_pages
-from ppo_vs_dpo.compare.report.verdict import find, main_judge, sentences, warnings
+from ppo_vs_dpo.compare.report.tables import UNDER
+from ppo_vs_dpo.compare.report.verdict import sentences, warnings, would_change
 from ppo_vs_dpo.compare.sampling.completions import MEASURES, Draws
 from ppo_vs_dpo.compare.sampling.contenders import along_training, contenders_of
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Policy, Prompts
 from ppo_vs_dpo.compare.stage import SCHEMA_VERSION
+from ppo_vs_dpo.compare.statistics.clusters import clusters_of
 
 # Sections that may differ between runs that are pooled.
 FREE = ("name", "seed", "output_dir", "stages", "launch", "experiment")
@@ -68,7 +72,8 @@ def load(root: str | Path) -> Run:
     ids = list(dict.fromkeys(frame["prompt_id"]))
     texts = dict(zip(frame["prompt_id"], table["prompt"][:], strict=True))
     judges = [judge for judge in report["judges"] if judge in table.column_names]
-    numbers = {name: np.array(table[name][:]) for name in ("finished", "tokens", *MEASURES, *judges)}
+    under = [name for name in table.column_names if name.startswith(UNDER)]
+    numbers = {name: np.array(table[name][:]) for name in ("finished", "tokens", *MEASURES, *judges, *under)}
     draws = []
     for policy, role in dict.fromkeys(zip(frame["policy"], frame["role"], strict=True)):
         main = temperature == report["settings"]["temperature"]
@@ -86,6 +91,7 @@ def load(root: str | Path) -> Run:
                 tokens=of["tokens"],
                 measures={name: of[name].astype(np.float64) for name in MEASURES},
                 scores={judge: of[judge] for judge in judges},
+                under={n.removeprefix(UNDER): of[n] for n in under if np.isfinite(of[n]).all()},
             )
         )
     policies = [
@@ -100,10 +106,15 @@ def load(root: str | Path) -> Run:
     ]
     own = report["settings"]
     settings = CompareStage(
-        temperature=own["temperature"], best_of_n=list(own["best_of_n"]), best_of=dict(own.get("best_of") or {})
+        temperature=own["temperature"],
+        top_k=own["top_k"],
+        top_p=own["top_p"],
+        best_of_n=list(own["best_of_n"]),
+        best_of=dict(own.get("best_of") or {}),
     )
     contenders = contenders_of(policies, draws, settings)
-    prompts = Prompts([texts[identity] for identity in ids], ids)
+    of_prompt = [texts[identity] for identity in ids]
+    prompts = Prompts(of_prompt, ids, clusters=clusters_of(of_prompt, own["near_duplicate"]))
     tables = {judge: judge_pairs(contenders, judge) for judge in judges}
     tables |= read_verdicts(run, [judge for judge in report["judges"] if judge not in judges], prompts)
     return Run(
@@ -116,6 +127,7 @@ def load(root: str | Path) -> Run:
         tables,
         judges,
         next((one for one in draws if (one.policy, one.role) == (REFERENCE, "pool")), None),
+        settings,
     )
 
 
@@ -183,8 +195,18 @@ def pool(runs: list[Run], settings: Settings) -> dict[str, Any]:
         notes.append(f"Not pooled, because not every run has verdicts of it: {', '.join(other)}.")
     scored = [judge for judge in judges if all(judge in run.scored for run in runs)]
     policies = {name: pooled_policy(runs, name, settings) for name in names}
+    shared = shares_prompts(runs)
     win = [entry for judge in judges for entry in pooled_win_rates(runs, judge, names, settings)]
-    controls = [found for judge in scored if (found := pooled_control(runs, judge, settings))]
+    if all(sampled_as_measured(run.settings) for run in runs):
+        win = use_kl(
+            win,
+            lambda name: [run.contenders[name] for run in runs],
+            [run.own_draws() for run in runs],
+            settings,
+            shared,
+            [run.prompts.clusters for run in runs],
+        )
+    controls = [found for judge in scored if (found := pooled_control(runs, judge, settings, len(scored)))]
     known = {judge: pooled_judge(runs, judge) for judge in judges}
     first = main_judge({"judges": known})
     head = find({"win_rates": win}, "ppo", "dpo", first)
@@ -194,13 +216,15 @@ def pool(runs: list[Run], settings: Settings) -> dict[str, Any]:
     report = {
         "schema_version": SCHEMA_VERSION,
         "verdict": [],
+        "would_change": [],
         "warnings": [],
         "settings": {
             **runs[0].report["settings"],
             "seeds": [run.seed for run in runs],
             "runs": [run.root.name for run in runs],
-            "n_prompts": sum(len(run.prompts) for run in runs),
-            "prompts": "shared by all runs" if shares_prompts(runs) else "each run its own",
+            "n_prompts": len(runs[0].prompts) if shared else sum(len(run.prompts) for run in runs),
+            "units": runs[0].prompts.units if shared else sum(run.prompts.units for run in runs),
+            "prompts": "shared by all runs" if shared else "each run its own",
         },
         "pair_set": {
             "hash": ", ".join(pair_set["hash"][:16] for pair_set in pair_sets),
@@ -215,7 +239,7 @@ def pool(runs: list[Run], settings: Settings) -> dict[str, Any]:
         "policies": policies,
         "win_rates": win + controls,
         "control": controls,
-        "power": pooled_power(head, settings),
+        "power": pooled_power(runs, head, first, settings, runs[0].report["settings"]["delta"]),
         "matched_kl": pooled_matched_kl(runs, first, settings)
         if head is not None
         else {"policy": "ppo", "versus": "dpo", "refused": "not every run has PPO and DPO"},
@@ -229,8 +253,10 @@ def pool(runs: list[Run], settings: Settings) -> dict[str, Any]:
     }
     if len(runs) == 2:
         notes.append("Two seeds: the spread between them is known from one difference; intervals are wide and rough.")
+    report["decision"] = decide(report)
     report["warnings"] = notes + warnings(report)
     report["verdict"] = sentences(report)
+    report["would_change"] = would_change(report)
     return report
 
 
@@ -245,6 +271,13 @@ def pooled_judge(runs: list[Run], judge: str) -> dict[str, Any]:
     for key in ("judged", "excluded"):
         if all(key in entry for entry in entries):
             found[key] = sum(entry[key] for entry in entries)
+    checked = [entry.get("heldout") for entry in entries]
+    if all(checked):
+        # Runs that share their pairs were checked on the same ones: those count once, with the runs' mean.
+        same = len({run.report["pair_set"]["hash"] for run in runs}) == 1
+        found["heldout"] = {
+            key: round(sum(one[key] for one in checked) / (len(runs) if same else 1)) for key in ("n", "right")
+        }
     biases = [entry.get("position_bias") for entry in entries]
     if all(biases):
         known = [bias for bias in biases if bias["n"]]

@@ -6,27 +6,31 @@ from typing import Any
 import numpy as np
 
 from ppo_vs_dpo.compare.config import CompareStage
+from ppo_vs_dpo.compare.estimates.allowed import sampled_as_measured, use_kl
 from ppo_vs_dpo.compare.estimates.quality import quality
 from ppo_vs_dpo.compare.estimates.ranking import ranking
-from ppo_vs_dpo.compare.estimates.statistics import mean_interval, win_rate_interval
 from ppo_vs_dpo.compare.estimates.win_rates import (
     PairTable,
     Settings,
     control,
     describe,
     describe_kl,
+    positive_control,
     power_line,
     win_rates,
 )
-from ppo_vs_dpo.compare.frontier.points import frontier, matched_kl
+from ppo_vs_dpo.compare.frontier.points import Compared, frontier, matched_kl
 from ppo_vs_dpo.compare.judges.agreement import agreement
 from ppo_vs_dpo.compare.judges.scores import preference_by_score
-from ppo_vs_dpo.compare.report.verdict import label, main_judge
+from ppo_vs_dpo.compare.report.decision import main_judge
+from ppo_vs_dpo.compare.report.verdict import label
 from ppo_vs_dpo.compare.sampling.completions import Draws
 from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender, main_pair, realised_best, shown_columns, uniform
 from ppo_vs_dpo.compare.sampling.gather import Gatherer
 from ppo_vs_dpo.compare.sampling.kl import sequence_kl
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE
+from ppo_vs_dpo.compare.statistics.intervals import mean_interval
+from ppo_vs_dpo.compare.statistics.significance import label_permutation_p, win_rates_with_p
 
 
 def figures(
@@ -37,7 +41,7 @@ def figures(
     tables: dict[str, PairTable],
     logprobs: dict[str, np.ndarray],
     settings: CompareStage,
-    seed: int,
+    how: Settings,
     learned: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """All figures of the report.
@@ -50,10 +54,9 @@ def figures(
         tables: those, and the tables of the judges that read.
         logprobs: from `best_of_n_logprobs`.
         settings: of the stage.
-        seed: of all resampling.
+        how: of all intervals and tests.
         learned: policy -> what was learned while its completions were drawn.
     """
-    how = Settings(settings.resamples, seed, settings.confidence)
     judges, all_judges = list(scored), list(tables)
     pool = pool_of(draws)
     baseline = next(one for one in draws if one.role == "baseline")
@@ -62,27 +65,38 @@ def figures(
     for contender in contenders:
         policies[contender.name]["quality"] = quality(contender, shown_columns(contender))
         policies[contender.name]["displacement"] = learned.get(contender.name, {}).get("displacement")
-    controls = [found for judge in judges if (found := control(baseline, pool, judge, how))]
+    controls = [found for judge in judges if (found := control(baseline, pool, judge, how, len(judges)))]
     lengths = {c.name: c.length() for c in contenders}
     difficult = settings.length_difficulty
     win = [entry for judge in all_judges for entry in win_rates(tables[judge], judge, how, lengths, difficult)]
+    if sampled_as_measured(settings):
+        by_name = {c.name: c for c in contenders}
+        own = [one for one in draws if one.policy == REFERENCE and one.temperature == settings.temperature]
+        win = use_kl(win, lambda name: [by_name[name]], [own], how, clusters=[how.clusters])
+    known_wins = [positive] if PROXY in scored and (positive := positive_control(win, scored[PROXY], how)) else []
     first = main_judge({"judges": {name: {"in_sample": name == PROXY} for name in all_judges}})
     policy, versus = main_pair(contenders)
     judged = first is not None and tables[first].has(policy, versus)
     given = any(c.method == "other" for c in contenders if c.name in (policy, versus))
-    why_not = f"no judge compared {label(policy)} with {label(versus)}"
-    if judged and given:
+    run = Compared(contenders, checkpoints, tables[first] if judged else None, how.clusters)
+    matched = matched_kl([run], policy, versus, how)
+    if not judged:
+        matched = {
+            "policy": policy,
+            "versus": versus,
+            "refused": f"no judge compared {label(policy)} with {label(versus)}",
+        }
+    elif given:
         why_not = "a policy that was given is one point, not a curve along which its KL could be matched"
+        matched = {"policy": policy, "versus": versus, "refused": why_not}
     return {
         "policies": policies,
         "win_rates": win + controls,
-        "control": controls,
+        "control": controls + known_wins,
         "head_to_head": [policy, versus],
-        "power": power_line(tables[first], policy, versus, how) if judged else None,
-        "matched_kl": matched_kl(contenders, tables[first], policy, versus, how)
-        if judged and not given
-        else {"policy": policy, "versus": versus, "refused": why_not},
-        "frontier": frontier(contenders, checkpoints, {**policies, **steps}, how),
+        "power": power_line(tables[first], policy, versus, how, settings.delta) if judged else None,
+        "matched_kl": matched,
+        "frontier": frontier([run], {**policies, **steps}, how),
         "ranking": {judge: ranking_of(tables[judge], contenders, how) for judge in all_judges},
         "agreement": judge_agreement([verdict_sides(contenders, scored, tables)]),
         "temperatures": temperatures(draws, baseline, settings, judges, how),
@@ -93,10 +107,9 @@ def ranking_of(table: PairTable, contenders: list[Contender], how: Settings) -> 
     """Bradley-Terry ranking by one judge."""
     return ranking(
         table.pairs,
-        table.complete(),
+        [table.complete()],
         [contender.name for contender in contenders],
-        resamples=min(how.resamples, 500),
-        seed=how.seed,
+        clusters=[how.of_rows(table.whole()).clusters],
         confidence=how.confidence,
     )
 
@@ -159,7 +172,8 @@ def temperatures(
             preference, ties = preference_by_score(
                 one.scores[judge], baseline.scores[judge], contender.weights, uniform(baseline)
             )
-            interval = win_rate_interval(preference[:, None], **how.kwargs())
+            exact = label_permutation_p(one.scores[judge], baseline.scores[judge])
+            interval, _ = win_rates_with_p(preference[:, None], np.array([exact]), **how.kwargs())
             entry["win_rates"].append(
                 {
                     "versus": f"{REFERENCE} at {settings.temperature}",

@@ -9,8 +9,9 @@ import numpy as np
 from markupsafe import Markup
 
 from ppo_vs_dpo.artifacts.files import finite, write_json, write_text
+from ppo_vs_dpo.compare.report.decision import head_to_head, main_judge
 from ppo_vs_dpo.compare.report.plots import TITLES, element_of, frontier_plot, shown_rewards, write_figure
-from ppo_vs_dpo.compare.report.verdict import head_to_head, label, main_judge, names_of, percent
+from ppo_vs_dpo.compare.report.verdict import label, names_of, nats, percent
 from ppo_vs_dpo.compare.sampling.contenders import Contender, shown_columns
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Prompts
 
@@ -29,6 +30,7 @@ def environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     made.filters.update(percent=percent, label=label, number=number, interval=interval, nats=nats)
+    made.filters["nats_interval"] = nats_interval
     made.filters.update(duration=duration, si=si)
     return made
 
@@ -38,16 +40,16 @@ def number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
 
 
-def nats(value: float | None) -> str:
-    """A KL in nats."""
-    return number(value, 2)
-
-
 def interval(ci: list[float] | None, scale: float = 1.0, digits: int = 2) -> str:
     """``[0.40, 0.62]``, or nothing."""
     if ci is None or ci[0] is None:
         return ""
     return f"[{number(ci[0] * scale, digits)}, {number(ci[1] * scale, digits)}]"
+
+
+def nats_interval(ci: list[float] | None) -> str:
+    """``[0.0021, 0.0043]``: the ends of a KL's interval with the digits they need."""
+    return "" if ci is None or ci[0] is None else f"[{nats(ci[0])}, {nats(ci[1])}]"
 
 
 def duration(seconds: float | None) -> str:
@@ -136,6 +138,7 @@ def render_html(report: dict[str, Any], samples: dict[str, Any], charts: list[Ma
         has_proxy=any(policy["proxy_reward"] is not None for policy in policies),
         over={point["policy"] for point in report["frontier"] if point.get("over_optimised")},
         against_sft={e["policy"]: e for e in report["win_rates"] if e["versus"] == REFERENCE and e["judge"] == judge},
+        reweighted=any("raw" in entry for entry in report["win_rates"]),
         n_pairs=sum(e["judge"] == judge and e["policy"] != e["versus"] for e in report["win_rates"]) // 2,
         ranking=report["ranking"].get(judge, {}).get("entries", []),
         cost=cost_rows(report["cost"]),
@@ -168,6 +171,9 @@ def matrices(report: dict[str, Any]) -> dict[str, Any]:
             "lc_ci": controlled["ci"],
             "p": entry.get("p_holm"),
             "ties": entry["ties"],
+            "family": entry.get("family"),
+            "allowed": (entry.get("allowed") or {}).get("at_most"),
+            "raw": {"wr": entry["raw"]["win_rate"]} if entry.get("raw") else None,
         }
     names = list(report["policies"])
     return {"judges": judges, "names": names, "labels": {name: label(name) for name in names}}

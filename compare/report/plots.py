@@ -136,7 +136,7 @@ def _draw_optimum(axis: Any, report: dict[str, Any], key: str, furthest: float) 
         return
     x = np.sqrt([max(point["kl"], 0.0) for point in points])
     y, inside = np.array([point["reward"] for point in points]), x <= furthest * 1.08
-    name = "optimum (exact)" if optimum["kind"] == "exact" else "optimum (estimate, as far as it holds)"
+    name = "optimum (exact)" if optimum["kind"] == "exact" else "optimum (lower estimate, as far as it holds)"
     axis.plot(x[inside], y[inside], label=name, zorder=0, **OPTIMUM)
     if optimum["kind"] != "exact":
         low, high = np.array([point["reward_ci"] for point in points]).T

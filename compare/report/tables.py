@@ -12,11 +12,15 @@ from ppo_vs_dpo.compare.judges.llm import Judgement
 from ppo_vs_dpo.compare.sampling.completions import Draws
 from ppo_vs_dpo.compare.sampling.policies import Prompts
 
+# Column of a completion's log-probability under another policy; NaN where it was not wanted.
+UNDER = "logprob under "
+
 
 def write_completions(path: Path, draws: list[Draws], prompts: Prompts) -> None:
     """A row for every completion, with its measures and scores."""
     columns: dict[str, list] = {"policy": [], "role": [], "temperature": [], "draw": [], "prompt_id": [], "prompt": []}
     values: dict[str, list[np.ndarray]] = {}
+    across = sorted({name for one in draws for name in one.under})
     texts: list[str] = []
     for one in draws:
         n, per = one.shape
@@ -27,7 +31,10 @@ def write_completions(path: Path, draws: list[Draws], prompts: Prompts) -> None:
         columns["prompt_id"] += [identity for identity in prompts.ids for _ in range(per)]
         columns["prompt"] += [prompt for prompt in prompts.prompts for _ in range(per)]
         texts += one.texts
-        for name, array in {"finished": one.finished, "tokens": one.tokens, **one.measures, **one.scores}.items():
+        unknown = np.full(one.shape, np.nan)
+        under = {f"{UNDER}{name}": one.under.get(name, unknown) for name in across}
+        known = {"finished": one.finished, "tokens": one.tokens, **one.measures, **one.scores, **under}
+        for name, array in known.items():
             values.setdefault(name, []).append(array.ravel())
     merged = {name: np.concatenate(arrays) for name, arrays in values.items()}
     write_parquet(path, {**columns, "completion": texts, **merged})

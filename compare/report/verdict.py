@@ -1,11 +1,17 @@
-"""The verdict in three sentences that claim no more than was measured, and the report's warnings."""
+"""The verdict in three sentences made from the decision, what would change it, and the report's warnings."""
 
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
+
+from ppo_vs_dpo.compare.report.decision import ENOUGH_SEEDS, find, head_to_head
+
 JUDGE_NAMES = {"gold": "the gold reward", "reward_model": "the reward model that PPO was trained on"}
+# A bound this wide says nothing that one did not know.
+WORTH_SAYING = 0.45
 
 
 def percent(x: float) -> str:
@@ -18,21 +24,32 @@ def rate(entry: dict[str, Any]) -> str:
     return f"{percent(entry['win_rate'])} [{100 * entry['ci'][0]:.1f}, {100 * entry['ci'][1]:.1f}]"
 
 
-def find(report: dict[str, Any], policy: str, versus: str, judge: str) -> dict[str, Any] | None:
-    """A win rate of the report."""
-    for entry in report["win_rates"]:
-        if (entry["policy"], entry["versus"], entry["judge"]) == (policy, versus, judge):
-            return entry
-    return None
+def nats(value: float | None) -> str:
+    """A KL with the digits it needs: ``3.17``, ``0.0030``; two digits of a small one, two decimals of a large one."""
+    if value is None:
+        return "–"
+    if abs(value) >= 0.095 or value == 0:
+        return f"{value:.2f}".replace("-", "−")
+    return f"{value:#.2g}".replace("-", "−") if abs(value) >= 1e-4 else f"{value:.1e}".replace("-", "−")
 
 
-def main_judge(report: dict[str, Any]) -> str | None:
-    """The judge the verdict quotes: gold where it is known, else the first that no policy was trained on."""
-    heard = {entry["judge"] for entry in report.get("win_rates", [])}
-    judges = {name: judge for name, judge in report["judges"].items() if "win_rates" not in report or name in heard}
-    if "gold" in judges:
-        return "gold"
-    return next((name for name, judge in judges.items() if not judge["in_sample"]), next(iter(judges), None))
+def of_hundred(entry: dict[str, Any]) -> str:
+    """``62 of 100 prompts (58 to 66)``: as many digits as the interval's width deserves; a tie is half a win.
+
+    More where rounding would put an end on the other side of 50, or on it.
+    """
+    values = [100 * x for x in (entry["win_rate"], *entry["ci"])]
+    width = values[2] - values[1]
+    digits = 0 if width >= 4 else 1 if width >= 0.4 else 2
+    while digits < 5 and any(np.sign(round(x - 50, 9)) != np.sign(round(x, digits) - 50) for x in values):
+        digits += 1
+    shown = [f"{x:.{digits}f}" for x in values]
+    return f"{shown[0]} of 100 prompts ({shown[1]} to {shown[2]})"
+
+
+def p_text(p: float) -> str:
+    """``p = 0.031``, ``p < 0.0001``."""
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}" if p < 0.995 else "p = 1"
 
 
 # Names under which policies are shown, where they are not their own: the reference of a comparison of given policies.
@@ -63,22 +80,34 @@ def label(name: str) -> str:
     return f"{method} {point.replace('=', ' ').replace(',', ', ')}" if point else method
 
 
-def head_to_head(report: dict[str, Any]) -> tuple[str, str]:
-    """The two policies that the verdict is about: PPO and DPO, or the first two that were given."""
-    return tuple(report.get("head_to_head") or ("ppo", "dpo"))
+def one_run(report: dict[str, Any], name: str) -> str:
+    """``this PPO run``, ``these two PPO runs``, or the method's name where there are seeds enough to speak of it."""
+    seeds = len(report["settings"]["seeds"])
+    if seeds >= ENOUGH_SEEDS or report.get("names") or name not in ("ppo", "dpo"):
+        return label(name)  # a policy that was given is itself
+    return f"this {label(name)} run" if seeds == 1 else f"these two {label(name)} runs"
 
 
-def _who_wins(entry: dict[str, Any]) -> str:
-    first, second = label(entry["policy"]), label(entry["versus"])
-    if entry["ci"][0] > 0.5:
-        return f"{first} beats {second}"
-    if entry["ci"][1] < 0.5:
-        return f"{second} beats {first}"
-    return f"{first} and {second} cannot be told apart"
+def flipped(entry: dict[str, Any]) -> dict[str, Any]:
+    """A figure seen from the other side."""
+    turned = {"policy": entry["versus"], "versus": entry["policy"], "win_rate": 1 - entry["win_rate"]}
+    return {**entry, **turned, "ci": [1 - entry["ci"][1], 1 - entry["ci"][0]]}
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _beat(report: dict[str, Any]) -> str:
+    return "beat" if one_run(report, "ppo").startswith("these") else "beats"
+
+
+def _judge(name: str) -> str:
+    return JUDGE_NAMES.get(name, f"the judge {name}")
 
 
 def sentences(report: dict[str, Any]) -> list[str]:
-    """Three sentences: the two methods as they are; at matched KL; against the reference, and what is not known."""
+    """Three sentences: the two methods as they are; at one KL; against the reference, and what is not known."""
     with names_of(report):
         found = [_head_to_head(report), _matched(report), _against_reference(report)]
         # Policies that were given are single points: that they have no curve says nothing about them.
@@ -86,75 +115,152 @@ def sentences(report: dict[str, Any]) -> list[str]:
 
 
 def _head_to_head(report: dict[str, Any]) -> str:
-    judge = main_judge(report)
-    policy, versus = head_to_head(report)
-    entry = find(report, policy, versus, judge)
-    if entry is None:
+    decision = report["decision"]
+    judge, found = decision["judge"], decision["primary"]
+    if found is None:
         have = ", ".join(label(name) for name in report["policies"])
-        return f"There is no verdict between {label(policy)} and {label(versus)}: this run has {have} only."
-    if entry["ci"][1] < 0.5:
-        entry = find(report, versus, policy, judge)
-    kl = [report["policies"][name]["kl"]["mean"] for name in (entry["policy"], entry["versus"])]
-    at = f", at KL {kl[0]:.1f} against {kl[1]:.1f} nats" if None not in kl else ""
-    told_apart = not entry["ci"][0] <= 0.5 <= entry["ci"][1]
-    text = f"{_who_wins(entry)} by {JUDGE_NAMES.get(judge, f'the judge {judge}')}: "
-    text += f"{label(entry['policy'])} wins {rate(entry)}, n = {entry['n']} prompts{at}"
-    power = report.get("power")
-    if power and not told_apart:
-        runs = power.get("runs")
-        text += f"; {f'{runs} such runs' if runs else 'so many prompts'} show a gap of "
-        text += f"{100 * power['detectable_gap']:.1f} points"
-        needed = power.get("runs_needed") if runs else power["prompts_needed"]
-        if needed:
-            text += f", the observed one needs {needed:,}"
+        policy, versus = map(label, head_to_head(report))
+        return f"There is no verdict between {policy} and {versus}: this run has {have} only."
+    entry = find(report, found["policy"], found["versus"], judge)
+    if entry["win_rate"] < 0.5:
+        entry = flipped(entry)
+    first, second = (one_run(report, entry[key]) for key in ("policy", "versus"))
+    delta = f"{100 * decision['delta']:.3g} points"
+    says = (
+        f"{label(entry['policy'])}'s answer is the better one on {of_hundred(entry)}, {p_text(entry['p'])}, n "
+        f"= {entry['n']}"
+    )
+    by = _judge(judge)
+    if found["outcome"] == "beats":
+        text = f"{_capital(first)} {_beat(report)} {second} by {by}: {says}"
+    elif found["outcome"] == "equal":
+        text = f"{_capital(first)} and {second} are equal within {delta} by {by}: {says}"
+        text += "; so small a lead is shown, and it is smaller than what was said to matter" if found["lead"] else ""
+    else:
+        text = f"Undecided between {first} and {second}: by {by} {says}"
+        why = list(decision["objections"])
+        if not why and entry.get("decided", 99) < 10:
+            why.append(f"the judge preferred one of the two on {entry['decided']} prompts only")
+        text += f"; {'; '.join(why)}" if why else ""
+    kls = [report["policies"][entry[key]]["kl"]["mean"] for key in ("policy", "versus")]
+    if None not in kls:
+        text += f". Their KLs to {label('sft')} are {nats(kls[0])} and {nats(kls[1])} nats"
+        allowed = entry.get("allowed")
+        if allowed and not allowed["outside"] and allowed["at_most"] < WORTH_SAYING:
+            text += f": whatever the judge, they are at most {100 * allowed['at_most']:.1f} points apart"
     if report["judges"][judge]["in_sample"]:
-        text += " (an in-sample judge: PPO was trained to please it, so this favours PPO)"
+        text += " (an in-sample judge favours PPO)"
     return text + "."
 
 
 def _matched(report: dict[str, Any]) -> str:
-    matched = report["matched_kl"]
+    matched, decision = report["matched_kl"], report["decision"]
     if "refused" in matched:
-        return f"At matched KL nothing can be said: {matched['refused']}."
-    if matched["ci"][1] < 0.5:
-        matched = {
-            **matched,
-            "policy": matched["versus"],
-            "versus": matched["policy"],
-            "win_rate": 1 - matched["win_rate"],
-            "ci": [1 - matched["ci"][1], 1 - matched["ci"][0]],
-        }
-    return (
-        f"At matched KL ({matched['kl']:.1f} nats, interpolated along both sweeps) {_who_wins(matched)}: "
-        f"{label(matched['policy'])} wins {rate(matched)}."
-    )
+        return f"At one KL nothing can be said: {matched['refused']}."
+    if matched["kind"] == "equal":
+        return (
+            f"Their KLs, about {nats(matched['kl'])} nats, cannot be told apart: the first sentence is at one "
+            f"KL already."
+        )
+    primary = decision["primary"] or {"outcome": "undecided", "winner": None}
+    if matched["kind"] == "one-sided":
+        less, more = label(matched["policy"]), label(matched["versus"])
+        text = (
+            f"{less} has the lower KL, {nats(matched['kl'])} against {nats(matched['kl_versus'])} nats, and "
+            f"no point of "
+        )
+        text += f"{more}'s sweep lies at or below it: who is better at one KL is not decided"
+        if primary["outcome"] == "beats" and primary["winner"] == matched["policy"]:
+            text = f"{less} does so with less KL, {nats(matched['kl'])} against {nats(matched['kl_versus'])} nats"
+        return text + "."
+    found = next(one for one in decision["secondary"] if one["kind"] == "matched KL")
+    entry = matched if matched["win_rate"] >= 0.5 else flipped(matched)
+    first, second = label(entry["policy"]), label(entry["versus"])
+    says = f"{first}'s answer is the better one on {of_hundred(entry)}, {p_text(found['p_holm'])} (Holm)"
+    at = f"At one KL of {nats(matched['kl'])} nats"
+    if found["outcome"] == "beats":
+        return f"{at} {first} beats {second}: {says}."
+    if found["outcome"] == "equal":
+        return f"{at} {first} and {second} are equal within {100 * decision['delta']:.3g} points: {says}."
+    return f"{at} it is undecided between {first} and {second}: {says}."
 
 
 def _against_reference(report: dict[str, Any]) -> str:
-    judge = main_judge(report)
-    best = [
-        name for name, p in report["policies"].items() if p["method"] == "best_of_n" and "policy" not in p["point"]
-    ]
-    given = [name for name, p in report["policies"].items() if p["method"] == "other"]
-    names = [name for name in (*dict.fromkeys(["ppo", "dpo", *given]), *best[-1:]) if name != "sft"]
-    found = [(name, find(report, name, "sft", judge)) for name in names]
-    if head_to_head(report)[1] == "sft":
-        found = []  # the first sentence has said it
-    parts = [f"{label(name)} wins {rate(entry)}" for name, entry in found if entry is not None]
+    decision = report["decision"]
+    judge, parts, reference = decision["judge"], [], label("sft")
+    for found in decision["secondary"]:
+        if found["kind"] != "win rate":
+            continue
+        entry = find(report, found["policy"], found["versus"], judge)
+        name, says = label(found["policy"]), of_hundred(entry)
+        if found["outcome"] == "beats":
+            won = found["winner"] == found["policy"]
+            parts.append(f"{name} {'beats' if won else 'loses to'} {reference} (better on {says})")
+        elif found["outcome"] == "equal":
+            parts.append(f"{name} equals {reference} within {100 * decision['delta']:.3g} points (better on {says})")
+        else:
+            parts.append(f"{name} is undecided (better on {says})")
     seeds = report["settings"]["seeds"]
     spread = (
         f"pooled over {len(seeds)} seeds"
         if len(seeds) > 1
         else f"one run (seed {seeds[0]}), so what another seed would give is not in these intervals"
     )
-    reference = label("sft")
     if report.get("names"):
         # Nothing was trained here: the draws are all that chance had a hand in.
         spread = "another training of the same policies may come out differently"
     if not parts:
-        said = f"{spread[0].upper()}{spread[1:]}."
-        return said if report.get("names") else f"No policy was judged against SFT; {spread}."
-    return f"Against {reference} {', '.join(parts)}; {spread}."
+        return f"{_capital(spread)}." if report.get("names") else f"No policy was judged against SFT; {spread}."
+    return f"Against {reference}, by {_judge(judge)}: {', '.join(parts)}; {spread}."
+
+
+def would_change(report: dict[str, Any]) -> list[str]:
+    """What would change this verdict, a sentence each."""
+    with names_of(report):
+        return _would_change(report)
+
+
+def _would_change(report: dict[str, Any]) -> list[str]:
+    decision, power, settings = report["decision"], report["power"], report["settings"]
+    found, primary, judge = [], decision["primary"], decision["judge"]
+    if primary is None:
+        return found
+    entry = find(report, *head_to_head(report), judge)
+    if decision["objections"]:
+        name = _judge(judge)
+        found.append(f"A judge against which nothing stands; against {name}: {'; '.join(decision['objections'])}.")
+    allowed = entry.get("allowed")
+    if allowed and not allowed["outside"] and allowed["at_most"] <= max(decision["delta"], 0.02):
+        found.append(
+            f"More training: at these KLs no judge and no number of prompts can show more than "
+            f"{100 * allowed['at_most']:.1f} points between them."
+        )
+    elif primary["outcome"] == "undecided" and power and power["detectable_gap"]:
+        what = f"{power['runs']} such runs" if power.get("runs") else f"{power['n']} prompts"
+        text = (
+            f"A larger difference: {what} show one of {100 * power['detectable_gap']:.1f} points in four of "
+            f"five experiments"
+        )
+        if power["prompts_for_equality"]:
+            text += f"; {power['prompts_for_equality']:,} prompts would show equal policies to be equal within "
+            text += f"{100 * decision['delta']:.3g} points"
+        found.append(text + ".")
+    if len(settings["seeds"]) < ENOUGH_SEEDS and not report.get("names"):
+        number = {1: "one run", 2: "two runs"}[len(settings["seeds"])]
+        found.append(
+            f"Other seeds: this is {number} of each, and {ENOUGH_SEEDS} or more say something about the methods "
+            f"(ppo-vs-dpo compare RUN RUN RUN)."
+        )
+    if report["matched_kl"].get("kind") == "one-sided":
+        matched = report["matched_kl"]
+        found.append(
+            f"A point of {label(matched['versus'])}'s sweep at or below {nats(matched['kl'])} nats, for a "
+            f"comparison at one KL."
+        )
+    cut = [p["eos_rate"] for name, p in report["policies"].items() if name in head_to_head(report)]
+    if cut and min(cut) < 0.5:
+        found.append("A longer budget: most answers are cut off, so beginnings of answers are compared.")
+    return found
 
 
 def warnings(report: dict[str, Any]) -> list[str]:
@@ -166,25 +272,50 @@ def warnings(report: dict[str, Any]) -> list[str]:
 def _warnings(report: dict[str, Any]) -> list[str]:
     found = []
     settings = report["settings"]
+    units = settings["units"]
     if settings["n_prompts"] < 30:
-        found.append(f"Only {settings['n_prompts']} prompts: intervals this wide decide nothing.")
+        found.append(f"Only {settings['n_prompts']} prompts: all but large differences stay unseen.")
+    if units < settings["n_prompts"]:
+        found.append(
+            f"{settings['n_prompts']} prompts are {units} units of evidence: prompts of one dialogue and near "
+            f"duplicates count "
+            f"as one."
+        )
     if settings["top_k"] or settings["top_p"] < 1:
         found.append(
             "Completions were drawn with top-k or top-p: they come from another policy than the model, and the KL "
-            "shown is the model's, not that policy's (which may be infinite)."
+            "shown is the model's, not that policy's (which may be infinite). No KL bounds these win rates."
         )
     found += (report["pair_set"] or {}).get("differences", [])
     for entry in report["control"]:
-        if not entry["contains_half"]:
+        if not entry["passed"]:
             found.append(
-                f"The control failed: {label('sft')} against {label('sft')} is {rate(entry)} by {entry['judge']}; "
-                f"do not trust small differences."
+                f"The control failed: {label(entry['policy'])} against {label('sft')} is {rate(entry)} by "
+                f"{entry['judge']} where "
+                f"{percent(entry['expected'])} is known ({p_text(entry['p'])}). It touches every figure "
+                f"against SFT by this "
+                f"judge, and no verdict is given by it."
             )
+    outside = [e for e in report["win_rates"] if e.get("allowed", {}).get("outside") and e["win_rate"] > 0.5]
+    for entry in outside:
+        found.append(
+            f"{label(entry['policy'])} against {label(entry['versus'])} by {entry['judge']}, {rate(entry)}, "
+            f"lies outside of what "
+            f"their KLs allow ({100 * entry['allowed']['at_most']:.1f} points from 50): a KL, the sampling or "
+            f"a judge is not "
+            f"what it is taken for."
+        )
     for point in report["frontier"]:
         if point.get("over_optimised"):
             found.append(
                 f"{label(point['policy'])} is over-optimised: against {label(point['against'])} gold falls by "
-                f"{-point['gold_change']:.2f} while proxy changes by {point['proxy_change']:+.2f}."
+                f"{-point['gold_change']:.2f} while proxy rises by {point['proxy_change']:.2f}."
+            )
+        elif point.get("gold_fell"):
+            found.append(
+                f"{label(point['policy'])} has less gold than {label(point['against'])}, by "
+                f"{-point['gold_change']:.2f}; proxy did "
+                f"not detectably rise."
             )
     for name, policy in report["policies"].items():
         if policy["eos_rate"] < 0.95:
@@ -199,4 +330,7 @@ def _warnings(report: dict[str, Any]) -> list[str]:
     accuracy = (report.get("reward_model") or {}).get("accuracy")
     if accuracy is not None and accuracy < 0.6:
         found.append(f"The reward model is right in {percent(accuracy)} of held-out pairs only; PPO optimised that.")
+    for name, one in (settings.get("tuning") or {}).items():
+        if one["chosen_on"] == "heldout":
+            found.append(f"{label(name)} was chosen on the prompts it is judged on: its figures are too good.")
     return found

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class Draws:
         tokens: length in tokens, the end of sequence included.
         measures: ``kl``, ``k1``, ``k3``, ``logprob``, ``reference_logprob`` in nats, NaN where not measured.
         scores: judge -> score; filled by the judges.
+        under: another policy -> log-probability of these completions under it, in nats (`cross_logprobs`).
     """
 
     policy: str
@@ -73,6 +74,7 @@ class Draws:
     tokens: np.ndarray
     measures: dict[str, np.ndarray]
     scores: dict[str, np.ndarray]
+    under: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int]:

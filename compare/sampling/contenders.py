@@ -145,10 +145,19 @@ def best_of_n_kl(contender: Contender, log_probability: np.ndarray) -> dict[str,
     Over a policy pi, KL(bon || ref) = KL(bon || pi) + E_bon log pi / ref. The first term is at most
     log n - (n-1)/n, and is estimated as Beirami et al. do; the second is measured on the pool, 0 over the reference.
 
+    What counts as the chosen completion's mass is that of all completions that tie with it: among them best-of-n
+    chooses as its base would, so only between the groups does it move. The other draws of the pool that tie say how
+    large that is.
+
     Args:
         contender: a best-of-n.
         log_probability: ``(P,)`` under its base policy of one realised best-of-n completion a prompt.
     """
+    scores = contender.draws.scores[PROXY]
+    chosen = scores[np.arange(len(scores)), realised_best(contender.draws, contender.n)]
+    tied = ((scores == chosen[:, None]).sum(axis=1) - 1) / max(scores.shape[1] - 1, 1)
+    with np.errstate(divide="ignore"):
+        log_probability = np.maximum(log_probability, np.log(tied))
     moved = np.zeros(len(contender.weights))
     if contender.base != REFERENCE:
         moved = contender.per_prompt(contender.draws.measures["k1"])

@@ -156,6 +156,33 @@ def score_all(judge: Any, draws: list[Draws], prompts: Prompts, workers: int, ra
         before += one.finished.size
 
 
+# Held-out pairs on which a judge is checked, at most.
+CHECKED_PAIRS = 256
+
+
+def heldout_accuracy(judge: Any, pairs: Sequence[dict[str, Any]], workers: int, ranks: Ranks) -> dict[str, int]:
+    """In how many of the held-out pairs a scoring judge prefers the chosen side; ties count as neither right nor
+    judged.
+
+    Returns:
+        ``n`` and ``right``. All ranks must call this.
+    """
+    some = [pairs[row] for row in range(min(len(pairs), CHECKED_PAIRS))]
+    if not some:
+        return {"n": 0, "right": 0}
+    prompts = Prompts([pair["prompt"] for pair in some], [str(row) for row in range(len(some))])
+    sides = [pair[side] for side in ("chosen", "rejected") for pair in some]
+    texts = [side if isinstance(side, str) else str(side[-1]["content"]) for side in sides]
+    rows = [(number % len(some), text, True) for number, text in enumerate(texts)]
+    ranks.step = f"held-out pairs by {judge.name}"
+    if judge.heavy:
+        scores = _by_model(judge, rows, prompts, workers, ranks)
+    else:
+        scores = ranks.agree(lambda: judge.score(*_columns(rows, prompts)))
+    margin = scores[: len(some)] - scores[len(some) :]
+    return {"n": int((margin != 0).sum()), "right": int((margin > 0).sum())}
+
+
 def _columns(rows: list[tuple[int, str, bool]], prompts: Prompts) -> tuple[list, list[str], list[bool]]:
     return [prompts.prompts[row] for row, _, _ in rows], [text for _, text, _ in rows], [end for _, _, end in rows]
 

@@ -4,17 +4,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_parquet
 from ppo_vs_dpo.artifacts.guards.digests import Digests
 from ppo_vs_dpo.artifacts.guards.outputs import content_id
 from ppo_vs_dpo.artifacts.run import RunFolder, point_name
 from ppo_vs_dpo.compare.config import CompareStage
+from ppo_vs_dpo.compare.statistics.clusters import clusters_of
 from ppo_vs_dpo.preferences.schema import prompt_id
 
 REFERENCE = "sft"
-# Fewer prompts than this say next to nothing; the report warns.
-FEW_PROMPTS = 30
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,26 @@ class Policy:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Held-out prompts, in a fixed order."""
+    """Held-out prompts, in a fixed order.
+
+    Attributes:
+        prompts: texts or conversations.
+        ids: their fingerprints, all different.
+        trained_on: how many were left out because some stage was trained on them.
+        repeated: how many were left out because the same prompt stood there before.
+        clusters: ``(P,)`` which of them are one unit of evidence (`clusters_of`); ``None``: each one is.
+    """
 
     prompts: list[Any]
     ids: list[str]
     trained_on: int = 0
+    repeated: int = 0
+    clusters: np.ndarray | None = None
+
+    @property
+    def units(self) -> int:
+        """How many units of evidence they are."""
+        return len(self) if self.clusters is None else len(np.unique(self.clusters))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -218,8 +234,8 @@ def training_prompt_ids(run: RunFolder) -> set[str]:
     return seen
 
 
-def heldout_prompts(run: RunFolder, limit: int) -> Prompts:
-    """The first ``limit`` held-out prompts that no training split holds.
+def heldout_prompts(run: RunFolder, limit: int, near_duplicate: float = 1.0) -> Prompts:
+    """The first ``limit`` different held-out prompts that no training split holds, and which of them belong together.
 
     Raises:
         UserError: there is none, or all of them were trained on.
@@ -231,15 +247,38 @@ def heldout_prompts(run: RunFolder, limit: int) -> Prompts:
     if not prompts:
         raise UserError(f"{path} holds no prompts.")
     trained = training_prompt_ids(run)
-    kept = list(dict.fromkeys(row for row in range(len(ids)) if ids[row] not in trained))
+    untrained = [row for row in range(len(ids)) if ids[row] not in trained]
+    # The same prompt twice would get the same completions twice.
+    first: dict[str, int] = {}
+    for row in untrained:
+        first.setdefault(ids[row], row)
+    kept = list(first.values())
     if not kept:
         raise UserError(
             f"all {len(ids)} prompts of {path} were trained on in this run. A comparison needs prompts held out from "
             f"SFT, the pairs and PPO: make the split again (data step), or give other prompts."
         )
-    dropped = len(ids) - len(kept)
+    dropped, repeated = len(ids) - len(untrained), len(untrained) - len(kept)
     kept = kept[:limit]
-    return Prompts([prompts[row] for row in kept], [ids[row] for row in kept], dropped)
+    texts = [prompts[row] for row in kept]
+    return Prompts(texts, [ids[row] for row in kept], dropped, repeated, clusters_of(texts, near_duplicate))
+
+
+def tuning_of(run: RunFolder, settings: CompareStage) -> dict[str, dict[str, Any]]:
+    """Method -> how many settings were tried and where the main one was chosen: as declared, else as far
+    as the run shows.
+    """
+    found = {}
+    for name in ("ppo", "dpo"):
+        if run.done(name) is not None:
+            declared = (settings.tuning or {}).get(name, {})
+            trained = 1 + len(run.points(name))
+            chosen = {
+                "settings": max(declared.get("settings", 1), trained),
+                "chosen_on": declared.get("chosen_on", "unknown"),
+            }
+            found[name] = chosen
+    return found
 
 
 def check_pair_set(run: RunFolder) -> dict[str, Any] | None:

@@ -20,6 +20,9 @@
       select.append(option);
     });
   }
+  const PVALUES = {
+    primary: "(the primary comparison)", secondary: "(Holm, the verdict's other figures)", exploratory: "(Holm, exploratory)",
+  };
   const spaced = (name) => name.replaceAll("_", " ");
 
   // --- the matrix ---------------------------------------------------------------------------------------------
@@ -58,7 +61,9 @@
             button.append(element("small", "", `${(100 * ci[0]).toFixed(0)}–${(100 * ci[1]).toFixed(0)}`));
             const says = `${matrices.labels[row]} against ${matrices.labels[column]}: ${(100 * rate).toFixed(1)} % ` +
               `[${(100 * ci[0]).toFixed(1)}, ${(100 * ci[1]).toFixed(1)}], ties ${(100 * found.ties).toFixed(1)} %` +
-              (found.p === null ? "" : `, p ${found.p.toFixed(4)} after Holm`);
+              (found.p === null ? "" : `, p ${found.p.toFixed(4)} ${PVALUES[found.family] || "after Holm"}`) +
+              (found.raw && !controlled ? `; fresh draws alone ${(100 * found.raw.wr).toFixed(1)} %` : "") +
+              (found.allowed === null || controlled ? "" : `; KL allows ${(100 * found.allowed).toFixed(1)} points from 50`);
             button.title = says;
             button.setAttribute("aria-label", says);
             button.addEventListener("click", () => {

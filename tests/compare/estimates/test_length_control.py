@@ -65,6 +65,32 @@ def test_without_length_bias_it_is_the_raw_one():
 
 def test_what_cannot_be_fitted_is_refused():
     with pytest.raises(ValueError, match="all preferences are equal"):
-        length_controlled(np.ones(30), np.arange(30.0))
+        length_controlled(np.ones(30), np.arange(30.0) - 15)
     with pytest.raises(ValueError, match="too few"):
         length_controlled(np.array([0.0, 1.0]), np.arange(2.0))
+
+
+@pytest.mark.parametrize("spread", [1, 10, 20, 40])
+def test_lengths_that_do_not_overlap_are_refused(spread):
+    """All answers longer by 100: whether quality or length won three in four cannot be known, and is not made up."""
+    rng = np.random.default_rng(0)
+    difference = rng.normal(100, spread, 200)
+    preferences = (rng.random(200) < 0.75).astype(float)
+    with pytest.raises(ValueError, match="lengths do not overlap: one answer is longer on all but"):
+        length_controlled(preferences, difference)
+    with pytest.raises(ValueError, match="one answer is shorter on all but"):
+        length_controlled(1 - preferences, -difference)
+
+
+def test_few_prompts_are_covered():
+    """29 prompts, lengths that overlap: the sandwich without HC3 and t covers too little."""
+    covered = trials = 0
+    for trial in range(300):
+        rng = np.random.default_rng([9, trial])
+        try:
+            fit = length_controlled(*simulate(rng, 29, 0.3, 1.0, shift=20)[:2])
+        except ValueError:
+            continue
+        trials, covered = trials + 1, covered + (fit.ci[0] <= expit(0.3) <= fit.ci[1])
+    assert trials > 250
+    assert 0.93 <= covered / trials <= 0.99

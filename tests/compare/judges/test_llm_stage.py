@@ -99,7 +99,7 @@ def test_only_a_reading_judge(run):
         report = compare(run)
         assert "by the judge reader" in report["verdict"][0]
         assert "best_of_4" not in report["policies"]
-        assert "every point of both sweeps" in report["matched_kl"]["refused"]
+        assert "every prompt" in report["matched_kl"]["refused"]
     finally:
         server.close()
 

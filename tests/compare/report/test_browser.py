@@ -69,12 +69,28 @@ def small_report(names, judges):
         for name in names
     }
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "verdict": [f"One {EVIL}", "Two.", "Three."],
+        "would_change": ["Other <seeds>."],
+        "decision": {
+            "judge": "gold",
+            "alpha": 0.05,
+            "delta": 0.05,
+            "objections": [],
+            "primary": None,
+            "secondary": [],
+        },
         "warnings": ["Mind <this>."],
         "settings": {
             **{"seeds": [1], "n_prompts": ROWS, "temperature": 1.0, "confidence": 0.95},
-            **{"top_k": 0, "top_p": 1.0, "resamples": 100},
+            **{
+                "top_k": 0,
+                "top_p": 1.0,
+                "resamples": 100,
+                "delta": 0.05,
+                "units": ROWS,
+                "tuning": {"ppo": {"settings": 3, "chosen_on": "unknown"}},
+            },
         },
         "pair_set": {"hash": "ab" * 32, "n_train": 1, "n_test": 1, "same": True},
         "judges": {judge: {"kind": "function", "in_sample": False} for judge in judges},

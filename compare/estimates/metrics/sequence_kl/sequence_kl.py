@@ -10,7 +10,7 @@ of whole sequences (Schulman). Averages over tokens are not this number.
 import numpy as np
 
 from ppo_vs_dpo.compare.estimates.metrics.base import NumbersMetric
-from ppo_vs_dpo.compare.estimates.statistics import mean_interval
+from ppo_vs_dpo.compare.statistics.intervals import mean_interval
 
 
 class SequenceKl(NumbersMetric):
@@ -18,10 +18,10 @@ class SequenceKl(NumbersMetric):
 
     columns = ("logprobs", "reference_logprobs")
 
-    def _compute(self, logprobs, reference_logprobs, confidence=0.95, resamples=2000, seed=0):
+    def _compute(self, logprobs, reference_logprobs, confidence=0.95):
         log_ratio = np.asarray(logprobs, dtype=np.float64) - np.asarray(reference_logprobs, dtype=np.float64)
         estimates = np.stack([log_ratio, np.expm1(-log_ratio) + log_ratio], axis=1)
-        interval = mean_interval(estimates, confidence=confidence, resamples=resamples, seed=seed)
+        interval = mean_interval(estimates, confidence=confidence)
         found = {}
         for column, name in enumerate(("k1", "k3")):
             low, high = interval.ci(column)
