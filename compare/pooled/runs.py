@@ -236,6 +236,8 @@ def pool(runs: list[Run], settings: Settings) -> dict[str, Any]:
             ),
         },
         "judges": known,
+        "head_to_head": ["ppo", "dpo"],
+        "names": {},
         "policies": policies,
         "win_rates": win + controls,
         "control": controls,

@@ -95,7 +95,8 @@ def flipped(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
+    """At the start of a sentence; a policy's own name stays as it is."""
+    return text[0].upper() + text[1:] if " " in text else text
 
 
 def _beat(report: dict[str, Any]) -> str:

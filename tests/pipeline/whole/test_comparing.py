@@ -62,7 +62,7 @@ def test_a_model_and_a_file_against_a_reference(capsys):
     assert compare(*words, "--reference", "base", "--output", "one") == 0
     said = capsys.readouterr().out
     assert "20 prompts of plain text are asked as a user's turn" in said
-    assert "by the judge longer: right wins" in said or "by the judge longer: tuned wins" in said
+    assert re.search(r"by the judge longer:? (right|tuned)'s answer is the better one on", said)
     assert "PPO" not in said.replace("ppo", "")
     report = check_schema(read_json(Path("one/compare/report.json")))
     assert report["head_to_head"] == ["tuned", "right"]
@@ -86,7 +86,7 @@ def test_a_model_and_a_file_against_a_reference(capsys):
 def test_outputs_alone_need_no_model(capsys):
     assert compare("--policy", "right=right.jsonl", "--policy", "short=short.jsonl", "--output", "two") == 0
     said = capsys.readouterr().out
-    assert "right beats short by the judge longer: right wins 100.0 %" in said
+    assert "right beats short by the judge longer: right's answer is the better one on 100 of 100 prompts" in said
     report = check_schema(read_json(Path("two/compare/report.json")))
     assert report["policies"]["sft"]["length"] == pytest.approx(8)  # words: there is no tokenizer
     assert [w for w in report["warnings"] if "words" in w]
