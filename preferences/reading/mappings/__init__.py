@@ -80,9 +80,9 @@ _SIGNS: tuple[tuple[set[str], str], ...] = (
 # The same, for sources that a column ``prompt`` would make ordinary pairs.
 _WITHOUT_PROMPT: tuple[tuple[set[str], str], ...] = (
     ({"query", "chosen", "rejected"}, "tldr"),
+    ({"instruction", "chosen", "rejected"}, "llama_factory"),
     ({"system", "question", "chosen", "rejected"}, "orca"),
     ({"system", "input", "chosen", "rejected"}, "orca"),
-    ({"instruction", "chosen", "rejected"}, "llama_factory"),
 )
 
 

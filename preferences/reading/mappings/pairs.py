@@ -221,12 +221,13 @@ def _marked_pair(chosen: str, rejected: str) -> dict[str, Any]:
 def _check_all_read(row: dict[str, Any], used: set[str], pair: dict[str, Any]) -> None:
     """What belongs in front of the question must be in the prompt, or be named."""
     prompt = " ".join(text_of(pair["prompt"]).split())
-    for name in SYSTEMS:
+    for name in (*SYSTEMS, "input"):
         value = row.get(name)
         if name not in used and isinstance(value, str) and value.strip() and " ".join(value.split()) not in prompt:
+            part = "input" if name == "input" else "system"
             raise UnmappableError(
                 "unread",
-                f"{name} has text that the prompt lacks. Say columns: system={name}, or leave it out: system=",
+                f"{name} has text that the prompt lacks. Say columns: {part}={name}, or leave it out: {part}=",
             )
     history = row.get("history")
     if "history" not in used and isinstance(history, list) and history:
