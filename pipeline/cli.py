@@ -23,6 +23,7 @@ From preference pairs to a verdict: SFT, reward model, PPO, DPO, best-of-n, comp
   ppo-vs-dpo paper list | show NAME | run NAME   papers: full configurations, miniatures, which claims hold
   ppo-vs-dpo compare RUN [RUN ...]               pool finished runs (seeds, sweeps) into one report
   ppo-vs-dpo compare --policy a=MODEL --policy b=outputs.jsonl --judge my.py:score ...   your own models or outputs
+  ppo-vs-dpo clean RUN                           what may be deleted, and what is lost with it
   ppo-vs-dpo --help | --version
 
 Often used
@@ -37,9 +38,9 @@ Often used
 Each stage alone: python -m ppo_vs_dpo.reward_model RUN_FOLDER
 """
 
-COMMANDS = ("list", "show", "plan", "data", "iterate", "paper", "compare")
+COMMANDS = ("list", "show", "plan", "data", "iterate", "paper", "compare", "clean")
 # Commands with options, and a help, of their own.
-ASKED = ("plan", "data", "iterate", "paper", "compare")
+ASKED = ("plan", "data", "iterate", "paper", "compare", "clean")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -125,6 +126,10 @@ def dispatch(arguments: list[str]) -> int:
         from ppo_vs_dpo.pipeline.paper import main as paper
 
         return paper(rest)
+    if first == "clean":
+        from ppo_vs_dpo.pipeline.cleaning import main as clean
+
+        return clean(rest)
     if first in ("-m", "--multirun"):
         from ppo_vs_dpo.pipeline.sweep import sweep
 

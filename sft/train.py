@@ -3,21 +3,25 @@
 Reads ``data/sft_train.parquet``; writes ``sft/model``, where the reward model, PPO and DPO all start.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.artifacts.files import atomic_folder, read_parquet
+from ppo_vs_dpo.artifacts.files import atomic_folder, read_json, read_parquet
 from ppo_vs_dpo.artifacts.settings import split
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.models.loading.config import LoraSettings, ModelConfig
 from ppo_vs_dpo.models.loading.pretrained import (
     build_policy,
     context_length,
+    is_adapter,
     load_policy,
     load_tokenizer,
     train_in_full,
@@ -54,6 +58,46 @@ def initial_policy(
         with unsharded_loading():
             return build_policy(config, tokenizer), tokenizer
     return load_policy(config.path, config, trainable, base), load_tokenizer(config.path, config)
+
+
+def save_unchanged(model: PreTrainedModel, config: ModelConfig, folder: Path) -> None:
+    """Save a model that was only loaded: its weights are linked to where they lie, if they lie on the same disk.
+
+    A linked file is the same bytes under two names; deleting one leaves the other.
+    """
+    files = weight_files(config)
+    try:
+        for file in files:
+            os.link(file.resolve(), folder / file.name)
+    except OSError:  # another disk, or one without links
+        files = []
+        for file in folder.iterdir():
+            file.unlink()
+    if not files:
+        model.save_pretrained(folder)
+        return
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def weight_files(config: ModelConfig) -> list[Path]:
+    """The safetensors files of the model that a run starts from, and their index; none where it has another form."""
+    source = Path(str(config.path))
+    if not source.is_dir():
+        try:
+            source = Path(snapshot_download(str(config.path), revision=config.revision, local_files_only=True))
+        except (OSError, ValueError):  # not in the cache under this name
+            return []
+    whole, index = source / "model.safetensors", source / "model.safetensors.index.json"
+    if is_adapter(source):
+        return []
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        return []
+    names = sorted(set(read_json(index)["weight_map"].values()))
+    return [index, *(source / name for name in names)] if all((source / n).is_file() for n in names) else []
 
 
 def build_trainer(
@@ -93,7 +137,7 @@ def run_stage(context: StageContext) -> None:
     if settings.skip_training:
         if context.is_main_process:
             with atomic_folder(context.dir / "model") as folder:
-                model.save_pretrained(folder)
+                save_unchanged(model, model_config, folder)
                 tokenizer.save_pretrained(folder)
         context.finish(trained=False, parameters=model.num_parameters())
         return

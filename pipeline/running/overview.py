@@ -23,8 +23,16 @@ def clock(seconds: float) -> str:
 class Overview:
     """A live table on a terminal, a line for each event elsewhere."""
 
-    def __init__(self, run: RunFolder, jobs: list[Job], console: Console | None = None):
-        self.run, self.jobs = run, jobs
+    def __init__(
+        self,
+        run: RunFolder,
+        jobs: list[Job],
+        console: Console | None = None,
+        estimates: dict[str, float] | None = None,
+    ):
+        self.run, self.jobs, self.estimates = run, jobs, estimates or {}
+        # When a job was first seen to get on, and how far it was: loading and compiling are before that.
+        self.first: dict[str, tuple[float, float]] = {}
         self.console = console or Console()
         self.states = {job.name: job.state for job in jobs}
         self.began: dict[str, float] = {}
@@ -59,7 +67,8 @@ class Overview:
         """A job has finished."""
         self.states[job.name] = "done"
         self.seconds[job.name] = seconds
-        self._say(f"{job.name} done in {seconds:.0f} s; about {self.left()} left")
+        rest = all(state == "done" for state in self.states.values())
+        self._say(f"{job.name} done in {seconds:.0f} s" + ("" if rest else f"; about {self.left()} left"))
         for sentence in ((self.run.done(job.name) or {}).get("figures") or {}).get("warnings") or []:
             self.console.print(f"{job.name}: {sentence}", style="yellow", highlight=False, markup=False)
 
@@ -96,30 +105,42 @@ class Overview:
         if same:
             return sum(same) / len(same)
         configured = self.run.config.launch.expected_seconds.get(job.stage)
-        return float(configured) if configured else None
+        return float(configured) if configured else self.estimates.get(job.name)
 
     def left(self) -> str:
-        """Time left, as far as it can be known."""
-        work, longest = 0.0, 0.0
+        """Time left, as far as it can be known: from a running job's first update on by how fast it gets on."""
+        work, longest, unknown = 0.0, 0.0, []
         for job in self.jobs:
             if self.states[job.name] == "done":
                 continue
             if self.states[job.name] == "running":
-                elapsed = time.monotonic() - self.began[job.name]
-                share, _ = self.progress(job)
-                guess = self.expected(job)
-                if share > 0.05:
-                    rest = elapsed * (1 - share) / share
-                elif guess is not None:
-                    rest = max(guess - elapsed, 1.0)
-                else:
-                    return "?"
-            elif self.expected(job) is not None:
-                rest = self.expected(job)
+                rest = self.rest_of(job)
             else:
-                return "?"
+                rest = self.expected(job)
+            if rest is None:
+                unknown.append(job.name)
+                continue
             work, longest = work + rest, max(longest, rest)
-        return clock(max(work / max(1, self.run.config.launch.workers), longest))
+        if unknown and not work:
+            return "?"
+        known = clock(max(work / max(1, self.run.config.launch.workers), longest))
+        return known + (f" and what {', '.join(unknown)} will take" if unknown else "")
+
+    def rest_of(self, job: Job) -> float | None:
+        """Seconds a running job still needs; ``None`` before its first step where nothing else is known."""
+        now = time.monotonic()
+        elapsed = now - self.began[job.name]
+        share, _ = self.progress(job)
+        if share > 0:
+            seen, before = self.first.setdefault(job.name, (now, share))
+            if share > before:
+                return (now - seen) * (1 - share) / (share - before)
+            if share > 0.05:
+                return elapsed * (1 - share) / share
+        guess = self.expected(job)
+        if guess is not None:
+            return max(guess - elapsed, 1.0)
+        return elapsed * (1 - share) / share if share > 0 else None
 
     def table(self) -> Table:
         """The overview as a table."""

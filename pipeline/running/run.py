@@ -10,8 +10,10 @@ from ppo_vs_dpo.artifacts.files import write_text
 from ppo_vs_dpo.artifacts.guards import replaced
 from ppo_vs_dpo.artifacts.guards.versions import differences, made_by
 from ppo_vs_dpo.artifacts.run import STAGES, RunFolder
+from ppo_vs_dpo.pipeline.planning.beforehand import say_cost
 from ppo_vs_dpo.pipeline.running import graph
 from ppo_vs_dpo.pipeline.running.execute import execute, locked
+from ppo_vs_dpo.pipeline.running.job import environment
 from ppo_vs_dpo.pipeline.running.manifest import write_manifest
 from ppo_vs_dpo.pipeline.running.overview import Overview, verdict
 from ppo_vs_dpo.pipeline.running.publish import publish, wanted
@@ -51,7 +53,10 @@ def run_pipeline(config: DictConfig) -> int:
         if todo:
             check_versions(run, jobs, todo)
             write_manifest(run)
-            with Overview(run, chosen) as overview:
+            said, estimates = say_cost(run, [job.name for job in todo], environment(run.config, "measured"))
+            sys.stdout.write(said)
+            sys.stdout.flush()
+            with Overview(run, chosen, estimates=estimates) as overview:
                 execute(run, todo, overview)
             write_manifest(run)
         else:

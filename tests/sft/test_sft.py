@@ -1,6 +1,7 @@
 """SFT: what it learns from, where it starts, what it leaves behind, and that an interrupted run ends the same."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from trl.trainer.sft_trainer import SFTTrainer
 import ppo_vs_dpo.sft.train as sft_train
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, read_jsonl, write_parquet
+from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.pretrained import load_policy
 from ppo_vs_dpo.models.training import callbacks
 from ppo_vs_dpo.sft.data import sft_dataset
-from ppo_vs_dpo.sft.train import run_stage
+from ppo_vs_dpo.sft.train import run_stage, save_unchanged
 from tests.sft.tiny_run import ARCHITECTURE, context_of, make_run, weights
 
 TEXTS = Dataset.from_dict({"prompt": ["the film was", "a story"], "completion": [" very good", " dull and bad"]})
@@ -141,6 +143,25 @@ def test_a_trained_model_may_be_taken_as_it_is(word_tokenizer, tmp_path, tiny_ll
     run_stage(context_of(run, "sft"))
     assert weights(run.path("sft", "model")) == weights(tmp_path / "base")
     assert run.done("sft")["figures"]["trained"] is False
+    # The same bytes under two names: no second copy on the disk; whoever deletes one keeps the other.
+    ours, theirs = run.path("sft", "model", "model.safetensors"), tmp_path / "base" / "model.safetensors"
+    assert ours.samefile(theirs)
+    theirs.unlink()
+    AutoModelForCausalLM.from_pretrained(run.path("sft", "model"))
+
+
+def test_an_untrained_model_is_copied_where_it_cannot_be_linked(tiny_llama, tmp_path, monkeypatch):
+    model = tiny_llama(seed=3)
+    model.save_pretrained(tmp_path / "base", max_shard_size="10KB")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
+    config = ModelConfig(path=str(tmp_path / "base"))
+    for name, refuse in (("linked", False), ("copied", True)):
+        (tmp_path / name).mkdir()
+        if refuse:
+            monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("other disk")))
+        save_unchanged(model, config, tmp_path / name)
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
+        assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
 
 
 def test_conversations(word_tokenizer, tmp_path):
