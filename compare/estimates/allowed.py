@@ -20,6 +20,9 @@ from ppo_vs_dpo.compare.statistics.kl_allows import Allowed, best_of_n, best_of_
 # Two-sided: each upper end is above its KL in 99.5 of 100 comparisons, the smaller one of two bounds in 99.
 KL_CONFIDENCE = 0.99
 
+# A bound further from 1/2 than this says nothing.
+IDLE = 0.4995
+
 
 def sampled_as_measured(settings: CompareStage) -> bool:
     """Whether completions come from the law whose KL was measured: top-k and top-p draw from another one."""
@@ -137,7 +140,7 @@ def use_kl(
             if len(values) > 1:
                 changed["per_seed"] = [float(one.mean()) for one in values]
         bound = allowed(ours, theirs, shared, clusters) if _whole(entry, ours) else None
-        if bound is not None:
+        if bound is not None and bound.at_most < IDLE:
             changed["ci"], outside = bound.cut(changed["ci"])
             changed["allowed"] = {"distance": bound.distance, "at_most": bound.at_most, "via": bound.via}
             changed["allowed"]["outside"] = outside

@@ -90,7 +90,7 @@ def decide(report: dict[str, Any]) -> dict[str, Any]:
     Also sets ``family`` and ``p_holm`` of every win rate: primary p as it is, secondary corrected among themselves,
     all others corrected for all others of their judge.
     """
-    alpha, delta = 1 - report["settings"]["confidence"], report["settings"]["delta"]
+    alpha, delta = round(1 - report["settings"]["confidence"], 12), report["settings"]["delta"]
     judge = main_judge(report)
     against = [judge and objections(report, judge)][0] or []
     pair = head_to_head(report)

@@ -13,7 +13,9 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from ppo_vs_dpo.artifacts.files import atomic_path, write_text
+from ppo_vs_dpo.compare.report.decision import find, main_judge
 from ppo_vs_dpo.compare.report.verdict import label
+from ppo_vs_dpo.compare.statistics.kl_allows import phi
 
 # Okabe & Ito's colours, told apart with every kind of colour blindness.
 STYLES = {
@@ -34,7 +36,11 @@ METHOD_LABELS = {
     ("best_of_n", "policy"): "best-of-n over a policy",
     ("other", "other"): "others",
 }
-TITLES = {"gold_reward": "Gold reward (the true one)", "proxy_reward": "Proxy reward (the reward model's)"}
+TITLES = {
+    "gold_reward": "Gold reward (the true one)",
+    "proxy_reward": "Proxy reward (the reward model's)",
+    "win_rate": "Wins against SFT (grey: what KL allows)",
+}
 JUDGE_OF = {"gold_reward": "gold", "proxy_reward": "reward_model"}
 OPTIMUM = {"color": "#444444", "linewidth": 1.4, "linestyle": (0, (6, 2))}
 RC = {
@@ -50,13 +56,28 @@ RC = {
 
 
 def shown_rewards(report: dict[str, Any]) -> list[str]:
-    """Which rewards have points to draw: gold where it is known, proxy where there is a reward model."""
-    return [key for key in TITLES if any(point[key] is not None for point in report["frontier"])]
+    """What has points to draw: gold where it is known, proxy where there is a reward model, wins where
+    anyone was judged.
+    """
+    return [key for key in TITLES if any(point.get(key) is not None for point in with_wins(report)["frontier"])]
+
+
+def with_wins(report: dict[str, Any]) -> dict[str, Any]:
+    """The report, its points with their win rate against SFT by the main judge; checkpoints have none."""
+    judge, points = main_judge(report), []
+    for point in report["frontier"]:
+        entry = find(report, point["policy"], "sft", judge)
+        wins = {} if entry is None else {"win_rate": entry["win_rate"], "win_rate_ci": entry["ci"]}
+        points.append({**point, **wins})
+    start = {**report["policies"]["sft"], "win_rate": 0.5}
+    return {**report, "frontier": points, "policies": {**report["policies"], "sft": start}}
 
 
 def frontier_plot(report: dict[str, Any], keys: list[str] | None = None) -> Figure:
-    """Rewards against sqrt KL, a panel for each, error bars on both axes, the optimal frontier where it is known."""
-    keys = keys or shown_rewards(report)
+    """Rewards and wins against sqrt KL, a panel for each, error bars on both axes, the optimal frontier
+    where it is known.
+    """
+    keys, report = keys or shown_rewards(report), with_wins(report)
     with matplotlib.rc_context(RC):
         figure, axes = plt.subplots(1, len(keys), figsize=(5.4 * len(keys), 4.5), squeeze=False, sharex=True)
         for axis, key in zip(axes[0], keys, strict=True):
@@ -77,9 +98,12 @@ def _draw(axis: Any, report: dict[str, Any], key: str) -> None:
     start = report["policies"]["sft"]
     axis.axhline(start[key], color="#777777", linewidth=1, linestyle=(0, (1, 2)))
     axis.annotate("SFT", (0, start[key]), xytext=(3, 4), textcoords="offset points", fontsize=9, color="#555555")
-    known = [p for p in report["frontier"] if p[key] is not None and p["kl"]["mean"] is not None]
+    known = [p for p in report["frontier"] if p.get(key) is not None and p["kl"]["mean"] is not None]
     furthest = max((p["sqrt_kl"] for p in known), default=1.0)
-    _draw_optimum(axis, report, key, furthest)
+    if key == "win_rate":
+        _draw_allowed(axis, furthest)
+    else:
+        _draw_optimum(axis, report, key, furthest)
     for series, name in METHOD_LABELS.items():
         points = [p for p in known if series_of(p) == series]
         if not points:
@@ -126,6 +150,14 @@ def _draw_points(
         )
         if point.get("over_optimised"):
             axis.plot(at_x, at_y, marker="o", markersize=14, fillstyle="none", color="black", linewidth=0)
+
+
+def _draw_allowed(axis: Any, furthest: float) -> None:
+    """How far from one half a KL lets a win rate be, whoever judges (`compare.statistics.kl_allows`)."""
+    x = np.linspace(0, furthest * 1.08, 120)
+    reach = np.array([phi(kl) for kl in x**2])
+    axis.fill_between(x, 0.5 - reach, 0.5 + reach, color="#444444", alpha=0.1, linewidth=0, label="what KL allows")
+    axis.set_ylim(0, 1)
 
 
 def _draw_optimum(axis: Any, report: dict[str, Any], key: str, furthest: float) -> None:

@@ -61,7 +61,7 @@ def small_model(tokenizer, cls=LlamaForCausalLM, seed=0, **overrides):
     return cls(LlamaConfig(**{**settings, **overrides})).eval()
 
 
-def make_run(root: Path, tokenizer) -> Path:
+def make_run(root: Path, tokenizer, moved=(0, 0.03, 0.04, 0.08, 0.02)) -> Path:
     """A run folder with sft, ppo, dpo, a sweep point of each, a reward model, pairs and prompts."""
     reference = small_model(tokenizer)
     pair_set = {"hash": HASH, "n_train": 4, "n_test": 2}
@@ -71,7 +71,7 @@ def make_run(root: Path, tokenizer) -> Path:
         torch.manual_seed(number)
         with torch.no_grad():
             for weight, start in zip(model.parameters(), reference.parameters(), strict=True):
-                weight.copy_(start + [0, 0.03, 0.04, 0.08, 0.02][number] * torch.randn_like(start))
+                weight.copy_(start + moved[number] * torch.randn_like(start))
         folder = root / "sweep" / name if "," in name else root / name
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
