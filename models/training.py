@@ -2,11 +2,11 @@
 
 import contextlib
 import importlib.util
-import json
 import math
 import os
 import re
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,20 +17,20 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_callback import ExportableState, PrinterCallback
 from transformers.utils import logging as transformers_logging
 
-from ppo_vs_dpo.artifacts.callbacks import RunCallback
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import atomic_folder
 from ppo_vs_dpo.artifacts.resources import parameter_size
 from ppo_vs_dpo.artifacts.settings import field_names, nearest
 from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.models.callbacks import RunCallback
 from ppo_vs_dpo.models.devices import arithmetic
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.pretrained import load_policy, load_value_or_reward
 from ppo_vs_dpo.models.loading.quantized import in_4bit
+from ppo_vs_dpo.models.resuming import readable, resume_point
 from ppo_vs_dpo.models.sharding.deepspeed import (
     check_settings,
     deepspeed_settings,
@@ -127,17 +127,28 @@ def model_settings(context: StageContext) -> ModelConfig:
         raise UserError(f"model.{error.full_key or ''}: {str(error.msg or error).splitlines()[0]}") from error
 
 
-class LogBeforeSaving(TrainerCallback):
-    """Logs at every checkpoint, and counts tokens on after a resume.
+class LogBeforeSaving(TrainerCallback, ExportableState):
+    """Logs at every checkpoint, and counts tokens and loss on after a resume.
 
     A log line averages over the steps since the last one; if a checkpoint lay between two lines, a resumed run would
-    average over fewer steps than one that was never interrupted.
+    average over fewer steps than one that was never interrupted. The Trainer's ``train_loss`` is the sum of the lines'
+    losses over all steps; of that sum it forgets at a resume what went before, so it travels with the checkpoint.
     """
 
     def __init__(self):
         self.trainer: Trainer | None = None
+        self.resumed_at = 0
+
+    def state(self) -> dict[str, Any]:
+        """What ``trainer_state.json`` keeps of it."""
+        return {"args": {}, "attributes": {"total_loss": getattr(self.trainer, "_total_loss_scalar", 0.0)}}
 
     def on_train_begin(self, args, state, control, **kwargs):
+        kept = state.stateful_callbacks.get(type(self).__name__)
+        self.resumed_at = state.global_step
+        if state.global_step and isinstance(kept, dict):
+            self.trainer._total_loss_scalar = kept["attributes"]["total_loss"]
+            self.trainer._initial_global_step = 0  # the mean is over the steps of that sum: all of them
         counted = [row["num_tokens"] for row in state.log_history if "num_tokens" in row]
         if counted:
             self.trainer._total_train_tokens = int(counted[-1])
@@ -148,6 +159,13 @@ class LogBeforeSaving(TrainerCallback):
         return control
 
     on_epoch_end = on_step_end
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        # Of the summary only the mean is of the whole run; rates are of the steps that took its time.
+        if logs and "train_runtime" in logs and self.resumed_at:
+            for name in ("train_samples_per_second", "train_steps_per_second"):
+                if name in logs:
+                    logs[name] *= (state.global_step - self.resumed_at) / max(state.global_step, 1)
 
 
 class StopOnDivergence(TrainerCallback):
@@ -166,29 +184,24 @@ class StopOnDivergence(TrainerCallback):
                 )
 
 
+class Ended(Exception):
+    """The checkpoint that is gone on from is that of the last step."""
+
+
+class EndAtOnce(TrainerCallback):
+    """Where a stage was killed between its last step and its end: no further step.
+
+    The Trainer looks at ``max_steps`` after a step only, so one that begins there takes another one.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps > 0:
+            raise Ended
+
+
 def callbacks(context: StageContext) -> list[TrainerCallback]:
     """The callbacks of every stage: metrics and progress, logs at checkpoints, an end to diverged runs."""
-    return [LogBeforeSaving(), RunCallback(context), StopOnDivergence(context.stage)]
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest *complete* checkpoint, or ``None``.
-
-    The Trainer writes ``trainer_state.json`` last; a checkpoint without it (or with half of it) was being written when
-    the process died.
-    """
-    found = sorted(
-        (path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()),
-        key=lambda path: int(path.name.split("-")[-1]),
-        reverse=True,
-    )
-    for path in found:
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            continue
-        return path
-    return None
+    return [LogBeforeSaving(), RunCallback(context), StopOnDivergence(context.stage), EndAtOnce()]
 
 
 def train(trainer: Trainer, context: StageContext) -> dict[str, float]:
@@ -205,19 +218,22 @@ def train(trainer: Trainer, context: StageContext) -> dict[str, float]:
         raise UserError(
             f"{context.stage}: {rows} rows for {ranks} processes. Start at most {rows} (launch.processes)."
         )
-    checkpoint = last_checkpoint(Path(trainer.args.output_dir))
+    checkpoint = resume_point(context, trainer.args.output_dir)
+    steps = next(one for one in trainer.callback_handler.callbacks if isinstance(one, RunCallback))
     # One line a log is written by the progress bar where there is one, by metrics.jsonl always: no second printout.
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, LogBeforeSaving):
             callback.trainer = trainer
-    if checkpoint is not None:
-        sys.stderr.write(f"going on from {checkpoint}\n")
     try:
         portable = portable_checkpoints() if trainer.is_deepspeed_enabled else contextlib.nullcontext()
         patience = trainer.args.ddp_timeout
-        with portable, named_step(lambda: f"{context.stage}, step {trainer.state.global_step + 1}", patience):
-            summary = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+        reading = readable(checkpoint, context, lambda: steps.stepped)
+        with portable, reading, named_step(lambda: f"{context.stage}, step {trainer.state.global_step + 1}", patience):
+            try:
+                summary = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+            except Ended:
+                summary = trainer._finalize_training(None, 0, time.time()).metrics
         if trainer.is_deepspeed_enabled:
             _tell_held_bytes(trainer)
         return summary
@@ -225,13 +241,6 @@ def train(trainer: Trainer, context: StageContext) -> dict[str, float]:
         raise UserError(
             f"{context.stage}: a checkpoint could not be written or read: {error}. If the disk is full, free some "
             f"space and start the same command again: it goes on from the last complete checkpoint."
-        ) from error
-    except (RuntimeError, ValueError) as error:
-        if checkpoint is None or not re.search(r"size mismatch|Missing key|parameter group", str(error)):
-            raise
-        raise UserError(
-            f"{checkpoint} is a checkpoint of another model ({str(error).strip().splitlines()[-1].strip()}). "
-            f"Remove {trainer.args.output_dir} to start this stage anew."
         ) from error
 
 

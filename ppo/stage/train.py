@@ -11,16 +11,16 @@ from omegaconf import OmegaConf
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from ppo_vs_dpo.artifacts.callbacks import RunCallback
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import atomic_folder, read_parquet
 from ppo_vs_dpo.artifacts.settings import split
 from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.models.callbacks import RunCallback
 from ppo_vs_dpo.models.loading.pretrained import load_policy, load_tokenizer
 from ppo_vs_dpo.models.loading.quantized import in_4bit
+from ppo_vs_dpo.models.resuming import readable, resume_point
 from ppo_vs_dpo.models.sharding.deepspeed import tell_held_bytes, unsharded_loading, whole_state
 from ppo_vs_dpo.models.training import model_settings, training_arguments
-from ppo_vs_dpo.ppo.checkpoints.state import last_checkpoint
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.roles.reference import is_peft
 from ppo_vs_dpo.ppo.stage.config import PPOStage
@@ -113,17 +113,20 @@ def run_stage(context: StageContext) -> None:
     train, validation = split_prompts(prompts, own.validation_prompts, context.seed)
 
     # 3. Train and save.
+    watching = RunCallback(context)
     trainer = PPOTrainer(
         **roles,
         args=args,
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
-        callbacks=[RunCallback(context)],
+        callbacks=[watching],
     )
     # One line a log is in metrics.jsonl and on the progress bar: no second printout.
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    checkpoint = resume_point(context, args.output_dir)
+    with readable(checkpoint, context, lambda: watching.stepped):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.is_deepspeed_enabled:
         tell_held_bytes(args.process_index, trainer.roles.held_bytes())
     save_final(trainer, context)

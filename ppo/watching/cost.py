@@ -1,4 +1,4 @@
-"""What an update costs in floating-point operations, counted as the other stages are (`artifacts.callbacks`).
+"""What an update costs in floating-point operations, counted as the other stages are (`models.callbacks`).
 
 A forward pass takes 2 N a token and a backward pass 4 N, N the parameters without embeddings (Kaplan et al. 2020,
 section 2.1); only real tokens count. So PPO's figure and DPO's can be compared.

@@ -302,7 +302,7 @@ def test_killed_process(word_tokenizer, tiny_llama, tmp_path):
     process = subprocess.Popen(command(cut), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoints = cut.path("dpo", "checkpoints")
     deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("checkpoint-*/trainer_state.json")):
+    while not list(checkpoints.glob("checkpoint-*/checkpoint.json")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)

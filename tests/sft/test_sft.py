@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 import ppo_vs_dpo.sft.train as sft_train
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, read_jsonl, write_parquet
+from ppo_vs_dpo.artifacts.guards.checkpoints import stamp
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.pretrained import load_policy
 from ppo_vs_dpo.models.training import callbacks
@@ -96,10 +98,56 @@ def test_an_interrupted_run_ends_bit_for_bit_as_if_it_had_not_been(word_tokenize
     (newest / "trainer_state.json").write_text("{")
     run_stage(context_of(cut, "sft"))
     assert weights(cut.path("sft", "model")) == weights(whole.path("sft", "model"))
-    logs = [without_time(read_jsonl(run.path("sft", "metrics.jsonl"))) for run in (whole, cut)]
-    # The summary averages over the steps of the process; every step's own line is the same.
-    assert logs[0][:-1] == logs[1][:-1]
-    assert [row["num_tokens"] for row in logs[1][:-1]] == sorted(row["num_tokens"] for row in logs[1][:-1])
+    same_account(whole, cut)
+
+
+def same_account(whole, cut, stage="sft"):
+    """Every line of the log, the summary of the whole run included, and the stage's figures."""
+    logs = [without_time(read_jsonl(run.path(stage, "metrics.jsonl"))) for run in (whole, cut)]
+    assert logs[0] == logs[1]
+    tokens = [row["num_tokens"] for row in logs[1] if "num_tokens" in row]
+    assert tokens == sorted(tokens)
+    assert whole.done(stage)["figures"] == cut.done(stage)["figures"]
+
+
+@pytest.mark.parametrize("lost", [[], ["checkpoint-6"]])
+def test_killed_after_its_last_step(word_tokenizer, tmp_path, lost):
+    """The log had its summary already, or steps that no checkpoint knows of: each line is there once."""
+    runs = [make_run(tmp_path / name, word_tokenizer) for name in ("whole", "cut")]
+    for run in runs:
+        run_stage(context_of(run, "sft"))
+    whole, cut = runs
+    for path in (cut.path("sft", "done.json"), *(cut.path("sft", "checkpoints", name) for name in lost)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(cut.path("sft", "model"))
+    run_stage(context_of(cut, "sft"))
+    assert weights(cut.path("sft", "model")) == weights(whole.path("sft", "model"))
+    same_account(whole, cut)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "model.safetensors"])
+@pytest.mark.parametrize("how", ["missing", "torn", "changed and stamped"])
+def test_a_spoilt_checkpoint_is_named_and_the_one_before_taken(word_tokenizer, tmp_path, capsys, name, how):
+    whole = make_run(tmp_path / "whole", word_tokenizer, pairs=16)
+    run_stage(context_of(whole, "sft"))
+    before = weights(whole.path("sft", "model"))
+    whole.path("sft", "done.json").unlink()
+    newest = whole.path("sft", "checkpoints", "checkpoint-6")
+    spoilt = newest / name
+    if how == "missing":
+        spoilt.unlink()
+    else:
+        spoilt.write_bytes(spoilt.read_bytes()[:-20] if how == "torn" else b"\0" * spoilt.stat().st_size)
+    if how == "changed and stamped":  # as a large file's, whose bytes are not hashed
+        stamp(newest, None)
+        with pytest.raises(UserError, match=r"checkpoint-6 could not be read .*the same command"):
+            run_stage(context_of(whole, "sft"))
+    run_stage(context_of(whole, "sft"))
+    assert (
+        f"checkpoint-6 cannot be gone on from: {name if how != 'changed and stamped' else ''}"
+        in capsys.readouterr().err
+    )
+    assert weights(whole.path("sft", "model")) == before
 
 
 def test_lora_is_merged_into_a_plain_model(word_tokenizer, tmp_path, tiny_llama):
@@ -213,7 +261,15 @@ def test_a_checkpoint_of_another_model_is_not_loaded(word_tokenizer, tmp_path):
     (tmp_path / "sft" / "done.json").unlink()
     larger = {**ARCHITECTURE, "hidden_size": 32}
     run = make_run(tmp_path, word_tokenizer, model={"path": None, "architecture": larger})
-    fails(run, run_stage, "is a checkpoint of another model")
+    # Nothing but the name of its settings says so; here they have none.
+    fails(run, run_stage, "checkpoint-6 could not be read (size mismatch")
+    context = context_of(run, "sft")
+    context.fingerprint = "larger"
+    run_stage(context)
+    assert {path.name for path in (tmp_path / "sft" / "checkpoints").glob("unfit-*")} == {
+        "unfit-1-checkpoint-4",
+        "unfit-1-checkpoint-6",
+    }
 
 
 def test_progress_is_written(word_tokenizer, tmp_path):

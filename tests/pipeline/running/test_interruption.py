@@ -13,11 +13,11 @@ from tests.pipeline import mini
 # When to kill each stage: as soon as this file or folder is there (relative to the run folder).
 MOMENTS = {
     "data": "data/progress.json",
-    "sft": "sft/checkpoints/checkpoint-10",
+    "sft": "sft/checkpoints/checkpoint-10/checkpoint.json",
     "pairs": "pairs/progress.json",
-    "reward_model": "reward_model/checkpoints/checkpoint-3",
-    "dpo": "dpo/checkpoints/checkpoint-2",
-    "ppo": "ppo/checkpoints/checkpoint-2",
+    "reward_model": "reward_model/checkpoints/checkpoint-3/checkpoint.json",
+    "dpo": "dpo/checkpoints/checkpoint-2/checkpoint.json",
+    "ppo": "ppo/checkpoints/checkpoint-2/checkpoint.json",
     "compare": "compare/progress.json",
 }
 

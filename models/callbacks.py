@@ -1,10 +1,13 @@
 """A transformers callback that keeps the run folder up to date while a Trainer works."""
 
 import json
+import sys
+from pathlib import Path
 
 from transformers import TrainerCallback
 
-from ppo_vs_dpo.artifacts.files import finite, read_jsonl, write_jsonl
+from ppo_vs_dpo.artifacts.files import finite, write_jsonl
+from ppo_vs_dpo.artifacts.guards.checkpoints import stamp
 from ppo_vs_dpo.artifacts.resources import parameters_without_embeddings
 from ppo_vs_dpo.artifacts.stage import StageContext
 
@@ -12,21 +15,22 @@ from ppo_vs_dpo.artifacts.stage import StageContext
 class RunCallback(TrainerCallback):
     """Writes ``metrics.jsonl`` (a line for each log, with its step) and the progress that the overview shows.
 
-    After a resume the lines past the checkpoint's step are dropped first, so that the file has each step once.
+    After a resume the file begins with the lines that the checkpoint knows of: it is that of an undisturbed run. Each
+    checkpoint gets its stamp (`guards.checkpoints`).
     """
 
     def __init__(self, context: StageContext):
         self.context = context
         self.path = context.dir / "metrics.jsonl"
+        self.stepped = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        kept = [row for row in read_jsonl(self.path) if row["step"] <= state.global_step] if self.path.exists() else []
-        self.rows = kept
-        write_jsonl(self.path, kept)
+        write_jsonl(self.path, [{"step": row["step"], **row} for row in state.log_history])
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.stepped = True
         self.context.progress(state.global_step, state.max_steps)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -34,6 +38,14 @@ class RunCallback(TrainerCallback):
             return
         with self.path.open("a", encoding="utf-8") as out:
             out.write(json.dumps(finite({"step": state.global_step, **logs})) + "\n")
+
+    def on_save(self, args, state, control, **kwargs):
+        torch = sys.modules["torch"]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # every rank's files are there
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            stamp(folder, self.context.fingerprint, resumable=not args.save_only_model)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         # Both are kept with every checkpoint, so that a resumed run has counted all of it. TRL counts real tokens;

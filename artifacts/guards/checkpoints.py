@@ -1,0 +1,93 @@
+"""Which checkpoint a stage may go on from: one that is whole, and made with just these settings.
+
+The last file of a checkpoint is ``checkpoint.json``: the stage's fingerprint, and size and hash of every other file.
+One without it was being written when the process died; one whose files are gone, cut or changed is said by name, set
+aside, and the one before it is taken.
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from ppo_vs_dpo.artifacts.files import read_marker, write_json
+
+STAMP = "checkpoint.json"
+# Larger files are known by their size, and by whether they load: hashing them would double what a checkpoint costs.
+HASHED = 64 << 20
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    return {"bytes": size, "sha256": _hash(path) if size <= HASHED else None}
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def stamp(folder: Path, fingerprint: str | None, resumable: bool = True) -> None:
+    """Say that a checkpoint is whole, and of which settings.
+
+    Args:
+        folder: with all its files, of all ranks.
+        fingerprint: the stage's.
+        resumable: it holds the optimizer's state, not the model alone.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != STAMP)
+    listed = {path.relative_to(folder).as_posix(): _entry(path) for path in files}
+    write_json(folder / STAMP, {"fingerprint": fingerprint, "resumable": resumable, "files": listed})
+
+
+def why_not(folder: Path, fingerprint: str | None) -> str | None:
+    """Why a stage cannot go on from a checkpoint, in a few words; ``None`` where it can."""
+    written = read_marker(folder / STAMP, keys={"files": dict})
+    if written is None:
+        return "it was not written to its end"
+    if written.get("fingerprint") != fingerprint:
+        return "it was made with other settings"
+    if not written.get("resumable", True):
+        return "it holds the model alone (save_only_model)"
+    for name, entry in written["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is gone"
+        if not isinstance(entry, dict) or path.stat().st_size != entry.get("bytes"):
+            return f"{name} is not as long as it was written"
+        if entry.get("sha256") and _hash(path) != entry["sha256"]:
+            return f"{name} was changed after it was written"
+    return None
+
+
+def numbered(root: Path) -> list[Path]:
+    """The checkpoints of a stage, newest first, whole or not."""
+    found = [path for path in root.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+
+
+def newest_whole(root: Path, fingerprint: str | None) -> Path | None:
+    """The newest checkpoint that a stage may go on from; newer ones that are not fit are said and set aside.
+
+    A checkpoint whose *best* one (by the metric that the run is judged by) is not whole is not fit either: the run
+    would end with other weights than it should.
+    """
+    for folder in numbered(root):
+        reason = why_not(folder, fingerprint)
+        best = (read_marker(folder / "trainer_state.json") or {}).get("best_global_step")
+        if reason is None and best and (root / f"checkpoint-{best}") != folder:
+            bad = why_not(root / f"checkpoint-{best}", fingerprint)
+            reason = f"the best one, checkpoint-{best}, is not whole: {bad}" if bad else None
+        if reason is None:
+            return folder
+        set_aside(folder, reason)
+    return None
+
+
+def set_aside(folder: Path, reason: str) -> None:
+    """Take a checkpoint out of the way that cannot be gone on from, and say so."""
+    number = 1
+    while (target := folder.with_name(f"unfit-{number}-{folder.name}")).exists():
+        number += 1
+    folder.rename(target)
+    sys.stderr.write(f"{folder} cannot be gone on from: {reason}. It is now {target.name}.\n")

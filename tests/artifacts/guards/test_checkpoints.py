@@ -1,0 +1,63 @@
+"""Of several checkpoints the newest is taken that is whole and of these settings; the others are named."""
+
+import json
+
+import pytest
+
+from ppo_vs_dpo.artifacts.guards import checkpoints as guard
+
+
+@pytest.fixture
+def three(tmp_path):
+    for step in (1, 2, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in ("model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"):
+            (folder / name).write_text(json.dumps({"step": step}))
+        guard.stamp(folder, "settings")
+    return tmp_path
+
+
+SPOIL = {
+    "optimizer.pt is gone": lambda folder: (folder / "optimizer.pt").unlink(),
+    "rng_state.pth is gone": lambda folder: ((folder / "rng_state.pth").unlink(), (folder / "rng_state.pth").mkdir()),
+    "is not as long": lambda folder: (folder / "optimizer.pt").write_text("x"),
+    "was changed after": lambda folder: (folder / "rng_state.pth").write_text('{"step": 11}'),
+    "not written to its end": lambda folder: (folder / guard.STAMP).unlink(),
+    "written to its end": lambda folder: (folder / guard.STAMP).write_text("[]"),
+    "made with other settings": lambda folder: guard.stamp(folder, "others"),
+    "holds the model alone": lambda folder: guard.stamp(folder, "settings", resumable=False),
+    "is not as long as": lambda folder: (folder / guard.STAMP).write_text(
+        json.dumps({"fingerprint": "settings", "files": {"optimizer.pt": 3}})
+    ),
+}
+
+
+def test_the_newest_by_number(three):
+    assert guard.newest_whole(three, "settings").name == "checkpoint-10"
+    assert guard.newest_whole(three / "nowhere", "settings") is None
+
+
+@pytest.mark.parametrize("why", SPOIL)
+def test_one_that_is_not_fit_is_named_and_the_one_before_taken(three, why, capsys):
+    SPOIL[why](three / "checkpoint-10")
+    assert guard.newest_whole(three, "settings").name == "checkpoint-2"
+    assert why in capsys.readouterr().err
+    assert [path.name for path in guard.numbered(three)] == ["checkpoint-2", "checkpoint-1"]
+    # Nothing was deleted, and it is not said twice.
+    assert (three / "unfit-1-checkpoint-10").is_dir()
+    guard.newest_whole(three, "settings")
+    assert capsys.readouterr().err == ""
+
+
+def test_without_its_best_one_a_checkpoint_is_not_fit(three):
+    state = three / "checkpoint-10" / "trainer_state.json"
+    state.write_text(json.dumps({"best_global_step": 1}))
+    guard.stamp(three / "checkpoint-10", "settings")
+    assert guard.newest_whole(three, "settings").name == "checkpoint-10"
+    (three / "checkpoint-1" / "optimizer.pt").unlink()
+    assert guard.newest_whole(three, "settings").name == "checkpoint-2"
+
+
+def test_other_settings_find_none(three):
+    assert guard.newest_whole(three, "others") is None
