@@ -86,12 +86,13 @@ class RunFolder:
         done = self.done(name)
         if done is None:
             raise UserError(
-                f"stage {name} of {self.root} {self._why_not(name)}, and this stage needs it. "
+                f"stage {name} of {self.root} {self.why_not_done(name)}, and this stage needs it. "
                 f"Run `ppo-vs-dpo experiment=... stages=[{name.split(',')[0]},...]` first."
             )
         return done
 
-    def _why_not(self, name: str) -> str:
+    def why_not_done(self, name: str) -> str:
+        """Why a stage does not count as done, as the words after its name."""
         found = self.damage(name)
         return f"is damaged ({found[0]})" if found else "has not finished"
 

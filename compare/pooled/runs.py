@@ -56,7 +56,8 @@ def load(root: str | Path) -> Run:
     """
     run = RunFolder(root)
     if run.done("compare") is None:
-        raise UserError(f"{root} has not been compared yet. Run `python -m ppo_vs_dpo.compare {root}` first.")
+        why = run.why_not_done("compare")
+        raise UserError(f"the comparison of {root} {why}. Run `python -m ppo_vs_dpo.compare {root}` first.")
     report = read_json(run.path("compare", "report.json"))
     if report.get("schema_version") != SCHEMA_VERSION:
         raise UserError(

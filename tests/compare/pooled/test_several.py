@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ppo_vs_dpo.artifacts.files import read_json, read_parquet, write_json
+from ppo_vs_dpo.artifacts.guards.outputs import list_outputs
 from ppo_vs_dpo.compare.estimates.win_rates import Settings
 from ppo_vs_dpo.compare.pooled.figures import over_runs
 from ppo_vs_dpo.compare.pooled.runs import main
@@ -161,7 +162,7 @@ def test_truncated_judgements_are_named(runs, tmp_path, capsys):
     path = other / "compare" / "judgements.parquet"
     path.write_bytes(path.read_bytes()[:500])
     assert main([str(runs[0]), str(other), "--output", str(tmp_path / "out")]) == 2
-    assert "judgements.parquet is not a complete Parquet file" in capsys.readouterr().err
+    assert "is damaged (judgements.parquet has 500 bytes" in capsys.readouterr().err
     assert len(read_parquet(runs[1] / "compare" / "judgements.parquet")) > 0
 
 
@@ -213,11 +214,11 @@ def test_a_policy_that_one_run_lacks_is_left_out(runs, tmp_path):
     ("damage", "message"),
     [
         (lambda root: None, "both have seed 3 and the same pairs"),
-        (lambda root: (root / "compare" / "done.json").unlink(), "has not been compared yet"),
+        (lambda root: (root / "compare" / "done.json").unlink(), "has not finished. Run"),
         (lambda root: (root / "config.yaml").unlink(), "is not a run folder"),
         (
             lambda root: (root / "compare" / "completions.parquet").write_bytes(b"PAR1 torn"),
-            "not a complete Parquet file",
+            "is damaged (completions.parquet",
         ),
         (
             lambda root: (root / "config.yaml").write_text(
@@ -235,6 +236,9 @@ def test_what_cannot_be_pooled(runs, tmp_path, capsys, damage, message):
         report = read_json(other / "compare" / "report.json")
         report["settings"]["seeds"] = [77]
         write_json(other / "compare" / "report.json", report)
+        vouched = read_json(other / "compare" / "done.json")
+        vouched["outputs"] = list_outputs(other / "compare")
+        write_json(other / "compare" / "done.json", vouched)
     assert main([str(runs[0]), str(other), "--output", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
 

@@ -13,7 +13,7 @@ import torch
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.pipeline.running.execute import root_cause
+from ppo_vs_dpo.pipeline.running.job import root_cause
 from ppo_vs_dpo.ppo.checkpoints.state import STATE, last_checkpoint, load_state
 from tests.ppo.stage.test_train import run_folder  # noqa: F401 (a fixture)
 from tests.ppo.whole.test_deepspeed import SETTINGS
