@@ -13,7 +13,8 @@ from typing import Any, Literal, NamedTuple
 from transformers import TrainingArguments
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.artifacts.settings import field_names, nearest
+from ppo_vs_dpo.artifacts.settings import field_names, nearest, removed
+from ppo_vs_dpo.artifacts.settings.removed import refuse_removed
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig
 
 
@@ -109,6 +110,10 @@ class PPOConfig(TrainingArguments):
     One *update* is: sample a rollout, then ``num_ppo_epochs`` passes over it in ``num_mini_batches`` minibatches. All
     of the Trainer's steps (``max_steps``, ``logging_steps``, ``eval_steps``, ``save_steps``, warm-up) count updates.
     """
+
+    def __new__(cls, *args: Any, **given: Any) -> "PPOConfig":
+        refuse_removed("PPOConfig", given, removed.CONFIG, cls.__dataclass_fields__)
+        return super().__new__(cls)
 
     # -- from TrainingArguments, with other defaults
     learning_rate: float = _option(3e-6, "Of the policy. N+ table: 3e-6 for every stage.")

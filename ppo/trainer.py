@@ -16,6 +16,7 @@ file calls them in order, with transformers' Trainer for everything around.
 
 import math
 import time
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.settings import removed
+from ppo_vs_dpo.artifacts.settings.removed import refuse_removed
 from ppo_vs_dpo.models.loading.pretrained import load_tokenizer
 from ppo_vs_dpo.models.sharding.deepspeed import named_step
 from ppo_vs_dpo.ppo.checkpoints.loop import LoopState
@@ -45,7 +48,7 @@ from ppo_vs_dpo.ppo.rollouts.rollout import Rollout
 from ppo_vs_dpo.ppo.updates.pretraining import PretrainingText
 from ppo_vs_dpo.ppo.updates.update import Update, update
 from ppo_vs_dpo.ppo.watching.cost import Sizes, count_update
-from ppo_vs_dpo.ppo.watching.evaluation import Evaluator
+from ppo_vs_dpo.ppo.watching.evaluation import Evaluator, print_rows
 from ppo_vs_dpo.ppo.watching.metrics import update_metrics
 
 logger = logging.get_logger(__name__)
@@ -72,6 +75,7 @@ class PPOTrainer(Trainer):
         peft_config: train adapters on policy and value model.
         callbacks: as for any Trainer.
         optimizers: an optimizer and a scheduler instead of the default ones.
+        gone: nothing; an argument of TRL's that is not there any more is refused with what replaced it.
 
     Attributes:
         roles: who takes part (`ppo.roles.roles.Roles`).
@@ -97,7 +101,9 @@ class PPOTrainer(Trainer):
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
+        **gone: Any,
     ):
+        refuse_removed("PPOTrainer", gone, removed.TRAINER, signature(PPOTrainer.__init__).parameters)
         args = args if args is not None else PPOConfig(output_dir="ppo_output")
         tokenizer = processing_class or load_tokenizer(model if isinstance(model, str) else model.name_or_path)
         self.loop = LoopState.start(args)
@@ -321,6 +327,27 @@ class PPOTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def generate_completions(self, sampling: bool = False, limit: int = 20) -> list[dict[str, Any]]:
+        """One response to every evaluation prompt with its score, as TRL's method of this name.
+
+        Args:
+            sampling: the first ``limit`` prompts only, as a look while training.
+            limit: how many are printed.
+
+        Returns:
+            Rows with ``prompt``, ``completion``, ``score`` and ``finished``; the first are printed as a table.
+
+        Raises:
+            UserError: there is no ``eval_dataset``.
+        """
+        if self.eval_prompts is None:
+            raise UserError("generate_completions answers the prompts of eval_dataset, and there is none.")
+        self.prepare()
+        rows = self.evaluator.completions(self.eval_prompts, limit if sampling else None)
+        if self.is_world_process_zero():
+            print_rows(rows[:limit])
+        return rows
 
     # ------------------------------------------------------------------------------------------------ keeping it
 

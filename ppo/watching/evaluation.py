@@ -4,8 +4,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from ppo_vs_dpo.artifacts.files import write_json
+from ppo_vs_dpo.artifacts.files import printable, write_json
 from ppo_vs_dpo.models.passes.logprobs import full_kl, pad_batch
 from ppo_vs_dpo.models.sampling.generation import Generated, row_seed
 from ppo_vs_dpo.models.text.prompts import decode_completion, encode_completion
@@ -95,6 +99,29 @@ class Evaluator:
             self._write_samples(step, prompts, rows, generated, scores, ref_generated, ref_scores)
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
+    def completions(self, prompts: PromptSet, limit: int | None = None) -> list[dict]:
+        """A response to each prompt and its score, in the prompts' order, on every rank.
+
+        Args:
+            prompts: to respond to.
+            limit: the first so many.
+        """
+        total = len(prompts) if limit is None else min(limit, len(prompts))
+        rows = self._share(total)
+        generated, scores = self._draw(prompts, rows, "evaluation")
+        own = [
+            {
+                "row": row,
+                "prompt": prompts.prompts[row],
+                "completion": decode_completion(self.roles.tokenizer, one.token_ids),
+                "score": float(score),
+                "finished": one.finished,
+            }
+            for row, one, score in zip(rows, generated, scores.tolist(), strict=True)
+        ]
+        by_row = {one["row"]: one for one in gather_object(own)}
+        return [{key: by_row[row][key] for key in own[0] if key != "row"} for row in range(total)]
+
     @torch.no_grad()
     def _kl(self, prompt_ids: list[list[int]], response_ids: list[list[int]]) -> torch.Tensor:
         """``(N,)`` sequence KL to the reference: exact over the vocabulary at each sampled prefix, summed."""
@@ -149,3 +176,14 @@ class Evaluator:
         else:
             scores = self._draw(prompts, rows, "score_bias", reference=True)[1]
         return float(self._gather(scores[:, None], total).double().mean())
+
+
+def print_rows(rows: list[dict], console: Console | None = None) -> None:
+    """Completions as a table on the terminal; texts are shown as they are, never as markup."""
+    table = Table(show_lines=True)
+    for heading in ("prompt", "completion", "score"):
+        table.add_column(heading)
+    for row in rows:
+        asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        table.add_row(*(Text(printable(text)) for text in (asked, row["completion"], f"{row['score']:.3g}")))
+    (console or Console()).print(table)
