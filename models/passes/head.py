@@ -109,6 +109,7 @@ class _InPieces(torch.autograd.Function):
                 logprobs[here], entropy[here] = rows_logprobs(logits, tokens[here], temperature)
             else:
                 logprobs[here] = _to_probabilities(logits, tokens[here], temperature)
+            del logits  # before the next piece is made
         return (logprobs, entropy) if with_entropy else logprobs
 
     @staticmethod
@@ -137,6 +138,7 @@ class _InPieces(torch.autograd.Function):
                 grad_weight += gradient.t() @ states[here].to(ctx.dtype)
             if grad_bias is not None:
                 grad_bias += gradient.sum(0, dtype=torch.float32)
+            del gradient
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
         return grad_states, grad_weight, grad_bias, None, None, None, None

@@ -117,7 +117,7 @@ class Groups(list):
 def upload(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
     """Whole numbers of the host on a device, by one copy of all."""
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    if torch.accelerator.is_available():
+    if torch.cuda.is_available():
         flat = flat.pin_memory()
     moved = flat.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors])
     return [piece.view(tensor.shape) for piece, tensor in zip(moved, tensors, strict=True)]
@@ -215,6 +215,9 @@ def attend(
     Returns:
         ``(T, H * width)``.
     """
+    if torch.is_autocast_enabled(query.device.type):
+        # What autocast does to attention, done before its kernel is chosen: rotary embeddings leave fp32 behind.
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     if uses_varlen(query) and not dropout and groups:
         return _varlen(query, key, value, width, groups, scaling)
     sizes = [group.stop - group.start for group in groups]

@@ -270,7 +270,7 @@ def check(config: DictConfig, check_missing: bool = True) -> None:
     problems += [
         f"launch.{key} is {config.launch[key]}; it must be at least 1."
         for key in ("workers", "processes", "nodes", "threads")
-        if (config.get("launch") or {}).get(key) is not None and config.launch[key] < 1
+        if (config.get("launch") or {}).get(key) is not None and _below_one(key, config.launch[key])
     ]
     stages = list(config.get("stages") or [])
     problems += [f"stages: there is no stage {s}.{nearest(s, list(STAGES))}" for s in stages if s not in STAGES]
@@ -282,6 +282,11 @@ def notes_on(experiment: str) -> dict[str, str]:
     """Key -> `` (what its comment says)`` for what a paper's file leaves open."""
     path = CONFIGS / f"{experiment}.yaml"
     return {key: f" ({note})" for key, note in unknown(path).items() if note} if path.is_file() else {}
+
+
+def _below_one(key: str, value: int | str) -> bool:
+    """Whether this is no number of processes, threads or machines; of processes ``auto`` is one."""
+    return value != "auto" if key == "processes" and isinstance(value, str) else value < 1
 
 
 def check_section(section: str, values: DictConfig | dict, own: str) -> list[str]:

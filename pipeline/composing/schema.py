@@ -24,7 +24,7 @@ class LaunchConfig:
     """How stages are started; see configs/config.yaml for each key."""
 
     workers: int = 2
-    processes: int = 1
+    processes: int | str = 1
     hostfile: str | None = None
     nodes: int = 1
     rendezvous: str | None = None

@@ -202,6 +202,8 @@ def main(arguments: list[str]) -> int:
     from ppo_vs_dpo.pipeline.composing.compose import load
 
     config = load(given.overrides)
+    if not given.gpus and config.launch.processes == "auto":
+        raise UserError("launch.processes=auto counts the GPUs of the machine that it runs on: say --gpus N here.")
     ranks = given.gpus or config.launch.processes * config.launch.nodes
     if ranks < 1:
         raise UserError(f"--gpus {ranks}: at least 1.")

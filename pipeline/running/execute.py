@@ -12,7 +12,8 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.guards import locks, replaced
 from ppo_vs_dpo.artifacts.guards.processes import watched
 from ppo_vs_dpo.artifacts.run import RunFolder
-from ppo_vs_dpo.pipeline.running.graph import Job
+from ppo_vs_dpo.pipeline.running.gpus import Gpus
+from ppo_vs_dpo.pipeline.running.graph import DISTRIBUTED, Job
 from ppo_vs_dpo.pipeline.running.job import Running, command, explain_end
 from ppo_vs_dpo.pipeline.running.overview import Overview
 
@@ -69,10 +70,12 @@ def _execute(run: RunFolder, jobs: list[Job], overview: Overview, mark: str) -> 
     waiting = list(jobs)
     unfinished = {job.name for job in jobs}
     running: list[Running] = []
+    gpus = Gpus(run.config.launch)
     try:
         while waiting or running:
             for one in [r for r in running if r.process.poll() is not None]:
                 running.remove(one)
+                gpus.give_back(one.gpus)
                 one.close()
                 if one.process.returncode != 0 or run.done(one.job.name) is None:
                     one.kill()
@@ -82,8 +85,11 @@ def _execute(run: RunFolder, jobs: list[Job], overview: Overview, mark: str) -> 
                 overview.finished(one.job, time.monotonic() - one.started)
             ready = [job for job in waiting if not unfinished.intersection(job.needs)]
             for job in ready[: max(0, run.config.launch.workers - len(running))]:
+                taken = gpus.take(job.stage in DISTRIBUTED)
+                if taken is None:
+                    continue
                 waiting.remove(job)
-                one = Running(run, job, command(run, job), f"{mark}.{job.name}.")
+                one = Running(run, job, command(run, job), f"{mark}.{job.name}.", taken)
                 running.append(one)
                 overview.started(job)
                 if one.aside is not None:

@@ -15,6 +15,7 @@ from ppo_vs_dpo.artifacts.files import printable
 from ppo_vs_dpo.artifacts.guards import replaced
 from ppo_vs_dpo.artifacts.guards.processes import MARK, die_with_parent, kill_marked
 from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.pipeline.running.gpus import VISIBLE
 from ppo_vs_dpo.pipeline.running.graph import DISTRIBUTED, Job
 from ppo_vs_dpo.pipeline.running.launch import launcher
 
@@ -22,11 +23,14 @@ from ppo_vs_dpo.pipeline.running.launch import launcher
 KEPT = 1 << 17
 
 
-def environment(config: DictConfig, mark: str) -> dict[str, str]:
-    """Environment of a stage's process."""
+def environment(config: DictConfig, mark: str, gpus: list[str] | None = None) -> dict[str, str]:
+    """Environment of a stage's process, which sees these ``gpus`` (all there are where none are named)."""
     threads = str(config.launch.threads)
     return {
+        # Sequences of all lengths come and go: without it memory falls to pieces (torch's notes on CUDA semantics).
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         **os.environ,
+        **({VISIBLE: ",".join(gpus)} if gpus else {}),
         MARK: mark,
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
@@ -58,10 +62,11 @@ class Running:
         job: what to run.
         command: its command line.
         mark: of the command that starts it; everything that the job starts carries it, with the job's own number.
+        gpus: that it has for itself.
     """
 
-    def __init__(self, run: RunFolder, job: Job, command: list[str], mark: str):
-        self.run, self.job, self.mark = run, job, mark
+    def __init__(self, run: RunFolder, job: Job, command: list[str], mark: str, gpus: list[str] | None = None):
+        self.run, self.job, self.mark, self.gpus = run, job, mark, gpus or []
         folder = run.stage_dir(job.name)
         self.aside = run.begin(job.name, job.fingerprint, job.parts)
         self.log_path = folder / "log.txt"
@@ -73,7 +78,7 @@ class Running:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=environment(run.config, mark),
+            env=environment(run.config, mark, self.gpus),
             preexec_fn=die_with_parent,
             start_new_session=True,
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.pipeline.running.gpus import processes as count_processes
 
 
 def free_port() -> int:
@@ -30,7 +31,7 @@ def launcher(launch: Any) -> list[str]:
     Raises:
         UserError: the settings contradict each other, or what they need is not there.
     """
-    processes, nodes, hostfile = launch.processes, launch.get("nodes", 1), launch.get("hostfile")
+    processes, nodes, hostfile = count_processes(launch), launch.get("nodes", 1), launch.get("hostfile")
     if hostfile:
         if nodes > 1:
             raise UserError("launch.hostfile and launch.nodes: give one; launch.nodes is for SLURM.")

@@ -112,7 +112,10 @@ class Rollout:
 
     def to(self, device: torch.device | str) -> "Rollout":
         """The same rollout on another device."""
-        return Rollout(**{name: value.to(device) for name, value in self.fields().items()})
+        moved = Rollout(**{name: value.to(device) for name, value in self.fields().items()})
+        if "extents" in self.__dict__:
+            moved.__dict__["extents"] = self.extents
+        return moved
 
     def select(self, rows: torch.Tensor | list[int]) -> "Rollout":
         """Some rows, with the columns that are padding in all of them cut off."""
