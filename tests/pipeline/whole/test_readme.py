@@ -3,12 +3,17 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ppo_vs_dpo.pipeline.cli import ASKED, COMMANDS, with_config_dir
+from ppo_vs_dpo.pipeline.composing.compose import load
+from ppo_vs_dpo.pipeline.composing.words import with_experiment
 from tests.pipeline import mini
 from tests.pipeline.chat_model import save_chat_model
 from tests.pipeline.whole.test_real_input import FEW
@@ -18,13 +23,14 @@ ROOT = Path(__file__).parents[3]
 # What makes a command of the README small; the line itself is typed as it stands.
 SMALLER = {
     "ppo-vs-dpo data inspect my_pairs.jsonl": [],
-    "ppo-vs-dpo experiment=hh name=mine model.path=my_model data=files data.path=my_pairs.jsonl "
-    "data.conversational=true": FEW,
-    "ppo-vs-dpo show experiment=quickstart": [],
-    "ppo-vs-dpo -m experiment=quickstart seed=1,2,3": mini.SMALL[1:],
+    "ppo-vs-dpo try model.path=my_model data.path=my_pairs.jsonl data.conversational=true": FEW,
+    "ppo-vs-dpo compare --prompts prompts.jsonl --policy mine=my_dpo_model --policy theirs=theirs.jsonl "
+    "--reference my_model --judge my_judge.py:polite": ["compare.max_new_tokens=8"],
+    "ppo-vs-dpo show quickstart": [],
+    "ppo-vs-dpo -m quickstart seed=1,2,3": mini.SMALL[1:],
     "ppo-vs-dpo compare runs/quickstart-seed1 runs/quickstart-seed2 runs/quickstart-seed3": [],
-    "ppo-vs-dpo plan experiment=hh model.path=my_model deepspeed=zero3 --gpus 8 --gpu h100-80gb": [],
-    "ppo-vs-dpo experiment=hh name=two model.path=my_model launch.processes=2 deepspeed=zero2": [
+    "ppo-vs-dpo plan hh model.path=my_model deepspeed=zero3 --gpus 8 --gpu h100-80gb": [],
+    "ppo-vs-dpo hh name=two model.path=my_model launch.processes=2 deepspeed=zero2": [
         *FEW, "data=files", "data.path=my_pairs.jsonl", "data.conversational=true",
         "ppo.per_device_train_batch_size=4",
     ],
@@ -66,6 +72,13 @@ def desk(tmp_path_factory):
         for b in range(12)
     ]
     (folder / "my_pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "my_dpo_model").symlink_to(folder / "my_model")
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows[:16]))
+    answers = [{"prompt": row["prompt"], "completion": "Thank you. " + row["chosen"]} for row in rows[:16]]
+    (folder / "theirs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    (folder / "my_judge.py").write_text(
+        "def polite(prompts, completions, **columns):\n    return [text.count('Thank') for text in completions]\n"
+    )
     return folder
 
 
@@ -73,23 +86,33 @@ def test_no_command_of_the_readme_is_left_out():
     assert set(commands()) == {*SMALLER, "make quickstart", "make test"}
 
 
-@pytest.mark.parametrize(("word", "answer"), [("data inspect", "144"), ("show", "kl_coef:"), ("plan", "peak")])
+@pytest.mark.parametrize(
+    ("word", "answer"),
+    [("data inspect", "144"), ("show", "kl_coef:"), ("plan", "peak"), ("compare --prompts", "theirs beats mine")],
+)
 def test_commands_that_only_look(word, answer, desk):
     line = next(line for line in commands() if line.startswith(f"ppo-vs-dpo {word}"))
-    assert answer in typed(line, desk)
+    assert answer in typed(line, desk, *SMALLER[line])
+
+
+def test_the_ten_lines_end_in_a_saved_model(desk, monkeypatch):
+    """The README's Python, less the updates."""
+    monkeypatch.chdir(desk)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    exec(block.replace("max_steps=20", "max_steps=1, report_to='none'"), {})
+    AutoModelForCausalLM.from_pretrained("my_policy")
+    AutoTokenizer.from_pretrained("my_policy")
 
 
 @pytest.mark.slow
 def test_commands_that_train(desk):
     said = {line: typed(line, desk, *SMALLER[line]) for line in commands() if line in SMALLER}
-    for name in ("mine", "two"):
-        assert f"runs/{name}/compare/report.html" in next(
-            text for line, text in said.items() if f"name={name}" in line
-        )
+    for name, word in (("try", " try "), ("two", "name=two")):
+        assert f"runs/{name}/compare/report.html" in next(text for line, text in said.items() if word in line)
     for seed in (1, 2, 3):
         report = json.loads((desk / f"runs/quickstart-seed{seed}" / "compare" / "report.json").read_text())
         assert {"ppo", "dpo", "sft"} <= set(report["policies"])
-    pooled = next(text for line, text in said.items() if line.startswith("ppo-vs-dpo compare"))
+    pooled = next(text for line, text in said.items() if line.startswith("ppo-vs-dpo compare runs"))
     assert "report.html" in pooled
 
 
@@ -103,3 +126,46 @@ def test_make_quickstart_in_a_fresh_checkout(tmp_path):
     assert "Against SFT" in said
     assert "Report: runs/quickstart/compare/report.html" in said
     assert "everything is done; nothing changed" in typed(line, tmp_path / "clone")
+
+
+# ---------------------------------------------------------------------------------------------- the pages in docs/
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def lines_of(page: Path) -> list[str]:
+    """The command lines in a page's code blocks and tables, continued lines joined."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL) + re.findall(r"^ {4}(ppo-vs-dpo .*)$", text, re.M)
+    quoted = re.findall(r"`(ppo-vs-dpo [^`]+)`", text)
+    found = [line.split("   #")[0].split("  (")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in [*found, *quoted] if line.startswith("ppo-vs-dpo ")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+def test_every_command_of_the_docs_is_understood(page, monkeypatch):
+    """Runs are composed, with every key and value checked; other commands are known words."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("ppo_vs_dpo.pipeline.composing.words.TRACKERS", {})  # W&B need not be here
+    for line in lines_of(page):
+        if "..." in line or "[key=value" in line or "NAME" in line or "RUN" in line:
+            continue  # a form, not a command
+        first, *rest = shlex.split(line.split(" #")[0])[1:]
+        if first in ASKED or first.startswith("--"):
+            assert first in (*COMMANDS, "--help", "--version"), line
+            continue
+        words = rest if first in ("show", "run", "-m") else [first, *rest]
+        if not words or first == "list":
+            continue
+        overrides = with_experiment(with_config_dir([w for w in words if not w.startswith(("hydra", "--accept"))]))
+        if "my_configs" in line:
+            continue
+        load(
+            [one.split(",")[0] if first == "-m" and "[" not in one else one for one in overrides], check_missing=False
+        )
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_every_link_of_the_docs_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name}: {target}"
