@@ -11,6 +11,7 @@ from ppo_vs_dpo.ppo.roles.roles import Roles
 from ppo_vs_dpo.ppo.rollouts.advantages import estimate
 from ppo_vs_dpo.ppo.rollouts.checks import check_agreement
 from ppo_vs_dpo.ppo.rollouts.clock import Clock
+from ppo_vs_dpo.ppo.rollouts.cutting import micro_batches
 from ppo_vs_dpo.ppo.rollouts.engines import compute_dtype
 from ppo_vs_dpo.ppo.rollouts.prompts import PromptSet
 from ppo_vs_dpo.ppo.rollouts.responses import final_scores, sample, score
@@ -118,11 +119,11 @@ def forward(
     roles.trained.train()
     temperature = args.logprob_temperature
     size, tokens = args.local_rollout_forward_batch_size, args.micro_batch_tokens
-    groups = rollout.micro_batches(size, tokens)
+    groups = micro_batches(rollout.extents.total, size, tokens)
     if tokens is not None:
         # Ranks must make the same number of passes: sharded weights are gathered in each.
         most = int(global_max(torch.tensor(float(len(groups)), device=accelerator.device)))
-        groups = rollout.micro_batches(size, tokens, most)
+        groups = micro_batches(rollout.extents.total, size, tokens, most)
     for rows in groups:
         part = rollout.select(rows).to(accelerator.device)
         batch = part.batch()

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -34,6 +33,11 @@ class Extents(NamedTuple):
     prompt: torch.Tensor
     tokens: torch.Tensor
     width: torch.Tensor
+
+    @property
+    def total(self) -> torch.Tensor:
+        """``(N,)`` real tokens, prompt and response."""
+        return self.prompt + self.tokens
 
 
 @dataclass
@@ -156,46 +160,6 @@ class Rollout:
     def lengths(self) -> torch.Tensor:
         """``(N,)`` real response tokens."""
         return self.mask.sum(1)
-
-    def micro_batches(self, size: int, tokens: int | None = None, at_least: int = 1) -> list[torch.Tensor]:
-        """Row numbers in groups, similar lengths together, so that little is padding; on the host.
-
-        Args:
-            size: rows of a group at most.
-            tokens: real tokens of a group at most, unless a single row has more.
-            at_least: groups; the largest are parted until there are so many (or rows).
-        """
-        lengths, order = torch.sort(self.extents.prompt + self.extents.tokens, stable=True)
-        if tokens is None:
-            groups = list(order.split(size))
-        else:
-            groups, start, held = [], 0, 0
-            for stop, length in enumerate(lengths.tolist()):
-                if stop > start and (stop - start == size or held + length > tokens):
-                    groups.append(order[start:stop])
-                    start, held = stop, 0
-                held += length
-            groups.append(order[start:])
-        while len(groups) < min(at_least, len(order)):
-            place = max(range(len(groups)), key=lambda number: len(groups[number]))
-            half = (len(groups[place]) + 1) // 2
-            groups[place : place + 1] = [groups[place][:half], groups[place][half:]]
-        return groups
-
-    def minibatches(self, number: int, seed: int, update: int, epoch: int, group: int = 1) -> list[torch.Tensor]:
-        """A fresh random partition of the rows into ``number`` minibatches; the same on every rank.
-
-        Args:
-            number: how many.
-            seed: the run's seed.
-            update: which update, from 0.
-            epoch: which pass over this rollout, from 0.
-            group: so many neighbouring rows stay together.
-        """
-        generator = np.random.Generator(np.random.Philox(key=[seed, (update << 20) + epoch]))
-        groups = torch.from_numpy(generator.permutation(len(self) // group))
-        rows = (groups[:, None] * group + torch.arange(group)).flatten()
-        return list(rows.chunk(number))
 
     def gather(self) -> "Rollout":
         """The rollouts of all ranks, in the order of the global list of prompts; itself on a single rank."""

@@ -17,6 +17,7 @@ from ppo_vs_dpo.models.passes.logprobs import Batch
 from ppo_vs_dpo.models.sharding.collectives import any_rank, global_sum
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.rollouts.checks import non_finite
+from ppo_vs_dpo.ppo.rollouts.cutting import micro_batches, minibatches
 from ppo_vs_dpo.ppo.rollouts.rollout import Rollout
 from ppo_vs_dpo.ppo.updates.losses import Loss, LossInputs, LossSettings, Totals, log_ratio_from_0, ppo_loss
 from ppo_vs_dpo.ppo.updates.pretraining import PretrainingText
@@ -123,7 +124,7 @@ def _minibatches(rollout: Rollout, args: PPOConfig, number: int) -> Iterator[tup
     """All minibatches of an update: number of the pass, number in the pass, rows."""
     for epoch in range(args.num_ppo_epochs):
         for index, rows in enumerate(
-            rollout.minibatches(args.num_mini_batches, args.seed, number, epoch, args.samples_per_prompt)
+            minibatches(len(rollout), args.num_mini_batches, args.seed, number, epoch, args.samples_per_prompt)
         ):
             yield epoch, index, rows
 
@@ -139,8 +140,9 @@ def _share(
     size, tokens = args.per_device_train_batch_size, args.micro_batch_tokens
     mine, most = rollout.select(rows[rank::ranks]), 1
     if tokens is not None and ranks > 1:
-        most = max(len(rollout.select(rows[other::ranks]).micro_batches(size, tokens)) for other in range(ranks))
-    return mine, mine.micro_batches(size, tokens, most)
+        total = rollout.extents.total[rows]
+        most = max(len(micro_batches(total[other::ranks], size, tokens)) for other in range(ranks))
+    return mine, micro_batches(mine.extents.total, size, tokens, most)
 
 
 def _forward(model: nn.Module, part: Rollout, text: Batch | None, sizes: dict, args: PPOConfig, value_only: bool):

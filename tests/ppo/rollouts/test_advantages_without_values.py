@@ -10,6 +10,7 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.ppo.algorithm import gae, whiten
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.rollouts.advantages import estimate, grpo, reinforce_pp, rloo
+from ppo_vs_dpo.ppo.rollouts.cutting import minibatches
 from ppo_vs_dpo.ppo.rollouts.rollout import Rollout
 from ppo_vs_dpo.ppo.updates.losses import LossInputs, LossSettings, ppo_loss
 from tests.ppo.conftest import logs, same, untimed
@@ -141,7 +142,7 @@ def test_groups_are_the_responses_to_one_prompt(make_trainer):
     of_responses = rollout.advantages.sum(1) / rollout.lengths()
     assert of_responses.view(4, 4).sum(1).abs().max() < 1e-5
     assert of_responses.abs().max() > 0.1
-    for rows in rollout.minibatches(2, seed=7, update=0, epoch=0, group=4):
+    for rows in minibatches(len(rollout), 2, seed=7, update=0, epoch=0, group=4):
         assert (rows.view(-1, 4) // 4 == rows.view(-1, 4)[:, :1] // 4).all()
 
 

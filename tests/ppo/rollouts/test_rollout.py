@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.ppo.rollouts.cutting import micro_batches, minibatches
 from ppo_vs_dpo.ppo.rollouts.rollout import FIELDS, Rollout, extend_by_one
 
 
@@ -42,31 +43,35 @@ def test_batch_masks_say_what_is_real(rollout):
 
 def test_minibatches_are_a_partition_that_depends_on_seed_update_and_epoch():
     rollout = Rollout.empty([[5]] * 12, [[1]] * 12, [True] * 12, 0)
-    first = rollout.minibatches(3, seed=1, update=0, epoch=0)
+    first = minibatches(len(rollout), 3, seed=1, update=0, epoch=0)
     assert sorted(torch.cat(first).tolist()) == list(range(12))
     assert [len(rows) for rows in first] == [4, 4, 4]
-    again = rollout.minibatches(3, seed=1, update=0, epoch=0)
+    again = minibatches(len(rollout), 3, seed=1, update=0, epoch=0)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    others = [rollout.minibatches(3, 1, 0, 1), rollout.minibatches(3, 1, 1, 0), rollout.minibatches(3, 2, 0, 0)]
+    others = [
+        minibatches(len(rollout), 3, 1, 0, 1),
+        minibatches(len(rollout), 3, 1, 1, 0),
+        minibatches(len(rollout), 3, 2, 0, 0),
+    ]
     assert all(not torch.equal(torch.cat(first), torch.cat(other)) for other in others)
 
 
 def test_micro_batches_put_similar_lengths_together(rollout):
-    assert [rows.tolist() for rows in rollout.micro_batches(2)] == [[1, 2], [0]] or [
-        rows.tolist() for rows in rollout.micro_batches(2)
+    assert [rows.tolist() for rows in micro_batches(rollout.extents.total, 2)] == [[1, 2], [0]] or [
+        rows.tolist() for rows in micro_batches(rollout.extents.total, 2)
     ] == [[2, 1], [0]]
-    assert [len(rows) for rows in rollout.micro_batches(1)] == [1, 1, 1]
+    assert [len(rows) for rows in micro_batches(rollout.extents.total, 1)] == [1, 1, 1]
 
 
 def test_micro_batches_under_a_token_budget():
     """Neither rows nor tokens beyond the limits, every row once; a row over the budget goes alone."""
     lengths = [1, 2, 2, 3, 5, 9, 4, 1]
     rollout = Rollout.empty([[5]] * 8, [[1] * n for n in lengths], [True] * 8, 0)
-    groups = [rows.tolist() for rows in rollout.micro_batches(3, tokens=9)]
+    groups = [rows.tolist() for rows in micro_batches(rollout.extents.total, 3, tokens=9)]
     assert [sorted(lengths[row] + 1 for row in rows) for rows in groups] == [[2, 2, 3], [3, 4], [5], [6], [10]]
     assert sorted(row for rows in groups for row in rows) == list(range(8))
-    assert [len(rows) for rows in rollout.micro_batches(3, tokens=1000)] == [3, 3, 2]
-    assert [len(rows) for rows in rollout.micro_batches(8, tokens=1)] == [1] * 8
+    assert [len(rows) for rows in micro_batches(rollout.extents.total, 3, tokens=1000)] == [3, 3, 2]
+    assert [len(rows) for rows in micro_batches(rollout.extents.total, 8, tokens=1)] == [1] * 8
 
 
 def test_save_and_load(rollout, tmp_path):
