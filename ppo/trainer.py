@@ -251,6 +251,7 @@ class PPOTrainer(Trainer):
 
     def update(self, rollout: Rollout, number: int) -> Update:
         """Step 7, and the check that the ratio is 1 before the first optimizer step."""
+        self.roles.version += 1
         done = update(
             self.model_wrapped, self.optimizer, rollout, self.args, self.accelerator, number=number,
             kl_coef=self.loop.kl.coef, ptx=self.ptx,

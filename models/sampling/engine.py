@@ -21,15 +21,18 @@ class Engine(Protocol):
     Attributes:
         keeps_weights: whether the engine samples with a copy of the weights and kernels of its own. Its
             log-probabilities may then differ from the trainer's, and every completion carries them.
+        streams: whether it takes the weights a bucket at a time, from all ranks together: then nothing is gathered
+            around its calls, and it samples the reference, too.
     """
 
     keeps_weights: bool
+    streams: bool
 
     def update_weights(self, model: PreTrainedModel) -> None:
         """Sample with the present weights of ``model`` from now on.
 
         Args:
-            model: the policy, whole on this process.
+            model: the policy, whole on this process unless the engine ``streams``.
         """
 
     def generate(
@@ -61,6 +64,7 @@ class TransformersEngine:
     """
 
     keeps_weights = False
+    streams = False
 
     def __init__(self, eos_token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, with_logprobs: bool = False):
         self.eos_token_ids, self.tokenizer, self.with_logprobs = eos_token_ids, tokenizer, with_logprobs

@@ -1,6 +1,6 @@
 """vLLM as a generation engine in a process of its own, on other GPUs or another machine: ``models.vllm_server``.
 
-Weights go over as a safetensors file in a folder that trainer and server both see; tokens come back by vLLM's
+Weights go over as safetensors files in a folder that trainer and server both see; tokens come back by vLLM's
 token-in, token-out endpoint. The trainer needs no vLLM, and may run on any number of ranks: the first one sends the
 weights, each asks for the completions of its own prompts.
 """
@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.sampling.generation import Generated, SamplingConfig
-from ppo_vs_dpo.models.sampling.vllm_colocated import check_mergeable, check_sampling, named_weights
+from ppo_vs_dpo.models.sampling.vllm_colocated import check_sampling
+from ppo_vs_dpo.models.sampling.weights import buckets, check_mergeable
 
 # Requests under way at once; the server batches them as it can.
 REQUESTS = 64
@@ -51,6 +52,7 @@ class VLLMServerEngine:
     """
 
     keeps_weights = True
+    streams = True
 
     def __init__(
         self,
@@ -80,11 +82,22 @@ class VLLMServerEngine:
             self.folder = tempfile.TemporaryDirectory(prefix=PREFIX, dir=folder)
 
     def update_weights(self, model: PreTrainedModel) -> None:
-        """Send the present weights, adapters merged; all ranks wait until the server has them."""
-        error = None
-        if _rank() == 0:
+        """Send the present weights, adapters merged; all ranks wait until the server has them.
+
+        Under ZeRO-3 they are whole a bucket at a time, on no rank longer than it takes the first to write it down.
+        """
+        error, names = None, []
+        for number, bucket in enumerate(buckets(model, self.dtype, keep=_rank() == 0)):
+            # A rank that gave up still helps to gather what is left.
+            if _rank() == 0 and error is None:
+                try:
+                    self._write(number, bucket)
+                    names += bucket
+                except OSError as raised:
+                    error = UserError(f"weights for the vLLM server: {self.folder.name} cannot be written: {raised}")
+        if _rank() == 0 and error is None:
             try:
-                self._send(model)
+                self._send(number + 1, len(names))
             except UserError as raised:
                 error = raised
         if dist.is_available() and dist.is_initialized():
@@ -95,16 +108,22 @@ class VLLMServerEngine:
         if error is not None:
             raise error
 
-    def _send(self, model: PreTrainedModel) -> None:
+    def _file(self, number: int) -> Path:
+        return Path(self.folder.name) / f"policy-{number}.safetensors"
+
+    def _write(self, number: int, bucket: dict[str, torch.Tensor]) -> None:
         from safetensors.torch import save_file
 
-        path = Path(self.folder.name) / "policy.safetensors"
-        weights = {name: weight.to(self.dtype).contiguous().cpu() for name, weight in named_weights(model)}
-        save_file(weights, path)
-        answer = self._ask("/collective_rpc", {"method": "load_policy", "args": [str(path)], "timeout": TIMEOUT})
+        save_file({name: weight.contiguous().cpu() for name, weight in bucket.items()}, self._file(number))
+
+    def _send(self, files: int, tensors: int) -> None:
+        paths = [str(self._file(number)) for number in range(files)]
+        answer = self._ask("/collective_rpc", {"method": "load_policy", "args": [paths], "timeout": TIMEOUT})
         loaded = {int(count) for count in answer["results"]}
-        if loaded != {len(weights)}:
-            raise UserError(f"the vLLM server at {self.url} read {loaded} tensors of {len(weights)} from {path}.")
+        if loaded != {tensors}:
+            raise UserError(
+                f"the vLLM server at {self.url} read {loaded} tensors of {tensors} from {self.folder.name}."
+            )
         self._ask("/reset_prefix_cache", {})
 
     def generate(

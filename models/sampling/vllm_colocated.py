@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.sampling.generation import Generated, SamplingConfig
 from ppo_vs_dpo.models.sampling.vllm_worker import pack_heads
+from ppo_vs_dpo.models.sampling.weights import check_mergeable, named_weights
 
 # Read by vLLM when it is imported or an engine starts; what the user has set stays.
 ENVIRONMENT = {
@@ -29,54 +30,6 @@ ENVIRONMENT = {
     # Its warnings are about what is meant here: no tokenizer, no chat template, position tables that are no weights.
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
-
-
-def named_weights(policy: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of a causal language model under the names of its checkpoint, LoRA adapters added in.
-
-    The model is not touched: merging and unmerging in place would leave its rounding in the frozen base.
-
-    Args:
-        policy: a model, or a ``peft.PeftModel`` with LoRA; on a shared base the other roles' adapters are left out.
-
-    Raises:
-        UserError: adapters whose effect is not a sum of weights.
-    """
-    active = getattr(policy, "active_adapter", None) if hasattr(policy, "peft_config") else None
-    if active is None:
-        yield from ((name, parameter.detach()) for name, parameter in policy.named_parameters())
-        return
-    check_mergeable(policy)
-    inner = policy.get_base_model()
-    for name, parameter in inner.named_parameters():
-        if ".lora_" in name:
-            continue
-        path, _, kind = name.rpartition(".")
-        weight = parameter.detach()
-        if path.endswith(".base_layer"):
-            path = path.removesuffix(".base_layer")
-            layer = inner.get_submodule(path)
-            if kind == "weight" and active in layer.scaling:
-                weight = weight + layer.get_delta_weight(active).detach().to(weight.dtype)
-        yield f"{path}.{kind}", weight
-
-
-def check_mergeable(policy: torch.nn.Module) -> None:
-    """Adapters must be plain LoRA, to be sent as one set of weights.
-
-    Raises:
-        UserError: they are not; names what.
-    """
-    for name, config in getattr(policy, "peft_config", {}).items():
-        kind = str(getattr(config.peft_type, "value", config.peft_type))
-        features = ("use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices")
-        odd = [feature for feature in features if getattr(config, feature, None)]
-        if kind != "LORA" or odd:
-            raise UserError(
-                f"ppo.generation_engine=vllm gets adapters merged into the weights, and adapter {name} is {kind}"
-                f"{' with ' + ', '.join(odd) if odd else ''}: only plain LoRA can be. Use plain LoRA, or "
-                f"generation_engine=transformers."
-            )
 
 
 class VLLMEngine:
@@ -97,6 +50,7 @@ class VLLMEngine:
     """
 
     keeps_weights = True
+    streams = False
 
     def __init__(
         self,

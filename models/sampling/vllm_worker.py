@@ -9,11 +9,11 @@ import torch
 class PolicyWeights:
     """Methods that vLLM adds to its worker; ``/collective_rpc`` calls them by name."""
 
-    def load_policy(self, path: str) -> str:
-        """Take the weights of a safetensors file that the trainer wrote, under the names of a checkpoint.
+    def load_policy(self, paths: list[str]) -> str:
+        """Take the weights of safetensors files that the trainer wrote, under the names of a checkpoint.
 
         Returns:
-            How many tensors the file has.
+            How many tensors the files have.
         """
         count = 0
 
@@ -21,10 +21,11 @@ class PolicyWeights:
             nonlocal count
             from safetensors import safe_open
 
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a mapping
-                    count += 1
-                    yield name, file.get_tensor(name)
+            for path in paths:
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118 - not a mapping
+                        count += 1
+                        yield name, file.get_tensor(name)
 
         with torch.no_grad():
             self.reload_weights(weights_iterator=counted())

@@ -150,6 +150,7 @@ class Checkpoints:
         Raises:
             UserError: a torn checkpoint, or one of another run.
         """
+        self.roles.version += 1
         state = load_state(folder, STATE)
         if (folder / INDEX).is_file() != self.sharded:
             here, there = ("with", "without") if self.sharded else ("without", "with")
@@ -180,6 +181,7 @@ class Checkpoints:
         folder = self.root / f"checkpoint-{self.loop.progress.best_global_step}"
         if not self.loop.progress.best_global_step or not folder.is_dir():
             return
+        self.roles.version += 1
         if self.sharded:
             load_trained(self.roles.trained, folder, optimizer_too=False)
         else:

@@ -26,6 +26,9 @@ def is_peft(model: nn.Module) -> bool:
 class WithoutAdapters(nn.Module):
     """A PEFT model with its adapters switched off for the time of each call: the base, without a second copy."""
 
+    # For whoever sends weights on (`models.sampling.weights`).
+    adapters_off = True
+
     def __init__(self, policy: PreTrainedModel):
         super().__init__()
         self.policy = policy
@@ -62,6 +65,8 @@ class Reference:
         self.model, self.policy = model, policy
         # The weights that `follow` moves, in fp32: this rank's pieces under ZeRO-3.
         self.slow: dict[str, torch.Tensor] = {}
+        # How often it has moved.
+        self.version = 0
 
     def prepare(self, accelerator: Accelerator, moves: bool = False) -> None:
         """Put it on the device, or under DeepSpeed's ZeRO-3 into an inference engine.
@@ -98,7 +103,7 @@ class Reference:
                 "adapters. "
                 "Pass ref_model, or switch sync_ref_model off."
             )
-        theirs = dict(policy.named_parameters())
+        theirs, self.version = dict(policy.named_parameters()), self.version + 1
         for name, mine in self.module.named_parameters():
             with self._held(mine, theirs[name]) as (target, source):
                 if target.dtype == torch.float32:
@@ -138,6 +143,7 @@ class Reference:
     @torch.no_grad()
     def load(self, state: dict[str, torch.Tensor]) -> None:
         """Put back what `state` gave; all ranks must call this."""
+        self.version += 1
         for name, parameter in self.module.named_parameters():
             with whole([parameter]):
                 parameter.copy_(state[name].view(parameter.shape))

@@ -35,6 +35,8 @@ class Roles:
         tokenizer: the policy's.
         trained: policy and value as the one module that is trained; wrapped (DDP, DeepSpeed) once training begins.
         engine: what samples the rollouts; there when the trainer is.
+        version: how often the policy's weights have changed.
+        sent: whose weights an engine with a copy of its own has, and which version of them.
         computing: the run's arithmetic as a context: what is not called through ``trained`` runs within it, so that
             all roles and phases round alike.
     """
@@ -46,6 +48,8 @@ class Roles:
     tokenizer: PreTrainedTokenizerBase
     trained: nn.Module
     engine: Engine | None = None
+    version: int = 0
+    sent: tuple[str, int] | None = None
     computing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     @property

@@ -28,17 +28,24 @@ def sample(
     the responses would give.
     """
     engine, model, within = roles.engine, roles.policy, contextlib.nullcontext()
+    version = ("policy", roles.version)
+    streams = getattr(engine, "streams", False)
     if reference:
-        # Sampled once a run, unless it moves: not worth weights of its own in another engine.
-        engine = TransformersEngine(roles.eos_ids, roles.tokenizer)
-        model = roles.reference.module
-    if args.ds3_gather_for_generation:
+        model, version = roles.reference.module, ("reference", roles.reference.version)
+        if not streams:
+            # Sampled once a run, unless it moves: not worth weights of its own in another engine.
+            engine = TransformersEngine(roles.eos_ids, roles.tokenizer)
+    if args.ds3_gather_for_generation and not streams:
         # ZeRO-3: the weights are gathered once for the whole rollout. Elsewhere nothing is in pieces.
         within = roles.reference.generating(roles.trained) if reference else gathered(roles.trained, model)
     # Another engine has an arithmetic of its own.
     with within, contextlib.nullcontext() if engine.keeps_weights else roles.computing():
-        # Each time: whatever moved the weights (an update, a resume, the best checkpoint), they are sampled from.
-        engine.update_weights(model)
+        # Whatever moved the weights (an update, a resume, the best checkpoint), they are sampled from; an engine with
+        # a copy of its own has them already where nothing did.
+        if not engine.keeps_weights or roles.sent != version:
+            engine.update_weights(model)
+        if engine.keeps_weights:
+            roles.sent = version
         return engine.generate(prompt_ids, args.sampling(), seeds)
 
 

@@ -12,7 +12,8 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.passes.logprobs import pad_batch, response_logprobs
 from ppo_vs_dpo.models.sampling.engine import TransformersEngine
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig
-from ppo_vs_dpo.models.sampling.vllm_colocated import VLLMEngine, named_weights
+from ppo_vs_dpo.models.sampling.vllm_colocated import VLLMEngine
+from ppo_vs_dpo.models.sampling.weights import named_weights
 from ppo_vs_dpo.ppo.algorithm import policy_loss, truncated_importance_weights
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.rollouts import collect
@@ -152,12 +153,13 @@ def test_no_cap_no_correction(make_trainer, weights):
     assert logs(uncorrected)[0]["engine/importance_ratio_capped"] == 0
 
 
-def test_weights_are_new_at_each_sampling(make_trainer, prompts):
-    """Rollouts and evaluations sample from the policy as it is; the reference by the own loop."""
+def test_weights_are_new_whenever_they_have_changed(make_trainer, prompts):
+    """Rollouts and evaluations sample from the policy as it is, and it is sent no more often than it changes."""
     trainer = make_trainer({"eval_dataset": prompts.select(range(8))}, eval_strategy="steps", eval_steps=1)
     trainer.roles.engine = FakeEngine(trainer, [0.0])
     trainer.train()
-    assert trainer.roles.engine.updates == 4
+    # At first, and after each of two updates: the second rollout has what the first evaluation was given.
+    assert trainer.roles.engine.updates == 3
     assert max(row["engine/logprob_difference_max"] for row in logs(trainer)) < 1e-5
     trainer.evaluate()
     assert same(dict(trainer.roles.engine.model.named_parameters()), dict(trainer.policy.named_parameters()))

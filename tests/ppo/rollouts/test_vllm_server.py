@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate
 from ppo_vs_dpo.models.sampling.vllm_server import command
+from ppo_vs_dpo.ppo.rollouts.responses import sample
 from tests.ppo.conftest import count_good, logs
 from tests.ranks import beside_tests, free_port, on_ranks, settings_of
 
@@ -63,7 +64,7 @@ class StandIn:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def collective_rpc(self, body):
-        weights = load_file(body["args"][0])
+        weights = {name: tensor for path in body["args"][0] for name, tensor in load_file(path).items()}
         missing = self.model.load_state_dict(weights, strict=False).missing_keys
         assert body["method"] == "load_policy"
         assert not missing
@@ -112,6 +113,27 @@ def test_the_run_is_that_of_the_own_loop(make_trainer, stand_in, tmp_path):
     assert folder.parent == Path(trainer.args.output_dir)
     trainer.roles.engine.folder.cleanup()
     assert not folder.exists()
+
+
+def test_weights_are_sent_once_a_change(make_trainer, prompts, stand_in):
+    """An evaluation after an update samples from what the server has; the reference goes over once a run."""
+    parts = {"eval_dataset": prompts.select(range(5))}
+    trainer = make_trainer(parts, max_steps=3, eval_strategy="no", **served(stand_in))
+    trainer.train()
+    assert stand_in.loads == 3
+    trainer.evaluate()  # the weights of the last update, then the reference's
+    assert stand_in.loads == 5
+    seeds = list(range(3))
+    assert trainer.roles.sent == ("reference", 0)
+    drawn = sample(trainer.roles, trainer.prompts.ids[:3], seeds, trainer.args, reference=True)
+    own = generate(
+        trainer.roles.reference.module, trainer.prompts.ids[:3], trainer.args.sampling(),
+        eos_token_ids=trainer.roles.eos_ids, seeds=seeds,
+    )  # fmt: skip
+    assert [one.token_ids for one in drawn] == [one.token_ids for one in own]
+    trainer.evaluate()  # the policy again; the reference's samples are kept
+    trainer.evaluate()
+    assert stand_in.loads == 6
 
 
 def test_the_key_is_sent_and_told_to_nobody(make_trainer, stand_in, monkeypatch, capfd):

@@ -1,0 +1,367 @@
+"""Training on the pretended device: ``python -m tests.device.work [JOB ...]`` prints what it counts.
+
+Strict: the first operation that mixes host and device ends it, as a GPU would. Everything is done as in a run:
+sampling, scoring, updates, evaluation, saving, going on.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, TrainerCallback
+
+from ppo_vs_dpo.artifacts.files import write_text
+from ppo_vs_dpo.models.loading.config import LoraSettings
+from ppo_vs_dpo.models.passes import packed
+from ppo_vs_dpo.models.passes.logprobs import full_kl, pad_batch, response_logprobs
+from ppo_vs_dpo.models.sampling.engine import TransformersEngine
+from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate
+from ppo_vs_dpo.ppo.config import PPOConfig
+from ppo_vs_dpo.ppo.roles.trained import PolicyAndValue
+from ppo_vs_dpo.ppo.rollouts.clock import Clock
+from ppo_vs_dpo.ppo.trainer import PPOTrainer
+from tests.conftest import build_word_tokenizer
+from tests.device.pretended import ALLOCATED, DEVICE, Probe, Shadow, trainers_on_device
+from tests.models.passes.test_packed import reference_kernel
+
+torch.set_num_threads(1)
+TOKENIZER = build_word_tokenizer()
+PROMPTS = ["the film", "a story was", "very", "the plot was", "the cast", "a bad film", "not", "a bright plot and"]
+LORA = LoraSettings(r=2, alpha=4, target_modules=["q_proj", "v_proj"])
+MICRO = 4
+RECORD = Path(__file__).parent / "counts.json"
+COMMON = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+
+
+def llama(scalar: bool = False, layers: int = 4, vocabulary: int | None = None, seed: int = 0, **more: Any):
+    """A Llama with grouped queries, of a few thousand weights."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary or len(TOKENIZER), hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, num_labels=1, **more,
+    )  # fmt: skip
+    return (LlamaForSequenceClassification if scalar else LlamaForCausalLM)(config).eval()
+
+
+class StandIn(torch.autograd.Function):
+    """In the place of CUDA's attention for packed rows, which this device has not: what it is documented to do.
+
+    Carried out beside the device, so that it counts for what it is there: one kernel forward, one backward.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, bounds, longest, options):
+        with torch.enable_grad():
+            ctx.given = [x.inner.detach().requires_grad_() for x in (query, key, value)]
+            ctx.out = reference_kernel(*ctx.given, bounds.inner, bounds.inner, longest, longest, **options)
+        return Shadow(ctx.out.detach())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *map(Shadow, torch.autograd.grad(ctx.out, ctx.given, grad.inner)), None, None, None
+
+
+def stand_in(query, key, value, bounds, bounds_k, longest, longest_k, **options):
+    """`StandIn` with the kernel's arguments."""
+    assert bounds is bounds_k
+    return StandIn.apply(query, key, value, bounds, longest, options)
+
+
+@contextlib.contextmanager
+def half_precision_kernel():
+    """With that stand-in."""
+    found, packed.varlen_kernel = packed.varlen_kernel, lambda: stand_in
+    try:
+        yield
+    finally:
+        packed.varlen_kernel = found
+
+
+class Copied(TransformersEngine):
+    """An engine with weights of its own (vLLM's place): a copy, and the log-probabilities it sampled with."""
+
+    keeps_weights = True
+
+    def update_weights(self, model, version=None):
+        super().update_weights(model)
+        self.with_logprobs = True
+
+
+def ppo(folder: Path, **settings: Any) -> PPOTrainer:
+    """A PPO trainer: a reward model, 16 responses, two minibatches of two micro-batches."""
+    kind, data = settings.pop("kind", "full"), Dataset.from_dict({"prompt": PROMPTS * 4})
+    policy = llama()
+    with torch.no_grad():  # likelier to end: responses of different lengths
+        policy.lm_head.weight[2] += 2 * policy.lm_head.weight[10]
+    parts: dict[str, Any] = {"model": policy, "reward_model": llama(True, seed=1)}
+    if kind == "lora":
+        parts["peft_config"] = LORA.peft_config("CAUSAL_LM")
+    elif kind == "one base":
+        parts = on_one_base(folder, policy)
+    fixed = {"output_dir": str(folder / "out"), "per_device_train_batch_size": MICRO, "rollout_batch_size": 16,
+             "max_steps": 1, "num_ppo_epochs": 1, "num_mini_batches": 2, "response_length": 12, "learning_rate": 1e-3,
+             "diagnose": False, "seed": 7, "local_rollout_forward_batch_size": 8}  # fmt: skip
+    trainer = PPOTrainer(
+        train_dataset=data, eval_dataset=data.select(range(8)), processing_class=TOKENIZER,
+        args=PPOConfig(**{**COMMON, **fixed, **settings}), **parts,
+    )  # fmt: skip
+    if kind == "engine":
+        trainer.roles.engine = Copied(trainer.roles.eos_ids, TOKENIZER)
+    return trainer
+
+
+def on_one_base(folder: Path, policy: LlamaForCausalLM) -> dict[str, Any]:
+    """The four roles as adapters on one base."""
+    from ppo_vs_dpo.models.loading.pretrained import load_policy
+    from ppo_vs_dpo.ppo.roles.shared import share_base
+    from tests.ppo.roles.test_shared import save_reward_adapter
+
+    policy.save_pretrained(folder / "base")
+    TOKENIZER.save_pretrained(folder / "base")
+    save_reward_adapter(folder / "base", folder / "reward")
+    roles = share_base(load_policy(folder / "base"), LORA, folder / "reward", "reward_model")
+    return dict(zip(("model", "value_model", "reward_model"), roles, strict=True))
+
+
+def run_ppo(probe: Probe, folder: Path, **settings: Any) -> dict[str, Any]:
+    """One update, evaluated, saved and gone on from, counted by phase."""
+    timed = Clock.__call__
+
+    @contextlib.contextmanager
+    def phase(self, name):
+        with timed(self, name), probe.part(name.rpartition("/")[2]):
+            yield
+
+    Clock.__call__ = phase
+    try:
+        settings |= {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+        trainer = ppo(folder, **settings)
+        trainer.prepare()
+        trainer.train()
+        with probe.part("evaluate"):
+            trainer.evaluate()
+        left = [name for name, p in trainer.model.named_parameters() if p.device != DEVICE]
+        assert not left, left
+        again = ppo(folder, **settings)
+        again.train(resume_from_checkpoint=str(folder / "out" / "checkpoint-1"))
+        steps = [value["step"] for value in again.optimizer.state.values()]
+        assert {step.device.type for step in steps} <= {"cpu", DEVICE.type}
+    finally:
+        Clock.__call__ = timed
+    counted = {name: probe.parts[name] for name in ("generate", "score", "forward", "train", "evaluate")}
+    # Two updates and one that was gone on with, of four micro-batches each.
+    return {**figures(counted), "train, a micro-batch": per(counted["train"], 12)}
+
+
+def run_trl(probe: Probe, folder: Path, stage: str, plain: bool = False) -> dict[str, Any]:
+    """The second of two steps of a stage; ``plain``: with TRL's trainer as it is."""
+    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+    import ppo_vs_dpo.dpo.train as dpo
+    import ppo_vs_dpo.reward_model.train as reward_model
+    import ppo_vs_dpo.sft.train as sft
+    from ppo_vs_dpo.dpo.config import smoothed_loss
+    from ppo_vs_dpo.dpo.data import dpo_dataset
+    from ppo_vs_dpo.reward_model.data import reward_dataset
+    from ppo_vs_dpo.sft.data import sft_dataset
+
+    fixed = {**COMMON, "bf16": True, "gradient_checkpointing": False, "per_device_train_batch_size": 8,
+             "max_steps": 2, "logging_steps": 1}  # fmt: skip
+    rows = [{"prompt": p, "chosen": " very good film", "rejected": " bad"} for p in PROMPTS * 4]
+    texts = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    args = {"sft": SFTConfig, "reward_model": RewardConfig, "dpo": DPOConfig}[stage](
+        str(folder), **fixed, **(smoothed_loss({}) if stage == "dpo" else {})
+    )
+    model = llama(stage == "reward_model").train()
+    if plain:
+        cls = {"sft": SFTTrainer, "reward_model": RewardTrainer, "dpo": DPOTrainer}[stage]
+        if stage == "dpo":
+            model.save_pretrained(folder / "policy")
+            model, args.precompute_ref_log_probs = str(folder / "policy"), True
+        data = Dataset.from_list(texts if stage == "sft" else rows)
+        trainer = cls(model=model, args=args, train_dataset=data, processing_class=TOKENIZER)
+    elif stage == "dpo":
+        trainer = dpo.build_trainer(model, TOKENIZER, dpo_dataset(Dataset.from_list(rows), TOKENIZER), args)
+    elif stage == "reward_model":
+        data = reward_dataset(Dataset.from_list(rows), TOKENIZER)
+        trainer = reward_model.build_trainer(model, TOKENIZER, data, args)
+    else:
+        data = sft_dataset(Dataset.from_list(texts), TOKENIZER, True, None, None)
+        trainer = sft.build_trainer(model, TOKENIZER, data, args)
+
+    class FromSecond(TrainerCallback):
+        """Counts the second step: the first makes the optimizer's state."""
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                self.part = probe.part("train")
+                self.part.__enter__()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                self.part.__exit__(None, None, None)
+
+    trainer.add_callback(FromSecond())
+    trainer.train()
+    return figures({"train": probe.parts["train"]})
+
+
+def decode(probe: Probe, folder: Path) -> dict[str, Any]:
+    """Waits and operations a decoded token, by layers; rows end all the time."""
+    found: dict[str, Any] = {}
+    prompts = [[5, 6, 7, 8][: 1 + n % 4] for n in range(16)]
+    for layers in (2, 8):
+        model = llama(layers=layers, vocabulary=64, seed=3).to(DEVICE)
+        seen = []
+        for tokens in (17, 33):
+            with probe.part(f"{layers} layers, {tokens} tokens") as counts:
+                drawn = generate(model, prompts, SamplingConfig(tokens), eos_token_ids=[2], seeds=range(16))
+            assert len({len(one.token_ids) for one in drawn}) > 4
+            assert max(len(one.token_ids) for one in drawn) == tokens
+            seen.append(counts)
+        more = [sum(c.waits.values()) for c in seen], [c.operations for c in seen]
+        waits, operations = ((after - before) / 16 for before, after in more)
+        found[f"{layers} layers, a token"] = {"waits": waits, "operations": operations}
+    return found
+
+
+def head(probe: Probe, folder: Path) -> dict[str, Any]:
+    """Rows of logits at once, and how the peak grows with the response tokens, at a vocabulary of 8,192."""
+    model, other = (llama(layers=1, vocabulary=8192, seed=s).to(torch.bfloat16).to(DEVICE) for s in (0, 1))
+    found: dict[str, Any] = {}
+    for what in ("train", "score", "exact kl"):
+        peaks, tokens = [], []
+        for rows in (12, 24):
+            batch = pad_batch([[5, 6, 7]] * rows, [[7] * 230] * rows, 0, DEVICE)
+            tokens.append(230 * rows)
+            gc.collect()
+            held = ALLOCATED.bytes
+            with probe.part(f"{what}, {rows}") as counts, torch.set_grad_enabled(what == "train"):
+                if what == "exact kl":
+                    full_kl(model, other, batch)
+                else:
+                    total = response_logprobs(model, batch)[0].sum()
+                    if what == "train":
+                        total.backward()
+                    del total
+            model.zero_grad(set_to_none=True)
+            peaks.append(counts.peak - held)
+        assert tokens[0] > 2048
+        growth = (peaks[1] - peaks[0]) / (tokens[1] - tokens[0]) / 8192
+        found[what] = {"rows of logits": counts.largest[0] / 8192 / 4, "bytes a token and entry": growth}
+    return found
+
+
+def checkpointing(probe: Probe, folder: Path) -> dict[str, Any]:
+    """Bytes kept for the backward pass of policy and value model, with and without checkpointing."""
+    kept = {}
+    batch = pad_batch([[5] * n for n in (20, 25, 30, 22)], [[7] * n for n in (6, 9, 4, 8)], 0, DEVICE)
+    for switched in (False, True):
+        model = PolicyAndValue(llama(layers=10), llama(True, layers=10)).train().to(DEVICE)
+        if switched:
+            model.gradient_checkpointing_enable()
+        gc.collect()
+        before = ALLOCATED.bytes
+        out = model(batch, 1.0)
+        kept["with" if switched else "without"] = ALLOCATED.bytes - before
+        (out["logprobs"].sum() + out["values"].sum()).backward()
+        del out, model
+    return kept
+
+
+def figures(parts: dict[str, Any]) -> dict[str, Any]:
+    """Counts as numbers."""
+    return {
+        name: {"waits": sum(c.waits.values()), "uploads": sum(c.uploads.values()), "operations": c.operations,
+               "largest": c.largest[0], "peak": c.peak, "products": dict(sorted(c.products.items()))}
+        for name, c in parts.items()
+    }  # fmt: skip
+
+
+def per(counts: Any, number: int) -> dict[str, float]:
+    """Of one of ``number``."""
+    return {"waits": sum(counts.waits.values()) / number, "operations": counts.operations / number}
+
+
+JOBS: dict[str, Callable[[Probe, Path], dict[str, Any]]] = {
+    "ppo": run_ppo,
+    "ppo bf16": lambda probe, folder: run_ppo(probe, folder, bf16=True),
+    "ppo lora": lambda probe, folder: run_ppo(probe, folder, kind="lora", gradient_checkpointing=True),
+    "ppo one base": lambda probe, folder: run_ppo(probe, folder, kind="one base"),
+    "ppo engine": lambda probe, folder: run_ppo(probe, folder, kind="engine", score_bias="auto"),
+    "sft": lambda probe, folder: run_trl(probe, folder, "sft"),
+    "reward_model": lambda probe, folder: run_trl(probe, folder, "reward_model"),
+    "dpo": lambda probe, folder: run_trl(probe, folder, "dpo"),
+    "trl sft": lambda probe, folder: run_trl(probe, folder, "sft", plain=True),
+    "trl reward_model": lambda probe, folder: run_trl(probe, folder, "reward_model", plain=True),
+    "trl dpo": lambda probe, folder: run_trl(probe, folder, "dpo", plain=True),
+    "decode": decode,
+    "head": head,
+    "checkpointing": checkpointing,
+}
+
+
+def main() -> None:
+    """Run jobs and print their counts as JSON; with ``--lines`` also where the host waits."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("jobs", nargs="*", default=list(JOBS))
+    parser.add_argument("--lines", action="store_true")
+    parser.add_argument("--record", action="store_true", help="write tests/device/counts.json and docs/gpu.md's table")
+    given = parser.parse_args()
+    found = {}
+    for job in given.jobs or JOBS:
+        started = time.monotonic()
+        gc.collect()
+        with tempfile.TemporaryDirectory() as folder, Probe() as probe, trainers_on_device(), half_precision_kernel():
+            found[job] = JOBS[job](probe, Path(folder))
+        sys.stderr.write(f"{job}: {time.monotonic() - started:.1f} s\n")
+        if given.lines:
+            for name, counts in probe.parts.items():
+                sys.stderr.write(f"[{job}: {name}] largest {counts.largest}\n")
+                for where, times in counts.waits.most_common(25):
+                    sys.stderr.write(f"  {times:5} {where}\n")
+    if given.record:
+        kept = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
+        write_text(RECORD, json.dumps({**kept, **found}, indent=1) + "\n")
+        write_table({**kept, **found})
+    sys.stdout.write(f"\nCOUNTS {json.dumps(found)}\n")
+
+
+def write_table(counts: dict[str, Any]) -> None:
+    """The table of docs/gpu.md."""
+    head = ["one step of", "host waits", "operations", "largest tensor, kB", "peak, kB"]
+    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head))]
+    for name, stage in (("SFT", "sft"), ("reward model", "reward_model"), ("DPO", "dpo")):
+        for whose, job in (("ours", stage), ("TRL 1.16", f"trl {stage}")):
+            one = counts[job]["train"]
+            cells = [f"{one[key] / 1000:,.0f}" for key in ("largest", "peak")]
+            lines.append(f"| {name}, {whose} | {one['waits']} | {one['operations']:,} | {' | '.join(cells)} |")
+    micro, one = counts["ppo bf16"]["train, a micro-batch"], counts["ppo bf16"]["train"]
+    cells = [f"{one[key] / 1000:,.0f}" for key in ("largest", "peak")]
+    lines.append(f"| PPO, a micro-batch | {micro['waits']:g} | {micro['operations']:,.0f} | {' | '.join(cells)} |")
+    for layers in (2, 8):
+        one = counts["decode"][f"{layers} layers, a token"]
+        lines.append(f"| a decoded token, {layers} layers | {one['waits']:g} | {one['operations']:,.0f} | | |")
+    page, begin, end = RECORD.parents[2] / "docs" / "gpu.md", "<!-- counts: begin -->", "<!-- counts: end -->"
+    if page.is_file():
+        before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+        table = "\n".join(lines)
+        write_text(page, f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}")
+
+
+if __name__ == "__main__":
+    main()
