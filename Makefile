@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install browser quickstart test test-slow bench audit lint format clean
+.PHONY: install browser quickstart papers test test-slow bench audit lint format clean
 
 install: $(STAMP)
 
@@ -28,6 +28,10 @@ browser:
 
 quickstart: $(STAMP)
 	@$(BIN)/ppo-vs-dpo experiment=quickstart
+
+# All miniatures of papers (resumable), then the table of what held.
+papers: $(STAMP)
+	@$(BIN)/ppo-vs-dpo paper run --all --table docs/papers.md
 
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup --cov --cov-report=term $(ARGS)

@@ -2,6 +2,7 @@
 
 import html
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,17 @@ def cell(text: str) -> str:
     return html.escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
 
 
+def state(checked: Checked) -> str:
+    """Why there are no claims."""
+    if checked.miniature is None:
+        return "there is none."
+    if not checked.reports:
+        return "not run yet; nothing is claimed."
+    return (
+        f"{len(checked.reports)} of {len(checked.miniature.seeds)} seeds have run; nothing is claimed before all have."
+    )
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
@@ -107,7 +119,7 @@ def markdown(checked: Checked) -> str:
         parts += [f"In miniature: {paper.world}; {made}. {summary(claims).capitalize()}."]
         parts += [table(CLAIM_HEAD, claim_rows(claims))]
     else:
-        parts += ["The miniature has not run: nothing is claimed here."]
+        parts += [f"In miniature: {state(checked)}"]
     if checked.paper.draw is not None and checked.reports:
         parts += ["![The paper's figure, from our runs](figures/figure.svg)"]
     explained = [f"- *{cell(claim.text)}* Our guess: {paper.explanations[claim.text]}" for claim in claims
@@ -144,6 +156,7 @@ def write_pages(folder: Path, checked: Checked) -> None:
         seeds=len(checked.reports),
         minutes=f"{checked.minutes:.1f}",
         summary=summary(checked.claims),
+        state=state(checked),
         number=number,
         interval=interval,
         chart=chart,
@@ -184,12 +197,12 @@ def overview(checked: Sequence[Checked]) -> str:
     width = max(len(one.paper.name) for one in checked)
     lines = []
     for one in checked:
-        state = summary(one.claims) if one.claims else "miniature not run"
+        shown = summary(one.claims) if one.claims else state(one)
         lines.append(f"{one.paper.name:<{width}}  {one.paper.question}")
         lines.append(
             f"{'':<{width}}  in full ({', '.join(full_settings(one.paper.name)) or 'none'}): {one.paper.takes}"
         )
-        lines.append(f"{'':<{width}}  in miniature: {state}")
+        lines.append(f"{'':<{width}}  in miniature: {shown}")
     return "\n".join(lines) + "\n"
 
 
@@ -201,6 +214,11 @@ def minutes(checked: Sequence[Checked]) -> float:
             # A world belongs to one paper.
             spent["".join(one.miniature.run) or one.paper.name] = one.minutes
     return sum(spent.values())
+
+
+def anchor(title: str) -> str:
+    """The name that GitHub gives to a heading."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
 def document(checked: Sequence[Checked]) -> str:
@@ -221,6 +239,16 @@ def document(checked: Sequence[Checked]) -> str:
         f"{len(checked)} papers, {len(every)} claims: {summary(every) if every else 'none checked yet'}; "
         f"{minutes(checked):.1f} minutes in all.",
     ]
+    rows = [
+        [
+            f"[{one.paper.name}](#{anchor(one.paper.title)})",
+            str(len(one.reports)),
+            f"{one.minutes:.1f}",
+            summary(one.claims) if one.claims else state(one),
+        ]
+        for one in checked
+    ]
+    lines += ["", table(("paper", "seeds", "minutes", "claims in miniature"), rows)]
     for one in checked:
         lines += ["", f"## {one.paper.title}", "", one.paper.question]
         full = ", ".join(f"`paper={one.paper.name}/{setting}`" for setting in full_settings(one.paper.name))
@@ -233,7 +261,7 @@ def document(checked: Sequence[Checked]) -> str:
                 if claim.held != "held" and claim.text in one.paper.explanations:
                     lines += ["", f"*{cell(claim.text)}*: our guess, not tested: {one.paper.explanations[claim.text]}"]
         else:
-            lines += ["", "In miniature: not run."]
+            lines += ["", f"In miniature: {state(one)}"]
         if one.paper.published:
             rows = [[cell(text) for text in row] for row in one.paper.published]
             lines += ["", "<details><summary>The paper's own numbers</summary>", ""]

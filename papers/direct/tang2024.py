@@ -62,6 +62,9 @@ PAPER = Paper(
     simulate=simulate,
     draw=draw,
     published=(("online against offline at equal KL", "online better on all four tasks", f"{PLACE} [S]"),),
+    explanations={
+        "Offline is the better classifier of pairs of the reference": "on a tree this small both classify alike",
+    },
     unknown=("learning rates, betas, steps: not obtained",),
     statements=(
         Statement(

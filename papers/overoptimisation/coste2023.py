@@ -179,6 +179,15 @@ PAPER = Paper(
         ("averaged weights against one model, at RL", "79.4 % wins", f"{WARM} [P]"),
         ("bounded reward", "does not hack over 2 epochs, does not raise the peak", f"{PAR} [C]"),
     ),
+    explanations={
+        "The mean of five does better at the end than one": (
+            "pairs of the reference hardly hold the responses that gold dislikes, so all five are wrong alike"
+        ),
+        "The worst case of five does better at the end than one": "as for the mean",
+        "Uncertainty weighting does better at the end than one": "as for the mean",
+        "Averaged weights do better at the end than one": "as for the mean",
+        "... and does not raise the peak": "it raises the peak by about as much as the bar allows",
+    },
     unknown=("WARM's code and models",),
     statements=(
         Statement(

@@ -94,6 +94,19 @@ PAPER = Paper(
         ("most affected size", "1B", f"{PLACE} [S]"),
         ("log-probability of the chosen", "falls, about as -KL(ref || policy)", f"{PLACE} [S]"),
     ),
+    explanations={
+        "DPO: a hump of quality against KL, over beta": (
+            "trees differ: on some the widest KL is nearly the best of the five"
+        ),
+        "IPO: a hump of quality against KL, over beta": (
+            "IPO stops at a margin of 1 / (2 beta); here its quality still rises with KL"
+        ),
+        "SLiC: a hump of quality against KL, over beta": "as for DPO",
+        "At a small beta DPO's quality peaks inside training and falls": "trees differ, and five are few",
+        "... in the first half": "trees differ, and five are few",
+        "... while accuracy on the pairs goes on rising: it does not tell quality": "trees differ, and five are few",
+        "IPO suffers less than DPO": "trees differ, and five are few",
+    },
     unknown=("four of the seven betas", "lengths", "the coefficients of the refitted forms"),
     statements=(
         *(_hump(kind) for kind in LOSSES),

@@ -122,6 +122,11 @@ PAPER = Paper(
         ("RL form", "d (alpha - beta log d)", f"{PLACE} [S]"),
         ("pairs below which a reward model is near chance", "2,000", f"{PLACE} [S]"),
     ),
+    explanations={
+        "... and, fitted to the beginning, predicts the rest": (
+            "this world's gold turns down more sharply than the form: its penalty sets in at a number of ones"
+        ),
+    },
     unknown=(
         "alpha and beta of each reward model (figures only)",
         "the policies, reward models and labels themselves",

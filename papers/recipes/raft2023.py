@@ -79,6 +79,11 @@ PAPER = Paper(
         ("RAFT (K = 32) and PPO on HH, reward", "2.294, 2.077", f"{RAFT} [S]"),
         ("RSO and DPO on TL;DR, T5-large, proxy of gold", "84.40, 76.09", f"{RSO} [S]"),
     ),
+    explanations={
+        "Entropy falls with every round": (
+            "no theorem: ones have probability .35 and are liked, and .5 has more entropy, so first rounds raise it"
+        ),
+    },
     unknown=("RAFT: prompts of a round, temperature, response length, learning rate; the reward model's Hub name",),
     statements=(
         Statement(

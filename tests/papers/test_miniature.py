@@ -51,7 +51,7 @@ def test_nothing_is_claimed_before_every_seed_has_run(tmp_path):
     reports = run(one, miniature, tmp_path)
     assert len(Checked(one, miniature, reports).claims) == 1
     assert Checked(one, miniature, reports[:2]).claims == []
-    assert "nothing is claimed" in markdown(Checked(one, miniature, reports[:2]))
+    assert "2 of 3 seeds have run; nothing is claimed" in markdown(Checked(one, miniature, reports[:2]))
 
 
 def test_a_run_of_the_pipeline_is_read(tmp_path):
@@ -125,7 +125,8 @@ def test_the_command(tmp_path, capsys):
     assert dispatch(["paper", *folder, "list"]) == 0
     listed = capsys.readouterr().out
     assert all(f"{one.name} " in listed for one in papers())
-    assert "miniature not run" in listed
+    assert "not run yet; nothing is claimed" in listed
+    assert "there is none" in listed
     assert dispatch(["paper", "show", "nplus2024"]) == 0
     shown = capsys.readouterr().out
     assert "ppo.kl_coef: 0.05" in shown

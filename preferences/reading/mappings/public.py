@@ -123,6 +123,17 @@ def webgpt(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
     return _best_and_worst(prompt, answers)
 
 
+def gold_labelled(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
+    """Coste et al. 2023 (``tlc4418/...gold_labelled``): two answers, ``preference`` names the better."""
+    answers, better = value_of(row, "answers", list), value_of(row, "preference", int)
+    if len(answers) != 2 or better not in (0, 1):
+        raise UnmappableError(
+            "wrong_type", f"{len(answers)} answers and preference {better}; two and 0 or 1 are needed"
+        )
+    asked = "\n".join(text for text in (value_of(row, "instruction"), row.get("input") or "") if text)
+    return {"prompt": asked, "chosen": answers[better], "rejected": answers[1 - better]}
+
+
 def nectar(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
     """Berkeley Nectar: the answer of the first rank against that of the last of its seven."""
     answers = [
