@@ -1,5 +1,6 @@
 """From contenders and judges to the figures of the report: policies, win rates, control, frontier, matched KL."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -363,16 +364,23 @@ def _passed(p: float, judges: int) -> dict[str, Any]:
 FEW_TIES = 0.01
 
 
-def positive_control(win_rates: list[dict[str, Any]], table: PairTable, settings: Settings) -> dict[str, Any] | None:
-    """Best-of-n against SFT by the judge it was chosen by wins n/(n+1), exactly: the yardstick must see a known
-    difference.
+def positive_control(
+    win_rates: list[dict[str, Any]],
+    tables: Sequence[PairTable],
+    settings: Settings,
+    shared: bool = False,
+    clusters: Sequence[np.ndarray | None] = (),
+) -> dict[str, Any] | None:
+    """Best-of-n against SFT by the judge it was chosen by wins n/(n+1), exactly: a known difference must be seen.
 
     Of n + 1 independent draws of SFT the best is equally likely to be each. The largest n over the reference is taken.
 
     Args:
         win_rates: entries, of the judge that best-of-n selects by.
-        table: that judge's preferences.
+        tables: that judge's preferences, one a run.
         settings: of the interval.
+        shared: the runs share their prompts.
+        clusters: of each run's prompts.
     """
     own = [e for e in win_rates if e["judge"] == PROXY and e["versus"] == REFERENCE]
     own = [e for e in own if e["policy"].removeprefix("best_of_").isdigit() and e["ties"] <= FEW_TIES]
@@ -380,14 +388,16 @@ def positive_control(win_rates: list[dict[str, Any]], table: PairTable, settings
         return None
     entry = max(own, key=lambda e: int(e["policy"].removeprefix("best_of_")))
     n = int(entry["policy"].removeprefix("best_of_"))
-    preference = table.of(entry["policy"], REFERENCE)
-    if n == 1 or settings.units(len(preference)) < 3:
+    groups = [table.of(entry["policy"], REFERENCE)[:, None] for table in tables]
+    if n == 1 or min(map(len, groups)) < 3:
         return None
     expected = n / (n + 1)
-    p = spread([preference[:, None]], clusters=[settings.clusters]).p_value(expected)[0]
-    low, high = mean_interval(preference, bounds=(0.0, 1.0), **settings.kwargs()).ci()
+    found = spread(groups, shared=shared, clusters=clusters)
+    low, high = found.interval(settings.confidence, (0.0, 1.0)).ci(0)
     kept = {key: entry[key] for key in ("policy", "versus", "judge", "n", "win_rate", "ties")}
-    return {**kept, "ci": [low, high], "contains_half": low <= 0.5 <= high, "expected": expected, **_passed(p, 1)}
+    about = {"ci": [low, high], "contains_half": low <= 0.5 <= high, "expected": expected}
+    about |= {"per_seed": [float(group.mean()) for group in groups]} if len(groups) > 1 else {}
+    return {**kept, **about, **_passed(float(found.p_value(expected)[0]), 1)}
 
 
 def power_line(table: PairTable, policy: str, versus: str, settings: Settings, delta: float) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.compare.config import CompareStage
 from ppo_vs_dpo.compare.estimates.allowed import sampled_as_measured, use_kl
 from ppo_vs_dpo.compare.estimates.judgements import table_of
-from ppo_vs_dpo.compare.estimates.win_rates import PairTable, Settings, judge_pairs
+from ppo_vs_dpo.compare.estimates.win_rates import PairTable, Settings, judge_pairs, positive_control
 from ppo_vs_dpo.compare.judges.llm import Judgement
 from ppo_vs_dpo.compare.pooled.curves import pooled_frontier, pooled_matched_kl, pooled_optimum
 from ppo_vs_dpo.compare.pooled.figures import (
@@ -39,7 +39,7 @@ from ppo_vs_dpo.compare.report.pages import sample_table, write_pages
 from ppo_vs_dpo.compare.report.tables import UNDER
 from ppo_vs_dpo.compare.report.verdict import sentences, warnings, would_change
 from ppo_vs_dpo.compare.sampling.completions import MEASURES, Draws
-from ppo_vs_dpo.compare.sampling.contenders import along_training, contenders_of
+from ppo_vs_dpo.compare.sampling.contenders import PROXY, along_training, contenders_of
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Policy, Prompts
 from ppo_vs_dpo.compare.stage import SCHEMA_VERSION
 from ppo_vs_dpo.compare.statistics.clusters import clusters_of
@@ -207,6 +207,10 @@ def pool(runs: list[Run], settings: Settings) -> dict[str, Any]:
             shared,
             [run.prompts.clusters for run in runs],
         )
+    labels = [run.prompts.clusters for run in runs]
+    positive = None
+    if PROXY in scored:
+        positive = positive_control(win, [run.tables[PROXY] for run in runs], settings, shared, labels)
     controls = [found for judge in scored if (found := pooled_control(runs, judge, settings, len(scored)))]
     known = {judge: pooled_judge(runs, judge) for judge in judges}
     first = main_judge({"judges": known})
@@ -241,7 +245,7 @@ def pool(runs: list[Run], settings: Settings) -> dict[str, Any]:
         "names": {},
         "policies": policies,
         "win_rates": win + controls,
-        "control": controls,
+        "control": controls + ([positive] if positive else []),
         "power": pooled_power(runs, head, first, settings, runs[0].report["settings"]["delta"]),
         "matched_kl": pooled_matched_kl(runs, first, settings)
         if head is not None

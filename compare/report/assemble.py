@@ -73,7 +73,11 @@ def figures(
         by_name = {c.name: c for c in contenders}
         own = [one for one in draws if one.policy == REFERENCE and one.temperature == settings.temperature]
         win = use_kl(win, lambda name: [by_name[name]], [own], how, clusters=[how.clusters])
-    known_wins = [positive] if PROXY in scored and (positive := positive_control(win, scored[PROXY], how)) else []
+    known_wins = (
+        [positive]
+        if PROXY in scored and (positive := positive_control(win, [scored[PROXY]], how, clusters=[how.clusters]))
+        else []
+    )
     first = main_judge({"judges": {name: {"in_sample": name == PROXY} for name in all_judges}})
     policy, versus = main_pair(contenders)
     judged = first is not None and tables[first].has(policy, versus)
