@@ -106,7 +106,8 @@ def describe_kl(contender: Contender, settings: Settings, bon_logprob: np.ndarra
         kind = "beirami" if contender.base == REFERENCE else "beirami + k1"
         # Where no draw was likely and none tied, the estimate is the bound, and an interval of no width would be a
         # claim.
-        ci = interval.ci() if np.ptp(found["estimate"]) > 1e-9 else None
+        low, high = interval.ci()
+        ci = [low, high] if high - low > 0.01 * interval.mean else None
         return {"mean": interval.mean, "ci": ci, "kind": kind, "bound": found["bound"]}
     if contender.kl() is None:
         return {"mean": None, "ci": None, "kind": "not measured"}
@@ -404,7 +405,7 @@ def power_line(table: PairTable, policy: str, versus: str, settings: Settings, d
     """What this many prompts can show: a difference, and equality within ``delta``."""
     preference = table.of(policy, versus)
     known = np.isfinite(preference)
-    units, alpha = settings.of_rows(known).units(int(known.sum())), 1 - settings.confidence
+    units, alpha = settings.of_rows(known).units(int(known.sum())), round(1 - settings.confidence, 12)
     deviation = float(preference[known].std(ddof=1)) if known.sum() > 1 else 0.5
     return {
         "policy": policy,

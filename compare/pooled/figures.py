@@ -241,7 +241,7 @@ def pooled_power(
         "delta": delta,
         "prompts_for_equality": None,
         "power": 0.8,
-        "alpha": 1 - settings.confidence,
+        "alpha": round(1 - settings.confidence, 12),
     }
 
 

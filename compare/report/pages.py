@@ -11,7 +11,7 @@ from markupsafe import Markup
 from ppo_vs_dpo.artifacts.files import finite, write_json, write_text
 from ppo_vs_dpo.compare.report.decision import head_to_head, main_judge
 from ppo_vs_dpo.compare.report.plots import TITLES, element_of, frontier_plot, shown_rewards, write_figure
-from ppo_vs_dpo.compare.report.verdict import label, names_of, nats, percent
+from ppo_vs_dpo.compare.report.verdict import label, names_of, nats, p_text, percent
 from ppo_vs_dpo.compare.sampling.contenders import Contender, shown_columns
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Prompts
 
@@ -30,7 +30,7 @@ def environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     made.filters.update(percent=percent, label=label, number=number, interval=interval, nats=nats)
-    made.filters["nats_interval"] = nats_interval
+    made.filters |= {"nats_interval": nats_interval, "p_text": p_text}
     made.filters.update(duration=duration, si=si)
     return made
 

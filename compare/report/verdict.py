@@ -176,11 +176,13 @@ def _matched(report: dict[str, Any]) -> str:
         return text + "."
     found = next(one for one in decision["secondary"] if one["kind"] == "matched KL")
     entry = matched if matched["win_rate"] >= 0.5 else flipped(matched)
-    first, second = label(entry["policy"]), label(entry["versus"])
-    says = f"{first}'s answer is the better one on {of_hundred(entry)}, {p_text(found['p_holm'])} (Holm)"
+    first, second = (one_run(report, entry[key]) for key in ("policy", "versus"))
+    says = (
+        f"{label(entry['policy'])}'s answer is the better one on {of_hundred(entry)}, {p_text(found['p_holm'])} (Holm)"
+    )
     at = f"At one KL of {nats(matched['kl'])} nats"
     if found["outcome"] == "beats":
-        return f"{at} {first} beats {second}: {says}."
+        return f"{at} {first} {_beat(report)} {second}: {says}."
     if found["outcome"] == "equal":
         return f"{at} {first} and {second} are equal within {100 * decision['delta']:.3g} points: {says}."
     return f"{at} it is undecided between {first} and {second}: {says}."
@@ -276,7 +278,7 @@ def _warnings(report: dict[str, Any]) -> list[str]:
     units = settings["units"]
     if settings["n_prompts"] < 30:
         found.append(f"Only {settings['n_prompts']} prompts: all but large differences stay unseen.")
-    if units < settings["n_prompts"]:
+    if units < 0.99 * settings["n_prompts"]:
         found.append(
             f"{settings['n_prompts']} prompts are {units} units of evidence: prompts of one dialogue and near "
             f"duplicates count "
