@@ -5,10 +5,13 @@
 Each file is a list of ``{"instruction", "output_1", "generator_1", "output_2", "generator_2", "preference"}``;
 ``preference`` runs from 1 (the baseline, ``output_1``, wins) to 2 (the model, ``output_2``, wins), 1.5 or 0 is a tie.
 A file may hold several models, told apart by ``generator_2``, and rows whose two sides stand the other way round.
+A CSV file is read as the judgements that Huang et al. 2024 released (`from_judged_csv`).
 """
 
 import argparse
+import csv
 import gzip
+import io
 import json
 import sys
 import zlib
@@ -26,7 +29,7 @@ from ppo_vs_dpo.compare.statistics.significance import detectable_gap, sign_test
 
 
 def load_annotations(path: str | Path) -> list[dict[str, Any]]:
-    """Annotations of a JSON file (a list), a JSON-lines file, or either one gzipped.
+    """Annotations of a JSON file (a list), a JSON-lines file or a CSV of N+'s judgements, each also gzipped.
 
     Raises:
         UserError: missing, not JSON, not a list of objects with the needed keys; names file and entry.
@@ -39,6 +42,8 @@ def load_annotations(path: str | Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} does not exist.") from None
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
+    if ".csv" in path.suffixes[-2:]:
+        return from_judged_csv(text, path)
     try:
         lines = [line for line in text.splitlines() if line.strip()]
         rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
@@ -50,6 +55,48 @@ def load_annotations(path: str | Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict) or "preference" not in row:
             raise UserError(f"{path}, entry {number}: no preference.")
     return rows
+
+
+JUDGED_COLUMNS = ("query", "postprocessed_response", "reference_responses", "preferred", "shuffled_index")
+
+
+def from_judged_csv(text: str, path: str | Path) -> list[dict[str, Any]]:
+    """Judgements as vwxyzjn/summarize_from_feedback_details has them (``eval/oai1b.csv_judged.csv``).
+
+    ``preferred`` is ``ours`` or ``reference``; with ``shuffled_index`` 0 ours was shown first. Any other verdict
+    counts as none given.
+
+    Raises:
+        UserError: other columns; names those that are missing.
+    """
+    csv.field_size_limit(1 << 30)
+    rows = list(csv.DictReader(io.StringIO(text)))
+    missing = [name for name in JUDGED_COLUMNS if not rows or name not in rows[0]]
+    if missing:
+        raise UserError(f"{path}: a CSV of judgements has columns {', '.join(JUDGED_COLUMNS)}; no {missing[0]} here.")
+    name = Path(path).name.split(".csv")[0]
+    return [
+        {
+            "instruction": row["query"],
+            "output_1": row["reference_responses"],
+            "generator_1": "reference",
+            "output_2": row["postprocessed_response"],
+            "generator_2": name,
+            "preference": {"ours": 2.0, "reference": 1.0}.get(row["preferred"]),
+            "shown_first": 2 if row["shuffled_index"] == "0" else 1,
+        }
+        for row in rows
+    ]
+
+
+def chosen_first(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How often the judge chose what was shown first, where the rows say what that was: 1/2 without a bias."""
+    known = [row for row in rows if row.get("shown_first") in (1, 2) and row.get("preference") in (1.0, 2.0)]
+    if not known:
+        return {}
+    wins = sum(row["preference"] == row["shown_first"] for row in known)
+    low, high = wilson(wins, len(known))
+    return {"chosen_first": 100 * wins / len(known), "chosen_first_wilson": [100 * low, 100 * high]}
 
 
 def models_in(rows: list[dict[str, Any]], path: str | Path) -> dict[str, list[dict[str, Any]]]:
@@ -87,6 +134,8 @@ def turned(row: dict[str, Any]) -> dict[str, Any]:
     swapped = {**row, "preference": row["preference"]}
     for key in ("output", "generator"):
         swapped[f"{key}_1"], swapped[f"{key}_2"] = row.get(f"{key}_2"), row.get(f"{key}_1")
+    if row.get("shown_first") in (1, 2):
+        swapped["shown_first"] = 3 - row["shown_first"]
     value = number_of(row["preference"])
     if value is not None and value != 0:
         swapped["preference"] = 3.0 - value
@@ -147,6 +196,7 @@ def statistics_of(
         "detectable_gap": 100 * detectable_gap(n, float(preference.std(ddof=1)) if n > 1 else 0.5),
     }
     kept = [row for row, use in zip(rows, usable, strict=True) if use]
+    result |= chosen_first(kept)
     texts = [(row.get("output_1"), row.get("output_2")) for row in kept]
     known = np.array([all(isinstance(text, str) for text in pair) for pair in texts])
     if not known.any():

@@ -1,5 +1,6 @@
 """Judgements made elsewhere: AlpacaEval's own figures, and files that are not as tidy as its own."""
 
+import csv
 import gzip
 import json
 
@@ -7,8 +8,17 @@ import numpy as np
 import pytest
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.compare.estimates.annotations import difficulties, load_annotations, main, models_in, statistics_of
+from ppo_vs_dpo.compare.estimates.annotations import (
+    chosen_first,
+    difficulties,
+    load_annotations,
+    main,
+    models_in,
+    statistics_of,
+    turned,
+)
 from ppo_vs_dpo.compare.estimates.length_control import length_controlled
+from ppo_vs_dpo.compare.statistics.intervals import wilson
 
 
 @pytest.mark.real_data
@@ -176,3 +186,45 @@ def test_difficulty_comes_from_the_other_models(tmp_path, capsys):
     assert by_hand.psi < -0.2
     assert main([str(files[0]), "--difficulty"]) == 2
     assert "no other model was judged" in capsys.readouterr().err
+
+
+def judged_csv(path, verdicts):
+    """A file in the shape of N+'s ``eval/oai1b.csv_judged.csv``; texts with line breaks, quotes and commas."""
+    columns = ["", "Unnamed: 0", "query", "postprocessed_response", "reference_responses", "explanation", "preferred"]
+    with path.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out)
+        writer.writerow([*columns, "shuffled_index"])
+        for number, (preferred, index) in enumerate(verdicts):
+            post = f'SUBREDDIT: r/pets\n\nTITLE: "Llama", {number}\n\nTL;DR:'
+            texts = [f"  ours {number}" + " more" * (number % 5), f"  reference {number}" + " and" * (number % 3)]
+            writer.writerow([number, number, post, *texts, "Summary A is better", preferred, index])
+    return path
+
+
+def test_judgements_that_nplus_released(tmp_path, capsys):
+    """30 wins of 40 that have a verdict; of these 30 for what was shown first (ours is, where the index is 0)."""
+    verdicts = [("ours", 0)] * 25 + [("ours", 1)] * 5 + [("reference", 1)] * 5 + [("reference", 0)] * 5 + [("", 0)]
+    path = judged_csv(tmp_path / "oai1b.csv_judged.csv", verdicts)
+    assert main([str(path), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out).values()
+    assert (found["win_rate"], found["n_total"], found["n_without_preference"]) == (75.0, 40, 1)
+    assert found["chosen_first"] == 75.0
+    low, high = wilson(30, 40)
+    assert found["chosen_first_wilson"] == pytest.approx([100 * low, 100 * high])
+    assert found["length_controlled_win_rate"] is not None
+
+
+def test_a_csv_of_something_else_is_named(tmp_path, capsys):
+    path = tmp_path / "other.csv"
+    path.write_text("query,preferred\na,ours\n")
+    assert main([str(path)]) == 2
+    assert "no postprocessed_response here" in capsys.readouterr().err
+    (tmp_path / "empty.csv").write_text("")
+    assert main([str(tmp_path / "empty.csv")]) == 2
+
+
+def test_what_was_shown_first_turns_round_with_its_row():
+    row = {"preference": 2.0, "shown_first": 2, "generator_1": "a", "generator_2": "b"}
+    assert turned(row)["shown_first"] == 1
+    assert chosen_first([row]) == chosen_first([turned(row)])
+    assert chosen_first([{"preference": 2.0}]) == {}
