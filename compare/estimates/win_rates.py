@@ -107,7 +107,7 @@ def describe_kl(contender: Contender, settings: Settings, bon_logprob: np.ndarra
         # Where no draw was likely and none tied, the estimate is the bound, and an interval of no width would be a
         # claim.
         low, high = interval.ci()
-        ci = [low, high] if high - low > 0.01 * interval.mean else None
+        ci = [low, high] if high - low > 0.003 * interval.mean else None
         return {"mean": interval.mean, "ci": ci, "kind": kind, "bound": found["bound"]}
     if contender.kl() is None:
         return {"mean": None, "ci": None, "kind": "not measured"}
