@@ -43,7 +43,7 @@ from ppo_vs_dpo.ppo.rollouts.checks import Unusable, check_first_ratio, rounding
 from ppo_vs_dpo.ppo.rollouts.clock import Clock
 from ppo_vs_dpo.ppo.rollouts.collect import collect
 from ppo_vs_dpo.ppo.rollouts.engines import compute_dtype, make_engine
-from ppo_vs_dpo.ppo.rollouts.prompts import PromptSet, prompt_sets
+from ppo_vs_dpo.ppo.rollouts.prompts import PromptSet, as_dataset, prompt_sets
 from ppo_vs_dpo.ppo.rollouts.rollout import Rollout
 from ppo_vs_dpo.ppo.updates.pretraining import PretrainingText
 from ppo_vs_dpo.ppo.updates.update import Update, update
@@ -112,6 +112,10 @@ class PPOTrainer(Trainer):
             peft_config,
         )  # fmt: skip
 
+        train_dataset, eval_dataset = (
+            as_dataset(train_dataset, "train_dataset"),
+            as_dataset(eval_dataset, "eval_dataset"),
+        )
         self.prompts, self.eval_prompts = prompt_sets(train_dataset, eval_dataset, roles.policy, tokenizer, args)
         for prompts in (self.prompts, self.eval_prompts):
             if prompts is not None:

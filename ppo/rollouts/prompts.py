@@ -1,10 +1,10 @@
 """The prompts: encoded once, drawn in an order that depends on the seed and the update alone."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_vs_dpo.artifacts.errors import UserError
@@ -30,6 +30,31 @@ def allowed_prompt_length(policy: PreTrainedModel, response_length: int, max_pro
     return min(given) if given else None
 
 
+# Names under which reward functions get what sampling found.
+TAKEN = ("prompts", "completions", "prompt_ids", "response_ids", "finished")
+
+
+def as_dataset(rows: Any, name: str) -> Dataset | None:
+    """Prompts in any of the forms that people have: a data set, a list of rows, a streamed data set (read whole).
+
+    Raises:
+        UserError: something else, or a row that is no row; names it.
+    """
+    if rows is None or isinstance(rows, Dataset):
+        return rows
+    if isinstance(rows, DatasetDict | IterableDatasetDict):
+        raise UserError(
+            f"{name} has the splits {', '.join(rows)}; give one of them, {name}[{next(iter(rows), '')!r}]."
+        )
+    if isinstance(rows, str | bytes | dict) or not isinstance(rows, Iterable):
+        raise UserError(f"{name} is a {type(rows).__name__}; a datasets.Dataset or a list of rows is needed.")
+    rows = list(rows)
+    wrong = next((number for number, row in enumerate(rows) if not isinstance(row, dict)), None)
+    if wrong is not None:
+        raise UserError(f"{name}, row {wrong}: a {type(rows[wrong]).__name__}, and a row is a dict with prompt.")
+    return Dataset.from_list(rows)
+
+
 class PromptSet:
     """Prompts as token ids, with the other columns of their data set.
 
@@ -42,7 +67,7 @@ class PromptSet:
         name: for messages.
 
     Raises:
-        UserError: no such column, an empty prompt, or one that is too long; names the row.
+        UserError: no such column, one of a name in `TAKEN`, an empty prompt, or one that is too long; names the row.
     """
 
     def __init__(
@@ -53,6 +78,7 @@ class PromptSet:
         truncate: bool = False,
         name: str = "train_dataset",
     ):
+        dataset = as_dataset(dataset, name)
         if dataset is None or len(dataset) == 0:
             raise UserError(f"{name} has no prompts.")
         columns = list(dataset.column_names)
@@ -80,6 +106,12 @@ class PromptSet:
                     )
                 ids = truncate_prompt(ids, max_length)
             self.ids.append(ids)
+        taken = [c for c in columns if c in TAKEN]
+        if taken:
+            raise UserError(
+                f"{name} has a column {taken[0]}, the name under which reward functions get what sampling found. "
+                f"Rename it: {name}.rename_column({taken[0]!r}, 'my_{taken[0]}')."
+            )
         other = [c for c in columns if c not in ("prompt", "input_ids", "attention_mask")]
         self.columns: dict[str, list[Any]] = {column: list(dataset[column]) for column in other}
 

@@ -8,7 +8,10 @@ from pathlib import Path
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import atomic_folder, atomic_path, read_parquet, write_parquet
 from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.models.loading.pretrained import load_tokenizer
+from ppo_vs_dpo.models.training import model_settings
 from ppo_vs_dpo.preferences.config import MadePairs
+from ppo_vs_dpo.preferences.reading.as_read import text_for_a_chat_model
 from ppo_vs_dpo.preferences.reading.mappings import UnmappableError, value_of
 from ppo_vs_dpo.preferences.reading.prompts import read_prompts
 from ppo_vs_dpo.preferences.reading.readers import Broken, is_local, read_files, read_hub
@@ -77,7 +80,22 @@ def _earlier_run(context: StageContext, settings: MadePairs, folder: Path) -> di
 def _prompts(context: StageContext, settings: MadePairs) -> dict[str, int]:
     wanted = settings.train_prompts + settings.test_prompts + settings.heldout_prompts
     prompts = list(read_prompts(settings.prompts_path, settings.split, settings.conversational, wanted))
+    _check_form(context, settings, prompts)
     return _write(context, _divide(prompts, settings))
+
+
+def _check_form(context: StageContext, settings: MadePairs, prompts: list[Text]) -> None:
+    """Plain text for a chat model would be answered without a turn between question and answer.
+
+    Raises:
+        UserError: the run's model has a chat template, and ``data.conversational`` does not say that text is meant.
+    """
+    model = model_settings(context)
+    if settings.conversational is not None or model.path is None or not prompts:
+        return
+    why = text_for_a_chat_model(load_tokenizer(model.path, model), prompts[0])
+    if why is not None:
+        raise UserError(f"{settings.prompts_path}: {why}")
 
 
 def _divide(prompts: list[Text], settings: MadePairs) -> dict[str, list[Text]]:

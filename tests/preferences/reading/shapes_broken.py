@@ -56,6 +56,11 @@ BROKEN = {
         lines({"system": "Be brief.", "prompt": TEXTS[0], "chosen": TEXTS[1], "rejected": TEXTS[2]}),
         ("unread", "system=system"),
     ),
+    "an input column beside the prompt": (
+        ".jsonl",
+        lines({"prompt": "Translate.", "input": "Lama", "chosen": TEXTS[1], "rejected": TEXTS[2]}),
+        ("unread", "input=input"),
+    ),
     "messages as Python text, from pandas": (
         ".csv",
         "prompt,chosen,rejected\n"
