@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from ppo_vs_dpo.pipeline.planning.estimate import Job, estimate
-from ppo_vs_dpo.pipeline.planning.memory import GB, Gpu, Shape, Sharding
+from ppo_vs_dpo.pipeline.planning.memory import Gpu, Shape, Sharding
 
 
 class Change(NamedTuple):
@@ -42,6 +42,9 @@ def changes(job: Job, sharding: Sharding) -> list[Change]:
     if job.adapters is None:
         adapters = (16, ("q_proj", "v_proj", "query_key_value"))
         found.append(Change(f"{stage}.lora={{r: 16, alpha: 32}}", {"adapters": adapters, "reference": False}))
+    if stage == "ppo" and not job.server:
+        # A tensor-parallel server on GPUs of its own: the policy is whole on no trainer's GPU.
+        found.append(Change("ppo.generation_engine=vllm ppo.vllm_mode=server", {"server": True}))
     if stage == "ppo" and not job.shared:
         # Of no use without adapters; `fitting` takes it together with them.
         found.append(Change("ppo.shared_base=true reward_model.lora={r: 16, alpha: 32}", {"shared": True}))
@@ -84,7 +87,8 @@ def advice(shape: Shape, job: Job, sharding: Sharding, gpu: Gpu) -> str:
         more = dataclasses.replace(sharding, stage=3, ranks=sharding.ranks * factor)
         if estimate(shape, job, more, gpu).peak <= gpu.usable:
             return f"deepspeed=zero3 on {more.ranks} GPUs"
-    whole = (2 if sharding.half else 4) * shape.parameters
-    if job.stage == "ppo" and whole > gpu.usable:
-        return f"no change here helps: to generate, the whole policy ({whole / GB:.0f} GB) must fit one GPU"
+        if job.stage == "ppo":
+            served = dataclasses.replace(job, server=True)
+            if estimate(shape, served, more, gpu).peak <= gpu.usable:
+                return f"deepspeed=zero3 on {more.ranks} GPUs, ppo.generation_engine=vllm ppo.vllm_mode=server"
     return "no change here helps: a smaller model, or GPUs with more memory"

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from ppo_vs_dpo.pipeline.planning import memory
 from ppo_vs_dpo.pipeline.planning.memory import Gpu, Part, Shape, Sharding
 
+# What decoding does (models.sampling: generation.SamplingConfig, kv_cache, weights), without importing torch for it.
+ROWS, SHARE, PICKING, BUCKET = 256, 0.8, 24, 1e9
+
 
 @dataclass(frozen=True)
 class Job:
@@ -26,6 +29,7 @@ class Job:
         reference: whether a frozen reference is in memory beside the model.
         reward: whether a reward model is.
         shared: PPO's roles are adapters on one base (``ppo.shared_base``).
+        server: a vLLM server on other GPUs samples (``ppo.vllm_mode``).
     """
 
     stage: str
@@ -40,6 +44,7 @@ class Job:
     reference: bool = False
     reward: bool = False
     shared: bool = False
+    server: bool = False
 
     @property
     def length(self) -> int:
@@ -129,15 +134,21 @@ def _ppo(shape: Shape, job: Job, sharding: Sharding, gpu: Gpu, part: Callable[[s
     result = Estimate(parts)
     half, width = sharding.half, sharding.width
     mine = math.ceil(job.updates_rows / sharding.ranks)
-    decoding = min(mine, 256)  # models.generation.SamplingConfig.batch_size
+    # ZeRO-3 gathers the whole policy once per rollout; to a server it goes in buckets (models.sampling.weights).
+    whole = width * shape.parameters if sharding.stage == 3 else 0.0
+    if job.server:
+        whole = min(BUCKET, width * shape.parameters)
+    row = memory.cache_bytes(shape, 1, job.length - 1, half) + shape.vocabulary * PICKING
+    # At most as many rows as the free memory takes (models.sampling.kv_cache), and one.
+    room = int(SHARE * (gpu.usable - result.held - whole)) // int(row)
+    decoding = max(1, min(mine, ROWS, room))
     live = memory.live_weights(both, sharding)
     tokens, seen = job.rows * job.length, min(job.forward_rows, mine) * job.length
     result.phases = {
         "generate": {
-            # ZeRO-3 gathers the whole policy once per rollout.
-            "gathered weights": width * shape.parameters if sharding.stage == 3 else 0.0,
-            "KV cache": memory.cache_bytes(shape, decoding, job.length, half),
-            "logits": decoding * shape.vocabulary * 24.0,  # fp32, and the cumulative distribution in fp64 twice
+            "gathered weights": whole,
+            "KV cache": 0.0 if job.server else memory.cache_bytes(shape, decoding, job.length - 1, half),
+            "logits": 0.0 if job.server else decoding * shape.vocabulary * float(PICKING),
         },
         "forward": {
             "gathered weights": live,

@@ -104,6 +104,7 @@ class Sharding:
         live: ZeRO-3's ``stage3_max_live_parameters``.
         bucket: elements of gradients in one message.
         half: weights and gradients in 16-bit.
+        sums: bytes of a gradient as it adds up (``data_types.grad_accum_dtype``); ``None``: of a weight.
     """
 
     ranks: int
@@ -113,6 +114,7 @@ class Sharding:
     live: int = 1_000_000_000
     bucket: int = 50_000_000
     half: bool = True
+    sums: int | None = None
 
     @property
     def width(self) -> int:
@@ -160,7 +162,7 @@ def held(role: str, parameters: int, trained: int, sharding: Sharding) -> Part:
         part.weights, part.gradients, part.optimizer = 4.0 * parameters, 4.0 * trained, 8.0 * trained
         return part
     part.weights = width * parameters / (ranks if stage == 3 else 1)
-    part.gradients = width * trained / (ranks if stage >= 2 else 1)
+    part.gradients = (sharding.sums or width) * trained / (ranks if stage >= 2 else 1)
     # DeepSpeed keeps fp32 weights of its own also where the model's are fp32 already.
     part.optimizer = 12.0 * trained / (ranks if stage >= 1 else 1)
     if sharding.offload_optimizer:
@@ -178,8 +180,10 @@ def live_weights(parameters: int, sharding: Sharding) -> float:
 
 
 def message_bytes(trained: int, sharding: Sharding) -> float:
-    """Gradients on their way to the ranks that own them: one bucket that fills and one that is sent."""
-    return 0.0 if sharding.stage is None else 2.0 * sharding.width * min(trained, sharding.bucket)
+    """Gradients on their way: one bucket that fills and one that is sent; DDP has a copy of all of them in buckets."""
+    if sharding.stage is None:
+        return 4.0 * trained if sharding.ranks > 1 else 0.0
+    return 2.0 * sharding.width * min(trained, sharding.bucket)
 
 
 def activations(shape: Shape, tokens: int, checkpointing: bool, half: bool = True) -> float:
@@ -198,9 +202,11 @@ def activations(shape: Shape, tokens: int, checkpointing: bool, half: bool = Tru
 
 
 def logits_bytes(shape: Shape, positions: int, half: bool = True) -> float:
-    """Logits and their gradient at some positions, and an fp32 piece of 1024 rows with its softmax."""
-    width = 2 if half else 4
-    return positions * shape.vocabulary * 2 * width + min(positions, 1024) * shape.vocabulary * 8
+    """Logits of one piece of rows (`models.passes.head`), in fp32 too, and their gradient; with more pieces than one
+    also the fp32 sum of the head's gradients."""
+    width, piece = 2 if half else 4, max(1024, (1 << 24) // shape.vocabulary)
+    sums = 4.0 * shape.vocabulary * shape.hidden if positions > piece else 0.0
+    return min(positions, piece) * shape.vocabulary * (2 * width + 4) + sums
 
 
 def cache_bytes(shape: Shape, rows: int, length: int, half: bool = True) -> float:

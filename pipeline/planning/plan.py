@@ -65,6 +65,7 @@ def job_of(config: Any, stage: str, ranks: int, prompt: int, architecture: Any) 
             reference=adapters is None,
             reward=not key("gold_reward", False),
             shared=adapters is not None and bool(key("shared_base", False)),
+            server=key("generation_engine", "transformers") == "vllm" and key("vllm_mode", "") == "server",
             **common,
         )
     sequences = 1 if stage == "sft" else 2
@@ -97,7 +98,8 @@ def default_targets(model_type: str) -> list[str]:
 
 def sharding_of(config: Any, ranks: int, half: bool) -> Sharding:
     """The ``deepspeed`` section of a configuration."""
-    zero = ((config.get("deepspeed") or {}).get("zero_optimization")) or None
+    section = config.get("deepspeed") or {}
+    zero = section.get("zero_optimization") or None
     if zero is None:
         return Sharding(ranks, half=half)
 
@@ -112,6 +114,7 @@ def sharding_of(config: Any, ranks: int, half: bool) -> Sharding:
         live=int(zero.get("stage3_max_live_parameters", 1e9)),
         bucket=int(zero.get("reduce_bucket_size", 5e8)),
         half=half,
+        sums=4 if (section.get("data_types") or {}).get("grad_accum_dtype") == "fp32" else None,
     )
 
 

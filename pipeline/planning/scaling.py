@@ -44,7 +44,7 @@ def rows() -> list[list[str]]:
     for name in MODELS:
         shape = shape_of(name)
         for ranks in (1, 8, 64):
-            sharding = Sharding(ranks, stage=3)
+            sharding = Sharding(ranks, stage=3, sums=4)
             cells = [name, str(ranks)]
             for stage in ("sft", "reward_model", "dpo", "ppo"):
                 peak = estimate(shape, job(stage), sharding, gpu).peak

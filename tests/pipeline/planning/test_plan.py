@@ -85,6 +85,36 @@ def test_what_it_advises_makes_it_fit():
         assert estimate(shape, *changed(work, sharding, without), gpu).peak > gpu.usable, change.text
 
 
+def test_70b_trains_beside_a_server():
+    """With the weights streamed to a server nothing is whole on a trainer's GPU, and 64 of 80 GB are enough."""
+    shape, sharding, gpu = shape_of("Llama-3-70B"), Sharding(64, stage=3, sums=4), GPUS["a100-80gb"]
+    own, served = (dataclasses.replace(job("ppo"), server=server) for server in (False, True))
+    assert estimate(shape, own, sharding, gpu).phases["generate"]["gathered weights"] == 2 * shape.parameters
+    assert estimate(shape, own, sharding, gpu).peak > gpu.usable
+    plan = estimate(shape, served, sharding, gpu)
+    assert plan.phases["generate"] == {"gathered weights": 1e9, "KV cache": 0, "logits": 0}
+    assert plan.peak < gpu.usable
+    assert [change.text for change in fitting(shape, own, sharding, gpu)] == [
+        "ppo.generation_engine=vllm ppo.vllm_mode=server"
+    ]
+
+
+def test_what_comes_and_goes_is_counted():
+    """DDP's buckets, gradients that add up in fp32, pieces of logits, and as many rows as there is memory for."""
+    shape, gpu = shape_of("Llama-3-8B"), GPUS["h200-141gb"]
+    assert memory.message_bytes(shape.parameters, Sharding(8, stage=None)) == 4 * shape.parameters
+    assert memory.message_bytes(shape.parameters, Sharding(1, stage=None)) == 0
+    assert memory.held("model", 800, 800, Sharding(8, stage=2, sums=4)).gradients == 400
+    # 1,024 rows of logits, in bfloat16 twice and in fp32; of more only the head's gradient in fp32 is added.
+    piece = 1024 * shape.vocabulary * 8
+    assert memory.logits_bytes(shape, 1024) == piece
+    assert memory.logits_bytes(shape, 100_000) == piece + 4 * shape.vocabulary * shape.hidden
+    long = dataclasses.replace(job("ppo"), response=4096)
+    plan = estimate(shape, long, Sharding(8, stage=3, sums=4), gpu)
+    assert plan.phases["generate"]["KV cache"] < memory.cache_bytes(shape, 64, 512 + 4096)
+    assert plan.held + sum(plan.phases["generate"].values()) <= gpu.usable
+
+
 def test_one_base_is_planned_once():
     work = dataclasses.replace(job("ppo"), adapters=(16, ("q_proj", "v_proj")), reference=False, shared=True)
     shape = shape_of("Llama-3-8B")
