@@ -27,21 +27,22 @@ class RunFolder:
 
     Args:
         path: the folder; it must hold a ``config.yaml``.
+        config: in place of that file, which is then not looked at.
 
     Raises:
         UserError: there is no such folder, no configuration in it that can be read, or it is a run of a version
             before 0.2.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, config: DictConfig | None = None):
         self.root = Path(path)
-        if not (self.root / "config.yaml").is_file():
+        if config is None and not (self.root / "config.yaml").is_file():
             raise UserError(
                 f"{self.root} is not a run folder: it has no config.yaml. "
                 f"Start a run with `ppo-vs-dpo experiment=...` or name an existing folder."
             )
         self._check_version()
-        self.config = read_config(self.root / "config.yaml")
+        self.config = read_config(self.root / "config.yaml") if config is None else config
 
     def _check_version(self) -> None:
         manifest = self.root / "manifest.json"

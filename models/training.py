@@ -24,6 +24,7 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import atomic_folder
 from ppo_vs_dpo.artifacts.resources import parameter_size
 from ppo_vs_dpo.artifacts.settings import field_names, nearest
+from ppo_vs_dpo.artifacts.settings.values import of_another_type, out_of_range
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.models.callbacks import RunCallback
 from ppo_vs_dpo.models.devices import arithmetic
@@ -76,6 +77,9 @@ def training_arguments(cls: type[Arguments], context: StageContext, passed: dict
     fixed["push_to_hub"] = False  # the finished model is pushed, by `pipeline.running.publish`; checkpoints are not
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(context.dir / "tensorboard")
     check_values({**defaults, **passed}, context.stage)
+    wrong = [*of_another_type(passed, cls, context.stage), *out_of_range(passed, context.stage)]
+    if wrong:
+        raise UserError("\n  ".join(["the configuration has errors:", *wrong]))
     try:
         with warnings.catch_warnings():
             # TRL still sets the old name of a setting that transformers renamed; nothing for the user to do.

@@ -23,6 +23,8 @@ From preference pairs to a verdict: SFT, reward model, PPO, DPO, best-of-n, comp
   ppo-vs-dpo paper list | show NAME | run NAME   papers: full configurations, miniatures, which claims hold
   ppo-vs-dpo compare RUN [RUN ...]               pool finished runs (seeds, sweeps) into one report
   ppo-vs-dpo compare --policy a=MODEL --policy b=outputs.jsonl --judge my.py:score ...   your own models or outputs
+  ppo-vs-dpo check NAME [key=value ...]          would every stage start? In seconds; nothing is run or written
+  ppo-vs-dpo verify RUN [--mend]                 are all results what was written? Reads every byte
   ppo-vs-dpo clean RUN                           what may be deleted, and what is lost with it
   ppo-vs-dpo --help | --version
 
@@ -38,7 +40,7 @@ Often used
 Each stage alone: python -m ppo_vs_dpo.reward_model RUN_FOLDER
 """
 
-COMMANDS = ("list", "show", "plan", "data", "iterate", "paper", "compare", "clean")
+COMMANDS = ("list", "show", "plan", "data", "iterate", "paper", "compare", "clean", "check", "verify")
 # Commands with options, and a help, of their own.
 ASKED = ("plan", "data", "iterate", "paper", "compare", "clean")
 
@@ -130,6 +132,15 @@ def dispatch(arguments: list[str]) -> int:
         from ppo_vs_dpo.pipeline.cleaning import main as clean
 
         return clean(rest)
+    if first == "check":
+        from ppo_vs_dpo.pipeline.checking.check import main as check
+        from ppo_vs_dpo.pipeline.running.launch import launcher
+
+        return check(with_experiment(with_config_dir(rest)), launcher)
+    if first == "verify":
+        from ppo_vs_dpo.pipeline.checking.verify import main as verify
+
+        return verify(rest)
     if first in ("-m", "--multirun"):
         from ppo_vs_dpo.pipeline.sweep import sweep
 

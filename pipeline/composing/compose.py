@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.run import STAGES
 from ppo_vs_dpo.artifacts.settings import nearest, refused_keys
+from ppo_vs_dpo.artifacts.settings.values import out_of_range
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.papers.settings import all_settings, unknown
 from ppo_vs_dpo.pipeline.composing.schema import CONFIGS, PIPELINE_KEYS, SECTIONS, load_class, root_keys, section_keys
@@ -266,7 +267,7 @@ def check(config: DictConfig, check_missing: bool = True) -> None:
     except UserError as error:
         problems.append(str(error))
     for section, (own, _) in SECTIONS.items():
-        problems += check_section(section, config.get(section) or {}, own)
+        problems += check_section(section, config.get(section) or {}, own, check_missing)
     problems += [
         f"launch.{key} is {config.launch[key]}; it must be at least 1."
         for key in ("workers", "processes", "nodes", "threads")
@@ -289,11 +290,30 @@ def _below_one(key: str, value: int | str) -> bool:
     return value != "auto" if key == "processes" and isinstance(value, str) else value < 1
 
 
-def check_section(section: str, values: DictConfig | dict, own: str) -> list[str]:
+def plain_of(values: DictConfig | dict) -> dict[str, Any]:
+    """A section as plain values, as far as they are known."""
+    if not isinstance(values, DictConfig):
+        return dict(values)
+    return OmegaConf.to_container(values, resolve=False, throw_on_missing=False)
+
+
+def refused_values(own_class: type, mine: dict[str, Any]) -> list[str]:
+    """What a stage's own class says about its values: when it is made, and when it is asked."""
+    settings = OmegaConf.merge(OmegaConf.structured(own_class), mine)
+    if OmegaConf.missing_keys(settings):
+        return []
+    try:
+        made = OmegaConf.to_object(settings)
+    except UserError as error:
+        return [str(error)]
+    return made.problems() if hasattr(made, "problems") else []
+
+
+def check_section(section: str, values: DictConfig | dict, own: str, complete: bool = True) -> list[str]:
     """Problems of one stage's section."""
     valid = section_keys(section)
     problems = [f"{section}.{key}: no such key.{nearest(key, valid)}" for key in values if key not in valid]
-    problems += refused_keys(values, section)
+    problems += refused_keys(plain_of(values), section)
     problems += tracker_problems(section, values)
     try:
         own_class = data_class(values) if section == "data" else load_class(own)
@@ -311,11 +331,10 @@ def check_section(section: str, values: DictConfig | dict, own: str) -> list[str
         except OmegaConfBaseException as error:
             first = str(error.msg or error).splitlines()[0]
             problems.append(f"{section}.{error.full_key or key}: {first}")
-    if not problems and hasattr(own_class, "problems"):
+    problems += out_of_range(plain_of(values), section)
+    if not problems and complete:
         # What stages refuse about values is refused here, before the first of them has worked for hours.
-        settings = OmegaConf.merge(OmegaConf.structured(own_class), mine)
-        if not OmegaConf.missing_keys(settings):
-            problems += OmegaConf.to_object(settings).problems()
+        problems += refused_values(own_class, mine)
     sweep = values.get("sweep") if hasattr(values, "get") else None
     for key, points in (sweep or {}).items():
         if key not in valid or key in PIPELINE_KEYS:

@@ -10,10 +10,12 @@ from ppo_vs_dpo.artifacts.files import write_text
 from ppo_vs_dpo.artifacts.guards import replaced
 from ppo_vs_dpo.artifacts.guards.versions import differences, made_by
 from ppo_vs_dpo.artifacts.run import STAGES, RunFolder
+from ppo_vs_dpo.pipeline.checking.check import check_once
 from ppo_vs_dpo.pipeline.planning.beforehand import say_cost
 from ppo_vs_dpo.pipeline.running import graph
 from ppo_vs_dpo.pipeline.running.execute import execute, locked
 from ppo_vs_dpo.pipeline.running.job import environment
+from ppo_vs_dpo.pipeline.running.launch import launcher
 from ppo_vs_dpo.pipeline.running.manifest import write_manifest
 from ppo_vs_dpo.pipeline.running.overview import Overview, verdict
 from ppo_vs_dpo.pipeline.running.publish import publish, wanted
@@ -41,17 +43,21 @@ def run_pipeline(config: DictConfig) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         claim(folder, config)
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
-        run = RunFolder(folder)
+        # Nothing is written before all is looked at: a wrong value costs nothing that is there.
+        run = RunFolder(folder, config)
         jobs = graph.build(run)
         todo = graph.select(jobs, list(config.stages))
         if any(job.kept for job in todo):
+            write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
             bring_back(run, todo)
             jobs = graph.build(run)
             todo = graph.select(jobs, list(config.stages))
         chosen = [job for job in jobs if job.stage in config.stages]
         if todo:
             check_versions(run, jobs, todo)
+            check_once(run, list(dict.fromkeys(job.stage for job in todo)), launcher, environment(config, "check"))
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
+        if todo:
             write_manifest(run)
             said, estimates = say_cost(run, [job.name for job in todo], environment(run.config, "measured"))
             sys.stdout.write(said)

@@ -1,0 +1,1 @@
+"""Everything that a stage would refuse, before the first stage starts."""

@@ -1,0 +1,88 @@
+"""``ppo-vs-dpo check``: would this run start, stage by stage? All complaints at once, in seconds, and nothing changed.
+
+A run does the same first. What needs TRL's classes is done in a process of its own, so that the command stays small.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import printable, read_marker, sha256_of, write_json
+from ppo_vs_dpo.artifacts.guards.versions import made_by
+from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.pipeline.composing.compose import complaint, load
+
+# Seconds after which the look at the arguments is given up; a stage will then say itself what is wrong.
+PATIENCE = 300.0
+
+
+def check_run(
+    config: DictConfig, stages: list[str], launcher: Callable[[Any], Any], environment: dict[str, str] | None = None
+) -> None:
+    """Look at everything that the stages to do would refuse.
+
+    Args:
+        config: resolved.
+        stages: those that are to run.
+        launcher: refuses a section ``launch`` by which nothing can be started (`pipeline.running.launch`).
+        environment: of the process that looks.
+
+    Raises:
+        UserError: all of it at once.
+    """
+    found = problems_of(config, stages, environment)
+    try:
+        launcher(config.launch)
+    except UserError as error:
+        found.append(str(error))
+    if found:
+        raise complaint([printable(one) for one in dict.fromkeys(found)])
+
+
+def check_once(
+    run: RunFolder, stages: list[str], launcher: Callable[[Any], Any], environment: dict[str, str] | None = None
+) -> None:
+    """`check_run`, unless just this was found in order by the same code before."""
+    key = sha256_of([OmegaConf.to_container(run.config, resolve=True), stages, made_by()])
+    place = run.cache("checked.json")
+    if (read_marker(place) or {}).get("in_order") != key:
+        check_run(run.config, stages, launcher, environment)
+        write_json(place, {"in_order": key})
+
+
+def problems_of(config: DictConfig, stages: list[str], environment: dict[str, str] | None = None) -> list[str]:
+    """What the stages would refuse, a sentence each."""
+    question = {"config": OmegaConf.to_container(config, resolve=True), "stages": stages}
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-m", "ppo_vs_dpo.pipeline.checking.inputs"],
+            input=json.dumps(question),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=PATIENCE,
+            env=environment,
+        )
+    except subprocess.TimeoutExpired:
+        return []
+    answer = ended.stdout.strip().splitlines()
+    if ended.returncode != 0 or not answer:
+        raise UserError(
+            f"the settings could not be looked at: {(ended.stderr.strip().splitlines() or ['no answer'])[-1]}"
+        )
+    return json.loads(answer[-1])
+
+
+def main(arguments: list[str], launcher: Callable[[Any], Any]) -> int:
+    """``ppo-vs-dpo check NAME [key=value ...]``; 0 where it would run, 2 with all that it would refuse."""
+    config: Any = load(arguments)
+    folder = Path(config.output_dir) / config.name
+    check_run(config, list(config.stages), launcher)
+    sys.stdout.write(f"{folder}: {', '.join(config.stages)} would start; nothing was run and nothing written.\n")
+    return 0

@@ -1,0 +1,228 @@
+"""What needs the stages' own classes and the run's own files: arguments built, functions imported, models found.
+
+    python -m ppo_vs_dpo.pipeline.checking.inputs < question.json
+
+prints a list of sentences as JSON. Nothing is trained, no weights are read, nothing of the run is written.
+"""
+
+import copy
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import read_jsonl, write_text
+from ppo_vs_dpo.artifacts.guards.fingerprints import FUNCTION, points_of
+from ppo_vs_dpo.artifacts.guards.refusals import explain, of_a_defect
+from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.artifacts.settings import split
+from ppo_vs_dpo.artifacts.settings.values import of_another_type, out_of_range
+from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.pipeline.composing.schema import SECTIONS, load_class
+
+TRAINING = ("sft", "reward_model", "dpo", "ppo")
+
+
+def said(look: Callable[[], Any], where: str = "") -> list[str]:
+    """What a look at something complains of: nothing, or the lines of its error."""
+    try:
+        look()
+    except UserError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        return [line for line in lines if line and line != "the configuration has errors:"]
+    except Exception as error:
+        return [f"{where}{explain(error) or of_a_defect(error)}"]
+    return []
+
+
+def problems(config: dict[str, Any], stages: list[str]) -> list[str]:
+    """Everything that the stages would refuse, as far as it can be known before they run."""
+    found: list[str] = []
+    for stage in TRAINING:
+        if stage in stages:
+            for point in [{}, *points_of(OmegaConf.create(config), stage)]:
+                found += said(lambda stage=stage, point=point: arguments_of(config, stage, point), f"{stage}: ")
+    model = said(lambda: architecture_of(config), "model: ")
+    found += model
+    for stage in TRAINING:
+        section = config.get(stage) or {}
+        if stage in stages and section.get("lora") and not model and not section.get("skip_training"):
+            found += said(lambda stage=stage: adapted_layers(config, stage), f"{stage}.lora: ")
+    found += functions(config, stages)
+    found += [line for stage in stages for line in files(config, stage)]
+    if "compare" in stages:
+        found += judges(config)
+        found += policies(config)
+    return found
+
+
+def arguments_of(config: dict[str, Any], stage: str, point: dict[str, Any]) -> None:
+    """Build a stage's own settings and its argument class, as the stage will, at a point of its sweep."""
+    from ppo_vs_dpo.models.training import training_arguments
+
+    plain = copy.deepcopy(config)
+    plain["deepspeed"] = {}  # starting it is the stage's
+    with tempfile.TemporaryDirectory() as folder:
+        write_text(Path(folder) / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
+        context = StageContext(RunFolder(folder), stage, point)
+        own, arguments = (load_class(spec) for spec in SECTIONS[stage])
+        names = {field.name for field in dataclasses.fields(own)}
+        passed = {key: value for key, value in context.config.items() if key not in names}
+        wrong = [*of_another_type(passed, arguments, stage), *out_of_range(context.config, stage)]
+        if wrong:
+            raise UserError("\n".join(wrong))
+        settings, passed = split(context.config, own, arguments, where=stage)
+        if stage == "dpo":
+            from ppo_vs_dpo.dpo.config import smoothed_loss
+
+            passed = smoothed_loss(passed)
+        if stage == "ppo":
+            if settings.value_from not in ("reward_model", "policy"):
+                raise UserError(f"ppo.value_from is {settings.value_from!r}; it must be reward_model or policy.")
+            from ppo_vs_dpo.ppo.stage.train import can_choose_best
+
+            if settings.validation_prompts <= 0:
+                passed["eval_strategy"] = "no"
+            if passed.get("load_best_model_at_end") is None:
+                passed["load_best_model_at_end"] = can_choose_best(passed)
+        training_arguments(arguments, context, passed)
+
+
+def architecture_of(config: dict[str, Any]) -> Any:
+    """The configuration of the model that the run starts from; no weights are read."""
+    from ppo_vs_dpo.pipeline.planning.plan import model_config
+
+    return model_config(OmegaConf.create(config))
+
+
+def adapted_layers(config: dict[str, Any], stage: str) -> None:
+    """Refuse adapters on layers that the model has not."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ppo_vs_dpo.pipeline.planning.plan import default_targets
+
+    architecture = architecture_of(config)
+    targets = list((config[stage]["lora"] or {}).get("target_modules") or [])
+    if not targets:
+        default_targets(architecture.model_type)
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture)
+    layers = {
+        name
+        for name, part in model.named_modules()
+        if isinstance(part, torch.nn.Linear) or "Conv1D" in str(type(part))
+    }
+    missing = [
+        one for one in targets if one != "all-linear" and not any(n == one or n.endswith(f".{one}") for n in layers)
+    ]
+    if missing:
+        there = sorted({name.rpartition(".")[2] for name in layers})
+        raise UserError(
+            f"{stage}.lora.target_modules: the model has no layer {', '.join(missing)}; it has {', '.join(there)}."
+        )
+
+
+def functions(config: dict[str, Any], stages: list[str]) -> list[str]:
+    """Import every function that a section names as ``module:function``."""
+    from ppo_vs_dpo.preferences.recipes.gold import load_gold
+
+    found = []
+    for section in dict.fromkeys(["data", *(stage for stage in stages if stage != "pairs")]):
+        for key, text in texts(config.get(section) or {}, section):
+            if FUNCTION.match(text) and (key.endswith(("gold", "function", "scorer")) or ".reward" in key):
+                found += said(lambda key=key, text=text: load_gold(text, key), f"{key}: ")
+    return found
+
+
+def texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """``(dotted key, text)`` of every text in nested dicts and lists."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from texts(item, f"{key}.{name}")
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from texts(item, f"{key}[{number}]")
+    elif isinstance(value, str):
+        yield key, value
+
+
+def files(config: dict[str, Any], stage: str) -> list[str]:
+    """Files and folders that a section names and that are not there. A name without a place may be the Hub's."""
+    section = "data" if stage == "pairs" else stage
+    found = []
+    for key, text in texts(config.get(section) or {}, section):
+        name = key.rpartition(".")[2]
+        if name.endswith(("path", "completions", "few_shot")) and _is_a_place(text) and not Path(text).exists():
+            found.append(f"{key}: {text} does not exist.")
+    return found
+
+
+def _is_a_place(text: str) -> bool:
+    return text.startswith(("/", "./", "../", "~")) or Path(text).suffix in (
+        ".jsonl",
+        ".json",
+        ".csv",
+        ".parquet",
+        ".gz",
+    )
+
+
+def judges(config: dict[str, Any]) -> list[str]:
+    """Refuse entries of ``compare.judges`` that no judge can be made of."""
+    from ppo_vs_dpo.compare.judges.llm import LLMJudgeConfig
+    from ppo_vs_dpo.compare.judges.template import load_template
+
+    found = []
+    for number, entry in enumerate((config.get("compare") or {}).get("judges") or []):
+        where = f"compare.judges[{number}]"
+        if not isinstance(entry, dict) or entry.get("kind") not in ("function", "reward_model", "llm"):
+            found.append(f"{where}: kind must be function, reward_model or llm.")
+            continue
+        if entry["kind"] == "llm":
+            found += out_of_range(entry, where, "judge")
+            found += said(
+                lambda entry=entry, where=where: split({"name": "llm", **entry}, LLMJudgeConfig, where=where)
+            )
+            found += said(lambda entry=entry: load_template(entry.get("template", "hh_helpfulness")), f"{where}: ")
+    return found
+
+
+def policies(config: dict[str, Any]) -> list[str]:
+    """Read files of completions made elsewhere: a torn line or a missing column is known in the first second."""
+    found = []
+    for name, source in ((config.get("compare") or {}).get("policies") or {}).items():
+        path = source.get("completions") if isinstance(source, dict) else None
+        if not isinstance(path, str) or not Path(path).is_file() or not path.endswith(("jsonl", "jsonl.gz")):
+            continue
+
+        def look(path: str = path, name: str = name) -> None:
+            rows = read_jsonl(path)
+            lacking = [number for number, row in enumerate(rows, 1) if not isinstance(row.get("completion"), str)]
+            if not rows or lacking:
+                place = f"line {lacking[0]} has no text under completion" if lacking else "it is empty"
+                raise UserError(f"compare.policies.{name}.completions: {path}: {place}.")
+
+        found += said(look, f"compare.policies.{name}: ")
+    return found
+
+
+def _main() -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    question = json.loads(sys.stdin.read())
+    # What libraries print must not stand in the answer's place.
+    answer, sys.stdout = sys.stdout, sys.stderr
+    found = problems(question["config"], question["stages"])
+    answer.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    _main()

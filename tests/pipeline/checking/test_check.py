@@ -1,0 +1,158 @@
+"""Every value that a stage would refuse is refused before the first stage starts, with all the others."""
+
+import dataclasses
+import json
+
+import pytest
+from omegaconf import OmegaConf
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.artifacts.settings.values import allows, inside, of_another_type, out_of_range
+from ppo_vs_dpo.pipeline.checking.check import check_once
+from ppo_vs_dpo.pipeline.checking.inputs import problems
+from ppo_vs_dpo.pipeline.checking.verify import main as verify
+from ppo_vs_dpo.pipeline.composing.compose import load
+
+STAGES = ["data", "sft", "pairs", "reward_model", "dpo", "ppo", "compare"]
+# Whatever is wrong with a value alone is said when the configuration is composed.
+AT_ONCE = [
+    ("dpo.num_train_epochs=0", "dpo.num_train_epochs is 0"),
+    ("dpo.num_train_epochs=-1", "dpo.num_train_epochs is -1"),
+    ("reward_model.num_train_epochs=0", "reward_model.num_train_epochs is 0"),
+    ("sft.max_steps=0", "sft.max_steps is 0"),
+    ("ppo.cliprange=-0.2", "ppo.cliprange is -0.2"),
+    ("ppo.cliprange_value=-1", "ppo.cliprange_value is -1"),
+    ("ppo.score_clip=-5", "ppo.score_clip is -5"),
+    ("ppo.lam=1.5", "ppo.lam is 1.5"),
+    ("ppo.kl_coef=-1", "ppo.kl_coef is -1"),
+    ("ppo.kl_coef=nan", "ppo.kl_coef is nan"),
+    ("ppo.validation_prompts=-3", "ppo.validation_prompts is -3"),
+    ("ppo.lora={r: 0}", "ppo.lora.r is 0"),
+    ("sft.learning_rate=-1e-5", "sft.learning_rate is -1e-05"),
+    ("sft.per_device_train_batch_size=0", "per_device_train_batch_size is 0"),
+    ("sft.gradient_accumulation_steps=-2", "gradient_accumulation_steps is -2"),
+    ("sft.save_steps=0", "sft.save_steps is 0"),
+    ("dpo.beta=-0.1", "dpo.beta is -0.1"),
+    ("dpo.label_smoothing=0.7", "dpo.label_smoothing is 0.7"),
+    ("data.temperature=0", "data.temperature is 0"),
+    ("data.pairs=0", "data.pairs is 0"),
+    ("data.max_new_tokens=-1", "data.max_new_tokens is -1"),
+    ("compare.top_p=1.5", "compare.top_p is 1.5"),
+    ("compare.batch_size=0", "compare.batch_size is 0"),
+    ("compare.other_temperatures=[0.5,-1]", "compare.other_temperatures is -1"),
+    ("reward_model.head_init=one", "head_init is 'one'"),
+    ("launch.processes=0", "launch.processes is 0"),
+]
+# What needs the argument classes, the model or the user's files is said by the check, all at once.
+LATER = {
+    "sft.learning_rate=abc": "sft.learning_rate is 'abc'; it must be a number",
+    "dpo.beta=abc": "dpo.beta is 'abc'; it must be a number",
+    "dpo.sweep={beta: [0.1, -3]}": "dpo.beta is -3",
+    "ppo.whiten_rewards=maybe": "ppo.whiten_rewards is 'maybe'; it must be true or false",
+    "reward_model.lr_scheduler_type=linar": "linar is not a valid SchedulerType",
+    "data.gold=nowhere:f": "data.gold=nowhere:f",
+    "compare.policies={a: {path: /nowhere}}": "/nowhere does not exist",
+    "compare.judges=[{kind: llm, model: x, template: nope}, {kind: nun}, {kind: function, function: 'a.b:c'}]": "nope",
+}
+
+
+@pytest.mark.parametrize(("override", "message"), AT_ONCE)
+def test_a_value_out_of_range_is_refused_when_composed(override, message):
+    with pytest.raises(UserError) as refused:
+        load(["experiment=quickstart", override])
+    assert message in str(refused.value)
+
+
+def test_everything_else_is_said_at_once():
+    config = load(["experiment=quickstart", *LATER])
+    found = problems(OmegaConf.to_container(config, resolve=True), STAGES)
+    for message in LATER.values():
+        assert any(message in one for one in found), (message, found)
+    assert len(found) >= len(LATER) + 1  # the judges' entry has three mistakes
+    assert not any("Traceback" in one for one in found)
+
+
+def test_adapters_name_layers_of_the_model():
+    lora = "ppo.lora={r: 4, target_modules: [q_prj]}"
+    config = OmegaConf.to_container(load(["experiment=quickstart", lora, "ppo.shared_base=false"]), resolve=True)
+    found = problems(config, ["ppo"])
+    assert found == [one for one in found if "the model has no layer q_prj; it has" in one and "q_proj" in one]
+    assert len(found) == 1
+
+
+def test_what_is_right_is_not_complained_of():
+    config = load(
+        ["experiment=quickstart", "sft.weight_decay=0", "ppo.top_k=0", "ppo.max_steps=3", "dpo.max_steps=-1"]
+    )
+    assert problems(OmegaConf.to_container(config, resolve=True), STAGES) == []
+
+
+def test_a_wrong_value_leaves_a_finished_run_as_it_was(tmp_path, monkeypatch):
+    """The check comes before anything is moved or written."""
+    from ppo_vs_dpo.pipeline.running import run as running
+
+    good = load(["experiment=quickstart", f"output_dir={tmp_path}", "stages=[data,sft]"])
+    (tmp_path / "quickstart").mkdir()
+    OmegaConf.save(good, tmp_path / "quickstart" / "config.yaml")
+    folder = RunFolder(tmp_path / "quickstart")
+    for name in ("data", "sft"):
+        folder.begin(name, "f", {})
+        (folder.stage_dir(name) / "model").mkdir()
+        (folder.stage_dir(name) / "model" / "weights").write_text("three days of work")
+        folder.finish(name, "f", 1.0, {})
+    before = {path: path.read_bytes() for path in (tmp_path / "quickstart").rglob("*") if path.is_file()}
+    monkeypatch.setattr("ppo_vs_dpo.pipeline.checking.check.problems_of", lambda *a: ["sft.x is wrong."])
+    with pytest.raises(UserError, match=r"sft\.x is wrong"):
+        running.run_pipeline(load(["experiment=quickstart", f"output_dir={tmp_path}", "stages=[data,sft]"]))
+    after = {path: path.read_bytes() for path in (tmp_path / "quickstart").rglob("*") if path.is_file()}
+    assert {path: text for path, text in after.items() if "cache" not in path.parts} == before
+
+
+def test_what_was_found_in_order_is_not_looked_at_twice(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path, OmegaConf.create({"seed": 1, "launch": {}}))
+    asked = []
+    monkeypatch.setattr("ppo_vs_dpo.pipeline.checking.check.problems_of", lambda *a: asked.append(1) or [])
+    for _ in range(2):
+        check_once(run, ["sft"], lambda launch: None)
+    assert len(asked) == 1
+    run.config.seed = 2
+    check_once(run, ["sft"], lambda launch: None)
+    assert len(asked) == 2
+
+
+def test_intervals_and_types():
+    assert inside(1, "[1,)")
+    assert not inside(0, "[1,)")
+    assert not inside(0, "(0,)")
+    assert not inside(1, "[0,1)")
+    assert allows(int | None, None)
+    assert not allows(int, True)
+    assert not allows(float, "1")
+    assert allows(list[int], [1])
+    assert not allows(list[int], ["a"])
+    assert out_of_range({"unheard_of": -3}, "sft") == []
+    assert out_of_range({"num_train_epochs": 0, "max_steps": 5}, "sft") == []
+
+    @dataclasses.dataclass
+    class Own:
+        flag: bool = False
+        size: int | None = None
+
+    assert of_another_type({"flag": None, "size": None, "other": "x"}, Own, "own") == []
+    assert of_another_type({"size": "x"}, Own, "own") == ["own.size is 'x'; it must be a whole number or null."]
+
+
+def test_verify_reads_every_byte_and_mend_marks_what_is_not_whole(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    run = RunFolder(tmp_path)
+    run.begin("sft", "f", {})
+    (tmp_path / "sft" / "weights").write_text("weights")
+    run.finish("sft", "f", 1.0, {})
+    assert verify([str(tmp_path)]) == 0
+    (tmp_path / "sft" / "weights").write_text("weighty")
+    assert run.done("sft") is not None
+    assert verify([str(tmp_path), "--mend"]) == 1
+    assert "weights was changed after it was written" in capsys.readouterr().out
+    assert run.done("sft") is None
+    assert json.loads((tmp_path / "sft" / "done.json.damaged").read_text())["fingerprint"] == "f"
