@@ -93,3 +93,12 @@ def estimate(rollout: Rollout, args: PPOConfig) -> Rollout:
         rollout.advantages = whiten(rollout.advantages, rollout.mask, unbiased=unbiased)
     rollout.returns = rollout.advantages.clone()
     return rollout
+
+
+def extend_by_one(mask: torch.Tensor) -> torch.Tensor:
+    """``mask`` ``(N, R)`` with the position after each row's last True added, where there is room.
+
+    The value mask of TRL <= 1.12 and summarize-from-feedback (``padding_mask_p1``).
+    """
+    shifted = torch.nn.functional.pad(mask, (1, 0))[:, :-1]
+    return mask | shifted

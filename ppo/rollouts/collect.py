@@ -8,14 +8,14 @@ from ppo_vs_dpo.models.sharding.collectives import global_max
 from ppo_vs_dpo.ppo.algorithm import token_rewards, whiten
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.roles.roles import Roles
-from ppo_vs_dpo.ppo.rollouts.advantages import estimate
+from ppo_vs_dpo.ppo.rollouts.advantages import estimate, extend_by_one
 from ppo_vs_dpo.ppo.rollouts.checks import check_agreement
 from ppo_vs_dpo.ppo.rollouts.clock import Clock
 from ppo_vs_dpo.ppo.rollouts.cutting import micro_batches
 from ppo_vs_dpo.ppo.rollouts.engines import compute_dtype
 from ppo_vs_dpo.ppo.rollouts.prompts import PromptSet
 from ppo_vs_dpo.ppo.rollouts.responses import final_scores, sample, score
-from ppo_vs_dpo.ppo.rollouts.rollout import Rollout, extend_by_one
+from ppo_vs_dpo.ppo.rollouts.rollout import Rollout
 
 
 def collect(

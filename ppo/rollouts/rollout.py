@@ -215,12 +215,3 @@ TOKEN_FLOATS = (
     "returns",
 )
 FIELDS = tuple(field.name for field in dataclasses.fields(Rollout))
-
-
-def extend_by_one(mask: torch.Tensor) -> torch.Tensor:
-    """``mask`` ``(N, R)`` with the position after each row's last True added, where there is room.
-
-    The value mask of TRL <= 1.12 and summarize-from-feedback (``padding_mask_p1``).
-    """
-    shifted = torch.nn.functional.pad(mask, (1, 0))[:, :-1]
-    return mask | shifted

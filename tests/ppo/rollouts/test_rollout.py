@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.ppo.rollouts.advantages import extend_by_one
 from ppo_vs_dpo.ppo.rollouts.cutting import micro_batches, minibatches
-from ppo_vs_dpo.ppo.rollouts.rollout import FIELDS, Rollout, extend_by_one
+from ppo_vs_dpo.ppo.rollouts.rollout import FIELDS, Rollout
 
 
 @pytest.fixture

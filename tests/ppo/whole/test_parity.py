@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ppo_vs_dpo.ppo.algorithm import gae, token_rewards, whiten
-from ppo_vs_dpo.ppo.rollouts.rollout import extend_by_one
+from ppo_vs_dpo.ppo.rollouts.advantages import extend_by_one
 
 ROOT = Path(__file__).parents[3]
 RECORDED = json.loads((Path(__file__).parents[1] / "trl_parity.json").read_text())
