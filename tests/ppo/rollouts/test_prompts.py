@@ -22,7 +22,7 @@ def test_a_list_and_a_stream_are_what_the_data_set_is(word_tokenizer):
         ([*ROWS, "a cast"], "train_dataset, row 2: a str"),
         ("prompts.jsonl", "train_dataset is a str"),
         ({"prompt": ["a"]}, "train_dataset is a dict"),
-        (DatasetDict(train=Dataset.from_list(ROWS)), r"splits train; give one, train_dataset\['train'\]"),
+        (DatasetDict(train=Dataset.from_list(ROWS)), r"splits train; give one of them, train_dataset\['train'\]"),
         ([], "has no prompts"),
     ],
 )
