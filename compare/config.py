@@ -33,6 +33,8 @@ class CompareStage:
             optimal frontier is exact; 0 never does.
         policies: further policies: ``{name: {path: MODEL}}`` or ``{name: {completions: FILE}}``.
         judges: further judges; see ``docs/compare.md``. The gold function and the reward model are always asked.
+        check_pairs: held-out pairs that each judge that reads is asked about, too: without it no verdict is given by
+            such a judge, where the run has pairs. Two requests a pair.
         tuning: how each method's main point was found, ``{ppo: {settings: 12, chosen_on: validation}}``: how many
             settings were tried, and on which prompts the main one was chosen (`CHOSEN_ON`); recorded and printed.
         near_duplicate: prompts of one dialogue and equal ones are one unit of evidence, and so are those whose
@@ -60,6 +62,7 @@ class CompareStage:
     enumerate_up_to: int = 100_000
     policies: dict[str, Any] = field(default_factory=dict)
     judges: list[Any] = field(default_factory=list)
+    check_pairs: int = 0
     tuning: dict[str, Any] = field(default_factory=dict)
     near_duplicate: float = 0.8
     delta: float = 0.05
@@ -68,7 +71,7 @@ class CompareStage:
 
     def problems(self) -> list[str]:
         """What cannot be meant, a sentence each; the command asks before the first stage starts."""
-        least = {"n_prompts": 1, "samples": 1, "baseline_draws": 1, "pool_size": 0, "resamples": 100}
+        least = {"n_prompts": 1, "samples": 1, "baseline_draws": 1, "pool_size": 0, "check_pairs": 0, "resamples": 100}
         found = [
             f"compare.{name} is {getattr(self, name)}; it must be at least {lowest}."
             for name, lowest in least.items()

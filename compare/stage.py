@@ -1,6 +1,7 @@
 """The stage ``compare``: completions, judges, win rates, KL, frontier, one report."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,17 @@ from ppo_vs_dpo.artifacts.files import read_json
 from ppo_vs_dpo.artifacts.settings import nearest, split
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.compare.config import CompareStage
-from ppo_vs_dpo.compare.estimates.judgements import comparisons_of, make_judges, table_of
+from ppo_vs_dpo.compare.estimates.judgements import (
+    comparisons_of,
+    make_judges,
+    pair_comparisons,
+    split_pairs,
+    table_of,
+)
 from ppo_vs_dpo.compare.estimates.win_rates import Settings, judge_pairs
 from ppo_vs_dpo.compare.frontier.cross import cross_logprobs
 from ppo_vs_dpo.compare.frontier.gaps import Enumerated, enumerate_policies, optimal_figures
-from ppo_vs_dpo.compare.judges.llm import Judgement, LLMJudge
+from ppo_vs_dpo.compare.judges.llm import Comparison, Judgement, LLMJudge
 from ppo_vs_dpo.compare.report.assemble import best_of_n_logprobs, figures
 from ppo_vs_dpo.compare.report.cost import cost
 from ppo_vs_dpo.compare.report.decision import decide
@@ -82,8 +89,11 @@ def run_compare(context: StageContext) -> None:
     }
     stopped: list[str] = []
     for judge in reading:
-        verdicts, why = ask(context, judge, contenders, prompts)
+        on_pairs = pair_comparisons(found.pairs, settings.check_pairs)
+        verdicts, why = ask(context, judge, contenders, prompts, on_pairs)
+        verdicts, checked = split_pairs(verdicts)
         table, known = table_of(verdicts, prompts)
+        known |= {"heldout": checked} if on_pairs else {}
         judges[judge.name] = {**judge.identity(), "in_sample": False, **known}
         read += verdicts
         tables |= {judge.name: table} if table is not None else {}
@@ -149,6 +159,7 @@ class Asked:
         enumerated: all completions that there are, where they are few.
         has_model: whether a reference model is known; else there are outputs only.
         checked: judge that scores -> on how many held-out pairs it is right.
+        pairs: held-out pairs.
     """
 
     scoring: list[Any]
@@ -160,6 +171,7 @@ class Asked:
     enumerated: Enumerated | None
     has_model: bool
     checked: dict[str, dict[str, int]]
+    pairs: Sequence[dict[str, Any]]
 
 
 def ask_models(
@@ -196,7 +208,9 @@ def ask_models(
         if not ranks.leave():
             return None
     learned = {policy.name: extra for policy, (_, extra) in zip(policies, gathered, strict=True)}
-    return Asked(scoring, reading, draws, learned, contenders, logprobs, enumerated, gatherer.has_model, checked)
+    return Asked(
+        scoring, reading, draws, learned, contenders, logprobs, enumerated, gatherer.has_model, checked, pairs
+    )
 
 
 def check_settings(settings: CompareStage) -> None:
@@ -227,10 +241,14 @@ def check_best_of(settings: CompareStage, policies: list[Policy]) -> None:
 
 
 def ask(
-    context: StageContext, judge: LLMJudge, contenders: list[Contender], prompts: Prompts
+    context: StageContext,
+    judge: LLMJudge,
+    contenders: list[Contender],
+    prompts: Prompts,
+    on_pairs: list[Comparison],
 ) -> tuple[list[Judgement], str | None]:
-    """All verdicts of a judge that reads, and why it stopped early."""
-    comparisons = comparisons_of(judge, contenders, prompts)
+    """All verdicts of a judge that reads, of held-out pairs too, and why it stopped early."""
+    comparisons = comparisons_of(judge, contenders, prompts) + on_pairs
     estimate = judge.estimate(comparisons)
     note = f"{judge.name}: {estimate['requests']:.0f} requests"
     if estimate["cost"]:

@@ -1,6 +1,7 @@
 """Which judges a comparison asks, and the judgements of those that read instead of scoring."""
 
 import shutil
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -168,3 +169,36 @@ def table_of(judgements: list[Judgement], prompts: Prompts) -> tuple[PairTable |
     kept = [pair for pair, use in zip(pairs, usable, strict=True) if use]
     ties = np.where(np.isfinite(mean), mean == 0.5, np.nan)
     return PairTable(kept, mean[:, usable], ties[:, usable]), figures
+
+
+# Under these names the two sides of a held-out pair stand before a judge that reads.
+CHOSEN, REJECTED = "chosen", "rejected"
+
+
+def pair_comparisons(pairs: Sequence[dict[str, Any]], limit: int) -> list[Comparison]:
+    """The first held-out pairs as comparisons: whether the judge finds the chosen side better says what it
+    is worth.
+    """
+    found = []
+    for row in range(min(len(pairs), limit)):
+        pair = pairs[row]
+        sides = [
+            side if isinstance(side, str) else str(side[-1]["content"]) for side in (pair[CHOSEN], pair[REJECTED])
+        ]
+        found.append(Comparison(CHOSEN, REJECTED, f"pair {row}", text_of(pair["prompt"]), *sides))
+    return found
+
+
+def split_pairs(judgements: list[Judgement]) -> tuple[list[Judgement], dict[str, int]]:
+    """Judgements of policies, and on how many held-out pairs the judge is right over both orders; ties are
+    not counted.
+    """
+    of_pair: dict[str, list[float | None]] = {}
+    rest = []
+    for one in judgements:
+        if (one.policy, one.versus) == (CHOSEN, REJECTED):
+            of_pair.setdefault(one.prompt_id, []).append(one.preference)
+        else:
+            rest.append(one)
+    means = [float(np.mean(seen)) for seen in of_pair.values() if None not in seen]
+    return rest, {"n": sum(mean != 0.5 for mean in means), "right": sum(mean > 0.5 for mean in means)}

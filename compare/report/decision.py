@@ -41,7 +41,9 @@ def objections(report: dict[str, Any], judge: str) -> list[str]:
     # The gold reward of a testbed is right by definition; a comparison of given policies has no held-out pairs.
     if judge != "gold" and not report.get("names"):
         if checked is None or not checked["n"]:
-            found.append("whether this judge is better than a coin on held-out pairs was not measured")
+            found.append(
+                "whether this judge is better than a coin on held-out pairs was not measured (compare.check_pairs)"
+            )
         elif not better_than_chance(checked["right"], checked["n"]):
             share = 100 * checked["right"] / checked["n"]
             found.append(

@@ -12,8 +12,9 @@ import pytest
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, read_jsonl, read_parquet
+from ppo_vs_dpo.compare.estimates.judgements import pair_comparisons, split_pairs
 from ppo_vs_dpo.compare.judges.backends import OpenAIBackend
-from ppo_vs_dpo.compare.judges.llm import Comparison, LLMJudge, LLMJudgeConfig
+from ppo_vs_dpo.compare.judges.llm import Comparison, Judgement, LLMJudge, LLMJudgeConfig
 from tests.compare.helpers import make_run, set_config
 from tests.compare.server import Server, prefers_longer
 from tests.compare.test_stage import compare, figures
@@ -173,3 +174,41 @@ def test_a_real_server_with_a_real_model():
     finally:
         process.terminate()
         process.wait(20)
+
+
+def test_a_judge_that_reads_is_checked_on_held_out_pairs(run):
+    """Asked about pairs, too: what it is worth stands in the report, and its verdicts of policies are the same."""
+    server = Server(prefers_longer)
+    try:
+        add_judge(run, server.url)
+        plain = compare(run)
+        set_config(run, "check_pairs: 2")
+        report = compare(run)
+        # Two of the three pairs, both orders, beside the six pairs of policies; nothing is asked twice.
+        assert len(server.requests) == 6 * 8 * 2 + 2 * 2
+        assert set(report["judges"]["reader"]["heldout"]) == {"n", "right"}
+        mine = [[e for e in one["win_rates"] if e["judge"] == "reader"] for one in (plain, report)]
+        assert mine[0] == mine[1]
+        assert "heldout" not in plain["judges"]["reader"]
+    finally:
+        server.close()
+
+
+def test_right_and_wrong_on_pairs():
+    pairs = [{"prompt": "a", "chosen": " good", "rejected": " bad"}, {"prompt": "b", "chosen": " x", "rejected": " y"}]
+    asked = pair_comparisons([*pairs, {}], 2)
+    assert [(one.ours, one.theirs, one.prompt_id) for one in asked] == [
+        (" good", " bad", "pair 0"),
+        (" x", " y", "pair 1"),
+    ]
+    chat = [{"role": "assistant", "content": "fine"}]
+    assert pair_comparisons([{"prompt": "a", "chosen": chat, "rejected": chat}], 9)[0].ours == "fine"
+    seen = {"pair 0": (1.0, 1.0), "pair 1": (1.0, 0.0), "pair 2": (0.0, 0.0), "pair 3": (1.0, None)}
+    judgements = [
+        Judgement("j", "chosen", "rejected", name, order, preference, "", 1)
+        for name, both in seen.items()
+        for order, preference in zip(("forward", "swapped"), both, strict=True)
+    ]
+    other = Judgement("j", "ppo", "dpo", "x", "forward", 1.0, "", 1)
+    # Right, a tie over both orders, wrong, and one without a verdict.
+    assert split_pairs([*judgements, other]) == ([other], {"n": 2, "right": 1})
