@@ -16,7 +16,7 @@ from ppo_vs_dpo.models.loading.heads import load_reward
 from ppo_vs_dpo.models.passes.inference import Ranks
 from ppo_vs_dpo.preferences.recipes.functions import score_with
 from ppo_vs_dpo.preferences.recipes.gold import load_gold
-from ppo_vs_dpo.reward_model.scorer import RewardScorer, is_ours
+from ppo_vs_dpo.reward_model.scorer import RewardScorer
 
 
 class FunctionJudge:
@@ -70,8 +70,8 @@ class RewardModelJudge:
 
     def identity(self) -> dict[str, Any]:
         """What its verdicts depend on."""
-        of_run = Path(self.folder).name == "model" and is_ours(self.folder)
-        model = Path(self.folder).parent.name if of_run else self.folder
+        # In sample, it is the run's own: two equal runs in two places have one report.
+        model = Path(self.folder).parent.name if self.in_sample else self.folder
         return {"kind": "reward_model", "model": model} | ({"head": self.head} if self.head else {})
 
     def check_context(self, prompts: Sequence, max_new_tokens: int) -> None:
