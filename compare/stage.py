@@ -3,9 +3,11 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json
@@ -114,6 +116,7 @@ def run_compare(context: StageContext) -> None:
             "tuning": tuning_of(context.run, settings),
         },
         "pair_set": pair_set,
+        "trained": trained(context),
         "judges": judges,
         "names": {REFERENCE: context.run.config.given.shown} if is_given(context.run) else {},
         **figures(contenders, checkpoints, draws, scored, tables, found.logprobs, settings, how, found.learned),
@@ -278,6 +281,44 @@ def reading_notes(judge: LLMJudge, known: dict[str, Any], stopped: str | None) -
             f"of 1. Both orders were asked, so this costs power, not fairness."
         )
     return notes
+
+
+# What a reader must know of each stage to say what its policy is: of its section, and of its last word.
+TOLD = {
+    "sft": (("learning_rate",), ("steps",)),
+    "reward_model": (("path", "learning_rate"), ("steps",)),
+    "ppo": (("advantage", "kl_coef", "learning_rate", "reward"), ("updates", "episodes")),
+    "dpo": (("beta", "loss_type", "learning_rate"), ("steps",)),
+}
+
+
+def trained(context: StageContext) -> dict[str, Any] | None:
+    """Model, data and the main coefficients of a run; ``None`` where policies were given."""
+    run = context.run
+    if is_given(run):
+        return None
+    config = OmegaConf.to_container(run.config, resolve=True)
+    model, data = config.get("model") or {}, config.get("data") or {}
+    found: dict[str, Any] = {
+        "model": _told(model.get("path") or (model.get("architecture") or {}).get("model_type")),
+        "data": _told(data.get("path") or data.get("prompts_path") or data.get("source")),
+        "pairs": ((run.done("pairs") or {}).get("figures") or {}).get("pair_set", {}).get("n_train"),
+    }
+    for stage, (keys, counts) in TOLD.items():
+        section, done = config.get(stage) or {}, (run.done(stage) or {}).get("figures") or {}
+        usual = (None, [], "gae", "reward_model", ["sigmoid"], "sigmoid")
+        told = {key: _told(section[key]) for key in keys if section.get(key) not in usual}
+        told |= {key: done[key] for key in counts if isinstance(done.get(key), int)}
+        if done and any(key in told for key in counts):
+            found[stage] = told
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _told(value: Any) -> Any:
+    """A path of this machine says nothing to others: its name does."""
+    if isinstance(value, list):
+        return " + ".join(str(_told(one)) for one in value)
+    return Path(value).name if isinstance(value, str) and (Path(value).exists() or value.startswith("/")) else value
 
 
 def reward_model_figures(context: StageContext) -> dict[str, Any] | None:

@@ -231,6 +231,7 @@ def pool(runs: list[Run], settings: Settings) -> dict[str, Any]:
             "units": runs[0].prompts.units if shared else sum(run.prompts.units for run in runs),
             "prompts": "shared by all runs" if shared else "each run its own",
         },
+        "trained": runs[0].report.get("trained"),
         "pair_set": {
             "hash": ", ".join(pair_set["hash"][:16] for pair_set in pair_sets),
             "n_train": sum(pair_set["n_train"] for pair_set in pair_sets),

@@ -36,8 +36,11 @@ def environment() -> jinja2.Environment:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A number with a real minus sign, or a dash where there is none."""
-    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+    """A number with a real minus sign, or a dash where there is none; what rounds to zero has no sign."""
+    if value is None:
+        return "–"
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text.replace("-", "−")
 
 
 def interval(ci: list[float] | None, scale: float = 1.0, digits: int = 2) -> str:
@@ -134,6 +137,7 @@ def render_html(report: dict[str, Any], samples: dict[str, Any], charts: list[Ma
         title=title or "a comparison",
         head_to_head=" against ".join(map(label, head_to_head(report))),
         first_judge=judge,
+        trained=trained_lines(report),
         has_gold=any(policy["gold_reward"] is not None for policy in policies),
         has_proxy=any(policy["proxy_reward"] is not None for policy in policies),
         over={point["policy"] for point in report["frontier"] if point.get("over_optimised")},
@@ -152,11 +156,26 @@ def render_html(report: dict[str, Any], samples: dict[str, Any], charts: list[Ma
     )
 
 
+def trained_lines(report: dict[str, Any]) -> list[str]:
+    """What was trained on what, for whoever gets the report from somebody else."""
+    about = report.get("trained") or {}
+    found = [f"{key} {about[key]}" for key in ("model", "data") if about.get(key)]
+    if about.get("pairs"):
+        found.append(f"{about['pairs']:,} pairs")
+    for stage in ("sft", "reward_model", "ppo", "dpo"):
+        figures = [f"{key.replace('_', ' ')} {value}" for key, value in (about.get(stage) or {}).items()]
+        if figures:
+            found.append(f"{STAGE_NAMES[stage]}: {', '.join(figures)}")
+    return found
+
+
 def render_markdown(report: dict[str, Any]) -> str:
     """The page for a README or a model card."""
     made = environment()
     made.autoescape = False
-    return made.get_template("report.md.j2").render(report=finite(report), judge=main_judge(report))
+    return made.get_template("report.md.j2").render(
+        report=finite(report), judge=main_judge(report), trained=trained_lines(report)
+    )
 
 
 def matrices(report: dict[str, Any]) -> dict[str, Any]:
@@ -176,7 +195,12 @@ def matrices(report: dict[str, Any]) -> dict[str, Any]:
             "raw": {"wr": entry["raw"]["win_rate"]} if entry.get("raw") else None,
         }
     names = list(report["policies"])
-    return {"judges": judges, "names": names, "labels": {name: label(name) for name in names}}
+    return {
+        "first": main_judge(report),
+        "judges": judges,
+        "names": names,
+        "labels": {name: label(name) for name in names},
+    }
 
 
 def sample_table(contenders: list[Contender], prompts: Prompts, judges: list[str]) -> dict[str, Any]:

@@ -82,8 +82,15 @@ def frontier_plot(report: dict[str, Any], keys: list[str] | None = None) -> Figu
         figure, axes = plt.subplots(1, len(keys), figsize=(5.4 * len(keys), 4.5), squeeze=False, sharex=True)
         for axis, key in zip(axes[0], keys, strict=True):
             _draw(axis, report, key)
-        axes[0][0].legend(fontsize=8.5, loc="best", framealpha=0.85, edgecolor="none")
-        figure.tight_layout()
+        # Under the panels: inside one it would lie over the points that it explains.
+        handles = {name: h for axis in axes[0] for h, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+        columns = 2 * len(keys)
+        rows = -(-len(handles) // columns)
+        tight = {"fontsize": 8.2, "frameon": False, "columnspacing": 1.0, "handlelength": 1.6}
+        figure.legend(handles.values(), handles, loc="lower center", ncols=columns, **tight)
+        figure.tight_layout(rect=(0, 0.02 + 0.05 * rows, 1, 1))
+        for axis in axes[0]:
+            place_labels(axis)
     return figure
 
 
@@ -97,7 +104,9 @@ def series_of(point: dict[str, Any]) -> tuple[str, str]:
 def _draw(axis: Any, report: dict[str, Any], key: str) -> None:
     start = report["policies"]["sft"]
     axis.axhline(start[key], color="#777777", linewidth=1, linestyle=(0, (1, 2)))
-    axis.annotate("SFT", (0, start[key]), xytext=(3, 4), textcoords="offset points", fontsize=9, color="#555555")
+    axis.annotate(
+        label("sft"), (0, start[key]), xytext=(3, 4), textcoords="offset points", fontsize=9, color="#555555"
+    )
     known = [p for p in report["frontier"] if p.get(key) is not None and p["kl"]["mean"] is not None]
     furthest = max((p["sqrt_kl"] for p in known), default=1.0)
     if key == "win_rate":
@@ -119,8 +128,8 @@ def _draw(axis: Any, report: dict[str, Any], key: str) -> None:
         elif series[1] == "policy":
             style |= {"linestyle": "none", "markerfacecolor": "white"}
         _draw_points(axis, points, key, style, name, small=series[1] == "training")
-    axis.set_xlabel("√KL to SFT (√nats)")
-    axis.set_title(TITLES[key])
+    axis.set_xlabel(f"√KL to {label('sft')} (√nats): 0 is {label('sft')} itself, further right is further from it")
+    axis.set_title(TITLES[key].replace("SFT", label("sft")))
     axis.set_xlim(0, furthest * 1.08)
 
 
@@ -136,20 +145,52 @@ def _draw_points(
     bars = {"yerr": [y - low, high - y], "xerr": sides, "capsize": 2, "markersize": size, "linewidth": 1.3}
     axis.errorbar(x, y, **bars, label=name, **style)
     for point, at_x, at_y in zip(points, x, y, strict=True):
-        left, below = LABEL_AT[point["method"]]
         main = not point["point"]
         axis.annotate(
             point_label(point),
             (at_x, at_y),
-            xytext=(left, below),
+            xytext=LABEL_AT[point["method"]],
             textcoords="offset points",
-            ha="right" if left < 0 else "left",
+            label="point",
             fontsize=9 if main else 7.5,
             fontweight="bold" if main else "normal",
             color=style["color"],
         )
         if point.get("over_optimised"):
             axis.plot(at_x, at_y, marker="o", markersize=14, fillstyle="none", color="black", linewidth=0)
+
+
+# Where a label may stand, from its point, in points; the first that covers nothing is taken.
+AROUND = [(6, 5), (6, -11), (-6, 5), (-6, -11), (0, 9), (0, -15), (12, -3), (-12, -3), (14, 12), (-14, 12), (14, -18)]
+
+
+def place_labels(axis: Any) -> None:
+    """Move the names of points to where they cover no point and no other name, as far as there is room."""
+    dots = 72 / axis.figure.dpi
+    names = [text for text in axis.texts if text.get_label() == "point"]
+    taken = [axis.transData.transform(text.xy) * dots for text in names]
+    boxes = [np.array([x - 4, y - 4, x + 4, y + 4]) for x, y in taken]
+    for text, (x, y) in zip(names, taken, strict=True):
+        width, height = 0.58 * text.get_fontsize() * len(text.get_text()), 1.1 * text.get_fontsize()
+        best = None
+        for right, up in [text.get_position(), *AROUND]:
+            left = x + right - (width if right < 0 else width / 2 if right == 0 else 0)
+            box = np.array([left, y + up, left + width, y + up + height])
+            covered = sum(_overlap(box, other) for other in boxes)
+            if best is None or covered < best[0] - 1e-9:
+                best = (covered, right, up, box)
+            if covered == 0:
+                break
+        _, right, up, box = best
+        text.set_position((right, up))
+        text.set_ha("right" if right < 0 else "center" if right == 0 else "left")
+        boxes.append(box)
+
+
+def _overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Area that two boxes (left, bottom, right, top) share."""
+    sides = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
+    return float(np.prod(np.clip(sides, 0, None)))
 
 
 def _draw_allowed(axis: Any, furthest: float) -> None:

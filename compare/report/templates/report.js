@@ -73,8 +73,13 @@
                 if (samples.judges.includes(judge)) $("judge").value = judge;
                 update(true);
                 $("reader").scrollIntoView();
+                // Who reads by keyboard is with the completions now; Escape leads back to the cell.
+                cell = [row, column];
+                $("rows").focus({ preventScroll: true });
               }
             });
+            button.dataset.row = row;
+            button.dataset.column = column;
             td.append(button);
           }
         }
@@ -83,7 +88,32 @@
       tbody.append(tr);
     });
     table.replaceChildren(thead, tbody);
+    // One stop for Tab, arrow keys within.
+    const buttons = [...table.querySelectorAll("button")];
+    buttons.forEach((button, i) => { button.tabIndex = i ? -1 : 0; });
   }
+  let cell = null;
+  const STEPS = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] };
+  function focusCell(button) {
+    $("matrix-table").querySelectorAll("button").forEach((one) => { one.tabIndex = one === button ? 0 : -1; });
+    button.focus();
+  }
+  $("matrix-table").addEventListener("keydown", (event) => {
+    const step = STEPS[event.key], button = event.target.closest("button");
+    if (!step || !button) return;
+    event.preventDefault();
+    const names = matrices.names, size = names.length;
+    let row = names.indexOf(button.dataset.row), column = names.indexOf(button.dataset.column);
+    for (row += step[0], column += step[1]; row >= 0 && column >= 0 && row < size && column < size; row += step[0], column += step[1]) {
+      const next = $("matrix-table").tBodies[0].rows[row].cells[column + 1].querySelector("button");
+      if (next) { focusCell(next); return; }
+    }
+  });
+  $("reader").addEventListener("keydown", (event) => {
+    if (event.key !== "Escape" || !cell || event.target.id === "search") return;
+    const back = [...$("matrix-table").querySelectorAll("button")].find((one) => one.dataset.row === cell[0] && one.dataset.column === cell[1]);
+    if (back) focusCell(back);
+  });
 
   // --- the reader ---------------------------------------------------------------------------------------------
   const position = {};
@@ -160,7 +190,7 @@
     $("next").disabled = page >= pages - 1;
   }
 
-  options($("matrix-judge"), judges, judges.map(spaced), judges[0]);
+  options($("matrix-judge"), judges, judges.map(spaced), judges.includes(matrices.first) ? matrices.first : judges[0]);
   $("matrix-judge").addEventListener("change", drawMatrix);
   $("matrix-lc").addEventListener("change", drawMatrix);
   if (judges.length) drawMatrix();
@@ -169,7 +199,7 @@
   const pick = (wanted, fallback) => (names.includes(wanted) ? wanted : names[Math.min(fallback, names.length - 1)]);
   options($("left"), names, labels, pick("ppo", 1));
   options($("right"), names, labels, pick("dpo", 0));
-  options($("judge"), samples.judges, samples.judges.map(spaced), samples.judges[0]);
+  options($("judge"), samples.judges, samples.judges.map(spaced), samples.judges.includes(matrices.first) ? matrices.first : samples.judges[0]);
   ["left", "right", "judge", "filter", "order"].forEach((id) => $(id).addEventListener("change", () => update(true)));
   let waiting = 0;
   $("search").addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(() => update(true), 80); });

@@ -92,6 +92,7 @@ def small_report(names, judges):
                 "tuning": {"ppo": {"settings": 3, "chosen_on": "unknown"}},
             },
         },
+        "trained": {"model": "a-model", "data": "pairs.jsonl", "pairs": 9000, "ppo": {"kl_coef": 0.2, "updates": 24}},
         "pair_set": {"hash": "ab" * 32, "n_train": 1, "n_test": 1, "same": True},
         "judges": {judge: {"kind": "function", "in_sample": False} for judge in judges},
         "policies": policies,
@@ -312,6 +313,118 @@ def test_by_keyboard_alone(at):
     at.switch_to.active_element.send_keys(Keys.SHIFT, Keys.TAB)
 
 
+def test_the_head_says_what_was_trained_on_what(at):
+    head = at.find_element("css selector", "header .trained").text
+    assert head == "model a-model · data pairs.jsonl · 9,000 pairs · PPO: kl coef 0.2, updates 24"
+
+
+def test_matrix_and_reader_open_on_the_verdict_s_judge(browser, tmp_path):
+    """Two judges of which the second is the verdict's: the first one is in-sample."""
+    names, judges = ["sft", "ppo", "dpo"], ["reward_model", "polite"]
+    report = small_report(names, judges)
+    report["judges"]["reward_model"]["in_sample"] = True
+    report["optimum"] = None
+    write_pages(tmp_path, report, small_samples(names, judges), "two judges")
+    browser.get((tmp_path / "report.html").as_uri())
+    for select in ("matrix-judge", "judge"):
+        assert browser.execute_script(f"return document.getElementById('{select}').value") == "polite"
+
+
+def test_from_a_cell_to_its_completions_and_back_by_keyboard(at):
+    """Tab reaches one cell, arrows go on, Enter takes the focus to the completions, Escape to the cell again."""
+    from selenium.webdriver.common.keys import Keys
+
+    cells = at.find_elements("css selector", "#matrix-table button")
+    assert [cell.get_attribute("tabindex") for cell in cells] == ["0", *["-1"] * (len(cells) - 1)]
+    by_id(at, "matrix-lc").send_keys(Keys.TAB)
+    at.switch_to.active_element.send_keys(Keys.TAB)  # past the region that scrolls
+    where = "return [document.activeElement.dataset.row, document.activeElement.dataset.column]"
+    assert at.execute_script(where) == ["sft", "ppo"]
+    for key, cell in (
+        (Keys.ARROW_DOWN, ["dpo", "ppo"]),
+        (Keys.ARROW_LEFT, ["dpo", "sft"]),
+        (Keys.ARROW_UP, ["ppo", "sft"]),
+    ):
+        at.switch_to.active_element.send_keys(key)
+        assert at.execute_script(where) == cell
+    at.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+    assert at.execute_script(where) == ["ppo", "dpo"]  # over the diagonal
+    at.switch_to.active_element.send_keys(Keys.ENTER)
+    assert at.execute_script("return document.activeElement.id") == "rows"
+    assert [at.execute_script(f"return document.getElementById('{x}').value") for x in ("left", "right")] == [
+        "ppo",
+        "dpo",
+    ]
+    at.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert at.execute_script(where) == ["ppo", "dpo"]
+
+
+LUMINANCE = """const linear = (v) => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+const lum = (c) => { const [r, g, b] = c.match(/[\\d.]+/g).map(Number);
+  return .2126 * linear(r) + .7152 * linear(g) + .0722 * linear(b); };
+const back = (node) => { for (; node; node = node.parentElement) {
+  const c = getComputedStyle(node).backgroundColor;
+  if (!c.startsWith('rgba')) return c; } return 'rgb(255, 255, 255)'; };
+const ratio = (node) => { const a = lum(getComputedStyle(node).color), b = lum(back(node));
+  return (Math.max(a, b) + .05) / (Math.min(a, b) + .05); };"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_legible_in_both_schemes(at, scheme):
+    """Every kind of text on what lies behind it: WCAG AA, 4.5; and the page is as dark or light as was asked."""
+    at.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    try:
+        kinds = [
+            "body",
+            "h1",
+            ".meta",
+            ".verdict > p",
+            ".warnings li",
+            ".change li",
+            ".note",
+            "td small",
+            "thead th",
+            "a",
+        ]
+        kinds += [".facts", ".text", ".prompt span", ".side .won", ".side .lost", "select", ".status", "dt"]
+        for kind in kinds:
+            ratio = at.execute_script(f"{LUMINANCE} return ratio(document.querySelector('{kind}'))")
+            assert ratio >= 4.5, (kind, ratio)
+        dark = at.execute_script(f"{LUMINANCE} return lum(getComputedStyle(document.body).backgroundColor) < .1")
+        assert dark == (scheme == "dark")
+    finally:
+        at.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_paper_loses_no_column(browser, tmp_path):
+    """Printed, a report with twelve policies shows every column of every table, and nothing that scrolls."""
+    names, judges = ["sft", "ppo", "dpo", *(f"ppo,kl_coef={i}.25" for i in range(9))], ["gold", "reward_model"]
+    samples = small_samples(names[:3], judges)
+    report = small_report(names, judges)
+    write_pages(tmp_path, report, samples, "wide")
+    browser.get((tmp_path / "report.html").as_uri())
+    width = round((297 - 24) / 25.4 * 96)  # A4 landscape less the margins, in CSS pixels
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 700, "deviceScaleFactor": 1, "mobile": False}
+    )
+    try:
+        too_wide = """const right = (t) => t.getBoundingClientRect().right;
+          const all = [...document.querySelectorAll('table')].filter((t) => right(t) > arguments[0] + 1);
+          return all.map((t) => (t.id || t.innerText.slice(0, 40)) + right(t))"""
+        assert browser.execute_script(too_wide, width) == []
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        scrolls = (
+            "[...document.querySelectorAll('.scroll')].filter((s) => getComputedStyle(s).overflowX !== 'visible')"
+        )
+        assert browser.execute_script(f"return {scrolls}.length") == 0
+        pdf = browser.execute_cdp_cmd("Page.printToPDF", {"preferCSSPageSize": True})["data"]
+        assert len(pdf) > 10_000
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 def test_legible_on_a_phone(at):
     at.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 375, "height": 700, "deviceScaleFactor": 2, "mobile": True}
@@ -330,7 +443,7 @@ def test_cost_optimum_and_frontier_are_told(at):
     assert "3.2 T" in by_id(at, "cost").text
     assert "not estimable: 1.5 effective draws" in by_id(at, "frontier").text
     figures = at.find_elements("css selector", "#frontier figure svg")
-    assert len(figures) == 2
+    assert len(figures) == 3
     assert figures[0].get_attribute("role") == "img"
     assert "Gold reward" in figures[0].get_attribute("aria-label")
     # Two figures of one page share no id, or one would be drawn with the other's parts.
