@@ -12,6 +12,9 @@ from ppo_vs_dpo.compare.frontier.overoptimised import over_optimised
 from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender
 from ppo_vs_dpo.compare.statistics.intervals import Spread, spread
 
+# KLs that are shown to differ by less than this share of their mean are the same for a comparison at one KL.
+ALIKE = 0.1
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -41,12 +44,10 @@ def matched_kl(runs: list[Compared], a: str, b: str, settings: Settings, shared:
     """Two methods at one KL, or what can be said without: of one run, or of several.
 
     Returns:
-        ``kind`` ``matched`` (the farther method's mixture has the nearer one's KL), ``equal`` (the two KLs cannot be
-        told apart: they are compared as they are) or ``one-sided`` (no point of the farther method's sweep lies at or
-        below
-            the
-        nearer KL: they are compared as they are, and a win of the nearer one is a win with less KL); or
-        ``{"refused": reason}``.
+        ``kind`` ``matched`` (the farther method's mixture has the nearer one's KL), ``equal`` (the two KLs are shown
+        to differ by less than `ALIKE`: they are compared as they are) or ``one-sided`` (no point of the farther
+        method's sweep lies at or below the nearer KL: they are compared as they are, and where the KLs are shown to
+        differ, ``kl_apart``, a win of the nearer one is a win with less KL); or ``{"refused": reason}``.
     """
     about = {"policy": a, "versus": b}
     if not all(run.has(a) and run.has(b) for run in runs):
@@ -63,15 +64,18 @@ def matched_kl(runs: list[Compared], a: str, b: str, settings: Settings, shared:
         return spread(groups, shared=shared, clusters=labels, by_skewness=False)
 
     kls = {name: float(np.mean([run[name].kl().mean() for run in runs])) for name in (a, b)}
-    apart = over(lambda run: run[a].kl() - run[b].kl()).interval(settings.confidence)
-    if apart.low[0] <= 0 <= apart.high[0]:
+    difference = over(lambda run: run[a].kl() - run[b].kl())
+    apart = difference.interval(settings.confidence)
+    # Shown to be alike (two one-sided tests), which is more than not shown to differ.
+    inner, alike = difference.interval(settings.both_sided), ALIKE * float(np.mean(list(kls.values())))
+    if -alike <= inner.low[0] and inner.high[0] <= alike:
         found = over(lambda run: run.table.of(a, b))
         return {**about, "kind": "equal", "kl": float(np.mean(list(kls.values()))), **_figures(found, settings, runs)}
     near, far = (a, b) if kls[a] < kls[b] else (b, a)
     sides = [_sides(run, near, far) for run in runs]
     if not all(sides):
         found = over(lambda run: run.table.of(near, far))
-        about = {"policy": near, "versus": far}
+        about = {"policy": near, "versus": far, "kl_apart": bool(apart.low[0] > 0 or apart.high[0] < 0)}
         return {
             **about,
             "kind": "one-sided",

@@ -159,21 +159,18 @@ def _matched(report: dict[str, Any]) -> str:
     if "refused" in matched:
         return f"At one KL nothing can be said: {matched['refused']}."
     if matched["kind"] == "equal":
-        return (
-            f"Their KLs, about {nats(matched['kl'])} nats, cannot be told apart: the first sentence is at one "
-            f"KL already."
-        )
+        return f"Their KLs are alike, about {nats(matched['kl'])} nats: the first sentence is at one KL already."
     primary = decision["primary"] or {"outcome": "undecided", "winner": None}
     if matched["kind"] == "one-sided":
         less, more = label(matched["policy"]), label(matched["versus"])
-        text = (
-            f"{less} has the lower KL, {nats(matched['kl'])} against {nats(matched['kl_versus'])} nats, and "
-            f"no point of "
+        both = f"{nats(matched['kl'])} against {nats(matched['kl_versus'])} nats"
+        if primary["outcome"] == "beats" and primary["winner"] == matched["policy"] and matched["kl_apart"]:
+            return f"{less} does so with less KL, {both}."
+        lower = (
+            f"{less} has the lower KL, {both}" if matched["kl_apart"] else f"Which KL is lower is not shown ({both})"
         )
-        text += f"{more}'s sweep lies at or below it: who is better at one KL is not decided"
-        if primary["outcome"] == "beats" and primary["winner"] == matched["policy"]:
-            text = f"{less} does so with less KL, {nats(matched['kl'])} against {nats(matched['kl_versus'])} nats"
-        return text + "."
+        nothing = f"no point of {more}'s sweep lies at or below {nats(matched['kl'])} nats"
+        return f"{lower}, and {nothing}: who is better at one KL is not decided."
     found = next(one for one in decision["secondary"] if one["kind"] == "matched KL")
     entry = matched if matched["win_rate"] >= 0.5 else flipped(matched)
     first, second = (one_run(report, entry[key]) for key in ("policy", "versus"))
@@ -240,10 +237,11 @@ def _would_change(report: dict[str, Any]) -> list[str]:
         )
     elif primary["outcome"] == "undecided" and power and power["detectable_gap"]:
         what = f"{power['runs']} such runs" if power.get("runs") else f"{power['n']} prompts"
-        text = (
-            f"A larger difference: {what} show one of {100 * power['detectable_gap']:.1f} points in four of "
-            f"five experiments"
-        )
+        if power["detectable_gap"] >= 0.5:
+            text = f"More of them: {what} show no difference, however large, in four of five experiments"
+        else:
+            gap = f"{100 * power['detectable_gap']:.1f} points"
+            text = f"A larger difference: {what} show one of {gap} in four of five experiments"
         if power["prompts_for_equality"]:
             text += f"; {power['prompts_for_equality']:,} prompts would show equal policies to be equal within "
             text += f"{100 * decision['delta']:.3g} points"

@@ -119,9 +119,14 @@ def test_kinds_of_matched_kl():
     assert sum(found["points"]["ppo"].values()) == pytest.approx(1.0)
     assert found["ci"][0] < found["win_rate"] < found["ci"][1]
     assert (found["p"] <= 0.05) == (not found["ci"][0] <= 0.5 <= found["ci"][1])
+    # Not shown to differ is not shown to be alike: few prompts of noisy KLs.
     level = on_frontier("ppo", "ppo", {}, 1.0, 1, 1)
     found = matched_kl([Compared([level, dpo], table=judged([level, dpo], {}))], "ppo", "dpo", Settings())
     assert found["kind"] == "equal"
+    noisy = on_frontier("ppo", "ppo", {}, 1.0, 1, 1)
+    noisy.draws.measures = dict.fromkeys(("kl", "k1", "k3"), np.random.default_rng(0).exponential(1.03, (200, 1)))
+    found = matched_kl([Compared([noisy, dpo], table=judged([noisy, dpo], {}))], "ppo", "dpo", Settings())
+    assert (found["kind"], found["kl_apart"]) == ("one-sided", False)
 
 
 def test_over_optimisation_is_marked_only_where_gold_falls_and_proxy_rises():

@@ -232,7 +232,7 @@ def test_no_two_sentences_contradict_each_other(seed):
             "equal": {"policy": "ppo", "versus": "dpo", "kind": "equal", "kl": 1.0},
             "one-sided": {
                 **{"policy": near, "versus": far, "kind": "one-sided"},
-                **{"kl": float(kls[near].mean()), "kl_versus": float(kls[far].mean())},
+                **{"kl": float(kls[near].mean()), "kl_versus": float(kls[far].mean()), "kl_apart": rng.random() < 0.5},
             },
             "matched": {"policy": far, "versus": near, "kind": "matched", "kl": float(kls[near].mean())},
         }[kind]
