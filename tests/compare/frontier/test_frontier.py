@@ -124,7 +124,8 @@ def test_kinds_of_matched_kl():
     found = matched_kl([Compared([level, dpo], table=judged([level, dpo], {}))], "ppo", "dpo", Settings())
     assert found["kind"] == "equal"
     noisy = on_frontier("ppo", "ppo", {}, 1.0, 1, 1)
-    noisy.draws.measures = dict.fromkeys(("kl", "k1", "k3"), np.random.default_rng(0).exponential(1.03, (200, 1)))
+    kl = np.random.default_rng(0).exponential(1.0, (200, 1))
+    noisy.draws.measures = dict.fromkeys(("kl", "k1", "k3"), 1.08 * kl / kl.mean())
     found = matched_kl([Compared([noisy, dpo], table=judged([noisy, dpo], {}))], "ppo", "dpo", Settings())
     assert (found["kind"], found["kl_apart"]) == ("one-sided", False)
 
