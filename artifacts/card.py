@@ -29,6 +29,10 @@ Made by ppo-vs-dpo: one pair set, a reward model, PPO and DPO from the same refe
 
 {{ loading }}
 
+## Base model and licence
+
+{{ base }}
+
 ## Data
 
 {{ data }}
@@ -41,7 +45,28 @@ Made by ppo-vs-dpo: one pair set, a reward model, PPO and DPO from the same refe
 
 ```yaml
 {{ settings }}```
+
+## Citation
+
+{{ citation }}
 """
+
+# What whoever uses such a model cites: the papers of the method, and this software (CITATION.cff).
+PAPERS = {
+    "sft": [
+        "Ouyang et al., Training language models to follow instructions with human feedback, 2022, arXiv:2203.02155"
+    ],
+    "reward_model": ["Stiennon et al., Learning to summarize from human feedback, 2020, arXiv:2009.01325"],
+    "dpo": ["Rafailov et al., Direct Preference Optimization, 2023, arXiv:2305.18290"],
+    "ppo": [
+        "Schulman et al., Proximal Policy Optimization Algorithms, 2017, arXiv:1707.06347",
+        "Ziegler et al., Fine-Tuning Language Models from Human Preferences, 2019, arXiv:1909.08593",
+        "Huang et al., The N+ Implementation Details of RLHF with PPO, 2024, arXiv:2403.17031",
+    ],
+}
+SOFTWARE = "ppo-vs-dpo: the PPO-RLHF pipeline people can trust, and the fair comparison with DPO"
+# Figures that need a word beside them.
+EXPLAINED = {"train_kl": "train_kl (estimated from samples: may fall below 0)"}
 
 LOAD = {
     "reward_model": "AutoModelForSequenceClassification",
@@ -60,9 +85,7 @@ def write_card(folder: Path, stage: str, config: dict[str, Any], figures: dict[s
     import yaml
     from huggingface_hub import ModelCard, ModelCardData
 
-    base = (config.get("model") or {}).get("path")
-    # A local folder's path says nothing to others.
-    base = base if base and not Path(base).exists() and base.count("/") == 1 else None
+    base, licence, about_base = base_of(config.get("model") or {})
     section = {key: value for key, value in (config.get(stage) or {}).items() if not PRIVATE.search(key)}
     section = {"seed": config.get("seed"), **{key: value for key, value in section.items() if key != "sweep"}}
     data = config.get("data") or {}
@@ -70,9 +93,12 @@ def write_card(folder: Path, stage: str, config: dict[str, Any], figures: dict[s
     if Path(str(told.get("path", ""))).is_absolute():
         told["path"] = Path(told["path"]).name
     pair_set = figures.get("pair_set") or {}
+    dataset = told.get("path") if _is_hub_name(told.get("path")) else None
     told |= {f"pair set {key}": value for key, value in pair_set.items()} if isinstance(pair_set, dict) else {}
     card_data = ModelCardData(
         base_model=base,
+        license=licence,
+        datasets=[dataset] if dataset else None,
         library_name="transformers",
         pipeline_tag="text-classification" if stage == "reward_model" else "text-generation",
         tags=["rlhf", "ppo-vs-dpo", stage.replace("_", "-")],
@@ -83,11 +109,58 @@ def write_card(folder: Path, stage: str, config: dict[str, Any], figures: dict[s
         template_str=TEMPLATE,
         title=TITLES.get(stage, stage),
         loading=f"It loads with `transformers.{loader}.from_pretrained`; tokenizer and chat template are here.",
+        base=about_base,
         data=_table(told) or "Not stated.",
-        scores=_table({key: value for key, value in figures.items() if key != "pair_set"}) or "None.",
+        scores=_table({EXPLAINED.get(key, key): value for key, value in figures.items() if key != "pair_set"})
+        or "None.",
+        citation="\n".join(f"- {one}" for one in [*PAPERS.get(stage, []), SOFTWARE]),
         settings=yaml.safe_dump(finite(section), sort_keys=True, allow_unicode=True),
     )
     write_text(folder / "README.md", card.content)
+
+
+def base_of(model: dict[str, Any]) -> tuple[str | None, str | None, str]:
+    """The base model's name on the Hub, its licence, and a sentence about both.
+
+    Args:
+        model: the section ``model`` of a run. Of a local folder only its name is told, and what its own card says.
+    """
+    path = model.get("path")
+    if not path:
+        kind = (model.get("architecture") or {}).get("model_type", "a model")
+        return None, None, f"None: {kind} with new weights. The licence is for whoever publishes it to choose."
+    card = card_of(str(path), model.get("revision"))
+    name = path if _is_hub_name(path) else None
+    if name is None and _is_hub_name(card.get("base_model")):
+        name = card["base_model"]
+    licence = card.get("license") if isinstance(card.get("license"), str) else None
+    shown = name or f"{Path(path).name} (a local folder)"
+    terms = (
+        f"its licence is {licence}, and binds this model" if licence else "its licence binds this model: look there"
+    )
+    return name, licence, f"{_plain(shown)}; {_plain(terms)}."
+
+
+def card_of(path: str, revision: str | None = None) -> dict[str, Any]:
+    """What a base model's own card says, from its folder or the Hub's cache; nothing where it is not here."""
+    import yaml
+    from huggingface_hub import try_to_load_from_cache
+
+    file: Any = Path(path) / "README.md"
+    if not Path(path).is_dir():
+        file = try_to_load_from_cache(path, "README.md", revision=revision) if _is_hub_name(path) else None
+    if not isinstance(file, str | Path) or not Path(file).is_file():
+        return {}
+    parts = Path(file).read_text(encoding="utf-8", errors="replace").split("---")
+    try:
+        found = yaml.safe_load(parts[1]) if len(parts) > 2 and not parts[0].strip() else {}
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_hub_name(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", value) is not None and not Path(value).exists()
 
 
 def _table(figures: dict[str, Any]) -> str:

@@ -14,6 +14,10 @@ from typing import Any
 
 from ppo_vs_dpo.artifacts.errors import UserError
 
+# Of this process; it can be read by setting it only.
+UMASK = os.umask(0o022)
+os.umask(UMASK)
+
 
 def _sync_folder(folder: Path) -> None:
     """Make a rename in ``folder`` survive a power cut (not possible on every file system)."""
@@ -55,6 +59,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        as_the_umask_says(temporary)
         if path.exists():
             path.rename(old)
         temporary.rename(path)
@@ -64,6 +69,16 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         if old.exists() and not path.exists():
             old.rename(path)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def as_the_umask_says(folder: Path) -> None:
+    """Give files the mode that any new file has here: safetensors writes 0600, which a group cannot read.
+
+    What is linked from elsewhere keeps the mode that it has there.
+    """
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1:
+            path.chmod(path.stat().st_mode & 0o111 | 0o666 & ~UMASK)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -13,6 +13,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import as_the_umask_says
 from ppo_vs_dpo.models.sharding.collectives import barrier
 from ppo_vs_dpo.models.sharding.deepspeed import whole_state
 from ppo_vs_dpo.models.sharding.state import INDEX, load_trained, save_trained
@@ -225,3 +226,4 @@ def save_policy(
         only = {"selected_adapters": [policy.active_adapter]} if is_peft(policy) else {}
         policy.save_pretrained(folder, state_dict=weights, **only)
         tokenizer.save_pretrained(folder)
+        as_the_umask_says(Path(folder))

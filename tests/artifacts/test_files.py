@@ -12,6 +12,7 @@ import torch
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import (
+    UMASK,
     append_jsonl,
     atomic_folder,
     fingerprint_file,
@@ -110,3 +111,18 @@ def test_hashes_depend_on_content_alone(tmp_path):
     assert fingerprint_file(tmp_path / "one") == fingerprint_file(tmp_path / "two")
     write_text(tmp_path / "two" / "f", "other")
     assert fingerprint_file(tmp_path / "one") != fingerprint_file(tmp_path / "two")
+
+
+def test_a_finished_folder_is_readable_as_the_umask_says(tmp_path):
+    """safetensors writes for the owner alone; what is linked from elsewhere keeps its own mode."""
+    theirs = tmp_path / "theirs.bin"
+    theirs.write_bytes(b"x")
+    theirs.chmod(0o600)
+    with atomic_folder(tmp_path / "model") as folder:
+        for name, mode in (("weights", 0o600), ("script", 0o700)):
+            (folder / name).write_bytes(b"x")
+            (folder / name).chmod(mode)
+        os.link(theirs, folder / "hard")
+        (folder / "soft").symlink_to(theirs)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    assert modes == {"weights": 0o666 & ~UMASK, "script": 0o100 | 0o666 & ~UMASK, "hard": 0o600, "soft": 0o600}
