@@ -25,6 +25,7 @@ From preference pairs to a verdict: SFT, reward model, PPO, DPO, best-of-n, comp
   ppo-vs-dpo compare --policy a=MODEL --policy b=outputs.jsonl --judge my.py:score ...   your own models or outputs
   ppo-vs-dpo check NAME [key=value ...]          would every stage start? In seconds; nothing is run or written
   ppo-vs-dpo verify RUN [--mend]                 are all results what was written? Reads every byte
+  ppo-vs-dpo doctor                              this machine: versions, GPUs, network, disks, and what is wrong
   ppo-vs-dpo clean RUN                           what may be deleted, and what is lost with it
   ppo-vs-dpo --help | --version
 
@@ -40,9 +41,9 @@ Often used
 Each stage alone: python -m ppo_vs_dpo.reward_model RUN_FOLDER
 """
 
-COMMANDS = ("list", "show", "plan", "data", "iterate", "paper", "compare", "clean", "check", "verify")
+COMMANDS = ("list", "show", "plan", "data", "iterate", "paper", "compare", "clean", "check", "verify", "doctor")
 # Commands with options, and a help, of their own.
-ASKED = ("plan", "data", "iterate", "paper", "compare", "clean")
+ASKED = ("plan", "data", "iterate", "paper", "compare", "clean", "doctor")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -112,6 +113,10 @@ def dispatch(arguments: list[str]) -> int:
         from ppo_vs_dpo.pipeline.planning.plan import main as plan
 
         return plan(with_experiment(rest))
+    if first == "doctor":
+        from ppo_vs_dpo.pipeline.doctor import main as doctor
+
+        return doctor(rest)
     if first == "iterate":
         from ppo_vs_dpo.preferences.recipes.iterative_dpo import main as iterate
 

@@ -8,6 +8,7 @@ up to rounding (tests/models/passes/test_unpadded.py).
 """
 
 import functools
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -15,10 +16,28 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, SequenceClass
 
 from ppo_vs_dpo.models.passes.fused import packed_states
 from ppo_vs_dpo.models.passes.logprobs import backbone, base, score_head_of, sequence_scores
-from ppo_vs_dpo.models.passes.packed import Spread, can_pack, pack
+from ppo_vs_dpo.models.passes.packed import Packing, Spread, can_pack, pack, upload
 
 # Arguments of a backbone that mean nothing here.
 _IGNORED = {"use_cache", "position_ids", "return_dict"}
+
+
+@dataclass
+class Kept:
+    """The states that are wanted of padded rows: how the rows are packed, and ``(N,)`` packed places."""
+
+    packing: Packing
+    places: torch.Tensor
+
+    @classmethod
+    def of(cls, attention_mask: torch.Tensor, flat: torch.Tensor, device: torch.device) -> "Kept":
+        """The states at ``(N,)`` positions ``flat`` of the flattened rows; all is worked out on the host."""
+        packing = pack(attention_mask)
+        index = torch.zeros(attention_mask.numel(), dtype=torch.long)
+        index[packing.order] = torch.arange(len(packing.order))
+        if device.type == "cpu":
+            return cls(packing, index[flat])
+        return cls(packing.to(device), *upload([index[flat]], device))
 
 
 def _teach_backbone(owner: PreTrainedModel) -> None:
@@ -32,6 +51,9 @@ def _teach_backbone(owner: PreTrainedModel) -> None:
         others = {key for key, value in kwargs.items() if value is not None and value is not False} - _IGNORED
         if keep is None and (not padded or kwargs.get("use_cache") or others):
             return plain(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if isinstance(keep, Kept):
+            states = packed_states(inner, owner, keep.packing, input_ids, keep.places, call=plain)
+            return BaseModelOutputWithPast(last_hidden_state=states.unsqueeze(0))
         packing = pack(attention_mask)
         if keep is None:
             states = packed_states(inner, owner, packing, input_ids, call=plain)
@@ -69,13 +91,17 @@ def skip_padding(model: PreTrainedModel) -> bool:
             given = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
             return fused(*args, **{k: v for k, v in given.items() if v is not None}, **extra, **kwargs)
         mask = labels[:, 1:] != -100
-        rows, columns = mask.nonzero(as_tuple=True)
+        # One copy to the host, instead of a wait at each question.
+        shown, asked = torch.stack([attention_mask.bool(), labels != -100]).cpu()
+        rows, columns = asked[:, 1:].nonzero(as_tuple=True)
         # The token at column t is predicted from the state at column t - 1, and `mask` starts at column 1.
-        keep = rows * labels.shape[1] + columns
+        flat = rows * labels.shape[1] + columns
+        keep = Kept.of(shown.long(), flat, labels.device)
+        (targets,) = (flat + 1,) if labels.device.type == "cpu" else upload([flat + 1], labels.device)
         output = fused(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            shift_labels=labels[:, 1:][mask].unsqueeze(0),
+            shift_labels=labels.flatten().index_select(0, targets).unsqueeze(0),
             keep=keep,
             fused_lm_head=True,
             **kwargs,

@@ -97,6 +97,7 @@ def test_products_are_in_half_precision(counted):
 def test_less_than_trl(counted, stage):
     """Beside TRL's own trainers, on the same rows in the same process."""
     ours, theirs = counted[stage]["train"], counted[f"trl {stage}"]["train"]
+    assert ours["waits"] < theirs["waits"]
     assert ours["operations"] < theirs["operations"]
     assert ours["largest"] < theirs["largest"]
     assert ours["peak"] < theirs["peak"]

@@ -1,0 +1,127 @@
+"""PPO with a reward model, on GPUs: tokens a second and memory. Ten minutes on one GPU fill the table of docs/gpu.md.
+
+    python -m benchmarks.gpu                     1B whole and 8B with LoRA, one GPU
+    torchrun --standalone --nproc-per-node 8 -m benchmarks.gpu --size 8b --deepspeed zero3
+    python -m benchmarks.gpu --size tiny         seconds, on a CPU: that it runs
+
+Weights are random and the reward model's score is what it is: times and memory do not depend on what is learnt. All
+four roles are there; responses have the whole budget (no end token is sampled), so that two machines do the same work.
+The first update is not counted. Of each phase: seconds an update, response tokens a second over all GPUs, peak memory.
+"""
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+from ppo_vs_dpo.models.devices import arithmetic
+from ppo_vs_dpo.models.loading.config import LoraSettings, ModelConfig
+from ppo_vs_dpo.models.sharding.deepspeed import settled, start_deepspeed
+from ppo_vs_dpo.ppo.config import PPOConfig
+from ppo_vs_dpo.ppo.trainer import PPOTrainer
+from tests.conftest import build_word_tokenizer
+
+# As Llama 3.2 1B and Llama 3 8B have them (their config.json).
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 64},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "vocab_size": 128256},
+}  # fmt: skip
+# What is measured where nothing is said; the rest of the work is the same for all.
+ROWS = {"tiny": 8, "1b": 64, "8b": 64}
+PHASES = ("generate", "score", "forward", "train")
+HEAD = ["GPU", "model", "ranks", *(f"{phase}, s" for phase in PHASES), "s an update", "generated tokens/s", "tokens/s",
+        "peak, GB"]  # fmt: skip
+
+
+def models(size: str, device: str) -> tuple[LlamaForCausalLM, LlamaForSequenceClassification]:
+    """Policy and reward model with random weights, made where they will be."""
+    config = LlamaConfig(**SIZES[size], max_position_embeddings=8192, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    config.num_labels = 1
+    torch.manual_seed(0)
+    with torch.device(device):
+        return LlamaForCausalLM(config), LlamaForSequenceClassification(config)
+
+
+def measure(size: str, kind: str, given: argparse.Namespace) -> list[str]:
+    """One row of the table."""
+    accelerator = torch.cuda.is_available()
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    tokenizer = build_word_tokenizer()
+    settings: dict[str, Any] = {
+        "max_steps": given.updates + 1, "rollout_batch_size": given.rows or ROWS[size] * ranks, "num_ppo_epochs": 1,
+        "num_mini_batches": 1, "per_device_train_batch_size": 8, "local_rollout_forward_batch_size": 16,
+        "response_length": given.response, "learning_rate": 1e-6, "save_strategy": "no", "report_to": "none",
+        "disable_tqdm": True, "diagnose": False, "seed": 1, "use_cpu": not accelerator, "missing_eos_penalty": None,
+        **arithmetic(ModelConfig(), {}, accelerator),
+    }  # fmt: skip
+    if given.deepspeed:
+        from omegaconf import OmegaConf
+
+        file = Path(__file__).parents[1] / "configs" / "deepspeed" / f"{given.deepspeed}.yaml"
+        settings["deepspeed"] = settled(OmegaConf.to_container(OmegaConf.load(file)))
+        start_deepspeed(use_cpu=not accelerator)
+    parts: dict[str, Any] = {}
+    if kind == "lora":
+        parts["peft_config"] = LoraSettings(r=16, alpha=32, target_modules=["q_proj", "v_proj"]).peft_config(
+            "CAUSAL_LM"
+        )
+    if accelerator:
+        torch.cuda.reset_peak_memory_stats()
+    policy, reward = models(size, f"cuda:{local}" if accelerator else "cpu")
+    words = ["the", "film", "was", "good", "and", "the", "plot", "was", "dull"]
+    prompts = [" ".join(words[number % 9 :] + words) for number in range(512)]
+    prompts = [" ".join([prompt] * (given.prompt // len(prompt.split()) + 1)) for prompt in prompts]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = PPOTrainer(
+            model=policy, reward_model=reward, train_dataset=Dataset.from_dict({"prompt": prompts}),
+            processing_class=tokenizer, args=PPOConfig(output_dir=folder, truncate_prompts=True,
+            max_prompt_length=given.prompt, **settings), **parts,
+        )  # fmt: skip
+        # No response ends before its budget.
+        trainer.roles.engine.eos_token_ids = [SIZES[size]["vocab_size"] + 1]
+        trainer.train()
+    counted = [row for row in trainer.state.log_history if "episode" in row][1:]
+    seconds = {phase: sum(row[f"time/{phase}"] for row in counted) / len(counted) for phase in PHASES}
+    total = sum(seconds.values())
+    tokens = settings["rollout_batch_size"] * given.response
+    peak = torch.cuda.max_memory_allocated() / 1e9 if accelerator else float("nan")
+    name = torch.cuda.get_device_name() if accelerator else platform.processor() or platform.machine()
+    figures = [f"{seconds[phase]:.2f}" for phase in PHASES]
+    rates = [f"{total:.2f}", f"{tokens / seconds['generate']:,.0f}", f"{tokens / total:,.0f}"]
+    label = f"{size} {kind}" + (f", {given.deepspeed}" if given.deepspeed else "")
+    return [name, label, str(ranks), *figures, *rates, f"{peak:.1f}"]
+
+
+def main() -> None:
+    """Measure and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=list(SIZES), help="default: 1b whole and 8b with LoRA")
+    parser.add_argument("--kind", choices=("full", "lora"), default="full")
+    parser.add_argument("--updates", type=int, default=3, help="counted, after one that is not (default: %(default)s)")
+    parser.add_argument("--rows", type=int, help="responses an update (default: 64 a rank)")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens (default: %(default)s)")
+    parser.add_argument("--response", type=int, default=512, help="tokens (default: %(default)s)")
+    parser.add_argument("--deepspeed", choices=("zero2", "zero3", "zero2_offload", "zero3_offload"))
+    given = parser.parse_args()
+    runs = [(given.size, given.kind)] if given.size else [("1b", "full"), ("8b", "lora")]
+    lines = [HEAD, ["---"] * len(HEAD)]
+    for size, kind in runs:
+        lines.append(measure(size, kind, given))
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write("\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The page of this machine: what is wrong is said with what to do, and no secret is."""
+
+import socket
+
+from ppo_vs_dpo.pipeline import doctor
+from ppo_vs_dpo.pipeline.cli import dispatch
+
+
+def wrong(found):
+    return [(one.topic, one.wrong, one.stops) for one in found if one.wrong]
+
+
+def test_the_page(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_a_secret_word")
+    assert dispatch(["doctor", "--output", str(tmp_path / "runs")]) == 0
+    said = capsys.readouterr().out
+    for topic in ("system", "torch", "deepspeed", "GPUs", "host name", "output", "Hub token", "compilers"):
+        assert f" {topic}" in said, topic
+    assert "a_secret_word" not in said
+
+
+def test_an_old_deepspeed_stops(monkeypatch):
+    monkeypatch.setattr(doctor, "installed", lambda name: "0.18.2" if name == "deepspeed" else "99")
+    ((topic, said, stops),) = wrong(doctor.versions())
+    assert (topic, stops) == ("deepspeed", True)
+    assert "pip install 'deepspeed>=0.19.4'" in said
+
+
+def test_gpus_that_torch_cannot_use(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    ((topic, said, stops),) = wrong(doctor.gpus())
+    assert (topic, stops) == ("GPUs", True)
+    assert "install a CUDA build" in said
+
+
+def test_the_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "nosuch0")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    for tool in ("pdsh", "ssh"):
+        (tmp_path / tool).write_text("#!/bin/sh\n")
+        (tmp_path / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    found = {topic: (said, stops) for topic, said, stops in wrong(doctor.network())}
+    assert "GLOO_SOCKET_IFNAME" in found["host name"][0]
+    assert "there is no nosuch0 here" in found["NCCL_SOCKET_IFNAME"][0]
+    assert found["NCCL_SOCKET_IFNAME"][1]
+    assert "~/.deepspeed_env" in found["pdsh"][0]
+    assert "GLOO_SOCKET_IFNAME" not in found
+    (tmp_path / ".deepspeed_env").write_text("HF_HOME=/shared\n")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "^docker0")
+    assert {topic for topic, *_ in wrong(doctor.network())} == {"host name"}
+
+
+def test_disks(monkeypatch, tmp_path):
+    usage = doctor.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage._replace(free=5e8))
+    found = wrong(doctor.disks(str(tmp_path / "not" / "there")))
+    assert any(topic == "output" and "checkpoint" in said for topic, said, _ in found)
