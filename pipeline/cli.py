@@ -114,7 +114,7 @@ def dispatch(arguments: list[str]) -> int:
 
         return plan(with_experiment(rest))
     if first == "doctor":
-        from ppo_vs_dpo.pipeline.doctor import main as doctor
+        from ppo_vs_dpo.pipeline.checking.doctor import main as doctor
 
         return doctor(rest)
     if first == "iterate":

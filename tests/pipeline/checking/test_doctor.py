@@ -2,7 +2,7 @@
 
 import socket
 
-from ppo_vs_dpo.pipeline import doctor
+from ppo_vs_dpo.pipeline.checking import doctor
 from ppo_vs_dpo.pipeline.cli import dispatch
 
 

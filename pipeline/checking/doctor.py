@@ -50,7 +50,7 @@ class Finding:
 
     def __str__(self) -> str:
         mark = "ok" if not self.wrong else "WRONG" if self.stops else "look"
-        return f"{mark:6}{self.topic:12}{self.said}" + (f"\n{'':18}-> {self.wrong}" if self.wrong else "")
+        return f"{mark:6}{self.topic:14}{self.said}" + (f"\n{'':20}-> {self.wrong}" if self.wrong else "")
 
 
 def installed(name: str) -> str | None:
