@@ -18,7 +18,7 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from ppo_vs_dpo.pipeline.running.gpus import visible
+from ppo_vs_dpo.pipeline.planning.gpus import visible
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "vllm", "bitsandbytes")
 # Below these a run is wrong, or does not start.

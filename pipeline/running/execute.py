@@ -12,7 +12,7 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.guards import locks, replaced
 from ppo_vs_dpo.artifacts.guards.processes import watched
 from ppo_vs_dpo.artifacts.run import RunFolder
-from ppo_vs_dpo.pipeline.running.gpus import Gpus
+from ppo_vs_dpo.pipeline.planning.gpus import Gpus
 from ppo_vs_dpo.pipeline.running.graph import DISTRIBUTED, Job
 from ppo_vs_dpo.pipeline.running.job import Running, command, explain_end
 from ppo_vs_dpo.pipeline.running.overview import Overview

@@ -15,7 +15,7 @@ from ppo_vs_dpo.artifacts.files import printable
 from ppo_vs_dpo.artifacts.guards import replaced
 from ppo_vs_dpo.artifacts.guards.processes import MARK, die_with_parent, kill_marked
 from ppo_vs_dpo.artifacts.run import RunFolder
-from ppo_vs_dpo.pipeline.running.gpus import VISIBLE
+from ppo_vs_dpo.pipeline.planning.gpus import VISIBLE
 from ppo_vs_dpo.pipeline.running.graph import DISTRIBUTED, Job
 from ppo_vs_dpo.pipeline.running.launch import launcher
 

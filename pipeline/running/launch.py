@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.pipeline.running.gpus import processes as count_processes
+from ppo_vs_dpo.pipeline.planning.gpus import processes as count_processes
 
 
 def free_port() -> int:

@@ -4,8 +4,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.pipeline.running import gpus
-from ppo_vs_dpo.pipeline.running.gpus import Gpus, processes, visible
+from ppo_vs_dpo.pipeline.planning import gpus
+from ppo_vs_dpo.pipeline.planning.gpus import Gpus, processes, visible
 from ppo_vs_dpo.pipeline.running.job import environment
 from ppo_vs_dpo.pipeline.running.launch import launcher
 
