@@ -27,6 +27,7 @@ MODULES = {
     "cai2022": "recipes.cai2022",
     "ziegler2019": "recipes.ziegler2019",
     "stiennon2020": "recipes.stiennon2020",
+    "rloo2024": "recipes.rloo2024",
     "instructgpt2022": "recipes.instructgpt2022",
     "tulu3_2024": "recipes.tulu3_2024",
     "simpo2024": "direct.simpo2024",

@@ -332,7 +332,9 @@ def check_section(section: str, values: DictConfig | dict, own: str, complete: b
             first = str(error.msg or error).splitlines()[0]
             problems.append(f"{section}.{error.full_key or key}: {first}")
     problems += out_of_range(plain_of(values), section)
-    if not problems and complete:
+    # A merge lets a default stand where a file says ???; what is still to be set is asked for, not judged.
+    incomplete = isinstance(values, DictConfig) and bool(OmegaConf.missing_keys(values))
+    if not problems and complete and not incomplete:
         # What stages refuse about values is refused here, before the first of them has worked for hours.
         problems += refused_values(own_class, mine)
     sweep = values.get("sweep") if hasattr(values, "get") else None

@@ -76,6 +76,11 @@ def small(path: Path, folder: Path) -> list[str]:
         words.append(f"data.path={rows_file(folder, 'HuggingFaceH4/ultrafeedback_binarized')}")
     if OmegaConf.is_missing(data, "prompts_path"):
         words.append(f"data.prompts_path={rows_file(folder, None)}")
+    if "chat_template" in (OmegaConf.load(path).get("model") or {}):
+        words.append("model.chat_template=null")
+    # The tiny model is a chat model; where the configuration leaves the form of the data open, messages are meant.
+    if "conversational" not in data:
+        words.append("data.conversational=true")
     if "test_split" in data:
         words.append("data.test_split=null")
     composed = load([words[0], "model.path=x"], check_missing=False)

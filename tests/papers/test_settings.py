@@ -16,6 +16,7 @@ BASES = [CONFIGS.parent / stage / "full.yaml" for stage in ("sft", "reward_model
 # Stand-ins for what nobody published, where a plan needs a value.
 STAND_INS = {
     "model.path": "EleutherAI/pythia-1.4b",
+    "model.chat_template": "'{{ messages }}'",
     "data.path": "pairs.jsonl",
     "data.prompts_path": "prompts.jsonl",
     "data.constitution": "default",
