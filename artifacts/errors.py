@@ -4,7 +4,17 @@ import errno
 
 
 class UserError(Exception):
-    """What is wrong, where (file, line, key, sample) and what to do. Shown without a traceback; exit code 2."""
+    """What is wrong, where (file, line, key, sample) and what to do. Shown without a traceback; exit code 2.
+
+    Example::
+
+        from ppo_vs_dpo import RunFolder, UserError
+
+        try:
+            RunFolder("nowhere")
+        except UserError as error:
+            print(error)  # nowhere is not a run folder: ...
+    """
 
 
 def explain_os_error(error: OSError) -> str | None:

@@ -25,6 +25,16 @@ STARTED_KEYS = {"parts": dict}
 class RunFolder:
     """The folder of one run.
 
+    Example::
+
+        from ppo_vs_dpo import RunFolder
+
+        run = RunFolder("runs/quickstart")
+        for stage in ("sft", "reward_model", "ppo", "dpo"):
+            done = run.done(stage)  # None where it has not finished
+            print(stage, done and done["figures"])
+        print(run.path("compare", "report.html"))
+
     Args:
         path: the folder; it must hold a ``config.yaml``.
         config: in place of that file, which is then not looked at.

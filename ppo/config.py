@@ -107,6 +107,19 @@ def _option(default: Any, text: str) -> Any:
 class PPOConfig(TrainingArguments):
     """Arguments of `ppo.trainer.PPOTrainer`: those of `transformers.TrainingArguments`, and PPO's own.
 
+    Example::
+
+        from ppo_vs_dpo import PPOConfig
+
+        args = PPOConfig(
+            output_dir="out",
+            max_steps=100,  # updates
+            rollout_batch_size=64,  # responses an update
+            response_length=64,
+            kl_coef=0.05,
+        )
+        print(args.num_ppo_epochs, args.learning_rate)
+
     One *update* is: sample a rollout, then ``num_ppo_epochs`` passes over it in ``num_mini_batches`` minibatches. All
     of the Trainer's steps (``max_steps``, ``logging_steps``, ``eval_steps``, ``save_steps``, warm-up) count updates.
     """

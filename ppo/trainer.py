@@ -57,6 +57,20 @@ logger = logging.get_logger(__name__)
 class PPOTrainer(Trainer):
     """Trains a policy against a reward, held to a reference by a KL penalty.
 
+    Example::
+
+        from datasets import Dataset
+        from ppo_vs_dpo import PPOConfig, PPOTrainer
+
+        def likes_good(prompts, completions, **columns):
+            return [float(text.count("good")) for text in completions]
+
+        args = PPOConfig(output_dir="out", max_steps=2, rollout_batch_size=8, response_length=8, report_to="none")
+        prompts = Dataset.from_dict({"prompt": ["the film", "a story"]})
+        trainer = PPOTrainer("my_model", reward_funcs=likes_good, args=args, train_dataset=prompts)
+        trainer.train()
+        trainer.save_model("my_policy")
+
     Args:
         model: the policy: a causal language model or its name.
         reward_model: a sequence-classification model with one label, its name, or an object with

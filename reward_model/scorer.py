@@ -40,6 +40,13 @@ def store_bias(path: str | Path, bias: float) -> None:
 class RewardScorer:
     """Scores r(prompt, completion) of a reward model, less its bias: the mean over SFT samples is then 0.
 
+    Example::
+
+        from ppo_vs_dpo import RewardScorer
+
+        scorer = RewardScorer.load("my_reward_model")  # of the stage, or any one-label model of the Hub
+        print(scorer.score(["the film"], [" was good"]))
+
     A score is the model's own: what its forward pass gives for the sequence that its tokenizer makes of prompt and
     completion. Where a faster way gives the same (a probe at construction says so) it is taken. A model of this
     project is read at the last real token, found by the attention mask: at EOS for a finished completion. That is

@@ -2,12 +2,15 @@
 
 import ast
 import importlib
+import inspect
 import subprocess
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 
 import pytest
+import transformers
 
 import ppo_vs_dpo
 
@@ -75,3 +78,36 @@ def test_a_room_holds_nine_things_at_most():
             if len(things) > 9:
                 crowded[str(folder.relative_to(ROOT))] = sorted(things)
     assert not crowded
+
+
+def example_of(name: str) -> str:
+    """The lines under ``Example::`` in a public name's docstring, which stand before anything but its first words."""
+    text = inspect.getdoc(getattr(ppo_vs_dpo, name))
+    paragraphs = text.split("\n\n")
+    assert paragraphs[1] == "Example::", f"help({name}) does not begin with an example"
+    lines = []
+    for line in text.partition("Example::\n\n")[2].splitlines():
+        if line and not line.startswith("    "):
+            break
+        lines.append(line)
+    return textwrap.dedent("\n".join(lines)).strip()
+
+
+@pytest.mark.parametrize("name", ppo_vs_dpo.__all__)
+def test_help_begins_with_lines_that_run(name, tmp_path, monkeypatch, tiny_llama, word_tokenizer):
+    """Typed into a folder with a model, a reward model and a run."""
+    monkeypatch.chdir(tmp_path)
+    policy = tiny_llama(0)
+    reward = transformers.LlamaForSequenceClassification(
+        transformers.LlamaConfig(**{**policy.config.to_dict(), "num_labels": 1})
+    )
+    for folder, model in (("my_model", policy), ("my_reward_model", reward)):
+        model.save_pretrained(folder)
+        word_tokenizer.save_pretrained(folder)
+    run = tmp_path / "runs" / "quickstart"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("seed: 1\n")
+    code = example_of(name)
+    assert len(code.splitlines()) <= 14
+    assert name in code
+    exec(compile(code, name, "exec"), {})

@@ -62,6 +62,14 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer and make sure that it can pad.
 
+    Example::
+
+        from ppo_vs_dpo import load_tokenizer
+
+        tokenizer = load_tokenizer("my_model")
+        batch = tokenizer(["the film", "a much longer story"], padding=True)
+        print(tokenizer.pad_token, batch["attention_mask"])
+
     Where it has no padding token, or pads with the end-of-sequence token, an existing special token takes the
     place if there is one (the vocabulary, and with it every model, stays as it is); else padding stays the
     end-of-sequence token. Both are safe here: masks, never ids, decide what is real.
@@ -154,6 +162,15 @@ def load_policy(
 ) -> PreTrainedModel:
     """Load a causal language model; an adapter folder is loaded onto its base and merged into it.
 
+    Example::
+
+        from ppo_vs_dpo import load_policy, load_tokenizer
+
+        policy = load_policy("my_model")  # a folder, an adapter's folder, or a name on the Hub
+        tokenizer = load_tokenizer("my_model")
+        policy.save_pretrained("copy")
+        tokenizer.save_pretrained("copy")
+
     Args:
         path: Hub name or folder (whole model or PEFT adapter).
         config: how to load it.
@@ -189,6 +206,14 @@ def load_value_or_reward(
     quantization: Any = None,
 ) -> PreTrainedModel:
     """Load a model with a scalar head (``AutoModelForSequenceClassification``, one label).
+
+    Example::
+
+        from ppo_vs_dpo import load_tokenizer, load_value_or_reward
+
+        model, tokenizer = load_value_or_reward("my_reward_model"), load_tokenizer("my_reward_model")
+        ids = tokenizer("the film was good", return_tensors="pt")["input_ids"]
+        print(model(ids).logits.shape)  # (1, 1); RewardScorer reads scores of texts
 
     From a causal language model's folder the backbone is taken and the head is new: its weights are drawn from
     N(0, 1/sqrt(d+1)) (Huang et al. 2024, detail 11), so seed torch first. An adapter folder is merged into its base.

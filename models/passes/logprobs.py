@@ -163,6 +163,17 @@ def response_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-probabilities (and entropies) of the response tokens at a sampling temperature.
 
+    Example::
+
+        from ppo_vs_dpo import load_policy, load_tokenizer, response_logprobs
+        from ppo_vs_dpo.models.passes.logprobs import pad_batch
+
+        model, tokenizer = load_policy("my_model"), load_tokenizer("my_model")
+        prompt, response = (tokenizer(text)["input_ids"] for text in ("the film", " was good"))
+        batch = pad_batch([prompt], [response], tokenizer.pad_token_id)
+        logprobs, _ = response_logprobs(model, batch)
+        print(logprobs.shape)  # (1, tokens of the longest response)
+
     Args:
         model: a causal language model.
         batch: from `pad_batch`.

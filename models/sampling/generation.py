@@ -27,6 +27,13 @@ LOOK_EVERY = 8
 class SamplingConfig:
     """How completions are drawn.
 
+    Example::
+
+        from ppo_vs_dpo import SamplingConfig
+
+        plain = SamplingConfig(max_new_tokens=64)  # temperature 1, the whole distribution
+        greedy = SamplingConfig(max_new_tokens=64, temperature=0.0)
+
     Attributes:
         max_new_tokens: the response budget, EOS included.
         temperature: divides the logits; 0 is greedy.
@@ -58,6 +65,14 @@ class SamplingConfig:
 @dataclass
 class Generated:
     """One completion: its tokens (EOS included when ``finished``) and whether it ended by itself.
+
+    Example::
+
+        from ppo_vs_dpo import Generated, load_tokenizer
+
+        tokenizer = load_tokenizer("my_model")
+        one = Generated(token_ids=[*tokenizer("Hello")["input_ids"], tokenizer.eos_token_id], finished=True)
+        print(tokenizer.decode(one.token_ids, skip_special_tokens=True))
 
     Where they were asked for: the log-probability of each token and the entropy (nats) of the distribution that it
     was drawn from.
@@ -127,6 +142,17 @@ def generate(
     with_logprobs: bool = False,
 ) -> list[Generated]:
     """Draw one completion for every prompt.
+
+    Example::
+
+        from ppo_vs_dpo import SamplingConfig, generate, load_policy, load_tokenizer
+
+        model, tokenizer = load_policy("my_model"), load_tokenizer("my_model")
+        prompts = [tokenizer(text)["input_ids"] for text in ("the film", "a story")]
+        sampling = SamplingConfig(max_new_tokens=16)
+        ends = [tokenizer.eos_token_id]
+        for one in generate(model, prompts, sampling, eos_token_ids=ends, seeds=[1, 2]):
+            print(tokenizer.decode(one.token_ids), one.finished)
 
     Args:
         model: a causal language model.

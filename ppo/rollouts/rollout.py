@@ -44,6 +44,19 @@ class Extents(NamedTuple):
 class Rollout:
     """``N`` prompts with one response each; prompts of at most ``P`` tokens, responses of at most ``R``.
 
+    Example::
+
+        from datasets import Dataset
+        from ppo_vs_dpo import PPOConfig, PPOTrainer, Rollout
+
+        args = PPOConfig(output_dir="out", max_steps=1, rollout_batch_size=4, response_length=8, report_to="none")
+        prompts = Dataset.from_dict({"prompt": ["the film", "a story"]})
+        trainer = PPOTrainer("my_model", reward_funcs=lambda prompts, completions: [1.0] * len(prompts), args=args,
+                             train_dataset=prompts)
+        trainer.prepare()
+        rollout: Rollout = trainer.collect(0)
+        print(rollout.response_ids.shape, rollout.scores)
+
     Attributes:
         prompt_ids: ``(N, P)`` left-padded.
         prompt_mask: ``(N, P)`` bool, True where real.

@@ -11,6 +11,12 @@ NAMES = ("win_rate", "length_controlled_win_rate", "sequence_kl", "preference_ac
 def load_metric(name: str):
     """The ``evaluate`` metric of this project with that name.
 
+    Example::
+
+        from ppo_vs_dpo import load_metric
+
+        print(load_metric("win_rate").compute(preferences=[1.0, 0.5, 0.0, 1.0]))
+
     Raises:
         UserError: there is no such metric.
     """
