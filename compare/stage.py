@@ -21,10 +21,12 @@ from ppo_vs_dpo.compare.estimates.judgements import (
     split_pairs,
     table_of,
 )
+from ppo_vs_dpo.compare.estimates.length_control import support_notes
 from ppo_vs_dpo.compare.estimates.win_rates import Settings, judge_pairs
 from ppo_vs_dpo.compare.frontier.cross import cross_logprobs
 from ppo_vs_dpo.compare.frontier.gaps import Enumerated, enumerate_policies, optimal_figures
 from ppo_vs_dpo.compare.judges.llm import Comparison, Judgement, LLMJudge
+from ppo_vs_dpo.compare.judges.noise import add_corrections, self_disagreement
 from ppo_vs_dpo.compare.report.assemble import best_of_n_logprobs, figures
 from ppo_vs_dpo.compare.report.cost import cost
 from ppo_vs_dpo.compare.report.decision import decide
@@ -96,6 +98,8 @@ def run_compare(context: StageContext) -> None:
         verdicts, checked = split_pairs(verdicts)
         table, known = table_of(verdicts, prompts)
         known |= {"heldout": checked} if on_pairs else {}
+        again = self_disagreement(verdicts, judge.config.repeats)
+        known |= {"self_disagreement": again} if again else {}
         judges[judge.name] = {**judge.identity(), "in_sample": False, **known}
         read += verdicts
         tables |= {judge.name: table} if table is not None else {}
@@ -124,8 +128,19 @@ def run_compare(context: StageContext) -> None:
         "reward_model": reward_model_figures(context),
     }
     report["settings"].pop("workers")
+    for judge in reading:
+        own = [one for one in read if one.judge == judge.name]
+        add_corrections(
+            report["win_rates"],
+            judge.name,
+            own,
+            resamples=settings.resamples,
+            seed=context.seed,
+            confidence=settings.confidence,
+            unit_of=dict(zip(prompts.ids, prompts.clusters, strict=True)) if prompts.clusters is not None else None,
+        )
     report["decision"] = decide(report)
-    report["warnings"] = notes + warnings(report)
+    report["warnings"] = notes + warnings(report) + support_notes(report["win_rates"])
     report["verdict"] = sentences(report)
     report["would_change"] = would_change(report)
     report["cost"] = cost(context, found.learned, started)
@@ -269,9 +284,29 @@ def reading_notes(judge: LLMJudge, known: dict[str, Any], stopped: str | None) -
         )
     if known["excluded"]:
         total = known["excluded"] + known["judged"]
+        refused, cut = known.get("refused", 0), known.get("cut_off", 0)
+        of_these = [f"{refused} were refused by its endpoint ({judge.refusal})"] if refused else []
+        if cut:
+            of_these.append(
+                f"{cut} replies were cut off at {judge.budget} tokens (raise max_completion_tokens, or the template's "
+                f"max_tokens)"
+            )
         notes.append(
             f"The judge {judge.name} named no verdict for {known['excluded']} of {total} comparisons, after "
             f"{judge.config.reasks} further tries; they are left out, not guessed."
+            + (f" Of these, {' and '.join(of_these)}." if of_these else "")
+        )
+    if without := judge.backend.dropped():
+        notes.append(
+            f"The judge {judge.name}: its endpoint does not know {', '.join(without)}, and was asked without."
+        )
+    if judge.cache.unreadable:
+        notes.append(f"{judge.cache.unreadable} kept replies could not be read; what they answered was asked again.")
+    again = known.get("self_disagreement")
+    if again and again["rate"] is not None and again["rate"] > 0.1:
+        notes.append(
+            f"Asked again, the judge {judge.name} contradicts itself in {100 * again['rate']:.0f} % of cases: its win "
+            f"rates are pulled towards 50 %. noise_corrected in report.json says what they are without that."
         )
     bias = known["position_bias"]["bias"]
     if bias is not None and abs(bias) > 0.2:

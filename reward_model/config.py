@@ -17,6 +17,7 @@ class RewardModelStage:
             cross-entropy to it (Bai et al. 2022b); else every pair counts as certain.
         path: a reward model that is trained already, a folder or a name on the Hub: it takes the place of training one
             (its scores are centred and judged on the run's held-out pairs like any other's).
+        head: the name of that model's head, where another project made it (`models.loading.heads`).
         lora: train adapters (and the head) instead of all weights.
         merge_lora: save the merged model (and the adapter beside it); else the adapter alone.
         samples: SFT samples that the scores are centred on.
@@ -27,6 +28,7 @@ class RewardModelStage:
     """
 
     path: str | None = None
+    head: str | None = None
     head_init: str = "zero"
     use_margin: bool = False
     use_soft_labels: bool = True

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, write_json
 from ppo_vs_dpo.models.loading.config import ModelConfig
-from ppo_vs_dpo.models.loading.heads import load_reward
+from ppo_vs_dpo.models.loading.heads import load_reward, named_head
 from ppo_vs_dpo.models.loading.pretrained import context_length, load_tokenizer
 from ppo_vs_dpo.models.passes.logprobs import Batch, base
 from ppo_vs_dpo.models.passes.scores import Reader, is_encoder
@@ -22,6 +22,8 @@ from ppo_vs_dpo.models.text.prompts import Prompt
 
 # The mean score of SFT samples, in the saved model's config.json; subtracted from every score.
 BIAS_KEY = "score_bias"
+# There, too: the model was trained by others, and is read as they read it.
+FOREIGN_KEY = "trained_elsewhere"
 
 
 def read_bias(path: str | Path) -> float:
@@ -137,7 +139,7 @@ class RewardScorer:
         """A scorer of a model that was loaded from ``path`` already; the arguments are those of `load`."""
         tokenizer = scoring_tokenizer(path, model_config)
         # A head of that kind is read at the last real token by those who made it, too.
-        foreign = not is_ours(path) and head is None
+        foreign = not is_ours(path) and head is None and named_head(path, model_config) is None
         return cls(model, tokenizer, read_bias(path), batch_size, foreign)
 
     def encode(
@@ -239,9 +241,13 @@ def padded(rows: Sequence[Sequence[int]], longest: int, fill: int) -> torch.Tens
 
 
 def is_ours(path: str | Path) -> bool:
-    """Whether this project's reward-model stage wrote the folder: its config carries the bias of the scores."""
-    config = Path(path) / "config.json"
-    return config.is_file() and BIAS_KEY in read_json(config)
+    """Whether this project's reward-model stage trained the model: its config carries the bias of the scores.
+
+    A model that was trained elsewhere and stands in a run (``reward_model.path``) has one, too, and says so.
+    """
+    file = Path(path) / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    return BIAS_KEY in config and not config.get(FOREIGN_KEY)
 
 
 def scoring_tokenizer(path: str | Path, model_config: ModelConfig | None = None) -> PreTrainedTokenizerBase:

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl.trainer.reward_config import RewardConfig
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.artifacts.files import atomic_folder, read_parquet
+from ppo_vs_dpo.artifacts.files import atomic_folder, read_json, read_parquet, write_json
 from ppo_vs_dpo.artifacts.settings import split
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.models.loading.config import LoraSettings
+from ppo_vs_dpo.models.loading.heads import HEAD_KEY
 from ppo_vs_dpo.models.loading.pretrained import (
     context_length,
     eos_token_ids,
@@ -40,7 +41,7 @@ from ppo_vs_dpo.preferences.reading.tables import read_rows
 from ppo_vs_dpo.reward_model.config import RewardModelStage
 from ppo_vs_dpo.reward_model.data import reward_dataset, without_margin
 from ppo_vs_dpo.reward_model.report import write_report
-from ppo_vs_dpo.reward_model.scorer import RewardScorer, store_bias
+from ppo_vs_dpo.reward_model.scorer import FOREIGN_KEY, RewardScorer, store_bias
 from ppo_vs_dpo.reward_model.trainer import PairRewardTrainer
 
 PAIR_COLUMNS = ["prompt", "chosen", "rejected"]
@@ -182,6 +183,10 @@ def take_given(
                 (target / file.name).write_bytes(file.read_bytes())
             elif file.is_file() and file.name != "README.md":
                 (target / file.name).symlink_to(file.resolve())
+        # Its own bias does not make it one of ours, trained to be read at the last token.
+        config = target / "config.json"
+        content = read_json(config) if config.is_file() else {}
+        write_json(config, {**content, FOREIGN_KEY: True} | ({HEAD_KEY: settings.head} if settings.head else {}))
     seen = read_parquet(context.run.path("pairs", "train.parquet"), PAIR_COLUMNS)
     seen = seen.select(range(min(len(test), len(seen))))
     with unsharded_loading():

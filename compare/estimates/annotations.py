@@ -1,6 +1,6 @@
 """Judgements made elsewhere, in AlpacaEval's format, put through the same statistics::
 
-    python -m ppo_vs_dpo.compare.estimates.annotations FILE... [--json] [--difficulty]
+    python -m ppo_vs_dpo.compare.estimates.annotations FILE... [--json] [--difficulty] [--leaderboard FOLDER]
 
 Each file is a list of ``{"instruction", "output_1", "generator_1", "output_2", "generator_2", "preference"}``;
 ``preference`` runs from 1 (the baseline, ``output_1``, wins) to 2 (the model, ``output_2``, wins), 1.5 or 0 is a tie.
@@ -23,8 +23,9 @@ import numpy as np
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import finite
-from ppo_vs_dpo.compare.estimates.length_control import length_controlled
+from ppo_vs_dpo.compare.estimates.length_control import length_controlled, support_of
 from ppo_vs_dpo.compare.statistics.intervals import wilson
+from ppo_vs_dpo.compare.statistics.leaderboard import GAMED_FILE, Leaderboard, fit_leaderboard, read_leaderboard
 from ppo_vs_dpo.compare.statistics.significance import detectable_gap, sign_test, win_rates_with_p
 
 
@@ -158,17 +159,26 @@ def preferences_of(rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def statistics_of(
-    rows: list[dict[str, Any]], where: str = "", difficulty: dict[str, float] | None = None
+    rows: list[dict[str, Any]],
+    where: str = "",
+    difficulty: dict[str, float] | None = None,
+    leaderboard: Leaderboard | None = None,
+    numbers: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """AlpacaEval's figures under its names (percent), and what it does not give: intervals, tests, power.
 
     ``win_rate`` is the mean of preference - 1, ``standard_error`` its standard error, a win is a preference above
     1.5, a draw one of exactly 1.5 or 0, and ``discrete_win_rate`` rounds every preference to a win, a loss or a draw.
+    ``length_controlled_minimal_win_rate`` is of the minimal model (intercept and length), which can be fitted to these
+    rows alone; ``length_controlled_win_rate`` is the leaderboard's, of its full model. ``length_support`` is the
+    share of rows on the thinner side of equal length.
 
     Args:
         rows: annotations of one model.
         where: for messages.
-        difficulty: instruction -> how hard it is, for AlpacaEval 2's third term.
+        difficulty: instruction -> how hard it is, from other models' files, for a third term in the minimal model.
+        leaderboard: what the leaderboard's full model needs (`compare.statistics.leaderboard`).
+        numbers: instruction -> its number in the evaluation set; by default rows stand in that order.
     """
     given, usable = preferences_of(rows)
     if not usable.any():
@@ -199,9 +209,10 @@ def statistics_of(
     result |= chosen_first(kept)
     texts = [(row.get("output_1"), row.get("output_2")) for row in kept]
     known = np.array([all(isinstance(text, str) for text in pair) for pair in texts])
+    result["length_controlled_win_rate"] = None
     if not known.any():
         note = "no annotation has both outputs, so lengths are not known"
-        return {**result, "length_controlled_win_rate": None, "length_controlled_note": note}
+        return {**result, "length_controlled_minimal_win_rate": None, "length_controlled_note": note}
     lengths = np.array([[len(text) for text in pair] for pair, use in zip(texts, known, strict=True) if use])
     result["avg_length"], result["avg_length_base"] = float(lengths[:, 1].mean()), float(lengths[:, 0].mean())
     if not known.all():
@@ -211,23 +222,92 @@ def statistics_of(
     if difficulty is not None:
         hard = np.array([difficulty.get(str(row.get("instruction")), 0.0) for row in kept])[known]
         with_it = length_figures(preference[known], difference, hard)
-        result["length_controlled_difficulty_win_rate"] = with_it["length_controlled_win_rate"]
+        result["length_controlled_difficulty_win_rate"] = with_it["length_controlled_minimal_win_rate"]
+    if leaderboard is not None:
+        result |= leaderboard_figures(rows, where, leaderboard, numbers)
     return result
+
+
+def leaderboard_figures(
+    rows: list[dict[str, Any]], where: str, leaderboard: Leaderboard, numbers: dict[str, int] | None
+) -> dict[str, Any]:
+    """The leaderboard's own length-controlled win rate in percent (`compare.statistics.leaderboard.fit_leaderboard`).
+
+    Raises:
+        UserError: an instruction whose difficulty is not known.
+    """
+    given, usable = preferences_of(rows)
+    texts = [(row.get("output_1"), row.get("output_2")) for row in rows]
+    known = np.array([all(isinstance(text, str) for text in pair) for pair in texts])
+    n = len(leaderboard.difficulty)
+    if numbers is None and len(rows) != n:
+        raise UserError(
+            f"{where}: {len(rows)} annotations, and the leaderboard's difficulties are of {n} instructions: which row "
+            f"is which is not known. Give a file with all {n} of them beside it (any model's)."
+        )
+    found = range(len(rows)) if numbers is None else [numbers.get(str(row.get("instruction")), -1) for row in rows]
+    unknown = [row for row, number in enumerate(found) if number not in leaderboard.difficulty]
+    if unknown:
+        raise UserError(
+            f"{where}, entry {unknown[0]}: no difficulty is known of its instruction ({len(unknown)} such entries). "
+            f"The leaderboard's model is for AlpacaEval's own instructions."
+        )
+    shares = np.where(usable, np.where(given == 0, 1.5, given) - 1, np.nan)[known]
+    lengths = np.array([[len(text) for text in pair] for pair, use in zip(texts, known, strict=True) if use])
+    hard = np.array([leaderboard.difficulty[number] for number in found])[known]
+    try:
+        fit = fit_leaderboard(shares, lengths[:, 0] - lengths[:, 1], hard, leaderboard.gamed)
+    except ValueError as error:
+        return {"length_controlled_note": str(error)}
+    note = (
+        None
+        if leaderboard.gamed is not None
+        else f"without {GAMED_FILE}, which regularises the leaderboard's fit: not its figure"
+    )
+    return {
+        "length_controlled_win_rate": 100 * fit.win_rate if leaderboard.gamed is not None else None,
+        "length_controlled_unregularised_win_rate": 100 * fit.win_rate if leaderboard.gamed is None else None,
+        "length_controlled_standard_error": 100 * fit.standard_error,
+        "length_controlled_model": {"theta": fit.theta, "phi": fit.phi, "psi": fit.psi, "C": fit.strength},
+        **({"length_controlled_note": note} if note else {}),
+    }
 
 
 def length_figures(
     preference: np.ndarray, difference: np.ndarray, difficulty: np.ndarray | None = None
 ) -> dict[str, Any]:
-    """The length-controlled win rate in percent, or why there is none."""
+    """The minimal model's length-controlled win rate in percent, or why there is none; and how far it extrapolates."""
+    support = {"length_support": support_of(difference)}
+    how = {"regularised": len(preference) >= 50, "extrapolate": True}
     try:
-        fit = length_controlled(preference, difference, difficulty, regularised=len(preference) >= 50)
+        fit = length_controlled(preference, difference, difficulty, **how)
     except ValueError as error:
-        return {"length_controlled_win_rate": None, "length_controlled_note": str(error)}
+        return {**support, "length_controlled_minimal_win_rate": None, "length_controlled_minimal_note": str(error)}
+    note = {"length_controlled_minimal_note": f"extrapolation: {fit.extrapolates}"} if fit.extrapolates else {}
     return {
-        "length_controlled_win_rate": 100 * fit.win_rate,
-        "length_controlled_ci": [100 * x for x in fit.ci],
+        **support,
+        "length_controlled_minimal_win_rate": 100 * fit.win_rate,
+        "length_controlled_minimal_ci": [100 * x for x in fit.ci],
+        "length_controlled_minimal_extrapolates": fit.extrapolates is not None,
         "length_bias": fit.phi,
+        **note,
     }
+
+
+def numbers_of(models: dict[str, list[dict[str, Any]]], n: int) -> dict[str, int] | None:
+    """Instruction -> its number in the evaluation set, from a model that has all ``n`` of them in order.
+
+    Rows may say their number themselves (``index``). ``None`` where no model tells.
+    """
+    for rows in models.values():
+        said = {str(row.get("instruction")): row.get("index") for row in rows}
+        if len(said) == n and all(type(number) is int for number in said.values()):
+            return said
+    for rows in models.values():
+        names = [str(row.get("instruction")) for row in rows]
+        if len(names) == len(set(names)) == n:
+            return {name: number for number, name in enumerate(names)}
+    return None
 
 
 def difficulties(models: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
@@ -264,15 +344,25 @@ def difficulties(models: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str,
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """One line a model, for reading."""
+    """One line a model, for reading; a star behind a figure that is extrapolation."""
     width = max(map(len, results))
-    lines = [f"{'model':<{width}}  win rate  [95 % interval]   length-controlled      n   ties  p"]
+    lines = [
+        f"{'model':<{width}}  win rate  [95 % interval]   length-controlled: full  minimal  support      n   ties  p"
+    ]
     for name, r in sorted(results.items(), key=lambda item: -item[1]["win_rate"]):
-        controlled = r["length_controlled_win_rate"]
+        full, minimal = (
+            "–" if r.get(key) is None else format(r[key], ".2f")
+            for key in ("length_controlled_win_rate", "length_controlled_minimal_win_rate")
+        )
+        minimal += "*" if r.get("length_controlled_minimal_extrapolates") else " "
+        support = "–" if r.get("length_support") is None else f"{100 * r['length_support']:.1f} %"
         lines.append(
             f"{name:<{width}}  {r['win_rate']:7.2f}  [{r['win_rate_ci'][0]:6.2f}, {r['win_rate_ci'][1]:6.2f}]  "
-            f"{'–' if controlled is None else format(controlled, '17.2f'):>17}  {r['n_total']:5d}  {r['n_draws']:5d}  "
-            f"{r['p_permutation']:.4f}"
+            f"{full:>24} {minimal:>9} {support:>8}  {r['n_total']:5d}  {r['n_draws']:5d}  {r['p_permutation']:.4f}"
+        )
+    if any(r.get("length_controlled_minimal_extrapolates") for r in results.values()):
+        lines.append(
+            "* extrapolation: hardly a prompt lies on the other side of equal length (support). Not to quote."
         )
     return "\n".join(lines)
 
@@ -286,6 +376,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--difficulty", action="store_true", help="also with instruction difficulty, taken from the other models given"
     )
+    parser.add_argument(
+        "--leaderboard",
+        nargs="+",
+        metavar="WHERE",
+        help="fit the leaderboard's full model: the folder of instruction_difficulty.csv and df_gamed.csv, the files, "
+        "or hub",
+    )
     parser.add_argument("--json", action="store_true", help="print all figures as JSON, keyed by model")
     arguments = parser.parse_args(argv)
     try:
@@ -297,7 +394,11 @@ def main(argv: list[str] | None = None) -> int:
                     raise UserError(f"{path}: {name} was read already from another file.")
                 models[name], source[name] = rows, f"{path}, model {name}"
         hard = difficulties(models) if arguments.difficulty else {}
-        results = {name: statistics_of(rows, source[name], hard.get(name)) for name, rows in models.items()}
+        board = read_leaderboard(arguments.leaderboard) if arguments.leaderboard else None
+        numbers = numbers_of(models, len(board.difficulty)) if board else None
+        results = {
+            name: statistics_of(rows, source[name], hard.get(name), board, numbers) for name, rows in models.items()
+        }
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

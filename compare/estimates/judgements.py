@@ -14,7 +14,8 @@ from ppo_vs_dpo.artifacts.settings import nearest, split
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.compare.estimates.win_rates import PairTable
 from ppo_vs_dpo.compare.judges.agreement import position_bias
-from ppo_vs_dpo.compare.judges.llm import Cache, Comparison, Judgement, LLMJudge, LLMJudgeConfig
+from ppo_vs_dpo.compare.judges.cache import Cache
+from ppo_vs_dpo.compare.judges.llm import ORDERS, Comparison, Judgement, LLMJudge, LLMJudgeConfig
 from ppo_vs_dpo.compare.judges.scores import FunctionJudge, RewardModelJudge
 from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender, shown_columns
 from ppo_vs_dpo.compare.sampling.gather import model_config_of
@@ -66,6 +67,7 @@ def make_judges(
     if context.run.done("reward_model") is not None:
         folder = context.run.stage_dir("reward_model") / "model"
         scoring.append(RewardModelJudge(folder, model_config_of(context.run), ranks))
+    cache = Cache(replies_file(context))
     taken = {judge.name for judge in scoring}
     for number, entry in enumerate(entries):
         where = f"compare.judges[{number}]"
@@ -80,7 +82,7 @@ def make_judges(
         taken.add(name)
         if entry["kind"] == "llm":
             config, _ = split({**entry, "name": name}, LLMJudgeConfig, where=where)
-            reading.append(LLMJudge(config, cache=Cache(replies_file(context))))
+            reading.append(LLMJudge(config, cache=cache))
         else:
             scoring.append(_scoring(entry, name, where, context, ranks))
     if not scoring and not reading:
@@ -146,15 +148,22 @@ def shown_texts(contender: Contender) -> list[str]:
 def table_of(judgements: list[Judgement], prompts: Prompts) -> tuple[PairTable | None, dict[str, Any]]:
     """Preferences averaged over both orders, NaN where one of them named no verdict; and what the judge is like.
 
+    Where a question was asked several times, an order's preference is the mean of its verdicts.
+
     Returns:
-        The table (``None`` without any usable judgement), and ``position_bias``, ``excluded``, ``judged``.
+        The table (``None`` without any usable judgement), and ``position_bias``, ``excluded``, ``judged``; where there
+        are any, ``refused`` and ``cut_off`` (of the comparisons left out, those with such a reply).
     """
     row_of = {identity: row for row, identity in enumerate(prompts.ids)}
     pairs = list(dict.fromkeys((one.policy, one.versus) for one in judgements))
-    orders = {order: np.full((len(prompts), len(pairs)), np.nan) for order in ("forward", "swapped")}
+    sums = {order: np.zeros((len(prompts), len(pairs))) for order in ORDERS}
+    counts = {order: np.zeros((len(prompts), len(pairs))) for order in ORDERS}
     for one in judgements:
         if one.preference is not None:
-            orders[one.order][row_of[one.prompt_id], pairs.index((one.policy, one.versus))] = one.preference
+            place = row_of[one.prompt_id], pairs.index((one.policy, one.versus))
+            sums[one.order][place] += one.preference
+            counts[one.order][place] += 1
+    orders = {o: np.where(counts[o] > 0, sums[o] / np.maximum(counts[o], 1), np.nan) for o in ORDERS}
     mean = (orders["forward"] + orders["swapped"]) / 2
     asked = {(one.policy, one.versus, one.prompt_id) for one in judgements}
     known = int(np.isfinite(mean).sum())
@@ -163,6 +172,10 @@ def table_of(judgements: list[Judgement], prompts: Prompts) -> tuple[PairTable |
         "excluded": len(asked) - known,
         "position_bias": position_bias(orders["forward"].ravel(), orders["swapped"].ravel()),
     }
+    for key, why in (("refused", "refused"), ("cut_off", "cut off")):
+        lost = {(one.policy, one.versus, one.prompt_id) for one in judgements if one.why == why}
+        lost = {x for x in lost if np.isnan(mean[row_of[x[2]], pairs.index(x[:2])])}
+        figures |= {key: len(lost)} if lost else {}
     usable = np.isfinite(mean).any(axis=0) if len(pairs) else np.zeros(0, dtype=bool)
     if not usable.any():
         return None, figures

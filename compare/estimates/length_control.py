@@ -6,18 +6,21 @@ AlpacaEval 2's generalised linear model (Dubois et al. 2024, arXiv 2404.04475) i
 
 fitted to the preferences; the controlled win rate is the mean over x with d set to 0. Without a difficulty that is
 sigma(theta). Swapping m and b turns theta into -theta, so wr(m, b) = 1 - wr(b, m); a model against itself has 1/2.
+
+Equal length is a question to the data only where some of them lie on either side of it; how much lies on the thinner
+side goes with every figure (`support_of`). AlpacaEval's leaderboard fits more: `compare.statistics.leaderboard`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
 from scipy.special import expit
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GroupKFold
 
-# Strengths of the L1 penalty among which cross-validation chooses; scikit-learn's ten values for LogisticRegressionCV.
-STRENGTHS = np.logspace(-4, 4, 10)
+from ppo_vs_dpo.compare.statistics.soft_logistic import chosen_strength, fit_soft_labels
+
 # A penalty this weak changes no digit that is shown.
 UNPENALISED = 1e10
 
@@ -38,6 +41,8 @@ class LengthControlled:
         psi: slope on difficulty, 0 without one.
         standard_errors: of theta, phi (and psi).
         length_only_win_rate: what lengths alone would give two equally good models.
+        support: share of prompts on the thinner side of equal length (`support_of`).
+        extrapolates: why the figure is extrapolation; ``None`` where it is not.
     """
 
     win_rate: float
@@ -47,6 +52,36 @@ class LengthControlled:
     psi: float
     standard_errors: tuple[float, ...]
     length_only_win_rate: float
+    support: float
+    extrapolates: str | None
+
+
+def support_of(length_difference: np.ndarray) -> float:
+    """Share of prompts on the thinner side of equal length, those of equal length included: from 0 to 1.
+
+    0: one of the two is longer on every prompt, and a figure for equal lengths is extrapolation. 1/2: as many here as
+    there.
+    """
+    difference = np.asarray(length_difference)
+    if not len(difference):
+        return 0.0
+    return float(min((difference >= 0).mean(), (difference <= 0).mean()))
+
+
+def support_notes(entries: list[dict]) -> list[str]:
+    """One sentence about the pairs of a report whose lengths hardly overlap, or none."""
+    known = [entry for entry in entries if entry.get("length_support") is not None]
+    outside = [
+        entry for entry in known if entry["length_controlled"] is None and entry["length_support"] < LEAST_SHARE
+    ]
+    if not outside:
+        return []
+    thinnest = min(outside, key=lambda entry: entry["length_support"])
+    return [
+        f"{len(outside)} of {len(known)} length-controlled win rates are refused: one answer is longer on nearly "
+        f"every prompt, and a figure for equal lengths would be extrapolation (thinnest: {thinnest['policy']} against "
+        f"{thinnest['versus']}, {100 * thinnest['length_support']:.1f} % on the other side)."
+    ]
 
 
 def features(length_difference: np.ndarray, difficulty: np.ndarray | None = None) -> np.ndarray:
@@ -58,37 +93,6 @@ def features(length_difference: np.ndarray, difficulty: np.ndarray | None = None
     if difficulty is not None:
         columns.append(np.asarray(difficulty, dtype=np.float64))
     return np.stack(columns, axis=1)
-
-
-def _fit(design: np.ndarray, preferences: np.ndarray, strength: float, penalty: str) -> np.ndarray:
-    """Coefficients of a logistic regression on soft labels: each row counts once as 1 and once as 0, by its weight."""
-    doubled = np.concatenate([design, design])
-    labels = np.repeat([1, 0], len(design))
-    weights = np.concatenate([preferences, 1 - preferences])
-    if len(np.unique(labels[weights > 0])) < 2:
-        # All preferences are 0 or all are 1: the likelihood has no maximum.
-        raise ValueError("all preferences are equal: a logistic regression has no finite solution")
-    options = {"solver": "liblinear", "l1_ratio": 1.0} if penalty == "l1" else {"solver": "lbfgs", "l1_ratio": 0.0}
-    model = LogisticRegression(
-        C=strength, fit_intercept=False, tol=1e-10, max_iter=10_000, random_state=123, **options
-    )
-    return model.fit(doubled, labels, sample_weight=weights).coef_[0]
-
-
-def _log_loss(design: np.ndarray, preferences: np.ndarray, coefficients: np.ndarray) -> float:
-    p = np.clip(expit(design @ coefficients), 1e-15, 1 - 1e-15)
-    return float(-np.mean(preferences * np.log(p) + (1 - preferences) * np.log(1 - p)))
-
-
-def chosen_strength(design: np.ndarray, preferences: np.ndarray, folds: int = 5) -> float:
-    """The L1 strength with the least held-out log loss over contiguous folds, as AlpacaEval's own code chooses it."""
-    losses = np.zeros(len(STRENGTHS))
-    groups = np.arange(len(design))
-    for train, test in GroupKFold(folds).split(design, groups=groups):
-        for column, strength in enumerate(STRENGTHS):
-            coefficients = _fit(design[train], preferences[train], strength, "l1")
-            losses[column] += _log_loss(design[test], preferences[test], coefficients)
-    return float(STRENGTHS[losses.argmin()])
 
 
 def check_overlap(difference: np.ndarray) -> None:
@@ -121,6 +125,17 @@ def check_separable(inverse: np.ndarray, used: np.ndarray) -> None:
             )
 
 
+def _objection(said: bool, check: Callable[..., None], *arguments: Any) -> str | None:
+    """What a check objects to, where that is only said; else it is raised."""
+    try:
+        check(*arguments)
+    except ValueError as error:
+        if not said:
+            raise
+        return str(error)
+    return None
+
+
 def length_controlled(
     preferences: np.ndarray,
     length_difference: np.ndarray,
@@ -128,6 +143,7 @@ def length_controlled(
     *,
     confidence: float = 0.95,
     regularised: bool = False,
+    extrapolate: bool = False,
 ) -> LengthControlled:
     """Fit the model to one pair of policies.
 
@@ -137,6 +153,7 @@ def length_controlled(
         difficulty: ``(P,)`` of each prompt, optional.
         confidence: of the interval.
         regularised: choose an L1 penalty by cross-validation, as AlpacaEval does; else plain maximum likelihood.
+        extrapolate: give a figure where lengths do not overlap, too, and say so in it; else refuse.
 
     Raises:
         ValueError: fewer than 10 prompts, all preferences equal 0 or 1, or lengths that do not overlap: one side is
@@ -145,17 +162,17 @@ def length_controlled(
     preferences = np.asarray(preferences, dtype=np.float64)
     if len(preferences) < 10:
         raise ValueError(f"{len(preferences)} prompts are too few to fit a length effect")
-    check_overlap(np.asarray(length_difference, dtype=np.float64))
+    why = _objection(extrapolate, check_overlap, np.asarray(length_difference, dtype=np.float64))
     design = features(length_difference, difficulty)
     used = np.ptp(design, axis=0) > 0
     used[0] = True
     strength = chosen_strength(design[:, used], preferences) if regularised else UNPENALISED
     coefficients = np.zeros(design.shape[1])
-    coefficients[used] = _fit(design[:, used], preferences, strength, "l1" if regularised else "l2")
+    coefficients[used] = fit_soft_labels(design[:, used], preferences, strength, "l1" if regularised else "l2")
     # Sandwich covariance A^-1 B A^-1 of the estimating equations (White 1982).
     p = expit(design @ coefficients)
     a = np.linalg.pinv((design * (p * (1 - p))[:, None]).T @ design)
-    check_separable(a, used)
+    why = why or _objection(extrapolate, check_separable, a, used)
     # HC3 (MacKinnon & White 1985): a prompt's residual is what it would be without that prompt.
     leverage = np.einsum("pi,ij,pj->p", design, a, design) * p * (1 - p)
     residual = (preferences - p) / np.maximum(1 - leverage, 0.1)
@@ -179,4 +196,6 @@ def length_controlled(
         psi=float(coefficients[2]) if difficulty is not None else 0.0,
         standard_errors=tuple(errors.tolist()),
         length_only_win_rate=float(expit(design[:, 1] * coefficients[1]).mean()),
+        support=support_of(length_difference),
+        extrapolates=why,
     )

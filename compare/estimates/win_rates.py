@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ppo_vs_dpo.compare.estimates.length_control import length_controlled
+from ppo_vs_dpo.compare.estimates.length_control import length_controlled, support_of
 from ppo_vs_dpo.compare.judges.scores import preference_by_score
 from ppo_vs_dpo.compare.sampling.best_of_n import kl_bound
 from ppo_vs_dpo.compare.sampling.completions import Draws
@@ -256,6 +256,7 @@ def win_rates(
         }
         if lengths is not None:
             hard = table.difficulty(policy, versus) if difficulty else None
+            entry["length_support"] = support_of(lengths[policy] - lengths[versus])
             entry["length_controlled"] = _controlled(preference, lengths[policy] - lengths[versus], settings, hard)
         entries += [entry, reverse(entry)]
     return entries
@@ -312,7 +313,11 @@ def _controlled(
         fit = length_controlled(preference, difference, difficulty, confidence=settings.confidence)
     except ValueError:
         return None
-    found = {"win_rate": fit.win_rate, "ci": list(fit.ci)}
+    found = {
+        "model": "minimal" if difficulty is None else "difficulty",
+        "win_rate": fit.win_rate,
+        "ci": list(fit.ci),
+    }
     # The size of the slope: its sign depends on which of the two stands first.
     return found if difficulty is None else {**found, "difficulty_slope": abs(fit.psi)}
 

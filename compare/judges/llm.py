@@ -5,15 +5,18 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.artifacts.files import append_jsonl, read_jsonl, sha256_of
-from ppo_vs_dpo.compare.judges.backends import Backend, EndpointDown, LocalBackend, OpenAIBackend, Reply
+from ppo_vs_dpo.artifacts.files import sha256_of
+from ppo_vs_dpo.compare.judges.backends import Backend, LocalBackend, OpenAIBackend
+from ppo_vs_dpo.compare.judges.cache import Cache
 from ppo_vs_dpo.compare.judges.template import JudgeTemplate, load_template
+from ppo_vs_dpo.models.sampling.chat import EndpointDown, Refused, Reply
 
 ORDERS = ("forward", "swapped")
+# An endpoint that refused so many requests and answered none will answer none.
+MOST_REFUSED = 16
 
 
 @dataclass
@@ -30,9 +33,13 @@ class LLMJudgeConfig:
         api_key_env: environment variable that holds the key.
         concurrency: requests at the same time.
         requests_per_minute: rate limit.
-        timeout: seconds for one request.
+        timeout: seconds for one request, from the first byte sent to the last byte read.
         retries: of a failed request, with growing pauses.
+        max_completion_tokens: for a model that thinks before it answers: budget of thinking and reply together, sent
+            under this name; empty for one that does not, whose budget is the template's.
         reasks: further tries for a reply that names no verdict.
+        repeats: how often each question is asked in each order; from 2 on, the report says how often the judge
+            contradicts itself, and what its win rates are without that noise.
         temperature: of the judge.
         logprobs: weigh verdicts by the judge's log-probabilities where they are given.
         n_prompts: how many prompts it judges; empty for all.
@@ -53,7 +60,9 @@ class LLMJudgeConfig:
     requests_per_minute: float | None = None
     timeout: float = 60.0
     retries: int = 3
+    max_completion_tokens: int | None = None
     reasks: int = 2
+    repeats: int = 1
     temperature: float = 0.0
     logprobs: bool = True
     n_prompts: int | None = None
@@ -88,6 +97,8 @@ class Judgement:
         preference: in [0, 1] for the policy, ``None`` where no reply named a verdict.
         raw: the reply.
         attempts: replies asked for.
+        repeat: 0 for the first time the question is asked, 1 for the second.
+        why: why there is no preference: ``refused`` by the endpoint, ``cut off``, ``no verdict``; else empty.
     """
 
     judge: str
@@ -98,6 +109,8 @@ class Judgement:
     preference: float | None
     raw: str
     attempts: int
+    repeat: int = 0
+    why: str = ""
 
 
 @dataclass
@@ -109,6 +122,8 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     unparseable: int = 0
+    refused: int = 0
+    cut_off: int = 0
     weighted: int = 0
 
 
@@ -134,30 +149,6 @@ def preference_from_tokens(template: JudgeTemplate, reply: Reply) -> float | Non
     return None
 
 
-class Cache:
-    """Replies by content, a line each in a file: what was paid for survives any crash."""
-
-    def __init__(self, path: Path | None):
-        self.path = path
-        self._lock = threading.Lock()
-        self._known: dict[str, dict] = {}
-        if path is not None and path.is_file():
-            self._known = {row["key"]: row for row in read_jsonl(path)}
-
-    def get(self, key: str) -> Reply | None:
-        """The reply under a key."""
-        row = self._known.get(key)
-        return Reply(row["text"], row["tokens"], row["prompt_tokens"], row["completion_tokens"]) if row else None
-
-    def put(self, key: str, reply: Reply) -> None:
-        """Keep a reply, on disk before this returns."""
-        row = {"key": key, **asdict(reply)}
-        with self._lock:
-            self._known[key] = row
-            if self.path is not None:
-                append_jsonl(self.path, row)
-
-
 class LLMJudge:
     """Asks a language model about pairs of completions.
 
@@ -172,11 +163,19 @@ class LLMJudge:
     def __init__(self, config: LLMJudgeConfig, backend: Backend | None = None, cache: Cache | None = None):
         self.config, self.name = config, config.name
         self.template = load_template(config.template)
+        for key, least in (("repeats", 1), ("reasks", 0), ("max_completion_tokens", 1), ("retries", 0)):
+            value = getattr(config, key)
+            if value is not None and value < least:
+                raise UserError(f"judge {config.name}: {key} is {value}; it must be at least {least}.")
+        if config.timeout <= 0:
+            raise UserError(f"judge {config.name}: timeout is {config.timeout}; it must be above 0.")
         if not 1 <= config.concurrency <= 256:
             raise UserError(f"judge {config.name}: concurrency is {config.concurrency}; 1 to 256 are possible.")
         self.backend = backend or make_backend(config)
         self.cache = cache or Cache(None)
         self.usage = Usage()
+        self.budget = config.max_completion_tokens or self.template.max_tokens
+        self.refusal = ""
         self._lock = threading.Lock()
 
     def identity(self) -> dict[str, Any]:
@@ -188,6 +187,9 @@ class LLMJudge:
             "template_hash": self.template.identity(),
             "temperature": self.config.temperature,
             "logprobs": self.config.logprobs,
+            **({"max_completion_tokens": self.budget} if self.config.max_completion_tokens else {}),
+            **({"repeats": self.config.repeats} if self.config.repeats > 1 else {}),
+            **({"without": ", ".join(self.backend.dropped())} if self.backend.dropped() else {}),
         }
 
     def estimate(self, comparisons: Sequence[Comparison]) -> dict[str, float]:
@@ -196,10 +198,10 @@ class LLMJudge:
         for comparison in comparisons:
             for order in ORDERS:
                 messages = self._messages(comparison, order)
-                if self.cache.get(self._key(messages, 0)) is None:
-                    requests += 1
-                    prompt_tokens += sum(len(message["content"]) for message in messages) // 4 + 8
-        completion_tokens = requests * self.template.max_tokens
+                new = sum(self.cache.get(self._key(messages, r, 0)) is None for r in range(self.config.repeats))
+                requests += new
+                prompt_tokens += new * (sum(len(message["content"]) for message in messages) // 4 + 8)
+        completion_tokens = requests * self.budget
         return {
             "requests": requests,
             "prompt_tokens": prompt_tokens,
@@ -217,7 +219,10 @@ class LLMJudge:
     def judge(
         self, comparisons: Sequence[Comparison], progress: Callable[[int, int], None] | None = None
     ) -> tuple[list[Judgement], str | None]:
-        """Both orders of every comparison.
+        """Both orders of every comparison, ``repeats`` times.
+
+        A comparison that the endpoint refuses is left out and counted (`Usage.refused`). One that refuses all of
+        them from the start is stopped: that is no matter of a prompt.
 
         Returns:
             The judgements that were reached, in the order of the comparisons (forward, then swapped), and why it
@@ -232,7 +237,12 @@ class LLMJudge:
                 f"judge {self.name}: about {estimate['requests']:.0f} requests would cost {estimate['cost']:.2f}, "
                 f"more than max_cost {self.config.max_cost:.2f}. Lower n_prompts, name pairs, or raise max_cost."
             )
-        tasks = [(comparison, order) for comparison in comparisons for order in ORDERS]
+        tasks = [
+            (comparison, order, repeat)
+            for comparison in comparisons
+            for order in ORDERS
+            for repeat in range(self.config.repeats)
+        ]
         found: list[Judgement | None] = [None] * len(tasks)
         stopped: str | None = None
         halt = threading.Event()
@@ -244,53 +254,64 @@ class LLMJudge:
                         found[running[future]] = future.result()
                     except EndpointDown as error:
                         stopped = stopped or str(error)
+                    if self._refuses_everything():
+                        halt.set()
                     if progress is not None:
                         progress(done, len(tasks))
             except BaseException:
                 halt.set()
                 raise
+        if stopped is None and self.usage.refused and not self.usage.requests + self.usage.cached:
+            return [], self.refusal
         return [judgement for judgement in found if judgement is not None], stopped
+
+    def _refuses_everything(self) -> bool:
+        answered = self.usage.requests + self.usage.cached
+        return not answered and self.usage.refused >= MOST_REFUSED
 
     def _messages(self, comparison: Comparison, order: str) -> list[dict[str, str]]:
         sides = (comparison.ours, comparison.theirs)
         return self.template.messages(comparison.prompt, *(sides if order == "forward" else sides[::-1]))
 
-    def _key(self, messages: list[dict[str, str]], attempt: int) -> str:
-        identity = {key: value for key, value in self.identity().items() if key != "logprobs"}
-        return sha256_of([identity, messages, attempt])
+    def _key(self, messages: list[dict[str, str]], repeat: int, attempt: int) -> str:
+        """What a reply depends on, and nothing else: who answers, what was asked, how, and for which time."""
+        temperature = self.config.temperature
+        return sha256_of([self.backend.identity(), messages, self.budget, temperature, repeat, attempt])
 
-    def _one(self, comparison: Comparison, order: str, halt: threading.Event) -> Judgement | None:
+    def _one(self, comparison: Comparison, order: str, repeat: int, halt: threading.Event) -> Judgement | None:
         messages = self._messages(comparison, order)
-        preference, reply, attempt = None, Reply(""), 0
+        preference, text, attempt, why = None, "", 0, ""
         for attempt in range(1 + self.config.reasks):
             # A greedy judge would repeat an unparseable reply: later tries sample.
             temperature = self.config.temperature if attempt == 0 else max(self.config.temperature, 0.7)
-            reply = self._reply(messages, attempt, temperature, halt)
+            try:
+                reply = self._reply(messages, repeat, attempt, temperature, halt)
+            except Refused as refused:
+                with self._lock:
+                    self.usage.refused += 1
+                    self.refusal = self.refusal or str(refused)
+                why = "refused"
+                break
             if reply is None:
                 return None
+            text = reply.text
             preference = self._read(reply)
+            why = "" if preference is not None else {"length": "cut off"}.get(reply.finish, "no verdict")
             if preference is not None:
                 break
         if preference is None:
             with self._lock:
-                self.usage.unparseable += 1
+                self.usage.unparseable += why == "no verdict"
+                self.usage.cut_off += why == "cut off"
         elif order == "swapped":
             preference = 1.0 - preference
-        return Judgement(
-            self.name,
-            comparison.policy,
-            comparison.versus,
-            comparison.prompt_id,
-            order,
-            preference,
-            reply.text,
-            attempt + 1,
-        )
+        who = (self.name, comparison.policy, comparison.versus, comparison.prompt_id)
+        return Judgement(*who, order, preference, text, attempt + 1, repeat, why)
 
     def _reply(
-        self, messages: list[dict[str, str]], attempt: int, temperature: float, halt: threading.Event
+        self, messages: list[dict[str, str]], repeat: int, attempt: int, temperature: float, halt: threading.Event
     ) -> Reply | None:
-        key = self._key(messages, attempt)
+        key = self._key(messages, repeat, attempt)
         kept = self.cache.get(key)
         if kept is not None:
             with self._lock:
@@ -299,7 +320,7 @@ class LLMJudge:
         if halt.is_set():
             return None
         try:
-            reply = self.backend.ask(messages, self.template.max_tokens, temperature, seed=attempt)
+            reply = self.backend.ask(messages, self.budget, temperature, seed=1000 * repeat + attempt)
         except EndpointDown:
             halt.set()  # at once: no other request goes out
             raise
@@ -311,7 +332,7 @@ class LLMJudge:
         return reply
 
     def _read(self, reply: Reply) -> float | None:
-        hard = self.template.parse(reply.text)
+        hard = self.template.read(reply, self.budget)
         if hard is None or not self.config.logprobs:
             return hard
         weighted = preference_from_tokens(self.template, reply)
@@ -335,4 +356,5 @@ def make_backend(config: LLMJudgeConfig) -> Backend:
         config.retries,
         config.requests_per_minute,
         config.logprobs,
+        reasoning=config.max_completion_tokens is not None,
     )

@@ -177,7 +177,11 @@ def pooled_length_control(
         return None
     rates = [fit["win_rate"] for fit in fits]
     middle, ci = over_runs(rates, [fit["ci"] for fit in fits], settings, shares_prompts(runs), (0.0, 1.0))
-    return {"win_rate": middle, "ci": ci}
+    return {
+        "model": fits[0]["model"],
+        "win_rate": middle,
+        "ci": ci,
+    }
 
 
 def pooled_control(runs: list[Run], judge: str, settings: Settings, judges: int) -> dict[str, Any] | None:

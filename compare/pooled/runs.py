@@ -5,6 +5,7 @@ seed would move a figure is in them, which no single run can say.
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -137,11 +138,13 @@ def read_verdicts(run: RunFolder, judges: list[str], prompts: Prompts) -> dict[s
     if not judges:
         return {}
     kept = read_parquet(run.path("compare", "judgements.parquet"), ["judge", "order", "preference"]).to_list()
-    fields = ("judge", "policy", "versus", "prompt_id", "order", "preference", "raw", "attempts")
+    fields = [field.name for field in dataclasses.fields(Judgement)]
     found = {}
     for judge in judges:
         rows = [row for row in kept if row["judge"] == judge and row["order"] != "none"]
-        table, _ = table_of([Judgement(*(row[field] for field in fields)) for row in rows], prompts)
+        table, _ = table_of(
+            [Judgement(**{field: row[field] for field in fields if field in row}) for row in rows], prompts
+        )
         if table is not None:
             found[judge] = table
     return found
@@ -276,6 +279,16 @@ def pooled_judge(runs: list[Run], judge: str) -> dict[str, Any]:
     """A judge's identity, with what all runs asked of it."""
     entries = [run.report["judges"][judge] for run in runs]
     found = dict(entries[0])
+    again = [entry.get("self_disagreement") for entry in entries]
+    if all(again):
+        known = [one for one in again if one["rate"] is not None]
+        sizes = [one["n"] for one in known]
+        found["self_disagreement"] = {
+            "repeats": again[0]["repeats"],
+            "n": sum(sizes),
+            "rate": float(np.average([one["rate"] for one in known], weights=sizes)) if known else None,
+            "flip_rate": None,  # of one run's own verdicts
+        }
     for key in ("judged", "excluded"):
         if all(key in entry for entry in entries):
             found[key] = sum(entry[key] for entry in entries)

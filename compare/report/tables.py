@@ -51,6 +51,8 @@ JUDGEMENTS = pa.schema(
         ("ties", pa.float64()),
         ("raw", pa.string()),
         ("attempts", pa.int32()),
+        ("repeat", pa.int32()),
+        ("why", pa.string()),
     ]
 )
 
@@ -83,5 +85,7 @@ def _scored(judge: str, table: PairTable, prompts: Prompts) -> pa.Table:
         "ties": table.ties.T.ravel(),
         "raw": pa.nulls(n * k, pa.string()),
         "attempts": pa.nulls(n * k, pa.int32()),
+        "repeat": pa.nulls(n * k, pa.int32()),
+        "why": pa.nulls(n * k, pa.string()),
     }
     return pa.table(columns, schema=JUDGEMENTS)

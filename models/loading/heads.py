@@ -28,6 +28,7 @@ from ppo_vs_dpo.models.loading.pretrained import (
     _kwargs,
     _load,
     _prepare,
+    _refuse_adapter,
     _revision,
     is_adapter,
     score_head,
@@ -51,13 +52,26 @@ _HEADS = re.compile(
 _LAST = ("score", "classifier", "classifier.out_proj", "classification_head.out_proj", "logits_proj")
 
 
-def load_reward(path: str | Path, config: ModelConfig | None = None, head: str | None = None) -> PreTrainedModel:
-    """Load a model that scores sequences, frozen, with the head that its folder holds.
+# In a folder's config.json: the head to read, where it is not transformers' own.
+HEAD_KEY = "score_head"
+
+
+def load_reward(
+    path: str | Path,
+    config: ModelConfig | None = None,
+    head: str | None = None,
+    trainable: bool = False,
+    quantization: Any = None,
+) -> PreTrainedModel:
+    """Load a model that scores sequences, with the head that its folder holds.
 
     Args:
         path: Hub name or folder, a whole model or an adapter.
         config: how to load it.
-        head: the name of a head that other projects made; see the table above.
+        head: the name of a head that other projects made; see the table above. By default what ``score_head`` in the
+            folder's ``config.json`` says (`reward_model.train.take_given` writes it).
+        trainable: parameters require gradients: a value model that starts as this reward model.
+        quantization: as in `models.loading.pretrained.load_policy`.
 
     Returns:
         A sequence-classification model with one label; its head is the one that was saved.
@@ -68,7 +82,12 @@ def load_reward(path: str | Path, config: ModelConfig | None = None, head: str |
     """
     config, path = config or ModelConfig(), str(path)
     _check_labels(path, config)
-    model, missing = (_adapter if is_adapter(path) else _whole)(path, config, head)
+    head = head or named_head(path, config)
+    if is_adapter(path):
+        _refuse_adapter(path, quantization)
+        model, missing = _adapter(path, config)
+    else:
+        model, missing = _whole(path, config, quantization)
     if head is not None:
         weight, bias = _named_head(path, config, head)
         _put_head(model, path, head, weight, bias)
@@ -77,7 +96,12 @@ def load_reward(path: str | Path, config: ModelConfig | None = None, head: str |
     if lost or missing:
         raise UserError(_what_is_missing(path, config, lost, missing))
     _normalise(model, path, config)
-    return _prepare(model, trainable=False)
+    return _prepare(model, trainable, quantization)
+
+
+def named_head(path: str | Path, config: ModelConfig | None = None) -> str | None:
+    """What a folder's own ``config.json`` says about its head."""
+    return _raw_config(str(path), config or ModelConfig()).get(HEAD_KEY)
 
 
 def _raw_config(path: str, config: ModelConfig) -> dict[str, Any]:
@@ -118,7 +142,7 @@ def _check_labels(path: str, config: ModelConfig) -> None:
         )
 
 
-def _whole(path: str, config: ModelConfig, head: str | None) -> tuple[PreTrainedModel, list[str]]:
+def _whole(path: str, config: ModelConfig, quantization: Any) -> tuple[PreTrainedModel, list[str]]:
     for key, shape in weights_of(path, config).items():
         if any(key == f"{name}.weight" for name in _LAST) and len(shape) == 2 and shape[0] > 1:
             raise UserError(f"{path} has a head with {shape[0]} labels ({key}); a reward model has one.")
@@ -132,14 +156,14 @@ def _whole(path: str, config: ModelConfig, head: str | None) -> tuple[PreTrained
             num_labels=1,
             revision=_revision(path, config),
             output_loading_info=True,
-            **_kwargs(config),
+            **_kwargs(config, quantization),
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
     return model, sorted(report["missing_keys"])
 
 
-def _adapter(path: str, config: ModelConfig, head: str | None) -> tuple[PreTrainedModel, list[str]]:
+def _adapter(path: str, config: ModelConfig) -> tuple[PreTrainedModel, list[str]]:
     from peft import PeftConfig, PeftModel
 
     settings = PeftConfig.from_pretrained(path)

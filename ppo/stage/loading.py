@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.models.loading.config import ModelConfig
+from ppo_vs_dpo.models.loading.heads import load_reward
 from ppo_vs_dpo.models.loading.pretrained import load_policy, load_tokenizer, load_value_or_reward, score_head
 from ppo_vs_dpo.models.loading.quantized import quantization
 from ppo_vs_dpo.models.sharding.deepspeed import is_sharded
@@ -54,7 +55,7 @@ def _separate(context: StageContext, own: PPOStage, config: ModelConfig, args: P
     if not args.has_critic:
         return roles
     if starts_from_reward_model(own, reward, sft, config):
-        roles["value_model"] = load_value_or_reward(folder, config, trainable=True, quantization=base)
+        roles["value_model"] = load_reward(folder, config, trainable=True, quantization=base)
         rescale_values(roles["value_model"], 1.0, reward.bias + args.fixed_score_bias)
     elif base is not None:
         roles["value_model"] = _backbone_of(sft, config, base)

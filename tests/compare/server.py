@@ -14,7 +14,8 @@ def comparisons(n, ours="a longer and good answer", theirs="short"):
 
 
 class Server:
-    """A chat-completions endpoint on loopback; ``answer(question, number)`` gives text, a status code or raw bytes."""
+    """A chat-completions endpoint on loopback; ``answer(question, number)`` gives text, a status code, raw bytes, or
+    a function that writes on the connection."""
 
     def __init__(self, answer, logprobs=None):
         self.answer, self.logprobs, self.requests, self.headers = answer, logprobs, [], []
@@ -31,6 +32,8 @@ class Server:
                     outer.headers.append({key.lower(): value for key, value in self.headers.items()})
                     number = len(outer.requests)
                 found = outer.answer(body["messages"][-1]["content"], number)
+                if callable(found):  # it writes what it likes
+                    return found(self)
                 if isinstance(found, int):
                     found = (found, "no")
                 status, payload = found if isinstance(found, tuple) else (200, found)
@@ -52,6 +55,7 @@ class Server:
                 self.send_header("Content-Length", str(len(payload)))
                 self.end_headers()
                 self.wfile.write(payload)
+                return None
 
             def log_message(self, *args):
                 pass

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
@@ -14,12 +15,15 @@ from transformers import (
 )
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.loading.heads import load_reward
 from ppo_vs_dpo.models.loading.pretrained import context_length
 from ppo_vs_dpo.models.passes.logprobs import pad_batch
 from ppo_vs_dpo.ppo.roles.rewards import ModelReward
 from ppo_vs_dpo.reward_model.scorer import RewardScorer, store_bias
+from ppo_vs_dpo.reward_model.train import run_stage
 from tests.architectures import DECODERS, ENCODERS, tiny
 from tests.conftest import WORDS
+from tests.sft.tiny_run import context_of, make_run
 
 PROMPTS = ["the film", "a story was", "very", "the"]
 ANSWERS = ["good good bad", "dull", " very very dull and bad", "bright"]
@@ -226,3 +230,32 @@ def test_ppo_refuses_a_reward_model_that_is_too_short_before_it_samples(word_tok
     for kind in ("llama", "bert"):
         with pytest.raises(UserError, match=r"response_length"):
             trainer_with(tmp_path, word_tokenizer, scalar(kind, max_position_embeddings=8))
+
+
+def test_a_value_head_in_the_place_of_a_runs_reward_model(word_tokenizer, tiny_llama, tmp_path):
+    """reward_model.path and .head: the run's folder says what it is, to judges and to the value model."""
+    theirs = tmp_path / "theirs"
+    model = tiny("llama", AutoModelForCausalLM)
+    model.save_pretrained(theirs)
+    word_tokenizer.save_pretrained(theirs)
+    torch.manual_seed(5)
+    weight, bias = torch.randn(1, 32), torch.tensor([0.75])
+    save_file({"v_head.summary.weight": weight, "v_head.summary.bias": bias}, theirs / "value_head.safetensors")
+    settings = {"path": str(theirs), "head": "v_head", "samples": 8}
+    run = make_run(tmp_path / "run", word_tokenizer, tiny_llama(), reward_model=settings)
+    run_stage(context_of(run, "reward_model"))
+    saved = run.path("reward_model", "model")
+    scorer = RewardScorer.load(saved)
+    row = [3, 9, 11, 2]
+    with torch.no_grad():
+        state = model.model(torch.tensor([row])).last_hidden_state[0, -1]
+    assert scorer.score_sequences([row])[0] == pytest.approx((weight[0] @ state + bias).item() - scorer.bias, abs=1e-5)
+    assert scorer.bias == run.done("reward_model")["figures"]["score_bias"] != 0
+    value = load_reward(saved, trainable=True)
+    torch.testing.assert_close(value.score.weight, torch.nn.Parameter(weight))
+    assert value.score.weight.requires_grad
+    # Without its name there is nothing to score with, and the stage says so.
+    settings = {"path": str(theirs), "samples": 8}
+    run = make_run(tmp_path / "other", word_tokenizer, tiny_llama(), reward_model=settings)
+    with pytest.raises(UserError, match=r"say head: v_head"):
+        run_stage(context_of(run, "reward_model"))
