@@ -44,6 +44,8 @@ TITLES = {
 JUDGE_OF = {"gold_reward": "gold", "proxy_reward": "reward_model"}
 OPTIMUM = {"color": "#444444", "linewidth": 1.4, "linestyle": (0, (6, 2))}
 RC = {
+    # Names of policies are text, also where they hold dollar signs.
+    "text.parse_math": False,
     "svg.hashsalt": "ppo-vs-dpo",
     "svg.fonttype": "none",
     "font.family": "sans-serif",

@@ -11,6 +11,7 @@ import torch
 
 from ppo_vs_dpo.artifacts.files import read_parquet
 from ppo_vs_dpo.artifacts.guards.outputs import content_id
+from ppo_vs_dpo.artifacts.guards.processes import die_with_parent
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.compare.config import CompareStage
@@ -121,7 +122,7 @@ def in_processes(function: Callable[[Any], Any], items: Sequence[Any], workers: 
     Forked, because importing torch again would take as long as the work. Results come back by files or by `score_all`.
     """
     context = multiprocessing.get_context("fork")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=die_with_parent) as pool:
         running = {pool.submit(function, item): item for item in items}
         for number, future in enumerate(concurrent.futures.as_completed(running)):
             future.result()
@@ -201,7 +202,7 @@ def _by_model(
         global _scoring
         _scoring = part
         context = multiprocessing.get_context("fork")
-        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=die_with_parent) as pool:
             return np.concatenate(list(pool.map(_score_part, starts)))
     return np.array(ranks.merge(np.concatenate([part(start) for start in starts]), len(rows)))
 

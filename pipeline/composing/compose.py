@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -11,9 +12,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import printable
 from ppo_vs_dpo.artifacts.run import STAGES
 from ppo_vs_dpo.artifacts.settings import nearest, refused_keys
 from ppo_vs_dpo.artifacts.settings.values import out_of_range
@@ -26,6 +28,8 @@ from ppo_vs_dpo.preferences.config import data_class
 GROUPS = ("experiment", "paper", "model", "data", "sft", "reward_model", "dpo", "ppo", "compare", "judge", "deepspeed")
 # Bytes of a run's default name before it is cut; most file systems end at 255, and folders stand beside it.
 LONGEST_NAME = 120
+# Bytes of one name in a path, on nearly every file system.
+LONGEST_PART = 255
 # Mappings whose keys are somebody else's: any name is taken.
 OPEN_SECTIONS = ("model.architecture.", "launch.expected_seconds.", "deepspeed.")
 
@@ -124,7 +128,7 @@ def load(overrides: list[str], check_missing: bool = True) -> DictConfig:
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(explain(error)) from None
         experiment = chosen(dict(config.hydra.runtime.choices))
-        task_overrides = list(config.hydra.overrides.task)
+        task_overrides = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
     return finish(config, experiment, task_overrides, multirun=False, check_missing=check_missing)
 
 
@@ -168,11 +172,37 @@ def finish(
         OmegaConf.update(plain, key, {}, merge=False)
     plain.experiment = experiment
     leave_open(plain, experiment, overrides if emptied is None else emptied)
-    if not plain.get("name"):
-        plain.name = run_name(experiment, overrides, multirun)
-    check(plain, check_missing)
-    OmegaConf.resolve(plain)
+    refuse_odd_places(plain)
+    # A sweep's jobs have a folder each: what differs between them is part of the name, also of a given one.
+    if not plain.get("name") or multirun:
+        plain.name = run_name(str(plain.get("name") or experiment), overrides, multirun)
+    try:
+        check(plain, check_missing)
+        OmegaConf.resolve(plain)
+    except InterpolationResolutionError as error:
+        raise UserError(f"the configuration cannot be resolved: {str(error).splitlines()[0]}") from None
     return plain
+
+
+def refuse_odd_places(config: DictConfig) -> None:
+    """Refuse a run's name or folder that would be interpreted, or that no file system or terminal shows as it is.
+
+    Raises:
+        UserError: which key, and why.
+    """
+    for key in ("name", "output_dir"):
+        text = OmegaConf.to_container(config, resolve=False).get(key)
+        if not isinstance(text, str):
+            continue
+        shown = f"{key}={printable(text)[:80]!r}"
+        if "${" in text:
+            raise UserError(f"{shown}: ${{...}} is not filled in here; write the {key} itself.")
+        if any(not c.isprintable() for c in text):
+            raise UserError(f"{shown}: it has a line break or another control character.")
+        if key == "name" and ".." in Path(text).parts:
+            raise UserError(f"{shown}: a run's folder lies in output_dir; give output_dir=... for another place.")
+        if any(len(part.encode()) > LONGEST_PART for part in Path(text).parts):
+            raise UserError(f"{shown}...: a name has at most {LONGEST_PART} bytes.")
 
 
 def chosen(choices: dict[str, str | None]) -> str:

@@ -64,6 +64,36 @@ def test_a_value_out_of_range_is_refused_when_composed(override, message):
     assert message in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("name=a${b}", "is not filled in here"),
+        ('name="a${oc.env:HOME}"', "is not filled in here"),
+        ('output_dir="o${x}"', "is not filled in here"),
+        ('name="a\nb"', "control character"),
+        ('name="\x1b[31m"', "control character"),
+        ("name=../x", "output_dir"),
+        (f"name={'x' * 300}", "at most 255 bytes"),
+        ("sft.learning_rate=${nowhere}", "nowhere"),
+    ],
+)
+def test_odd_names_are_refused_in_one_sentence_and_not_interpreted(override, message):
+    with pytest.raises(UserError) as refused:
+        load(["experiment=quickstart", override])
+    assert message in str(refused.value)
+    assert "\x1b" not in str(refused.value)
+
+
+def test_a_sweep_s_jobs_have_a_folder_each_also_under_one_name():
+    from ppo_vs_dpo.pipeline.composing.compose import finish
+
+    names = set()
+    for seed in (1, 2):
+        config = load(["experiment=quickstart", "name=mine", f"seed={seed}"])
+        names.add(finish(config, "quickstart", [f"seed={seed}"], multirun=True, emptied=[]).name)
+    assert names == {"mine-seed1", "mine-seed2"}
+
+
 def test_everything_else_is_said_at_once():
     config = load(["experiment=quickstart", *LATER])
     found = problems(OmegaConf.to_container(config, resolve=True), STAGES)

@@ -1,0 +1,76 @@
+"""Wrong settings by the hundred: each must be refused before a stage starts."""
+
+from omegaconf import OmegaConf
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.settings.values import LIMITS
+from ppo_vs_dpo.pipeline.checking.inputs import problems
+from ppo_vs_dpo.pipeline.composing.compose import load
+from ppo_vs_dpo.pipeline.composing.schema import SECTIONS, section_keys
+from tests.faults.small import STAGES
+
+# Sections of the quickstart in which a limit's key has a meaning of its own, and values outside of each interval.
+OUTSIDE = {"[": "-1", "(": "0"}
+WRONG_TYPES = {
+    "sft": ("learning_rate", "max_steps", "weight_decay", "packing", "bf16", "max_length", "warmup_steps"),
+    "reward_model": ("learning_rate", "samples", "use_margin", "num_train_epochs", "save_total_limit", "adam_beta1"),
+    "dpo": ("beta", "label_smoothing", "use_soft_labels", "gradient_accumulation_steps", "precompute_ref_log_probs"),
+    "ppo": ("kl_coef", "lam", "whiten_rewards", "cliprange", "num_mini_batches", "validation_prompts", "score_clip"),
+    "compare": ("n_prompts", "temperature", "confidence", "batch_size", "length_difficulty", "pool_size"),
+    "data": ("pairs", "temperature", "max_new_tokens", "sft_examples"),
+}
+# Choices that are none.
+NONSENSE = [
+    "ppo.kl_estimator=k7", "ppo.kl_in=nowhere", "ppo.kl_controller=pid", "ppo.missing_eos=ignore", "ppo.parity=trl",
+    "ppo.value_from=sft", "ppo.reward=best", "ppo.generation_engine=tgi", "ppo.score_bias=often",
+    "dpo.loss_type=[sigmoyd]", "dpo.f_divergence_type=odd", "dpo.reference_path=/nowhere",
+    "sft.lr_scheduler_type=linar", "sft.optim=adamm", "sft.save_strategy=often", "sft.report_to=paper",
+    "reward_model.head_init=one", "reward_model.label_noise=0.9", "model.dtype=float7", "data.source=nowhere",
+    "data.gold=nowhere:f", "compare.judges=[{kind: nun}]", "compare.judges=[{kind: llm}]",
+    "compare.judges=[{kind: function, function: 'a.b:c'}]", "compare.judges=[{kind: llm, model: x, template: nope}]",
+    "compare.policies={a: {path: /nowhere}}", "compare.policies={a: {completions: /nowhere.jsonl}}",
+    "compare.best_of_n=[100]", "launch.workers=0", "launch.processes=0", "launch.nodes=0", "stages=[pppo]",
+    "ppo.lora={r: 4, target_modules: [q_prj]}", "dpo.lora={r: 0}", "sft.lora={dropout: 1.5}",
+    "ppo.sweep={kl_coef: [-1]}", "dpo.sweep={beta: [0]}", "ppo.sweep={kl_coeff: [1]}", "ppo.sweep={kl_coef: 1}",
+    "sft.max_steps=0", "ppo.max_steps=0", "dpo.max_steps=-5", "sft.unheard_of=1", "unheard_of=1", "ppo.seed=3",
+]  # fmt: skip
+
+
+def cases() -> list[str]:
+    """All of them, as one would type them."""
+    found = []
+    for section in SECTIONS:
+        if section == "data":
+            keys = ["sft_examples", "train_prompts", "heldout_prompts", "pairs", "test_pairs", "max_new_tokens"]
+            keys += ["temperature", "generation_batch_size"]
+        else:
+            keys = section_keys(section)
+        for key in keys:
+            # Where max_steps is set, as the quickstart sets PPO's, epochs are not looked at.
+            if key in LIMITS and f"{section}.{key}" != "ppo.num_train_epochs":
+                found.append(f"{section}.{key}={OUTSIDE[LIMITS[key][0]] if key != 'warmup_steps' else '-3'}")
+                high = LIMITS[key][1:-1].partition(",")[2]
+                found += [f"{section}.{key}={float(high) + 0.5}"] if high else []
+    found += [f"{section}.{key}=abc" for section, keys in WRONG_TYPES.items() for key in keys]
+    return [*found, *NONSENSE]
+
+
+def refused(override: str) -> str | None:
+    """The first sentence that refuses an override, or ``None`` where nothing does."""
+    try:
+        config = load(["experiment=quickstart", override])
+    except UserError as error:
+        return str(error)
+    found = problems(OmegaConf.to_container(config, resolve=True), list(STAGES))
+    return found[0] if found else None
+
+
+def campaign(some: int | None = None, say=print) -> dict[str, list[str]]:
+    """Try every one (or every so many-th): ``refused`` and ``taken``."""
+    found: dict[str, list[str]] = {"refused": [], "taken": []}
+    for override in cases()[:: some or 1]:
+        why = refused(override)
+        found["taken" if why is None else "refused"].append(override)
+        if why is None:
+            say(f"taken: {override}")
+    return found
