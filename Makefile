@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install browser quickstart papers test test-slow bench audit lint format clean
+.PHONY: install browser quickstart papers test test-slow faults bench audit lint format clean
 
 install: $(STAMP)
 
@@ -38,6 +38,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+# Kills at random moments, spoilt files, wrong settings; ARGS='--kills 20 --seed 7' and so on (docs/faults.md).
+faults: $(STAMP)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults $(ARGS)
 
 # Speed and memory beside TRL's trainers, one thread each; installs trl==1.12.0 into a throw-away folder.
 bench: $(STAMP)

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import printable, read_marker, sha256_of, write_json
+from ppo_vs_dpo.artifacts.guards.processes import die_with_parent
 from ppo_vs_dpo.artifacts.guards.versions import made_by
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.pipeline.composing.compose import complaint, load
@@ -68,6 +69,7 @@ def problems_of(config: DictConfig, stages: list[str], environment: dict[str, st
             check=False,
             timeout=PATIENCE,
             env=environment,
+            preexec_fn=die_with_parent,
         )
     except subprocess.TimeoutExpired:
         return []

@@ -12,6 +12,8 @@ import sys
 import time
 from typing import Any
 
+from ppo_vs_dpo.artifacts.guards.processes import die_with_parent
+
 # Seconds after which a measurement is given up.
 PATIENCE = 120.0
 # Shape of what is timed: like a training micro-batch, and like decoding.
@@ -39,6 +41,7 @@ def ask(question: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]
             check=False,
             env=environment,
             timeout=PATIENCE,
+            preexec_fn=die_with_parent,
         )
         return json.loads(ended.stdout.strip().splitlines()[-1]) if ended.returncode == 0 else None
     except (subprocess.TimeoutExpired, json.JSONDecodeError, IndexError):

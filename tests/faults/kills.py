@@ -43,6 +43,12 @@ def stage_at_work(run: Path) -> str:
     return next((name for name in small.STAGES if not (run / name / "done.json").is_file()), "end")
 
 
+def at_work(tag: str) -> bool:
+    """Whether a stage's process is there."""
+    return any("-m ppo_vs_dpo." in line and ".cli" not in line and "checking" not in line and "measured" not in line
+               for line in small.survivors(tag).values())  # fmt: skip
+
+
 def end_all(process, tag: str, mode: str, random_: random.Random) -> None:
     """Send what a mode says."""
     children = [pid for pid in small.survivors(tag) if pid != process.pid]
@@ -88,8 +94,11 @@ def campaign(folder: Path, seed: int, kills: int, ranks: int, say=print) -> Tall
     with contextlib.closing(Server(verdict)) as judge:
         while tally.kills < kills:
             process, stage = small.start(folder / "cut", judge.url, tag, *more), stage_at_work(run)
-            # Anywhere between its start and some time in its stage; the stages' own time is a matter of seconds.
-            deadline = time.monotonic() + random_.uniform(1.0, 25.0)
+            # One in five before any stage works; the others some time after one has begun.
+            began, working = time.monotonic(), random_.random() > 0.2
+            while working and process.poll() is None and not at_work(tag):
+                time.sleep(0.05)
+            deadline = (time.monotonic() if working else began) + random_.uniform(0.2, 12.0)
             while process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.01)
             if process.poll() is not None:
@@ -113,6 +122,8 @@ def campaign(folder: Path, seed: int, kills: int, ranks: int, say=print) -> Tall
                 while (left := small.survivors(tag)) and time.monotonic() < until:
                     time.sleep(0.1)
                 tally.orphans += [f"{stage}, {mode}: {line}" for line in left.values()]
+                if left:
+                    say(f"orphans: {sorted(left.values())}")
                 for pid in left:
                     with contextlib.suppress(OSError):
                         os.kill(pid, signal.SIGKILL)
