@@ -1,6 +1,9 @@
 """A paper's miniature: which seeds, in which world or by which runs, and the report of each, kept on disk."""
 
+import ast
+import inspect
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +20,7 @@ from ppo_vs_dpo.papers.paper import Paper
 from ppo_vs_dpo.papers.settings import CONFIGS, MINIATURE
 
 FOLDER = Path("runs") / "papers"
+WORLDS = "ppo_vs_dpo.papers.worlds"
 
 
 @dataclass
@@ -53,9 +57,36 @@ class Miniature:
             raise UserError(f"{path}: seeds is empty.")
         return found
 
-    def fingerprint(self) -> str:
-        """What a stored report depends on besides its seed."""
-        return sha256_of([self.world, self.run])
+    def fingerprint(self, paper: Paper) -> str:
+        """What a stored report depends on besides its seed: settings, and the code of its world."""
+        return sha256_of([self.world, self.run, code_of(paper.read if self.run else paper.simulate)])
+
+
+def code_of(maker: Callable[..., Any] | None) -> list[str]:
+    """The code behind a report: the maker's module and the worlds it uses, less comments, docstrings, `PAPER`."""
+    if maker is None:
+        return []
+    modules = {maker.__module__: sys.modules[maker.__module__]}
+    todo = list(modules)
+    while todo:
+        for value in vars(modules[todo.pop()]).values():
+            name = getattr(value, "__module__", None)
+            if isinstance(name, str) and name.startswith(WORLDS) and name not in modules:
+                modules[name] = sys.modules[name]
+                todo.append(name)
+    return [_bare(inspect.getsource(modules[name])) for name in sorted(modules)]
+
+
+def _bare(source: str) -> str:
+    tree = ast.parse(source)
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PAPER")
+    ]
+    for node in ast.walk(tree):
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        if isinstance(node, kinds) and node.body and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.dump(tree)
 
 
 def report_path(folder: Path, name: str, seed: int) -> Path:
@@ -63,14 +94,15 @@ def report_path(folder: Path, name: str, seed: int) -> Path:
     return folder / name / f"seed{seed}.json"
 
 
-def stored(folder: Path, name: str, miniature: Miniature) -> list[Report]:
-    """The reports that are there and were made with these settings, in the order of the seeds."""
+def stored(folder: Path, paper: Paper, miniature: Miniature) -> list[Report]:
+    """The reports that are there, made with these settings and this code, in the order of the seeds."""
+    current = miniature.fingerprint(paper)
     found = []
     for seed in miniature.seeds:
-        path = report_path(folder, name, seed)
+        path = report_path(folder, paper.name, seed)
         if path.is_file():
             report = read_json(path)
-            if report.get("fingerprint") == miniature.fingerprint():
+            if report.get("fingerprint") == current:
                 found.append(report)
     return found
 
@@ -94,7 +126,7 @@ def run(
     Raises:
         UserError: the miniature is a run and the paper cannot read one, or the other way round.
     """
-    there = {report["seed"]: report for report in stored(folder, paper.name, miniature)}
+    there = {report["seed"]: report for report in stored(folder, paper, miniature)}
     maker = paper.read if miniature.run else paper.simulate
     if maker is None:
         raise UserError(
@@ -110,7 +142,7 @@ def run(
             report = maker(pipeline(miniature.run, seed), seed)
         else:
             report = maker(seed, miniature.world)
-        report = {**report, "fingerprint": miniature.fingerprint()}
+        report = {**report, "fingerprint": miniature.fingerprint(paper)}
         report.setdefault("seconds", round(time.monotonic() - started, 1))
         write_json(report_path(folder, paper.name, seed), finite(report))
         there[seed] = json.loads(json.dumps(finite(report)))

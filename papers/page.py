@@ -236,6 +236,11 @@ def document(checked: Sequence[Checked]) -> str:
         "decided by so little*. Settings were fixed on the first seed; the others were run once. What did not hold",
         "stays here.",
         "",
+        "Sources: [P] read in the paper, [C] in released code or its documentation, [S] in somebody else's note",
+        "about the paper, [F] read off a figure by eye, [R] in a repository's README or threads. Re-check [S] and",
+        "[F] before you quote them. `ppo-vs-dpo paper run NAME --full SETTING` says what a full configuration takes",
+        "and asks for what nobody published before it runs. A report is made again when its world's code changes.",
+        "",
         f"{len(checked)} papers, {len(every)} claims: {summary(every) if every else 'none checked yet'}; "
         f"{minutes(checked):.1f} minutes in all.",
     ]

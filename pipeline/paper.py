@@ -17,7 +17,7 @@ def checked(one: Paper, folder: Path) -> Checked:
     if not (CONFIGS / one.name / f"{MINIATURE}.yaml").is_file():
         return Checked(one, None, [])
     miniature = Miniature.load(one.name)
-    return Checked(one, miniature, stored(folder, one.name, miniature))
+    return Checked(one, miniature, stored(folder, one, miniature))
 
 
 def run_miniature(one: Paper, folder: Path) -> Checked:

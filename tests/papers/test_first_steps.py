@@ -88,7 +88,11 @@ def small(path: Path, folder: Path) -> list[str]:
     if made:
         words += ["data.train_prompts=8", "data.test_prompts=4", "data.heldout_prompts=4", "data.max_new_tokens=8"]
         words += ["data.temperature=1.0", "data.generation_batch_size=16", "data.gold=tests.papers.shapes:gold"]
-        words += ["data.sft_examples=16"] if composed.data.source == "rejection" else ["data.batch=8", "data.rounds=1"]
+        words += (
+            ["data.sft_examples=16"]
+            if composed.data.source == "rejection"
+            else ["data.batch=8", "data.rounds=1", "data.max_growth=1000"]
+        )
         words += ["data.samples=4"] if composed.data.source == "rejection" else ["data.constitution=default"]
         if OmegaConf.is_missing(data, "reward_model"):
             words.append("data.reward_model=null")

@@ -1,5 +1,6 @@
 """Miniatures and the command: resumable, refused where they cannot be meant, one page a paper."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from omegaconf import OmegaConf
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, write_json
 from ppo_vs_dpo.papers.claims import Statement, figure
-from ppo_vs_dpo.papers.miniature import Miniature, report_path, run, stored
+from ppo_vs_dpo.papers.miniature import Miniature, code_of, report_path, run, stored
 from ppo_vs_dpo.papers.page import Checked, document, markdown, write_pages
 from ppo_vs_dpo.papers.paper import Paper, paper, papers
 from ppo_vs_dpo.papers.settings import full_settings
@@ -34,7 +35,7 @@ def test_what_is_there_is_not_made_again(tmp_path):
     miniature = Miniature(seeds=[0, 1, 2], world={"slope": 1.0})
     first = run(one, miniature, tmp_path)
     assert asked == [0, 1, 2]
-    assert run(one, miniature, tmp_path) == first == stored(tmp_path, one.name, miniature)
+    assert run(one, miniature, tmp_path) == first == stored(tmp_path, one, miniature)
     assert asked == [0, 1, 2]
     # Killed after the second seed: only the third is made.
     report_path(tmp_path, one.name, 2).unlink()
@@ -169,7 +170,28 @@ def test_full_settings_of_every_paper_are_listed_once():
     assert paper("dpo2023").name == "dpo2023"
 
 
+def test_a_report_is_made_again_when_the_code_of_its_world_changes(monkeypatch):
+    one = paper("tang2024")
+    miniature = Miniature.load("tang2024")
+    before = miniature.fingerprint(one)
+    used = code_of(one.simulate)
+    assert len(used) == 3  # its own module, the methods, and the tree that these use
+    from ppo_vs_dpo.papers.worlds import tree
+
+    path = Path(tree.__file__)
+    source = path.read_text(encoding="utf-8")
+    real = inspect.getsource
+
+    def changed(old, new):
+        assert old in source
+        monkeypatch.setattr(inspect, "getsource", lambda m: source.replace(old, new) if m is tree else real(m))
+        return miniature.fingerprint(one)
+
+    assert changed("The world of one seed.", "A world.") == before
+    assert changed("ACTIONS = 3", "ACTIONS = 4") != before
+
+
 def test_reports_of_another_shape_are_not_claims(tmp_path):
     miniature = Miniature(seeds=[0], world={"x": 1})
     write_json(report_path(tmp_path, "nobody2026", 0), {"seed": 0, "figures": {}})
-    assert stored(tmp_path, "nobody2026", miniature) == []
+    assert stored(tmp_path, made(), miniature) == []
