@@ -40,6 +40,7 @@ def build_trainer(
     callbacks: list[TrainerCallback] | None = None,
     reference_cache: Path | None = None,
     reference_id: str = "",
+    starts_from_reference: bool = False,
 ) -> PairTrainer:
     """A trainer on models and data in memory.
 
@@ -55,6 +56,7 @@ def build_trainer(
         callbacks: more callbacks.
         reference_cache: a folder that keeps reference log-probabilities between runs.
         reference_id: names the reference in that folder.
+        starts_from_reference: ``reference`` is a copy of ``model``; without one it is so anyway.
 
     Raises:
         UserError: policy and reference have different vocabularies.
@@ -76,6 +78,7 @@ def build_trainer(
         callbacks=callbacks,
         reference_cache=reference_cache,
         reference_id=reference_id,
+        starts_from_reference=reference is None or starts_from_reference,
     )
     train_in_full(trainer.model, trainer.is_deepspeed_enabled)
     return trainer
@@ -126,6 +129,7 @@ def run_stage(context: StageContext) -> None:
         callbacks=callbacks(context),
         reference_cache=context.run.path("pairs", "reference_logprobs"),
         reference_id=fingerprint_file(elsewhere or folder),
+        starts_from_reference=elsewhere is None,
     )
     summary = train(trainer, context)
     # Counted so far: the policy's passes, 6 N a token. The reference's forward pass takes 2 N, once or each epoch.

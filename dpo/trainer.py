@@ -5,10 +5,12 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets
 from trl.trainer.dpo_trainer import DPOTrainer
 
+from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_parquet, sha256_of, write_parquet
 from ppo_vs_dpo.dpo.data import COLUMNS, PairCollator
 from ppo_vs_dpo.models.passes.unpadded import skip_padding
@@ -28,11 +30,20 @@ class PairTrainer(DPOTrainer):
     Args:
         reference_cache: folder for them; ``None`` keeps none.
         reference_id: whose they are (a hash of the reference model's files).
+        starts_from_reference: the policy is the reference at first, and a run in which it is not stops.
         kwargs: of ``trl.DPOTrainer``.
     """
 
-    def __init__(self, *args, reference_cache: Path | None = None, reference_id: str = "", **kwargs):
+    def __init__(
+        self,
+        *args,
+        reference_cache: Path | None = None,
+        reference_id: str = "",
+        starts_from_reference: bool = True,
+        **kwargs,
+    ):
         self.reference_cache, self.reference_id = reference_cache, reference_id
+        self.starts_from_reference, self._checked_start = starts_from_reference, False
         super().__init__(*args, **kwargs)
         self.data_collator = PairCollator(**vars(self.data_collator))
         skip_padding(self.accelerator.unwrap_model(self.model))
@@ -51,7 +62,9 @@ class PairTrainer(DPOTrainer):
         inputs = dict(inputs)
         labels = inputs.pop("soft_label", None)
         if labels is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            self._check_start(inputs)
+            return result
         passes = []
 
         def noted(**kwargs):
@@ -62,8 +75,34 @@ class PairTrainer(DPOTrainer):
         length = inputs["completion_mask"].shape[1] - 1
         chosen, rejected = passes[0].log_probs[:, -length:].sum(1).chunk(2)
         difference = (chosen - inputs["ref_chosen_logps"]) - (rejected - inputs["ref_rejected_logps"])
+        self._check_start(inputs)
         term = ((1 - labels) * self.beta * difference).mean()
         return (result[0] + term, result[1]) if return_outputs else result + term
+
+    def _check_start(self, inputs: dict) -> None:
+        """Before the first step the policy is its reference: both log-ratios are 0, and the loss is log 2.
+
+        Raises:
+            UserError: they are further from it than rounding.
+        """
+        if self._checked_start or not self.model.training:
+            return
+        self._checked_start = True
+        dropout = any(isinstance(m, torch.nn.Dropout) and m.p for m in self.model.modules())
+        if self.state.global_step or not self.starts_from_reference or dropout:
+            return
+        found = [self._metrics["train"].get(f"rewards/{side}") for side in ("chosen", "rejected")]
+        apart = max((abs(values[-1]) for values in found if values), default=0.0) / self.beta
+        dtype = torch.bfloat16 if self.args.bf16 or self.args.fp16 else self.model.dtype
+        allowed = (1e-4 if dtype == torch.float32 else 2e-2) * (10 + inputs["completion_mask"].sum(1).max().item())
+        if not apart <= allowed:
+            raise UserError(
+                f"before the first step the policy's log-probabilities of a completion are {apart:.2g} nats from the "
+                f"reference's (rounding: {allowed:.2g}), and the policy starts from the reference: the loss should be "
+                f"log 2. Usual causes: adapters that rewrite the base or come trained (the reference is then not the "
+                f"model that was given; pass it as reference), dropout that is still on, or log-probabilities kept "
+                f"for another model (delete pairs/reference_logprobs)."
+            )
 
     def compute_ref_log_probs(self, model, inputs):
         """Of a batch whose labels the reference does not need."""

@@ -298,8 +298,9 @@ class PPOConfig(TrainingArguments):
     num_eval_samples: int = _option(8, "Completions shown side by side with the reference's at each evaluation.")
     check_first_ratio: bool = _option(
         True,
-        "Stop when the ratio is not 1 on the first pass (N+: it must be), or another engine's log-probabilities are "
-        "further from the trainer's than rounding.",
+        "Stop when the ratio is not 1 on the first pass (N+: it must be), when the KL to the reference is not 0 "
+        "before the first step, or when another engine's log-probabilities are further from the trainer's than "
+        "rounding.",
     )
     diagnose: bool = _option(True, "Warn in words when a run goes bad.")
     parity: Literal["trl-1.12", "summarize-from-feedback"] | None = _option(

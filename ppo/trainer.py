@@ -30,7 +30,7 @@ from transformers.utils import logging
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.settings import removed
 from ppo_vs_dpo.artifacts.settings.removed import refuse_removed
-from ppo_vs_dpo.models.loading.pretrained import load_tokenizer
+from ppo_vs_dpo.models.loading.pretrained import let_pad, load_tokenizer
 from ppo_vs_dpo.models.sharding.deepspeed import named_step
 from ppo_vs_dpo.ppo.checkpoints.loop import LoopState
 from ppo_vs_dpo.ppo.checkpoints.saving import Checkpoints, identity, save_policy
@@ -39,7 +39,7 @@ from ppo_vs_dpo.ppo.roles.rewards import RewardFunction
 from ppo_vs_dpo.ppo.roles.roles import make_roles
 from ppo_vs_dpo.ppo.roles.trained import optimizer_groups, settle_deepspeed
 from ppo_vs_dpo.ppo.roles.value_head import shift_values
-from ppo_vs_dpo.ppo.rollouts.checks import Unusable, check_first_ratio, rounding
+from ppo_vs_dpo.ppo.rollouts.checks import Unusable, check_first_kl, check_first_ratio, rounding
 from ppo_vs_dpo.ppo.rollouts.clock import Clock
 from ppo_vs_dpo.ppo.rollouts.collect import collect
 from ppo_vs_dpo.ppo.rollouts.engines import compute_dtype, make_engine
@@ -120,6 +120,7 @@ class PPOTrainer(Trainer):
         refuse_removed("PPOTrainer", gone, removed.TRAINER, signature(PPOTrainer.__init__).parameters)
         args = args if args is not None else PPOConfig(output_dir="ppo_output")
         tokenizer = processing_class or load_tokenizer(model if isinstance(model, str) else model.name_or_path)
+        let_pad(tokenizer, "processing_class")
         self.loop = LoopState.start(args)
         self.roles = roles = make_roles(
             model, reward_model, ref_model, value_model, args, tokenizer, reward_funcs, reward_processing_class,
@@ -262,10 +263,13 @@ class PPOTrainer(Trainer):
 
     def collect(self, number: int, clock: Clock | None = None) -> Rollout:
         """The rollout of one update, numbered from 0: steps 1 to 6."""
-        return collect(
+        rollout = collect(
             self.roles, self.prompts, self.args, self.accelerator, number=number, size=self.rollout_size,
             kl_coef=self.loop.kl.coef, score_bias=self.loop.score_bias or 0.0, clock=clock,
         )  # fmt: skip
+        if self.args.check_first_ratio and self.loop.step == 0 and self.roles.reference.is_start:
+            check_first_kl(rollout, compute_dtype(self.policy, self.args))
+        return rollout
 
     def update(self, rollout: Rollout, number: int) -> Update:
         """Step 7, and the check that the ratio is 1 before the first optimizer step."""

@@ -91,8 +91,7 @@ def load_tokenizer(
         revision=_revision(path, config),
         trust_remote_code=config.trust_remote_code,
     )
-    if tokenizer.eos_token_id is None and writes:
-        raise UserError(f"the tokenizer of {path} has no end-of-sequence token: a response could never end.")
+    let_pad(tokenizer, f"the tokenizer of {path}", writes)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = spare_special_token(tokenizer) or tokenizer.eos_token
     tokenizer.padding_side = "right"
@@ -103,6 +102,26 @@ def load_tokenizer(
             raise UserError(f"model.chat_template: {template} is neither a template nor a file.")
         tokenizer.chat_template = template.read_text(encoding="utf-8") if is_file else config.chat_template
     return tokenizer
+
+
+def let_pad(tokenizer: PreTrainedTokenizerBase, what: str, writes: bool = True) -> None:
+    """Give a tokenizer without a padding token a spare special one, or its end-of-sequence token.
+
+    Args:
+        tokenizer: changed in place.
+        what: names it in messages.
+        writes: its model writes responses, which must end.
+
+    Raises:
+        UserError: it has no end-of-sequence token.
+    """
+    if tokenizer.eos_token_id is None and writes:
+        raise UserError(
+            f"{what} has no end-of-sequence token: a response could never end. Set tokenizer.eos_token to the token "
+            f"that the policy ends its responses with."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = spare_special_token(tokenizer) or tokenizer.eos_token
 
 
 def spare_special_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -317,23 +336,28 @@ def halve_frozen(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout to 0: else PPO's ratio is not 1 on the first pass (Huang et al. 2024, detail 7)."""
+    """Set every dropout to 0: else PPO's ratio is not 1 on the first pass (Huang et al. 2024, detail 7).
+
+    Modules (adapters' too), rates that a module keeps as a number and hands to a function (OPT's ``dropout`` and
+    ``layerdrop``, attention's), and those in the configuration that a forward pass reads.
+    """
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
+        rates = vars(module)
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
-    for name in (
-        "attention_dropout",
-        "hidden_dropout",
-        "attn_pdrop",
-        "resid_pdrop",
-        "embd_pdrop",
-        "classifier_dropout",
-    ):
-        if getattr(getattr(model, "config", None), name, None):
-            setattr(model.config, name, 0.0)
-    for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name, value in rates.items():
+            if _is_dropout(name, value):
+                rates[name] = 0.0
+    config = getattr(model, "config", None)
+    for part in {id(one): one for one in (config, getattr(config, "get_text_config", lambda: None)()) if one}.values():
+        for name, value in vars(part).items():
+            if _is_dropout(name, value):
+                setattr(part, name, 0.0)
+
+
+def _is_dropout(name: str, value: Any) -> bool:
+    # "jitter": the noise that some mixtures of experts train their routers with.
+    return isinstance(value, float) and value > 0 and ("drop" in name or "jitter" in name)
 
 
 def check_same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -> None:

@@ -18,6 +18,7 @@ from ppo_vs_dpo.models.loading.pretrained import ScalarHead, score_head
 from ppo_vs_dpo.models.passes.fused import packed_states
 from ppo_vs_dpo.models.passes.head import head_logprobs, logits_logprobs, rows_at_once
 from ppo_vs_dpo.models.passes.packed import Packing, can_pack, forward_packed, pack, upload
+from ppo_vs_dpo.models.passes.padding import check_reads_masks, without_router
 from ppo_vs_dpo.models.sharding.deepspeed import whole
 
 
@@ -148,12 +149,14 @@ def response_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         places = batch.places
         return forward_packed(model, model, places.packing, batch.input_ids, logits_to_keep=places.before).logits[0]
     length = batch.response_ids.shape[1]
+    check_reads_masks(model)
     logits = model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
         logits_to_keep=length + 1,
         use_cache=False,
+        **without_router(model),
     ).logits
     return logits[:, -length - 1 : -1].flatten(0, 1).index_select(0, batch.places.real)
 
@@ -271,6 +274,7 @@ def response_values(value_model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         states = packed_states(inner, base(value_model), places.packing, batch.input_ids, places.before)
     else:
         length = batch.response_ids.shape[1]
+        check_reads_masks(backbone(value_model))
         states = _padded_states(value_model, batch.input_ids, batch.attention_mask)[:, -length - 1 : -1]
         states = states.flatten(0, 1).index_select(0, places.real)
     return batch.spread(score_head_of(base(value_model))(states).squeeze(-1))

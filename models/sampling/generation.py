@@ -5,17 +5,20 @@ So batch size, order, and the number of ranks change nothing but rounding. Finis
 key-value cache with them.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.passes.head import rows_logprobs
 from ppo_vs_dpo.models.passes.packed import can_pack
+from ppo_vs_dpo.models.passes.padding import LOW_PRECISION, TOLERANCE, check_reads_masks, without_router
 from ppo_vs_dpo.models.sampling.kv_cache import ReservedCache, rows_that_fit
+from ppo_vs_dpo.models.sharding.deepspeed import is_sharded
 
 # Prompts of similar length that are read together; each run is padded to its own longest.
 PROMPT_RUNS = 4
@@ -170,7 +173,7 @@ def generate(
 
     Raises:
         UserError: an empty prompt (names its number), stop strings without a tokenizer, log-probabilities at
-            temperature 0.
+            temperature 0, a model that reads padding.
     """
     for number, ids in enumerate(prompt_ids):
         if not ids:
@@ -185,6 +188,8 @@ def generate(
     was_training = model.training
     model.eval()
     try:
+        check_reads_masks(model)
+        check_decodes(model)
         columns = max(map(len, prompt_ids), default=0) + sampling.max_new_tokens
         size = rows_that_fit(model, columns, sampling.batch_size)
         for start in range(0, len(order), size):
@@ -232,6 +237,7 @@ def _generate_batch(
     # The rows that are still decoded: their numbers, whether they have ended since the last look, and where.
     alive, over, length = torch.arange(len(prompts), device=device), finished.clone(), lengths.clone()
     every = _look_every(device, sampling)
+    stops = _stop_strings(sampling, tokenizer)
     # The last token is not read.
     cache = ReservedCache(model.config, capacity=longest + most - 1)
     logits = _read_prompts(model, input_ids, attention_mask, widths, cache)
@@ -246,9 +252,7 @@ def _generate_batch(
             figures[:, alive, step] = torch.stack(rows_logprobs(logits, picked, sampling.temperature))
         ended = torch.isin(picked, eos_tensor)
         if sampling.stop_strings:
-            texts = tokenizer.batch_decode(tokens[alive, : step + 1], skip_special_tokens=True)
-            stopped = [any(stop in text for stop in sampling.stop_strings) for text in texts]
-            ended |= torch.tensor(stopped, device=device)
+            ended |= torch.tensor(_stopped(tokens[alive, : step + 1], tokenizer, stops), device=device)
         # What a row samples after its end is cut off below.
         length = torch.where(ended & ~over, step + 1, length)
         over = over | ended
@@ -264,14 +268,8 @@ def _generate_batch(
                 alive, picked, over, length = alive[keep], picked[keep], over[keep], length[keep]
                 attention_mask, position_ids = attention_mask[keep], position_ids[keep]
         if not last:
-            logits = model(
-                input_ids=picked[:, None],
-                attention_mask=_step_mask(model, cache, attention_mask[:, : longest + step + 1], padded),
-                position_ids=position_ids + step,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
+            mask = _step_mask(model, cache, attention_mask[:, : longest + step + 1], padded)
+            logits = _read(model, picked[:, None], mask, position_ids + step, cache)
     completions = [
         Generated(row[:length], bool(end))
         for row, length, end in zip(tokens.tolist(), lengths.tolist(), finished.tolist(), strict=True)
@@ -280,6 +278,28 @@ def _generate_batch(
         for one, logprobs, entropy in zip(completions, *figures.tolist(), strict=True):
             one.logprobs, one.entropy = logprobs[: len(one.token_ids)], entropy[: len(one.token_ids)]
     return completions
+
+
+def _stop_strings(sampling: SamplingConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict[bool, list[str]]:
+    """The stop strings that are looked for in the plain text (under True), and those that hold special tokens
+    (``<|im_end|>``), which plain text leaves out."""
+    kinds: dict[bool, list[str]] = {True: [], False: []}
+    if sampling.stop_strings:
+        special = {*tokenizer.all_special_tokens}
+        special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        for stop in sampling.stop_strings:
+            kinds[not any(token in stop for token in special)].append(stop)
+    return kinds
+
+
+def _stopped(tokens: torch.Tensor, tokenizer: PreTrainedTokenizerBase, stops: dict[bool, list[str]]) -> list[bool]:
+    """Which rows of ``tokens`` ``(B, n)`` hold a stop string."""
+    stopped = [False] * len(tokens)
+    for plain, strings in stops.items():
+        if strings:
+            texts = tokenizer.batch_decode(tokens, skip_special_tokens=plain)
+            stopped = [was or any(s in text for s in strings) for was, text in zip(stopped, texts, strict=True)]
+    return stopped
 
 
 def _look_every(device: torch.device, sampling: SamplingConfig) -> int:
@@ -311,16 +331,62 @@ def _read_prompts(
         width = max(widths[rows])
         mask = attention_mask[rows, -width:]
         with cache.reading(rows, count, input_ids.shape[1]) as part:
-            output = model(
-                input_ids=input_ids[rows, -width:],
-                attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
-                past_key_values=part,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        logits.append(output.logits[:, -1])
+            positions = (mask.cumsum(-1) - 1).clamp_min(0)
+            logits.append(_read(model, input_ids[rows, -width:], mask, positions, part))
     return torch.cat(logits)
+
+
+def _read(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor,
+    cache: Cache,
+) -> torch.Tensor:
+    """Read tokens ``(B, n)`` into the cache; logits ``(B, V)`` of the one after the last."""
+    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = "past_key_values"
+    if "cache_params" in inspect.signature(type(owner).forward).parameters:
+        # Mamba's: a state alone, into which a single token goes without a mask.
+        name, attention_mask = "cache_params", None if input_ids.shape[1] == 1 else attention_mask
+    return model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=True,
+        logits_to_keep=1,
+        **{name: cache},
+        **without_router(model),
+    ).logits[:, -1]
+
+
+@torch.no_grad()
+def check_decodes(model: PreTrainedModel) -> None:
+    """A token read into the cache must give what the whole row gives at once; looked at once a model.
+
+    Raises:
+        UserError: it does not: the model keeps a state that this loop does not hand on.
+    """
+    known = isinstance(model, PreTrainedModel) and can_pack(model)
+    if known or getattr(model, "_decodes", False) or is_sharded(next(model.parameters())):
+        return
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    top = int(model.config.get_text_config().vocab_size) - 1
+    ids = torch.tensor([[top // 2, top // 3, top // 4, top // 5]], device=device)
+    ones, positions = torch.ones_like(ids), torch.arange(4, device=device)[None]
+    cache = ReservedCache(model.config, capacity=4)
+    cut = _read_prompts(model, ids[:, :2], ones[:, :2], [2], cache)
+    for place in (2, 3):
+        mask = _step_mask(model, cache, ones[:, : place + 1], False)
+        cut = _read(model, ids[:, place : place + 1], mask, positions[:, place : place + 1], cache)
+    whole = model(input_ids=ids, attention_mask=ones, position_ids=positions, use_cache=False, **without_router(model))
+    right = whole.logits[:, -1].float()
+    if not (cut.float() - right).abs().max() <= TOLERANCE.get(dtype, LOW_PRECISION) * right.abs().max():
+        raise UserError(
+            f"{type(model).__name__} ({model.config.model_type}) cannot be sampled from token by token here: with its "
+            f"cache it gives other probabilities than in one pass. Use another architecture, or another engine."
+        )
+    model._decodes = True
 
 
 def _step_mask(

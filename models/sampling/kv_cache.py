@@ -109,6 +109,9 @@ class ReservedCache(DynamicCache):
         for layer in self.layers:
             if isinstance(layer, ReservedLayer):
                 layer.keep(len(rows), places, kept[places])
+            elif hasattr(layer, "recurrent_states"):
+                # Recurrent and convolutional states; a hybrid layer's keys and values with them.
+                layer.reorder_cache(kept)
             else:
                 layer.batch_select_indices(kept)
         return kept

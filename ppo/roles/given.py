@@ -40,13 +40,18 @@ def value_model_from(reward_model: PreTrainedModel | None, policy: PreTrainedMod
         return whole_copy(reward_model).requires_grad_(True)
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
-    with unsharded_loading():
-        value_model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
-    inner = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    try:
+        with unsharded_loading():
+            value_model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
+    except ValueError as error:
+        raise UserError(
+            f"transformers has no model with a scalar head for {policy.config.model_type}, so none can be made from "
+            f"the policy: pass value_model (any architecture with the policy's vocabulary), or train a reward model "
+            f"of another architecture to start it from."
+        ) from error
+    # A policy that comes with adapters is what it answers with them.
+    inner = whole_copy(policy).merge_and_unload() if hasattr(policy, "merge_and_unload") else policy
     theirs = whole_state(getattr(inner, inner.base_model_prefix), keep=True)
-    # A PEFT policy names its wrapped layers otherwise; the plain weights are under the same names less the wrapper's
-    # part.
-    theirs = {k.replace(".base_layer", ""): v for k, v in theirs.items() if ".lora_" not in k}
     getattr(value_model, value_model.base_model_prefix).load_state_dict(theirs)
     torch.nn.init.zeros_(score_head(value_model).weight)
     return value_model
@@ -56,7 +61,7 @@ def add_adapters(policy: PreTrainedModel, value_model: PreTrainedModel | None, p
     """Wrap policy and value model (if there is one) with PEFT adapters; the value head trains in full.
 
     Raises:
-        UserError: the policy has adapters already.
+        UserError: the policy has adapters already, or the adapters are to have dropout.
     """
     from peft import PeftModel, TaskType, get_peft_model
 
@@ -65,9 +70,18 @@ def add_adapters(policy: PreTrainedModel, value_model: PreTrainedModel | None, p
             "peft_config was given and the policy has adapters already. Merge them first (merge_and_unload), or drop "
             "peft_config to train the adapters it has."
         )
+    if rates := {key: value for key, value in vars(peft_config).items() if "dropout" in key and value}:
+        name, rate = next(iter(rates.items()))
+        raise UserError(
+            f"peft_config.{name} is {rate}, and PPO trains without dropout: with it the policy that trains is not the "
+            f"one that sampled (the ratio of the first pass must be 1). Set it to 0."
+        )
     if value_model is None:
         return get_peft_model(policy, peft_config), None
     value_config = copy.deepcopy(peft_config)
     value_config.task_type = TaskType.SEQ_CLS
     # The adapter library adds the head to the modules that train in full, for this task type.
-    return get_peft_model(policy, peft_config), get_peft_model(value_model, value_config)
+    try:
+        return get_peft_model(policy, peft_config), get_peft_model(value_model, value_config)
+    except ValueError as error:
+        raise UserError(f"peft_config: {str(error).splitlines()[0]}") from error

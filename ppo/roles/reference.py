@@ -8,12 +8,16 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.loading.given import answers, rewriting_init, same_answers
 from ppo_vs_dpo.models.loading.pretrained import check_same_vocabulary, disable_dropout, halve_frozen
 from ppo_vs_dpo.models.passes.logprobs import Batch, response_logprobs
 from ppo_vs_dpo.models.sharding.deepspeed import gathered, is_sharded, whole, whole_copy, whole_state
 from ppo_vs_dpo.ppo.roles.shared import SharedRole
+
+logger = logging.get_logger(__name__)
 
 
 def is_peft(model: nn.Module) -> bool:
@@ -45,17 +49,23 @@ class Reference:
     """The frozen reference policy: a model of its own, or the policy with its adapters switched off.
 
     Args:
-        model: a causal language model; ``None`` takes the policy without adapters.
+        model: a causal language model; ``None`` takes the policy as it was given.
         policy: the policy.
+        given: `models.loading.given.answers` of the policy before it got adapters; ``None``: it came as it is.
+
+    Attributes:
+        is_start: the reference is what the policy starts from, so their KL is 0 before the first step.
 
     Raises:
-        UserError: the vocabularies differ; no model although the policy has no adapters; reference and policy are one.
+        UserError: the vocabularies differ; reference and policy are one; the policy's adapters make another model of
+            it than was given.
     """
 
-    def __init__(self, model: PreTrainedModel | None, policy: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel | None, policy: PreTrainedModel, given: torch.Tensor | None = None):
         if model is policy:
             raise UserError("ref_model is the policy itself: the KL would always be 0. Pass a copy, or nothing.")
-        if model is None and not is_peft(policy):
+        self.is_start = model is None
+        if model is None and not (is_peft(policy) and base_is_given(policy, given)):
             model = whole_copy(policy)
         if model is not None:
             check_same_vocabulary(policy, model)
@@ -159,6 +169,39 @@ class Reference:
     def generating(self, engine: nn.Module) -> contextlib.AbstractContextManager:
         """The reference's weights whole, wherever they are: in an engine of its own or the policy's ``engine``."""
         return gathered(engine, self.policy) if self.model is None else gathered(self.model, self.model)
+
+
+def base_is_given(policy: PreTrainedModel, given: torch.Tensor | None) -> bool:
+    """Whether a PEFT policy without its adapters is the model that was given; else a copy with them is.
+
+    Raises:
+        UserError: neither is.
+    """
+    with_adapters, without = answers(policy), answers(WithoutAdapters(policy))
+    init = rewriting_init(policy)
+    if without is None:
+        if given is None or init is None:
+            return True
+        raise UserError(
+            f"peft_config.init_lora_weights={init} rewrites the policy's base, which is in pieces here (ZeRO-3): the "
+            f"reference would be lost. Use init_lora_weights=true, or pass ref_model."
+        )
+    dtype = next(policy.parameters()).dtype
+    given = with_adapters if given is None else given
+    if same_answers(without, given, dtype):
+        return True
+    if not same_answers(with_adapters, given, dtype):
+        raise UserError(
+            f"the policy with its new adapters is not the model that was given (init_lora_weights={init}): its "
+            f"log-probabilities are off by up to {(with_adapters - given).abs().max():.2g}. Use "
+            f"init_lora_weights=true, or pass the reference as ref_model."
+        )
+    logger.warning(
+        "the policy without its adapters is not the model that was given (%s): the reference is a copy of the policy "
+        "as it is now, adapters included, with weights of its own.",
+        f"init_lora_weights={init}" if init else "its adapters are trained",
+    )
+    return False
 
 
 def sharded(accelerator: Accelerator) -> bool:

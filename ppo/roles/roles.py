@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.loading.given import answers
 from ppo_vs_dpo.models.loading.pretrained import eos_token_ids, train_in_full
 from ppo_vs_dpo.models.sampling.engine import Engine
 from ppo_vs_dpo.models.sharding.deepspeed import held_bytes
@@ -112,12 +113,15 @@ def make_roles(
     if value is not None and (value is reward_model or value is policy):
         raise UserError("value_model must be a model of its own: it is trained. Pass a copy, or nothing.")
     reference = as_policy(ref_model) if ref_model is not None else None
+    given = None
     if peft_config is not None:
+        given = answers(policy)
         policy, value = add_adapters(policy, value, peft_config)
     for trained in (policy, value):
         if trained is not None:
             train_in_full(trained, sharded=getattr(args, "deepspeed_plugin", None) is not None)
-    return Roles(policy, value, Reference(reference, policy), rewards, tokenizer, PolicyAndValue(policy, value))
+    reference = Reference(reference, policy, given)
+    return Roles(policy, value, reference, rewards, tokenizer, PolicyAndValue(policy, value))
 
 
 def held_by_role(

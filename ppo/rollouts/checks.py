@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import write_jsonl
 from ppo_vs_dpo.models.sharding.collectives import any_rank
+from ppo_vs_dpo.ppo.algorithm import masked_mean
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.rollouts.rollout import Rollout
 
@@ -77,6 +78,34 @@ def rounding(dtype: torch.dtype) -> float:
         tf32 = torch.cuda.is_available() and torch.backends.cuda.matmul.allow_tf32
         return 5e-3 if tf32 else 1e-4
     return 3e-2 if dtype == torch.bfloat16 else 5e-3
+
+
+def check_first_kl(rollout: Rollout, dtype: torch.dtype) -> None:
+    """Stop when the reference is not what the policy starts from: before the first step their KL must be 0.
+
+    Args:
+        rollout: of the first update.
+        dtype: of the policy's forward pass.
+
+    Raises:
+        Unusable: it is more than rounding.
+    """
+    seen = float(masked_mean((rollout.logprobs - rollout.ref_logprobs).abs(), rollout.mask))
+    allowed = rounding(dtype)
+    # Written so that NaN stops, too.
+    if seen <= allowed:
+        return
+    raise Unusable(
+        rollout,
+        "kl",
+        lambda where: (
+            f"before the first step the log-probabilities of policy and reference differ by {seen:.2g} nats a token "
+            f"(allowed {allowed:g}), and the policy starts from the reference. Usual causes: adapters that do not "
+            f"start at 0 (init_lora_weights), dropout that is still on, a model that answers differently in training "
+            f"and evaluation. The rollout is in {where}. Pass the reference that is meant as ref_model; "
+            f"check_first_ratio=false goes on regardless."
+        ),
+    )
 
 
 def check_first_ratio(rollout: Rollout, deviation: dict[str, float], number: int, dtype: torch.dtype) -> None:

@@ -60,7 +60,7 @@ class PromptSet:
 
     Args:
         dataset: with a column ``prompt`` (text, or messages for the chat template), or ``input_ids`` as TRL <= 1.12
-            had.
+            had, padded or not, with ``attention_mask`` or without.
         tokenizer: the policy's.
         max_length: of a prompt, in tokens; ``None``: no limit.
         truncate: cut over-long prompts from the left instead of stopping.
@@ -82,20 +82,19 @@ class PromptSet:
         if dataset is None or len(dataset) == 0:
             raise UserError(f"{name} has no prompts.")
         columns = list(dataset.column_names)
+        given: list[list[int]] | None = None
         if "prompt" in columns:
             self.prompts = list(dataset["prompt"])
         elif "input_ids" in columns:
-            self.prompts = tokenizer.batch_decode(list(dataset["input_ids"]), skip_special_tokens=True)
+            given = _without_padding(dataset, tokenizer, name)
+            self.prompts = tokenizer.batch_decode(given, skip_special_tokens=True)
         else:
             raise UserError(f"{name} has no column prompt (nor input_ids); it has {', '.join(columns)}.")
         self.ids: list[list[int]] = []
         for row, prompt in enumerate(self.prompts):
-            if "prompt" in columns:
-                if not prompt:
-                    raise UserError(f"{name}, row {row}: the prompt is empty.")
-                ids = encode_prompt(tokenizer, prompt)
-            else:
-                ids = list(dataset["input_ids"][row])
+            if (given is None and not prompt) or (given is not None and not given[row]):
+                raise UserError(f"{name}, row {row}: the prompt is empty.")
+            ids = encode_prompt(tokenizer, prompt) if given is None else given[row]
             if max_length is not None and len(ids) > max_length:
                 if not truncate:
                     raise UserError(
@@ -145,6 +144,39 @@ class PromptSet:
 
     def _shuffled(self, seed: int, epoch: int) -> np.ndarray:
         return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(self))
+
+
+def _without_padding(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> list[list[int]]:
+    """The column ``input_ids`` less what is padding: where ``attention_mask`` is 0, or where there is no such column
+    the padding tokens at either end, as TRL <= 1.12 masked them.
+
+    Raises:
+        UserError: a mask of another length; padding that could as well be text, since it is the end-of-sequence token.
+    """
+    rows, pad, eos = [list(ids) for ids in dataset["input_ids"]], tokenizer.pad_token_id, tokenizer.eos_token_id
+    if "attention_mask" in dataset.column_names:
+        for row, mask in enumerate(dataset["attention_mask"]):
+            if len(mask) != len(rows[row]):
+                raise UserError(
+                    f"{name}, row {row}: input_ids has {len(rows[row])} entries and attention_mask {len(mask)}."
+                )
+            rows[row] = [token for token, real in zip(rows[row], mask, strict=True) if real]
+        return rows
+    for row, ids in enumerate(rows):
+        start, stop = 0, len(ids)
+        while start < stop and ids[start] == pad:
+            start += 1
+        while stop > start and ids[stop - 1] == pad:
+            stop -= 1
+        if pad == eos and (start > 1 or len(ids) - stop > 1):
+            # One may be meant (a beginning of text, the end of a turn); a run of them is padding, or not.
+            raise UserError(
+                f"{name}, row {row}: input_ids begins or ends with several {tokenizer.pad_token}, which pads and also "
+                f"ends sequences: which of them are padding? Give a column attention_mask, or ids without padding."
+            )
+        if pad != eos:
+            rows[row] = ids[start:stop]
+    return rows
 
 
 def prompt_sets(

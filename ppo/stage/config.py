@@ -65,6 +65,12 @@ class PPOStage:
 
     def problems(self) -> list[str]:
         """What cannot be meant, a sentence each; the command asks before the first stage starts."""
+        lora = self.lora if isinstance(self.lora, dict) else vars(self.lora or LoraSettings())
+        if lora.get("dropout"):
+            return [
+                f"ppo.lora.dropout is {lora['dropout']}, and PPO trains without dropout: with it the policy that "
+                f"trains is not the one that sampled (the ratio of the first pass must be 1). Set it to 0."
+            ]
         try:
             self.rewards  # noqa: B018
         except UserError as error:

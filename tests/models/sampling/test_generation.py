@@ -1,9 +1,12 @@
 """Generation: equal to a plain loop, independent of the batch, and drawn from the right distribution."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from tokenizers import AddedToken
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -242,3 +245,27 @@ def test_bad_input(tiny_llama):
         SamplingConfig(max_new_tokens=0)
     with pytest.raises(UserError, match="top_p"):
         SamplingConfig(top_p=0.0)
+
+
+@pytest.mark.parametrize("kind", ["named", "added", "with text"])
+def test_stop_strings_of_special_tokens(tiny_llama, word_tokenizer, kind):
+    """``<|im_end|>`` and the like are no part of the plain text, and end a response all the same."""
+    tokenizer, model = copy.deepcopy(word_tokenizer), tiny_llama(0, initializer_range=0.2)
+    if kind == "added":
+        tokenizer.add_tokens([AddedToken("<|user|>", special=True)], special_tokens=True)
+    else:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    end = tokenizer.convert_tokens_to_ids("<|user|>")
+    with torch.no_grad():
+        model.lm_head.weight[end] = 1.5 * model.lm_head.weight[10]
+    stop = "<|user|> the" if kind == "with text" else "<|user|>"
+    sampling = SamplingConfig(12, stop_strings=[stop, "dull"])
+    drawn = generate(model, [[7, 8]] * 200, sampling, eos_token_ids=[2], seeds=list(range(200)), tokenizer=tokenizer)
+    ended = 0
+    for one in drawn:
+        before, whole = (tokenizer.decode(ids) for ids in (one.token_ids[:-1], one.token_ids))
+        assert stop not in before
+        assert "dull" not in before
+        ended += stop in whole
+        assert one.finished == (stop in whole or "dull" in whole or one.token_ids[-1] == 2)
+    assert ended > (2 if kind == "with text" else 20)
