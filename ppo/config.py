@@ -302,6 +302,13 @@ class PPOConfig(TrainingArguments):
         "before the first step, or when another engine's log-probabilities are further from the trainer's than "
         "rounding.",
     )
+    resume_with: list[str] | None = field(
+        default=None,
+        metadata=_help(
+            "Settings that may differ from the checkpoint's when the run goes on, e.g. [learning_rate, max_steps]; "
+            "each change is logged. Any other difference stops the run."
+        ),
+    )
     diagnose: bool = _option(True, "Warn in words when a run goes bad.")
     parity: Literal["trl-1.12", "summarize-from-feedback"] | None = _option(
         None, "Conventions of another implementation, for comparison: docs/ppo.md names each."
@@ -391,6 +398,23 @@ class PPOConfig(TrainingArguments):
     def _problems(self):
         """One sentence for each setting that cannot be meant."""
         fields = {one.name: one for one in dataclasses.fields(TrainingArguments)}
+        try:
+            sampling = self.sampling()
+        except (TypeError, UserError) as error:
+            yield f"ppo.generation_kwargs: {error}"
+        else:
+            if not sampling.temperature > 0:
+                yield f"ppo.temperature is {sampling.temperature}; PPO explores by sampling, so it must be positive."
+            whole = {
+                "response_length": sampling.max_new_tokens,
+                "top_k": sampling.top_k,
+                "batch_size": sampling.batch_size,
+            }
+            for name, value in whole.items():
+                if not isinstance(value, int):
+                    yield f"ppo.{name} is {value!r}; it must be a whole number."
+            if sampling.batch_size < 1:
+                yield f"ppo.generation_kwargs.batch_size is {sampling.batch_size}; it must be at least 1."
         for name, why in UNUSED.items():
             one = fields.get(name)
             if one is None:  # Not in every version of transformers.
@@ -406,8 +430,14 @@ class PPOConfig(TrainingArguments):
             "local_rollout_forward_batch_size",
             "ref_model_sync_steps",
         )
-        if self.micro_batch_tokens is not None:
-            positive += ("micro_batch_tokens",)
+        optional = (
+            "micro_batch_tokens",
+            "max_prompt_length",
+            "rollout_batch_size",
+            "total_episodes",
+            "ptx_batch_size",
+        )
+        positive += tuple(name for name in optional if getattr(self, name) is not None)
         for name in positive:
             if getattr(self, name) < 1:
                 yield f"ppo.{name} is {getattr(self, name)}; it must be at least 1."
@@ -417,8 +447,6 @@ class PPOConfig(TrainingArguments):
         for name in ("kl_coef", "ptx_coef", "vf_coef", "value_warmup_updates"):
             if getattr(self, name) < 0:
                 yield f"ppo.{name} is {getattr(self, name)}; it must not be negative."
-        if self.temperature <= 0:
-            yield f"ppo.temperature is {self.temperature}; PPO explores by sampling, so it must be positive."
         choices = {
             "advantage": tuple(ESTIMATORS),
             "loss_average": ("tokens", "responses", "budget"),

@@ -32,8 +32,9 @@ from ppo_vs_dpo.artifacts.settings import removed
 from ppo_vs_dpo.artifacts.settings.removed import refuse_removed
 from ppo_vs_dpo.models.loading.pretrained import let_pad, load_tokenizer
 from ppo_vs_dpo.models.sharding.deepspeed import named_step
+from ppo_vs_dpo.ppo.checkpoints.identity import identity
 from ppo_vs_dpo.ppo.checkpoints.loop import LoopState
-from ppo_vs_dpo.ppo.checkpoints.saving import Checkpoints, identity, save_policy
+from ppo_vs_dpo.ppo.checkpoints.saving import Checkpoints, save_policy
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.roles.rewards import RewardFunction
 from ppo_vs_dpo.ppo.roles.roles import make_roles
@@ -156,7 +157,7 @@ class PPOTrainer(Trainer):
         longest = max(prompts.longest for prompts in (self.prompts, self.eval_prompts) if prompts is not None)
         roles.engine = make_engine(roles.policy, tokenizer, args, self.accelerator, longest)
         self.evaluator = Evaluator(roles, args, self.accelerator)
-        settings = identity(args, self.rollout_size, self.num_updates, len(self.prompts))
+        settings = identity(args, self.rollout_size, self.num_updates, self.prompts.ids)
         self.checkpoints = Checkpoints(roles, self.loop, args, self.accelerator, settings)
         self.sizes = Sizes.of(roles)
         self._prepared = False
@@ -247,8 +248,12 @@ class PPOTrainer(Trainer):
 
             # 9. log, evaluate, save
             self.state.global_step += 1
+            passes = self.state.epoch or 0
             self.state.epoch = loop.step * self.rollout_size / (len(self.prompts) * args.samples_per_prompt)
             self.control = self.callback_handler.on_step_end(args, self.state, self.control)
+            if int(self.state.epoch) > int(passes) or loop.step == self.num_updates:
+                # The prompts have been drawn once more: what is to happen each epoch does (logging, saving ...).
+                self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
             with named_step(lambda n=number + 1: f"ppo, evaluating and saving after update {n}", args.ddp_timeout):
                 self._log_evaluate_save(metrics)
             if self.control.should_training_stop:

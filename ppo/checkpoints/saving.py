@@ -17,10 +17,10 @@ from ppo_vs_dpo.artifacts.files import as_the_umask_says
 from ppo_vs_dpo.models.sharding.collectives import barrier
 from ppo_vs_dpo.models.sharding.deepspeed import whole_state
 from ppo_vs_dpo.models.sharding.state import INDEX, load_trained, save_trained
+from ppo_vs_dpo.ppo.checkpoints.identity import SCHEDULE, adopt, changed
 from ppo_vs_dpo.ppo.checkpoints.loop import PROGRESS, LoopState
 from ppo_vs_dpo.ppo.checkpoints.state import (
     STATE,
-    check_settings,
     complete_folder,
     last_checkpoint,
     load_state,
@@ -29,31 +29,6 @@ from ppo_vs_dpo.ppo.checkpoints.state import (
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.roles.reference import is_peft
 from ppo_vs_dpo.ppo.roles.roles import Roles
-
-# Settings that make a run what it is: a checkpoint made with others belongs to another run.
-IDENTITY = (
-    "seed",
-    "num_mini_batches",
-    "num_ppo_epochs",
-    "response_length",
-    "kl_estimator",
-    "kl_in",
-    "parity",
-    "optim",
-)
-
-
-def identity(args: PPOConfig, size: int, updates: int, prompts: int) -> dict[str, Any]:
-    """What must be equal for going on from a checkpoint.
-
-    Args:
-        args: the settings.
-        size: responses an update.
-        updates: of the run.
-        prompts: to train on.
-    """
-    mine = {name: getattr(args, name) for name in IDENTITY}
-    return {**mine, "rollout_size": size, "updates": updates, "prompts": prompts}
 
 
 def trained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -71,7 +46,7 @@ class Checkpoints:
         loop: the state that is kept, and put back.
         args: the settings.
         accelerator: of the trainer.
-        settings: `identity` of the run.
+        settings: `identity.identity` of the run.
     """
 
     def __init__(
@@ -134,10 +109,16 @@ class Checkpoints:
         """The folder to go on from: a given one, with True the newest in ``output_dir``, or ``None``.
 
         Raises:
-            UserError: the folder given is no checkpoint.
+            UserError: the folder given is no checkpoint, or those there are hold no state.
         """
         if checkpoint is True:
             checkpoint = last_checkpoint(self.root)
+            for folder in () if checkpoint else sorted(self.root.glob("checkpoint-*")):
+                if (folder / PROGRESS).is_file():
+                    raise UserError(
+                        f"{folder} holds the model alone (ppo.save_only_model), so the run cannot go on from it. Set "
+                        f"ppo.save_only_model=false for runs that are to go on; to start afresh, delete the folder."
+                    )
         if not checkpoint:
             return None
         folder = Path(checkpoint)
@@ -159,7 +140,8 @@ class Checkpoints:
                 f"{folder} was written {there} DeepSpeed and this run is {here} it. Set deepspeed as it was (stages "
                 f"2 and 3, and any number of processes, go on from each other)."
             )
-        check_settings(state["settings"], self.settings, str(folder))
+        different = changed(state["settings"], self.settings, self.args.resume_with, str(folder))
+        fresh = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         self.loop.progress = TrainerState.load_from_json(str(folder / PROGRESS))
         if self.sharded:
             load_trained(self.roles.trained, folder)
@@ -170,8 +152,10 @@ class Checkpoints:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         if "reference" in state:
             self.roles.reference.load(state["reference"])
-        scheduler.load_state_dict(state["scheduler"])
+        if not different & set(SCHEDULE):
+            scheduler.load_state_dict(state["scheduler"])
         self.loop.load_state_dict(state)
+        adopt(different, self.args, self.loop, optimizer, scheduler, fresh)
         own = folder / f"rng_{self.accelerator.process_index}.json"
         if own.is_file():
             # Fewer files than ranks: the run was made on fewer. Sampling does not use these generators.

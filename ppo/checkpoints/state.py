@@ -154,18 +154,3 @@ def last_checkpoint(folder: str | Path) -> str | None:
     """The newest complete checkpoint in a folder, or ``None``."""
     found = [p for p in Path(folder).glob("checkpoint-*") if (p / f"{STATE}.json").is_file() and p.name[11:].isdigit()]
     return str(max(found, key=lambda p: int(p.name[11:]))) if found else None
-
-
-def check_settings(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:
-    """Refuse to go on from a checkpoint of another run.
-
-    Raises:
-        UserError: names what differs.
-    """
-    different = [f"{k} was {saved.get(k)!r} and is {v!r}" for k, v in current.items() if saved.get(k) != v]
-    if different:
-        raise UserError(
-            f"{where} belongs to another run: {'; '.join(different)}. Go on with the settings it was made with, or "
-            f"start "
-            f"in an empty folder."
-        )
