@@ -161,7 +161,6 @@ class PPOTrainer(Trainer):
         self.checkpoints = Checkpoints(roles, self.loop, args, self.accelerator, settings)
         self.sizes = Sizes.of(roles)
         self._prepared = False
-        self._rounding: dict[str, float] = {}
 
     @property
     def state(self) -> TrainerState:
@@ -255,7 +254,7 @@ class PPOTrainer(Trainer):
                 # The prompts have been drawn once more: what is to happen each epoch does (logging, saving ...).
                 self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
             with named_step(lambda n=number + 1: f"ppo, evaluating and saving after update {n}", args.ddp_timeout):
-                self._log_evaluate_save(metrics)
+                self._log_evaluate_save(metrics, done)
             if self.control.should_training_stop:
                 break
 
@@ -286,8 +285,6 @@ class PPOTrainer(Trainer):
         dtype = compute_dtype(self.policy, self.args)
         if self.args.check_first_ratio and not done.value_only:
             check_first_ratio(rollout, done.deviation, number + 1, dtype)
-        # For the diagnosis alone.
-        self._rounding = {"first_ratio/mean": done.deviation.get("mean", 0.0), "first_ratio/allowed": rounding(dtype)}
         return done
 
     def _begin(self, resume_from_checkpoint: str | bool | None) -> None:
@@ -314,10 +311,12 @@ class PPOTrainer(Trainer):
         if args.eval_on_start and self.loop.step == 0 and self.eval_prompts is not None:
             self.evaluate()
 
-    def _log_evaluate_save(self, metrics: dict[str, float]) -> None:
+    def _log_evaluate_save(self, metrics: dict[str, float], done: Update) -> None:
         args = self.args
         if args.diagnose:
-            for finding in self.loop.diagnosis.observe(self.loop.step, {**metrics, **self._rounding}):
+            allowed = rounding(compute_dtype(self.policy, args))
+            noted = {"first_ratio/mean": done.deviation.get("mean", 0.0), "first_ratio/allowed": allowed}
+            for finding in self.loop.diagnosis.observe(self.loop.step, {**metrics, **noted}):
                 logger.warning(finding)
         if self.control.should_log:
             self.log(metrics)

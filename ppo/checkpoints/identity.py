@@ -6,6 +6,7 @@ Every setting counts but those in `FREE`, so that a new one counts from its firs
 import dataclasses
 import hashlib
 import json
+import warnings
 from typing import Any
 
 from torch.optim import Optimizer
@@ -155,4 +156,7 @@ def adopt(
             group["initial_lr"], group["lr"] = made.get("initial_lr", rate), rate
         # Where the new schedule would be by now.
         scheduler.last_epoch = loop.step - 1
-        scheduler.step()
+        with warnings.catch_warnings():
+            # It wants an optimizer step before it: that was in the run before.
+            warnings.simplefilter("ignore")
+            scheduler.step()

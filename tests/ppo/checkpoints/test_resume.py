@@ -1,6 +1,8 @@
 """Kill -9 at any moment, go on, and end with the same bits: weights, optimizer, metrics, samples."""
 
+import dataclasses
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -10,10 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.ppo.checkpoints.identity import FIXED, FREE
 from ppo_vs_dpo.ppo.checkpoints.state import STATE, last_checkpoint, load_state, rng_state, save_state, set_rng_state
+from ppo_vs_dpo.ppo.config import UNUSED, PPOConfig
+from tests.ppo.conftest import PROMPTS, logs, same, untimed
 
 SETTINGS = {
     "max_steps": 8,
@@ -129,6 +135,117 @@ def test_a_checkpoint_of_another_run_is_refused(make_trainer, tmp_path, tiny_lla
         make_trainer({"model": tiny_llama(0, hidden_size=32)}, **base).train(resume_from_checkpoint=True)
     with pytest.raises(UserError, match="not a checkpoint of ppo"):
         make_trainer(**base).train(resume_from_checkpoint=str(tmp_path))
+
+
+OTHER = {
+    "temperature": 0.3, "top_k": 3, "top_p": 0.9, "gamma": 0.5, "lam": 0.5, "kl_coef": 0.9, "kl_target": 3.0,
+    "kl_horizon": 7.0, "kl_controller": "adaptive", "missing_eos_penalty": 9.0, "missing_eos": "subtract",
+    "learning_rate": 1e-6, "lr_scheduler_type": "cosine", "warmup_steps": 2, "weight_decay": 0.5, "adam_beta1": 0.5,
+    "adam_beta2": 0.5, "adam_epsilon": 1e-3, "max_grad_norm": 7.0, "cliprange": 0.9, "cliprange_value": None,
+    "vf_coef": 0.9, "entropy_coef": 0.9, "value_learning_rate": 1.0, "value_warmup_updates": 1, "score_clip": 1.0,
+    "score_bias": 1.0, "whiten_rewards": True, "whiten_advantages": False, "importance_sampling_cap": None,
+    "early_stop_kl": 9.0, "sync_ref_model": True, "ref_model_mixup_alpha": 0.5, "stop_strings": ["good"],
+    "generation_kwargs": {"batch_size": 3}, "max_prompt_length": 30, "parity": "trl-1.12", "rollout_batch_size": 32,
+    "max_steps": 9, "num_mini_batches": 1, "num_ppo_epochs": 1, "response_length": 7, "reward_weights": [0.5],
+}  # fmt: skip
+NAMES = {"rollout_batch_size": "rollout_size", "max_steps": "updates"}
+KEPT = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+
+
+@pytest.fixture
+def kept(make_trainer):
+    """A run of two updates with a checkpoint after each."""
+    make_trainer(**KEPT).train()
+
+
+def test_every_setting_that_changes_the_result_is_looked_at(make_trainer, kept):
+    for name, value in OTHER.items():
+        with pytest.raises(UserError, match=rf"belongs to another run: {NAMES.get(name, name)} was .* and is "):
+            make_trainer(**{**KEPT, name: value}).train(resume_from_checkpoint=True)
+    data = Dataset.from_dict({"prompt": [*PROMPTS[:-1], "the end"] * 4})
+    with pytest.raises(UserError, match=r"prompts was '32 \(.*\)' and is '32 \(.*\)'"):
+        make_trainer({"train_dataset": data}, **KEPT).train(resume_from_checkpoint=True)
+    # What changes rounding or what is shown, and nothing else, may change.
+    free = {"per_device_train_batch_size": 4, "logging_steps": 2, "save_total_limit": 5, "diagnose": True}
+    make_trainer(**{**KEPT, **free}).train(resume_from_checkpoint=True)
+
+
+def test_each_field_is_either_compared_or_free():
+    fields = {one.name for one in dataclasses.fields(PPOConfig) if one.init}
+    assert fields >= FREE - set(UNUSED)
+    compared = fields - FREE
+    assert set(FIXED) <= compared
+    assert {name for name in OTHER if name not in NAMES} <= compared
+
+
+@pytest.mark.parametrize("change", [{"learning_rate": 1e-4}, {"kl_coef": 0.9}, {"adam_beta1": 0.5, "gamma": 0.5}])
+def test_what_may_change_is_adopted_in_whole(make_trainer, tmp_path, weights, caplog, monkeypatch, change):
+    """Going on with another setting is what a run does that had the old one so far and the new one from here on."""
+    settings = {**KEPT, "max_steps": 4, "lr_scheduler_type": "linear"}
+    make_trainer(**{**settings, "max_steps": 4}).train()
+    last = tmp_path / "out" / "checkpoint-2"
+    trainer = make_trainer(**{**settings, **change, "resume_with": list(change)})
+    with caplog.at_level("WARNING"):
+        monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+        trainer.train(resume_from_checkpoint=str(last))
+    # By hand: the old run to update 2, then every place that holds the setting.
+    other = make_trainer(**{**settings, "output_dir": str(tmp_path / "other")})
+    other.prepare()
+    collect = other.collect
+
+    def switch(number, clock=None):
+        if number == 2:
+            for name, value in change.items():
+                setattr(other.args, name, value)
+            for group in other.optimizer.param_groups:
+                if "learning_rate" in change:
+                    group["lr"] = change["learning_rate"] * 2 / 4
+                if "adam_beta1" in change:
+                    group["betas"] = (0.5, group["betas"][1])
+            if "learning_rate" in change:
+                other.lr_scheduler.base_lrs = [change["learning_rate"]] * len(other.lr_scheduler.base_lrs)
+            other.loop.kl.coef = other.args.kl_coef
+        return collect(number, clock)
+
+    other.collect = switch
+    other.train()
+    assert same(weights(trainer), weights(other))
+    mine, theirs = untimed(logs(trainer)), untimed(logs(other))
+    assert mine == theirs
+
+
+def test_a_longer_run_may_go_on(make_trainer, kept):
+    trainer = make_trainer(**{**KEPT, "max_steps": 3, "resume_with": ["max_steps"]})
+    trainer.train(resume_from_checkpoint=True)
+    assert [row["step"] for row in logs(trainer)] == [1, 2, 3]
+
+
+def test_what_cannot_change_halfway(make_trainer, kept):
+    with pytest.raises(UserError, match="resume_with: score_bias cannot change halfway"):
+        make_trainer(**KEPT, score_bias=1.0, resume_with=["score_bias"]).train(resume_from_checkpoint=True)
+    with pytest.raises(UserError, match=r"resume_with: learning_rat is no setting that is compared.*learning_rate"):
+        make_trainer(**KEPT, resume_with=["learning_rat"]).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_version_0_1_goes_on(make_trainer, tmp_path, kept):
+    """It holds eight settings and three counts; the others cannot be compared."""
+    path = tmp_path / "out" / "checkpoint-1" / f"{STATE}.json"
+    state = json.loads(path.read_text())
+    old = ("seed", "num_mini_batches", "num_ppo_epochs", "response_length", "kl_estimator", "kl_in", "parity", "optim")
+    for entry in state["dict"]:
+        if entry[0] == "settings":
+            kept_ = [item for item in entry[1]["dict"] if item[0] in (*old, "rollout_size", "updates")]
+            entry[1]["dict"] = [*kept_, ["prompts", 32]]
+    path.write_text(json.dumps(state))
+    make_trainer(**KEPT).train(resume_from_checkpoint=str(path.parent))
+    with pytest.raises(UserError, match="num_ppo_epochs was 2 and is 1"):
+        make_trainer(**{**KEPT, "num_ppo_epochs": 1}).train(resume_from_checkpoint=str(path.parent))
+
+
+def test_models_alone_cannot_be_gone_on_from(make_trainer):
+    make_trainer(**KEPT, save_only_model=True).train()
+    with pytest.raises(UserError, match=r"checkpoint-1 holds the model alone \(ppo.save_only_model\)"):
+        make_trainer(**KEPT).train(resume_from_checkpoint=True)
 
 
 def test_rotation_keeps_the_newest_and_the_best(make_trainer, prompts, tmp_path):

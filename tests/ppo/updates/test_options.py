@@ -188,3 +188,23 @@ def test_the_refused_settings_are_the_trainers():
     from ppo_vs_dpo.ppo.config import UNUSED
 
     assert set(UNUSED) <= {field.name for field in dataclasses.fields(TrainingArguments)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"generation_kwargs": {"temperature": 0.0}}, r"temperature is 0\.0; PPO explores"),
+        ({"temperature": -1.0}, "sampling needs temperature >= 0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"generation_kwargs": {"top_k": 5.0}}, r"top_k is 5\.0; it must be a whole number"),
+        ({"generation_kwargs": {"batch_size": 0}}, "batch_size is 0; it must be at least 1"),
+        ({"generation_kwargs": {"top_p": 0.0}}, "0 < top_p"),
+        ({"max_prompt_length": 0}, "max_prompt_length is 0; it must be at least 1"),
+        ({"max_prompt_length": -1}, "max_prompt_length is -1"),
+        ({"rollout_batch_size": 0}, "rollout_batch_size is 0"),
+        ({"total_episodes": -5}, "total_episodes is -5"),
+    ],
+)
+def test_values_that_cannot_be_meant(tmp_path, settings, words):
+    with pytest.raises(UserError, match=words):
+        PPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)

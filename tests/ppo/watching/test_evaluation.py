@@ -48,3 +48,14 @@ def test_evaluation_of_the_untrained_policy(make_trainer, prompts):
     assert metrics["eval_score"] == metrics["eval_reference_score"]
     with pytest.raises(UserError, match="no eval_dataset"):
         make_trainer().evaluate()
+
+
+def test_what_happens_each_epoch(make_trainer, prompts, tmp_path):
+    """``epoch`` is once through the prompts, 2 updates of 16 here, and the end of the run."""
+    each = {"save_strategy": "epoch", "eval_strategy": "epoch", "logging_strategy": "epoch"}
+    trainer = make_trainer({"eval_dataset": prompts.select(range(4))}, max_steps=5, **each)
+    trainer.train()
+    assert [row["step"] for row in logs(trainer)] == [2, 4, 5]
+    assert [row["step"] for row in logs(trainer, "eval_objective")] == [2, 4, 5]
+    saved = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
+    assert saved == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
