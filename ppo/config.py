@@ -88,6 +88,8 @@ UNUSED = {
     "dataloader_drop_last": "prompts are drawn, not cut into batches",
     "ignore_data_skip": "a resumed run goes on with the next prompts, at no cost",
     "eval_accumulation_steps": "evaluation is PPO's own",
+    "bf16_full_eval": "evaluation has the arithmetic of training (bf16)",
+    "fp16_full_eval": "evaluation has the arithmetic of training (fp16)",
     "batch_eval_metrics": "evaluation is PPO's own",
     "include_for_metrics": "evaluation is PPO's own",
     "prediction_loss_only": "evaluation is PPO's own",

@@ -98,7 +98,23 @@ RULES: dict[str, dict[str, Rule]] = {
         "label_smoothing_factor": _refused("DPO's own is dpo.label_smoothing; remove it.", 0, 0.0),
     },
     # What else PPO's loop does not read: `ppo.config.UNUSED`.
-    "ppo": EVERYWHERE,
+    "ppo": {
+        **EVERYWHERE,
+        "resume_with": _refused(
+            "a stage whose settings change begins anew, and what it had is kept beside it; it is for PPOTrainer in "
+            "Python. Remove it."
+        ),
+        "per_device_eval_batch_size": _nothing("evaluations take local_rollout_forward_batch_size rows at once"),
+        **dict.fromkeys(
+            ("dataloader_pin_memory", "dataloader_in_order", "remove_unused_columns"),
+            _nothing("prompts are tokenised before training and read from memory, with all their columns"),
+        ),
+        **dict.fromkeys(
+            ("average_tokens_across_devices", "include_num_input_tokens_seen", "logging_nan_inf_filter"),
+            _nothing("the loop counts real tokens over all ranks, and logs every figure as it is"),
+        ),
+        **dict.fromkeys(("use_cache", "skip_memory_metrics"), _nothing("read by transformers' own loop alone")),
+    },
 }
 
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.models.loading.given import answers, rewriting_init, same_answers
 from ppo_vs_dpo.models.loading.pretrained import check_same_vocabulary, disable_dropout, halve_frozen
+from ppo_vs_dpo.models.passes.answers import answers, rewriting_init, same_answers
 from ppo_vs_dpo.models.passes.logprobs import Batch, response_logprobs
 from ppo_vs_dpo.models.sharding.deepspeed import gathered, is_sharded, whole, whole_copy, whole_state
 from ppo_vs_dpo.ppo.roles.shared import SharedRole
@@ -51,7 +51,7 @@ class Reference:
     Args:
         model: a causal language model; ``None`` takes the policy as it was given.
         policy: the policy.
-        given: `models.loading.given.answers` of the policy before it got adapters; ``None``: it came as it is.
+        given: `models.passes.answers.answers` of the policy before it got adapters; ``None``: it came as it is.
 
     Attributes:
         is_start: the reference is what the policy starts from, so their KL is 0 before the first step.

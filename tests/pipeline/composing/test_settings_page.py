@@ -40,7 +40,7 @@ OTHER = {
     "deepspeed": {"zero_optimization": {"stage": 2}}, "parallelism_config": {"tp_size": 2},
     "fsdp_config": {"min_num_params": 1}, "model_init_kwargs": {"dtype": "auto"},
     "dataset_kwargs": {"skip_prepare_dataset": True}, "loss_weights": [0.5], "label_smoothing_factor": 0.1,
-    "ddp_timeout": 900, "ddp_bucket_cap_mb": 10, "local_rank": 0, "max_grad_norm": 0.5,
+    "resume_with": ["gamma"], "ddp_timeout": 900, "ddp_bucket_cap_mb": 10, "local_rank": 0, "max_grad_norm": 0.5,
 }  # fmt: skip
 WITH = {
     "dataloader_persistent_workers": {"dataloader_num_workers": 1},

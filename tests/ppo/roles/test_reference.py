@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.models.loading.given import answers
+from ppo_vs_dpo.models.passes.answers import answers
 from tests.ppo.conftest import logs
 
 STILL = {"learning_rate": 0.0, "max_steps": 1, "num_ppo_epochs": 1, "num_mini_batches": 1}
