@@ -40,7 +40,7 @@ from ppo_vs_dpo.ppo.roles.rewards import RewardFunction
 from ppo_vs_dpo.ppo.roles.roles import make_roles
 from ppo_vs_dpo.ppo.roles.trained import optimizer_groups, settle_deepspeed
 from ppo_vs_dpo.ppo.roles.value_head import shift_values
-from ppo_vs_dpo.ppo.rollouts.checks import Unusable, check_first_kl, check_first_ratio, rounding
+from ppo_vs_dpo.ppo.rollouts.checks import Unusable, check_first_ratio, rounding
 from ppo_vs_dpo.ppo.rollouts.clock import Clock
 from ppo_vs_dpo.ppo.rollouts.collect import collect
 from ppo_vs_dpo.ppo.rollouts.engines import compute_dtype, make_engine
@@ -123,19 +123,12 @@ class PPOTrainer(Trainer):
         tokenizer = processing_class or load_tokenizer(model if isinstance(model, str) else model.name_or_path)
         let_pad(tokenizer, "processing_class")
         self.loop = LoopState.start(args)
-        self.roles = roles = make_roles(
-            model, reward_model, ref_model, value_model, args, tokenizer, reward_funcs, reward_processing_class,
-            peft_config,
-        )  # fmt: skip
+        given = (reward_funcs, reward_processing_class, peft_config)
+        self.roles = roles = make_roles(model, reward_model, ref_model, value_model, args, tokenizer, *given)
 
-        train_dataset, eval_dataset = (
-            as_dataset(train_dataset, "train_dataset"),
-            as_dataset(eval_dataset, "eval_dataset"),
-        )
-        self.prompts, self.eval_prompts = prompt_sets(train_dataset, eval_dataset, roles.policy, tokenizer, args)
-        for prompts in (self.prompts, self.eval_prompts):
-            if prompts is not None:
-                roles.rewards.check_context(prompts.prompts, prompts.longest, args.sampling().max_new_tokens)
+        train_dataset = as_dataset(train_dataset, "train_dataset")
+        eval_dataset = as_dataset(eval_dataset, "eval_dataset")
+        self.prompts, self.eval_prompts = prompt_sets(train_dataset, eval_dataset, roles, args)
         self.ptx = PretrainingText.of(args, ptx_dataset, tokenizer)
         if args.ddp_find_unused_parameters is None:
             # Every trained tensor takes part in every backward pass, but for the policy while the values warm up.
@@ -207,8 +200,6 @@ class PPOTrainer(Trainer):
             setattr(self.callback_handler, name, getattr(self, name))
         self._prepared = True
 
-    # ------------------------------------------------------------------------------------------------ the loop
-
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Run all updates.
 
@@ -261,19 +252,16 @@ class PPOTrainer(Trainer):
         self.is_in_train = False
         if args.load_best_model_at_end:
             self.checkpoints.read_best()
-        seconds = time.monotonic() - started
+        metrics["train_runtime"] = time.monotonic() - started
         self.control = self.callback_handler.on_train_end(args, self.state, self.control)
-        return TrainOutput(loop.step, metrics.get("loss/policy_avg", 0.0), {**metrics, "train_runtime": seconds})
+        return TrainOutput(loop.step, metrics.get("loss/policy_avg", 0.0), metrics)
 
     def collect(self, number: int, clock: Clock | None = None) -> Rollout:
         """The rollout of one update, numbered from 0: steps 1 to 6."""
-        rollout = collect(
+        return collect(
             self.roles, self.prompts, self.args, self.accelerator, number=number, size=self.rollout_size,
             kl_coef=self.loop.kl.coef, score_bias=self.loop.score_bias or 0.0, clock=clock,
         )  # fmt: skip
-        if self.args.check_first_ratio and self.loop.step == 0 and self.roles.reference.is_start:
-            check_first_kl(rollout, compute_dtype(self.policy, self.args))
-        return rollout
 
     def update(self, rollout: Rollout, number: int) -> Update:
         """Step 7, and the check that the ratio is 1 before the first optimizer step."""
@@ -282,9 +270,8 @@ class PPOTrainer(Trainer):
             self.model_wrapped, self.optimizer, rollout, self.args, self.accelerator, number=number,
             kl_coef=self.loop.kl.coef, ptx=self.ptx,
         )  # fmt: skip
-        dtype = compute_dtype(self.policy, self.args)
         if self.args.check_first_ratio and not done.value_only:
-            check_first_ratio(rollout, done.deviation, number + 1, dtype)
+            check_first_ratio(rollout, done.deviation, number + 1, compute_dtype(self.policy, self.args))
         return done
 
     def _begin(self, resume_from_checkpoint: str | bool | None) -> None:
@@ -375,8 +362,6 @@ class PPOTrainer(Trainer):
         if self.is_world_process_zero():
             print_rows(rows[:limit])
         return rows
-
-    # ------------------------------------------------------------------------------------------------ keeping it
 
     def _stateful(self) -> list[ExportableState]:
         return [one for one in [*self.callback_handler.callbacks, self.control] if isinstance(one, ExportableState)]

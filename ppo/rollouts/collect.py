@@ -9,7 +9,7 @@ from ppo_vs_dpo.ppo.algorithm import token_rewards, whiten
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.roles.roles import Roles
 from ppo_vs_dpo.ppo.rollouts.advantages import estimate, extend_by_one
-from ppo_vs_dpo.ppo.rollouts.checks import check_agreement
+from ppo_vs_dpo.ppo.rollouts.checks import check_agreement, check_first_kl
 from ppo_vs_dpo.ppo.rollouts.clock import Clock
 from ppo_vs_dpo.ppo.rollouts.cutting import micro_batches
 from ppo_vs_dpo.ppo.rollouts.engines import compute_dtype
@@ -92,7 +92,10 @@ def collect(
         rollout.rewards = whiten(rollout.rewards, rollout.value_mask, shift_mean=False, unbiased=unbiased)
 
     # 6. advantages and returns
-    return estimate(rollout, args)
+    rollout = estimate(rollout, args)
+    if number == 0 and args.check_first_ratio and roles.reference.is_start:
+        check_first_kl(rollout, compute_dtype(roles.policy, args))
+    return rollout
 
 
 def _differs(part: Rollout, args: PPOConfig) -> torch.Tensor | None:

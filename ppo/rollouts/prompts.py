@@ -11,6 +11,7 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.pretrained import context_length
 from ppo_vs_dpo.models.text.prompts import encode_prompt, truncate_prompt
 from ppo_vs_dpo.ppo.config import PPOConfig
+from ppo_vs_dpo.ppo.roles.roles import Roles
 
 
 def allowed_prompt_length(policy: PreTrainedModel, response_length: int, max_prompt_length: int | None) -> int | None:
@@ -180,24 +181,23 @@ def _without_padding(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, name:
 
 
 def prompt_sets(
-    train: Dataset | None,
-    evaluation: Dataset | None,
-    policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    args: PPOConfig,
+    train: Dataset | None, evaluation: Dataset | None, roles: Roles, args: PPOConfig
 ) -> tuple[PromptSet, PromptSet | None]:
     """The prompts to train on and, where there are any, those of the evaluation.
 
     Raises:
-        UserError: a prompt that cannot be used, or evaluations without prompts.
+        UserError: a prompt that cannot be used, by policy or reward model, or evaluations without prompts.
     """
-    limit = allowed_prompt_length(policy, args.sampling().max_new_tokens, args.max_prompt_length)
-    prompts = PromptSet(train, tokenizer, limit, args.truncate_prompts)
-    if evaluation is not None:
-        return prompts, PromptSet(evaluation, tokenizer, limit, args.truncate_prompts, "eval_dataset")
-    if args.eval_strategy != "no":
+    budget = args.sampling().max_new_tokens
+    limit = allowed_prompt_length(roles.policy, budget, args.max_prompt_length)
+    if evaluation is None and args.eval_strategy != "no":
         raise UserError(
             f"ppo.eval_strategy is {args.eval_strategy.value} and there is no eval_dataset: pass prompts to "
             f"evaluate on, or eval_strategy=no."
         )
-    return prompts, None
+    sets = [PromptSet(train, roles.tokenizer, limit, args.truncate_prompts)]
+    if evaluation is not None:
+        sets.append(PromptSet(evaluation, roles.tokenizer, limit, args.truncate_prompts, "eval_dataset"))
+    for one in sets:
+        roles.rewards.check_context(one.prompts, one.longest, budget)
+    return sets[0], sets[1] if len(sets) > 1 else None
