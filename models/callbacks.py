@@ -1,7 +1,6 @@
 """A transformers callback that keeps the run folder up to date while a Trainer works."""
 
 import json
-import sys
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -10,6 +9,7 @@ from ppo_vs_dpo.artifacts.files import finite, write_jsonl
 from ppo_vs_dpo.artifacts.guards.checkpoints import stamp
 from ppo_vs_dpo.artifacts.resources import parameters_without_embeddings
 from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.models.sharding.collectives import barrier
 
 
 class RunCallback(TrainerCallback):
@@ -40,9 +40,7 @@ class RunCallback(TrainerCallback):
             out.write(json.dumps(finite({"step": state.global_step, **logs})) + "\n")
 
     def on_save(self, args, state, control, **kwargs):
-        torch = sys.modules["torch"]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()  # every rank's files are there
+        barrier()  # every rank's files are there
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             stamp(folder, self.context.fingerprint, resumable=not args.save_only_model)

@@ -189,8 +189,8 @@ class PPOConfig(TrainingArguments):
     )
     generation_engine: Literal["transformers", "vllm"] = _option(
         "transformers",
-        "What samples: the project's own loop on the model that trains, or vLLM, which gets the weights before each "
-        "sampling.",
+        "What samples: the project's own loop on the model that trains, or vLLM, which gets the weights when they "
+        "have changed.",
     )
     vllm_mode: Literal["colocate", "server"] = _option(
         "colocate",

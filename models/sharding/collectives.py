@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 
+from ppo_vs_dpo.models.sharding.watch import meet
+
 
 def several() -> bool:
     """Whether this process is one of several that work together."""
@@ -43,6 +45,5 @@ def union(names: Iterable[str]) -> list[str]:
 
 
 def barrier() -> None:
-    """Wait for all ranks."""
-    if several():
-        dist.barrier()
+    """Wait for all ranks, also for one that writes files for longer than a collective may take."""
+    meet()

@@ -64,17 +64,35 @@ def watched(name: Callable[[], str], patience: float) -> Iterator[None]:
         thread.join()
 
 
-def meet(pause: float = 0.2) -> None:
+def meet(pause: float = 0.2, patience: float = 10 * PATIENCE) -> None:
     """Wait for all ranks, however long one of them works alone (merging, saving): no collective is under way.
 
     Args:
-        pause: seconds between two looks.
+        pause: seconds between two looks, once it takes long.
+        patience: seconds after which nobody will come any more.
+
+    Raises:
+        RuntimeError: ``patience`` is over.
     """
     world = ranks()
     if world == 1:
         return
     store, key = dist.distributed_c10d._get_default_store(), f"ppo_vs_dpo/meeting/{next(_meetings)}"
-    arrived = store.add(key, 1)
-    while arrived < world:
-        time.sleep(pause)
-        arrived = store.add(key, 0)
+    _until(store, key, 1, world, pause, patience)
+    # The first rank keeps the store: it leaves when all others have seen that all are there.
+    if dist.get_rank() == 0:
+        _until(store, f"{key}/seen", 0, world - 1, pause, patience)
+    else:
+        store.add(f"{key}/seen", 1)
+
+
+def _until(store: dist.Store, key: str, mine: int, wanted: int, pause: float, patience: float) -> None:
+    """Add ``mine`` to a counter, and look at it until it is what is ``wanted``."""
+    count, started = store.add(key, mine), time.monotonic()
+    while count < wanted:
+        waited = time.monotonic() - started
+        if waited > patience:
+            raise RuntimeError(f"timed out after {waited:.0f} s: {count} of {wanted} ranks have come")
+        # Short at first: most meetings are of ranks that arrive together.
+        time.sleep(min(pause, 0.002 + waited / 10))
+        count = store.add(key, 0)

@@ -24,6 +24,7 @@ import json, os, pathlib, sys, time
 run, name, what = sys.argv[1:4]
 folder = pathlib.Path(run) / name
 (folder / "began").write_text(str(time.time()))
+(folder / "gpus").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 print("working on", name, flush=True)
 if what == "fail":
     sys.exit("\\nerror in stage %s: the pairs file is empty" % name)
@@ -69,6 +70,16 @@ def test_order_follows_needs_and_two_run_at_once(run):
     assert times(run, "c")[0] < times(run, "b")[1]
     assert "d done in" in said
     assert said.rstrip().endswith(" s")  # the last one: nothing is left
+
+
+def test_jobs_beside_each_other_see_gpus_of_their_own(run, monkeypatch):
+    """Two GPUs, three jobs that need nothing of each other: the third waits for the first one to be free."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
+    run.config.launch.workers = 3
+    go(run, [Job(name, "sft") for name in "abc"])
+    assert [(run.root / name / "gpus").read_text() for name in "ab"] == ["5", "6"]
+    assert (run.root / "c" / "gpus").read_text() in ("5", "6")
+    assert times(run, "c")[0] >= min(times(run, "a")[1], times(run, "b")[1])
 
 
 def test_a_failure_shows_the_stage_s_own_words_and_stops_the_others(run):
