@@ -50,7 +50,7 @@ LIMITS: dict[str, str] = {
 BY_SECTION: dict[str, dict[str, str]] = {
     "compare": {"other_temperatures": "[0,)"},
     "data": {"samples": "[2,)", "test_prompts": "[0,)"},
-    "judge": {"temperature": "[0,)"},
+    "judge": {"temperature": "[0,)", "repeats": _COUNTS, "max_completion_tokens": _COUNTS},
     "reward_model": {},
 }
 # -1 stands for "not set" in transformers.

@@ -48,6 +48,7 @@ _FILES = (
 _HEADS = re.compile(
     r"(^|\.)(score|classifier|classification_head|logits_proj|v_head|value_head|reward_head|regression_head)(\.|$)"
 )
+_OWN = ("score", "classifier", "classification_head", "logits_proj", "sequence_summary")
 # Of those that transformers has, the layer whose outputs are the labels.
 _LAST = ("score", "classifier", "classifier.out_proj", "classification_head.out_proj", "logits_proj")
 
@@ -97,6 +98,27 @@ def load_reward(
         raise UserError(_what_is_missing(path, config, lost, missing))
     _normalise(model, path, config)
     return _prepare(model, trainable, quantization)
+
+
+def check_reward(path: str | Path, config: ModelConfig | None = None, head: str | None = None) -> None:
+    """What `load_reward` would refuse, as far as a folder's configuration and the names of its weights tell.
+
+    No weights are read. Of a model on the Hub only the configuration is looked at.
+
+    Raises:
+        UserError: more than one label, no head, or none of that name.
+    """
+    config, path = config or ModelConfig(), str(path)
+    _check_labels(path, config)
+    if not Path(path).is_dir():
+        return
+    known = weights_of(path, config)
+    head = head or named_head(path, config)
+    if head is not None and not _stems(known, head):
+        raise UserError(f"{path} has no head {head}. {_heads_there(known)}")
+    own = any(key.split(".")[0] in _OWN for key in known)
+    if head is None and known and not own and not is_adapter(path):
+        raise UserError(_what_is_missing(path, config, ["score.weight"], []))
 
 
 def named_head(path: str | Path, config: ModelConfig | None = None) -> str | None:
@@ -225,7 +247,7 @@ def _named_head(path: str, config: ModelConfig, head: str) -> tuple[torch.Tensor
         UserError: there is none of that name, or it has more than one output.
     """
     known = weights_of(path, config)
-    stems = [stem for stem in (head, f"{head}.summary") if any(_ends(key, f"{stem}.weight") for key in known)]
+    stems = _stems(known, head)
     if not stems:
         raise UserError(f"{path} has no head {head}. {_heads_there(known)}")
     tensors = {part: _tensor(path, config, f"{stems[0]}.{part}") for part in ("weight", "bias")}
@@ -235,6 +257,11 @@ def _named_head(path: str, config: ModelConfig, head: str) -> tuple[torch.Tensor
             f"{path}: the head {stems[0]} has the shape {tuple(weight.shape)}; a reward model's gives one."
         )
     return weight, bias
+
+
+def _stems(known: dict[str, tuple[int, ...]], head: str) -> list[str]:
+    """What a head's weights are called: its name, or TRL's layer inside of it."""
+    return [stem for stem in (head, f"{head}.summary") if any(_ends(key, f"{stem}.weight") for key in known)]
 
 
 def _ends(key: str, name: str) -> bool:

@@ -57,6 +57,9 @@ def problems(config: dict[str, Any], stages: list[str]) -> list[str]:
             found += said(lambda stage=stage: adapted_layers(config, stage), f"{stage}.lora: ")
     found += functions(config, stages)
     found += [line for stage in stages for line in files(config, stage)]
+    if "reward_model" in stages:
+        given = config.get("reward_model") or {}
+        found += scores_of(given.get("path"), given.get("head"), "reward_model.path")
     if "compare" in stages:
         found += judges(config)
         found += policies(config)
@@ -187,6 +190,8 @@ def judges(config: dict[str, Any]) -> list[str]:
         if not isinstance(entry, dict) or entry.get("kind") not in ("function", "reward_model", "llm"):
             found.append(f"{where}: kind must be function, reward_model or llm.")
             continue
+        if entry["kind"] == "reward_model":
+            found += scores_of(entry.get("path"), entry.get("head"), f"{where}.path")
         if entry["kind"] == "llm":
             found += out_of_range(entry, where, "judge")
             found += said(
@@ -194,6 +199,15 @@ def judges(config: dict[str, Any]) -> list[str]:
             )
             found += said(lambda entry=entry: load_template(entry.get("template", "hh_helpfulness")), f"{where}: ")
     return found
+
+
+def scores_of(path: str | None, head: str | None, where: str) -> list[str]:
+    """Refuse a reward model that is there and has no head, another one, or more labels than one."""
+    from ppo_vs_dpo.models.loading.heads import check_reward
+
+    if not path or not (Path(path) / "config.json").is_file():
+        return []  # a name of the Hub, or nothing: `files` says so
+    return [f"{where}: {line}" for line in said(lambda: check_reward(path, head=head))]
 
 
 def policies(config: dict[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, write_json
-from ppo_vs_dpo.models.loading.heads import load_reward, weights_of
+from ppo_vs_dpo.models.loading.heads import check_reward, load_reward, weights_of
 from ppo_vs_dpo.models.loading.pretrained import load_value_or_reward
 from ppo_vs_dpo.reward_model.scorer import RewardScorer
 from tests.architectures import tiny
@@ -165,3 +165,34 @@ def test_what_cannot_be_a_reward(causal, head, tmp_path, word_tokenizer):
     save_file(kept, short / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"lacks 16 weights of the model that its config.json describes"):
         load_reward(short)
+
+
+def test_what_is_known_before_anything_is_loaded(causal, head, tmp_path):
+    """The check of a run's settings reads names of weights and the configuration alone."""
+    from ppo_vs_dpo.pipeline.checking.inputs import judges, scores_of
+
+    folder, _ = causal
+    with pytest.raises(UserError, match="has no head to score with"):
+        check_reward(folder)
+    save_file({"v_head.summary.weight": head[0]}, folder / "value_head.safetensors")
+    assert "say head: v_head" in scores_of(str(folder), None, "reward_model.path")[0]
+    assert scores_of(str(folder), "v_head", "reward_model.path") == []
+    assert "has no head value_head" in scores_of(str(folder), "value_head", "reward_model.path")[0]
+    labels, good = tmp_path / "labels", tmp_path / "good"
+    tiny("bert", AutoModelForSequenceClassification, id2label={0: "bad", 1: "good"}).save_pretrained(labels)
+    for kind in ("bert", "llama", "bart", "xlnet"):
+        tiny(kind, AutoModelForSequenceClassification, num_labels=1).save_pretrained(good)
+        check_reward(good)
+    entries = [
+        {"kind": "reward_model", "name": "a", "path": str(labels)},
+        {"kind": "reward_model", "name": "b", "path": str(good)},
+        {"kind": "reward_model", "name": "c", "path": str(folder), "head": "v_head"},
+        {"kind": "llm", "name": "d", "model": "m", "repeats": 0},
+        {"kind": "llm", "name": "e", "model": "m", "max_completion_tokens": -1},
+    ]
+    found = judges({"compare": {"judges": entries}})
+    assert len(found) == 3
+    assert "compare.judges[0].path: " in found[0]
+    assert "has 2 labels (bad, good)" in found[0]
+    assert "repeats is 0" in found[1]
+    assert "max_completion_tokens is -1" in found[2]
