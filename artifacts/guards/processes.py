@@ -57,6 +57,17 @@ def marked(mark: str) -> list[int]:
     return found
 
 
+def stopped(mark: str) -> list[int]:
+    """Processes that carry a mark and are stopped (SIGSTOP, a debugger): others wait for them for half an hour."""
+    found = []
+    for pid in marked(mark):
+        with contextlib.suppress(OSError, IndexError):
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            if state in ("T", "t"):
+                found.append(pid)
+    return found
+
+
 def kill_marked(mark: str) -> int:
     """Kill what carries a mark; returns how many there were."""
     found = marked(mark)

@@ -83,6 +83,13 @@ def _execute(run: RunFolder, jobs: list[Job], overview: Overview, mark: str) -> 
                 one.job.state = "done"
                 unfinished.discard(one.job.name)
                 overview.finished(one.job, time.monotonic() - one.started)
+            for one in running:
+                if (why := one.hung()) is not None:
+                    running.remove(one)
+                    one.kill()
+                    one.process.wait()
+                    one.close()
+                    raise StageFailed(explain_end(one, why))
             ready = [job for job in waiting if not unfinished.intersection(job.needs)]
             for job in ready[: max(0, run.config.launch.workers - len(running))]:
                 taken = gpus.take(job.stage in DISTRIBUTED)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from ppo_vs_dpo.artifacts.files import printable
 from ppo_vs_dpo.artifacts.guards import replaced
-from ppo_vs_dpo.artifacts.guards.processes import MARK, die_with_parent, kill_marked
+from ppo_vs_dpo.artifacts.guards.processes import MARK, die_with_parent, kill_marked, stopped
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.pipeline.planning.gpus import VISIBLE
 from ppo_vs_dpo.pipeline.running.graph import DISTRIBUTED, Job
@@ -21,6 +21,9 @@ from ppo_vs_dpo.pipeline.running.launch import launcher
 
 # Characters of a job's output that are kept in memory: its last words are wanted where the disk is full, too.
 KEPT = 1 << 17
+# Seconds after which a stopped process counts as hung, and between two looks.
+STOPPED = 30.0
+LOOK_EVERY = 3.0
 
 
 def environment(config: DictConfig, mark: str, gpus: list[str] | None = None) -> dict[str, str]:
@@ -72,7 +75,8 @@ class Running:
         self.log_path = folder / "log.txt"
         self.log = self.log_path.open("ab")
         self.said = b""
-        self.started = time.monotonic()
+        self.started = self.looked = time.monotonic()
+        self.stopped_since: dict[int, float] = {}
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -99,6 +103,19 @@ class Running:
             with contextlib.suppress(OSError, ValueError):
                 self.log.write(block)
                 self.log.flush()
+
+    def hung(self) -> str | None:
+        """Looked at now and then: what to say where a process of the job has been stopped for `STOPPED` seconds."""
+        now = time.monotonic()
+        if now - self.looked < LOOK_EVERY:
+            return None
+        self.looked = now
+        held = stopped(self.mark)
+        self.stopped_since = {pid: self.stopped_since.get(pid, now) for pid in held}
+        late = [pid for pid, since in self.stopped_since.items() if now - since > STOPPED]
+        if not late:
+            return None
+        return f"process {late[0]} of stage {self.job.name} has been stopped for {STOPPED:.0f} s, and the others wait."
 
     def signal(self, number: int) -> None:
         """Send a signal to the job and its process group."""
@@ -153,8 +170,13 @@ def root_cause(text: str) -> tuple[int, int] | None:
     return (int(found[-1][0]), int(found[-1][1])) if found else None
 
 
-def explain_end(one: Running) -> str:
-    """Why a job ended as it did, where its log is, and what the same command will do."""
+def explain_end(one: Running, hung: str | None = None) -> str:
+    """Why a job ended as it did, where its log is, and what the same command will do.
+
+    Args:
+        one: the job, ended.
+        hung: why it was ended by the command.
+    """
     code, name = one.process.returncode, one.job.name
     back = one.put_back()
     place = f"\n\nThe whole log: {one.log_path}\nThe same command goes on from where this stopped."
@@ -162,6 +184,8 @@ def explain_end(one: Running) -> str:
         place += f" The earlier result of {name} is in its place again."
     elif one.aside is not None:
         place += f" The earlier result of {name} is kept: {one.aside}"
+    if hung is not None:
+        return f"{hung} The stage was ended.{place}"
     if code < 0:
         return f"stage {name} was killed by {_signal_name(-code)}.{place}"
     cause = root_cause(one.words)

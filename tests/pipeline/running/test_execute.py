@@ -16,6 +16,7 @@ from rich.console import Console
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.pipeline.running import execute
+from ppo_vs_dpo.pipeline.running import job as job_module
 from ppo_vs_dpo.pipeline.running.graph import Job
 from ppo_vs_dpo.pipeline.running.overview import Overview
 
@@ -119,6 +120,7 @@ def test_killing_the_command_kills_its_stages(run):
     code = f"""
         import sys
         from ppo_vs_dpo.pipeline.running import execute
+from ppo_vs_dpo.pipeline.running import job as job_module
         from ppo_vs_dpo.pipeline.running.graph import Job
         from ppo_vs_dpo.pipeline.running.overview import Overview
         from ppo_vs_dpo.artifacts.run import RunFolder
@@ -129,7 +131,7 @@ def test_killing_the_command_kills_its_stages(run):
             execute.execute(run, jobs, overview)
     """
     command = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not (run.root / "orphan" / "began").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -138,6 +140,50 @@ def test_killing_the_command_kills_its_stages(run):
     time.sleep(0.5)
     left = subprocess.run(["pgrep", "-f", f"{run.root} orphan"], capture_output=True, text=True, check=False)
     assert left.stdout == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_stopped_rank_is_named_and_ends_the_job(run, monkeypatch):
+    monkeypatch.setattr(job_module, "STOPPED", 1.0)
+    monkeypatch.setattr(job_module, "LOOK_EVERY", 0.2)
+
+    def stop():
+        while not (run.root / "victim" / "began").exists():
+            time.sleep(0.05)
+        found = subprocess.run(["pgrep", "-f", f"{run.root} victim"], capture_output=True, text=True, check=True)
+        os.kill(int(found.stdout.split()[0]), signal.SIGSTOP)
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(execute.StageFailed, match=r"process \d+ of stage victim has been stopped for 1 s"):
+        go(run, [Job("victim", "victim", {"what": "hang"})])
+    left = subprocess.run(["pgrep", "-f", f"{run.root} victim"], capture_output=True, text=True, check=False)
+    assert left.stdout == ""
+
+
+def test_an_earlier_attempt_s_words_are_not_this_one_s(run):
+    """log.txt is appended to; the cause that is shown is of this attempt."""
+    (run.root / "split").mkdir()
+    (run.root / "split" / "log.txt").write_text(
+        "Root Cause:\n rank : 3\n exitcode : -9 (pid: 7)\nerror in stage x: old\n"
+    )
+    with pytest.raises(UserError) as failure:
+        go(run, [Job("split", "split", {"what": "fail"})])
+    assert "the pairs file is empty" in str(failure.value)
+    assert "old" not in str(failure.value).replace(str(run.root), "")
+    assert "rank 3" not in str(failure.value)
+
+
+def test_a_replaced_result_is_back_where_the_new_attempt_made_nothing(run):
+    folder = run.stage_dir("bad")
+    run.begin("bad", "earlier", {})
+    (folder / "model").write_text("three days of work")
+    run.finish("bad", "earlier", 1.0, {})
+    with pytest.raises(UserError, match="The earlier result of bad is in its place again"):
+        go(run, [Job("bad", "bad", {"what": "fail"}, fingerprint="new")])
+    assert (folder / "model").read_text() == "three days of work"
+    assert run.done("bad")["fingerprint"] == "earlier"
+    assert "the pairs file is empty" in (folder / "log.failed.txt").read_text()
+    assert not (run.root / ".replaced").exists()
 
 
 def test_one_command_at_a_time(run):
