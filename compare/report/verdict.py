@@ -131,6 +131,10 @@ def _head_to_head(report: dict[str, Any]) -> str:
         f"{label(entry['policy'])}'s answer is the better one on {of_hundred(entry)}, {p_text(entry['p'])}, n "
         f"= {entry['n']}"
     )
+    if len(entry.get("per_seed") or []) > 1:
+        turned = entry["policy"] != found["policy"]
+        rates = [100 * (1 - rate if turned else rate) for rate in entry["per_seed"]]
+        says += f", by seed {', '.join(f'{rate:.0f}' for rate in rates)}"
     by = _judge(judge)
     if found["outcome"] == "beats":
         text = f"{_capital(first)} {_beat(report)} {second} by {by}: {says}"

@@ -45,6 +45,7 @@ def test_win_rates_are_reweighted_and_bounded(run):
     assert "What would change this verdict" in page
     assert "12 settings tried; the main one was chosen on validation prompts" in page
     assert "was chosen by means that were not recorded" in page  # DPO's
+    assert page.count('title="chosen on validation prompts among 12 settings"') == 1
 
 
 def test_the_reweighted_figure_is_what_the_file_holds(run):
