@@ -120,7 +120,6 @@ def test_killing_the_command_kills_its_stages(run):
     code = f"""
         import sys
         from ppo_vs_dpo.pipeline.running import execute
-from ppo_vs_dpo.pipeline.running import job as job_module
         from ppo_vs_dpo.pipeline.running.graph import Job
         from ppo_vs_dpo.pipeline.running.overview import Overview
         from ppo_vs_dpo.artifacts.run import RunFolder
@@ -133,6 +132,7 @@ from ppo_vs_dpo.pipeline.running import job as job_module
     command = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (run.root / "orphan" / "began").exists():
+        assert command.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
     command.kill()
