@@ -2,14 +2,17 @@
 recorded beside.
 """
 
+import shutil
+
 import numpy as np
 import pytest
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, read_parquet
 from ppo_vs_dpo.compare.estimates.reweighted import reweighted_values
-from ppo_vs_dpo.compare.pooled.runs import load
-from tests.compare.helpers import make_run, set_config, write_prompts
+from ppo_vs_dpo.compare.estimates.win_rates import Settings
+from ppo_vs_dpo.compare.pooled.runs import load, pool
+from tests.compare.helpers import check_schema, make_run, set_config, write_prompts
 from tests.compare.test_stage import compare
 
 
@@ -127,3 +130,24 @@ def test_settings_that_cannot_be_meant(run, tmp_path, word_tokenizer, setting, m
     set_config(root, setting)
     with pytest.raises(UserError, match=message):
         compare(root)
+
+
+def test_several_seeds_near_the_reference(run, tmp_path):
+    """Reweighted in every run, over seeds and prompts together; prompts that runs share count once."""
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    (other / "config.yaml").write_text((other / "config.yaml").read_text().replace("seed: 3", "seed: 9"))
+    compare(other)
+    runs = [load(run), load(other)]
+    report = check_schema(pool(runs, Settings()))
+    entry = next(e for e in report["win_rates"] if (e["policy"], e["versus"], e["judge"]) == ("ppo", "dpo", "gold"))
+    assert entry["test"] == "reweighted"
+    assert entry["raw"]["test"] == "seeds and prompts"
+    single = [
+        next(e for e in one.report["win_rates"] if (e["policy"], e["versus"], e["judge"]) == ("ppo", "dpo", "gold"))
+        for one in runs
+    ]
+    assert entry["per_seed"] == pytest.approx([one["win_rate"] for one in single], abs=1e-9)
+    assert entry["n"] == entry["units"] == 48
+    assert abs(entry["ci"][0] - 0.5) <= entry["allowed"]["at_most"] + 1e-12
+    assert "these two PPO runs" in report["verdict"][0].lower().replace("ppo", "PPO")
