@@ -144,7 +144,9 @@ def _draw_points(
     kl_ci = np.array([p["kl"]["ci"] or [p["kl"]["mean"]] * 2 for p in points])
     sides = np.abs(np.sqrt(np.clip(kl_ci, 0, None)).T - x)
     size = 4 if small else 6
-    bars = {"yerr": [y - low, high - y], "xerr": sides, "capsize": 2, "markersize": size, "linewidth": 1.3}
+    # An interval that was cut to what KL allows may end before its estimate: the bar then ends at the point.
+    up_down = np.clip([y - low, high - y], 0, None)
+    bars = {"yerr": up_down, "xerr": sides, "capsize": 2, "markersize": size, "linewidth": 1.3}
     axis.errorbar(x, y, **bars, label=name, **style)
     for point, at_x, at_y in zip(points, x, y, strict=True):
         main = not point["point"]

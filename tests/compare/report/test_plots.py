@@ -55,3 +55,14 @@ def test_names_cover_no_point_and_no_other_name(crowded):
 )
 def test_zero_has_no_sign(value, text):
     assert number(value) == text
+
+
+def test_an_estimate_outside_of_its_interval_is_drawn(crowded):
+    """Seen on a run of 16 prompts: best-of-4 won 87.5 %, and its interval was cut to the 80 % that n allows."""
+    crowded["win_rates"] = [
+        {**entry, "ci": [0.65, entry["win_rate"] - 0.05]} for entry in crowded["win_rates"] if entry["versus"] == "sft"
+    ]
+    figure = frontier_plot(crowded, ["win_rate"])
+    figure.canvas.draw()
+    (axis,) = figure.axes
+    assert axis.containers
