@@ -1,20 +1,17 @@
 """Steps 1 to 6 of an update: prompts, responses, scores, log-probabilities and values, rewards, advantages."""
 
-import torch
 from accelerate import Accelerator
 
-from ppo_vs_dpo.models.sampling.generation import Generated, row_seed
-from ppo_vs_dpo.models.sharding.collectives import global_max
+from ppo_vs_dpo.models.sampling.generation import row_seed
 from ppo_vs_dpo.ppo.algorithm import token_rewards, whiten
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.roles.roles import Roles
 from ppo_vs_dpo.ppo.rollouts.advantages import estimate, extend_by_one
 from ppo_vs_dpo.ppo.rollouts.checks import check_agreement, check_first_kl
 from ppo_vs_dpo.ppo.rollouts.clock import Clock
-from ppo_vs_dpo.ppo.rollouts.cutting import micro_batches
 from ppo_vs_dpo.ppo.rollouts.engines import compute_dtype
 from ppo_vs_dpo.ppo.rollouts.prompts import PromptSet
-from ppo_vs_dpo.ppo.rollouts.responses import final_scores, sample, score
+from ppo_vs_dpo.ppo.rollouts.responses import final_scores, forward, sample, score
 from ppo_vs_dpo.ppo.rollouts.rollout import Rollout
 
 
@@ -96,49 +93,3 @@ def collect(
     if number == 0 and args.check_first_ratio and roles.reference.is_start:
         check_first_kl(rollout, compute_dtype(roles.policy, args))
     return rollout
-
-
-def _differs(part: Rollout, args: PPOConfig) -> torch.Tensor | None:
-    """Where values count, by a convention that counts them elsewhere than at the tokens; else ``None``."""
-    return part.value_mask if args.conventions.score_after_last else None
-
-
-@torch.no_grad()
-def forward(
-    roles: Roles, rollout: Rollout, generated: list[Generated], args: PPOConfig, accelerator: Accelerator
-) -> None:
-    """Fill in log-probabilities, entropies and values, in batches of similar length.
-
-    What sampling has worked out already is not worked out again.
-    """
-    known = not roles.engine.keeps_weights and all(g.logprobs is not None for g in generated)
-    for row, one in enumerate(generated):
-        if one.logprobs is not None:
-            rollout.engine_logprobs[row, : len(one.logprobs)] = torch.tensor(one.logprobs)
-        if known:
-            rollout.entropy[row, : len(one.entropy)] = torch.tensor(one.entropy)
-    if known:
-        rollout.logprobs = rollout.engine_logprobs.clone()
-    roles.trained.train()
-    temperature = args.logprob_temperature
-    size, tokens = args.local_rollout_forward_batch_size, args.micro_batch_tokens
-    groups = micro_batches(rollout.extents.total, size, tokens)
-    if tokens is not None:
-        # Ranks must make the same number of passes: sharded weights are gathered in each.
-        most = int(global_max(torch.tensor(float(len(groups)), device=accelerator.device)))
-        groups = micro_batches(rollout.extents.total, size, tokens, most)
-    for rows in groups:
-        part = rollout.select(rows).to(accelerator.device)
-        batch = part.batch()
-        out = roles.trained(
-            batch, temperature, value_mask=_differs(part, args), with_policy=not known, with_entropy=not known
-        )
-        with roles.computing():
-            out["ref_logprobs"] = roles.reference.logprobs(batch, temperature)
-        width = part.mask.shape[1]
-        # One copy to the host for all.
-        for name, values in zip(out, torch.stack([x.float() for x in out.values()]).cpu(), strict=True):
-            getattr(rollout, name)[rows, :width] = values
-    if not roles.engine.keeps_weights:
-        # Sampled by the model that trains: nothing to correct for.
-        rollout.engine_logprobs = rollout.logprobs.clone()

@@ -1,4 +1,4 @@
-"""Responses and their scores: what a rollout and an evaluation have in common."""
+"""Responses, their scores, and what the models say of them: what a rollout and an evaluation have in common."""
 
 import contextlib
 
@@ -8,13 +8,14 @@ from accelerate import Accelerator
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.sampling.engine import TransformersEngine
 from ppo_vs_dpo.models.sampling.generation import Generated
-from ppo_vs_dpo.models.sharding.collectives import any_rank
+from ppo_vs_dpo.models.sharding.collectives import any_rank, global_max
 from ppo_vs_dpo.models.sharding.deepspeed import gathered
 from ppo_vs_dpo.models.text.prompts import decode_completion
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.roles.rewards import RewardError
 from ppo_vs_dpo.ppo.roles.roles import Roles
 from ppo_vs_dpo.ppo.rollouts.checks import Unusable
+from ppo_vs_dpo.ppo.rollouts.cutting import micro_batches
 from ppo_vs_dpo.ppo.rollouts.prompts import PromptSet
 from ppo_vs_dpo.ppo.rollouts.rollout import Rollout
 
@@ -95,3 +96,49 @@ def final_scores(scores: torch.Tensor, finished: torch.Tensor, args: PPOConfig, 
     convention = args.conventions.missing_eos or args.missing_eos
     penalised = final - penalty if convention == "subtract" else torch.full_like(final, -penalty)
     return torch.where(finished, final, penalised)
+
+
+def _differs(part: Rollout, args: PPOConfig) -> torch.Tensor | None:
+    """Where values count, by a convention that counts them elsewhere than at the tokens; else ``None``."""
+    return part.value_mask if args.conventions.score_after_last else None
+
+
+@torch.no_grad()
+def forward(
+    roles: Roles, rollout: Rollout, generated: list[Generated], args: PPOConfig, accelerator: Accelerator
+) -> None:
+    """Fill in log-probabilities, entropies and values, in batches of similar length.
+
+    What sampling has worked out already is not worked out again.
+    """
+    known = not roles.engine.keeps_weights and all(g.logprobs is not None for g in generated)
+    for row, one in enumerate(generated):
+        if one.logprobs is not None:
+            rollout.engine_logprobs[row, : len(one.logprobs)] = torch.tensor(one.logprobs)
+        if known:
+            rollout.entropy[row, : len(one.entropy)] = torch.tensor(one.entropy)
+    if known:
+        rollout.logprobs = rollout.engine_logprobs.clone()
+    roles.trained.train()
+    temperature = args.logprob_temperature
+    size, tokens = args.local_rollout_forward_batch_size, args.micro_batch_tokens
+    groups = micro_batches(rollout.extents.total, size, tokens)
+    if tokens is not None:
+        # Ranks must make the same number of passes: sharded weights are gathered in each.
+        most = int(global_max(torch.tensor(float(len(groups)), device=accelerator.device)))
+        groups = micro_batches(rollout.extents.total, size, tokens, most)
+    for rows in groups:
+        part = rollout.select(rows).to(accelerator.device)
+        batch = part.batch()
+        out = roles.trained(
+            batch, temperature, value_mask=_differs(part, args), with_policy=not known, with_entropy=not known
+        )
+        with roles.computing():
+            out["ref_logprobs"] = roles.reference.logprobs(batch, temperature)
+        width = part.mask.shape[1]
+        # One copy to the host for all.
+        for name, values in zip(out, torch.stack([x.float() for x in out.values()]).cpu(), strict=True):
+            getattr(rollout, name)[rows, :width] = values
+    if not roles.engine.keeps_weights:
+        # Sampled by the model that trains: nothing to correct for.
+        rollout.engine_logprobs = rollout.logprobs.clone()

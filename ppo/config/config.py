@@ -4,11 +4,10 @@ Papers: Ziegler 2019 (1909.08593), Stiennon 2020 (2009.01325), InstructGPT (2203
 (2403.17031), Xu 2024 (2404.10719), Llama 2 (2307.09288), Schulman 2017 (1707.06347).
 """
 
-import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 
@@ -16,85 +15,8 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.settings import field_names, nearest, removed
 from ppo_vs_dpo.artifacts.settings.removed import refuse_removed
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig
-
-
-class Estimator(NamedTuple):
-    """What an advantage estimator needs.
-
-    Attributes:
-        critic: a value model.
-        group: responses of a prompt, at least.
-        whitens: by default its advantages are whitened over the rollout.
-    """
-
-    critic: bool
-    group: int
-    whitens: bool
-
-
-# `ppo.rollouts.advantages` has the equations. Whitening: N+ detail 25; Hu et al. 2025 (REINFORCE++), eq. 4; the two
-# others have a scale of their own.
-ESTIMATORS = {
-    "gae": Estimator(critic=True, group=1, whitens=True),
-    "rloo": Estimator(critic=False, group=2, whitens=False),
-    "grpo": Estimator(critic=False, group=2, whitens=False),
-    "reinforce_pp": Estimator(critic=False, group=1, whitens=True),
-}
-
-
-class Conventions(NamedTuple):
-    """What implementations do differently.
-
-    Attributes:
-        score_after_last: the score lands one position after the last token, and values count one longer.
-        unbiased: Bessel's correction in whitening.
-        temperature_offset: added to the temperature of log-probabilities.
-        missing_eos: what a missing EOS does, whatever ``missing_eos`` says.
-    """
-
-    score_after_last: bool = False
-    unbiased: bool = False
-    temperature_offset: float = 0.0
-    missing_eos: str | None = None
-
-
-# TRL 1.12, trl/experimental/ppo/ppo_trainer.py; summarize_from_feedback_details/ppo.py (vwxyzjn).
-CONVENTIONS = {
-    None: Conventions(),
-    "trl-1.12": Conventions(True, True, 1e-7, "subtract"),
-    "summarize-from-feedback": Conventions(True, False, 1e-7, "replace"),
-}
-
-
-# Settings of TrainingArguments that transformers' own loop reads and PPO's does not: refused, not ignored.
-UNUSED = {
-    "torch_compile": "passes without padding have another shape each time, and compiling them did not pay "
-    "(docs/performance.md)",
-    "use_liger_kernel": "its kernels are not put into PPO's four models",
-    "neftune_noise_alpha": "noise on embeddings would make the policy that trains another than the one that samples",
-    "label_smoothing_factor": "there are no labels",
-    "auto_find_batch_size": "set per_device_train_batch_size or micro_batch_tokens",
-    "torch_empty_cache_steps": "the cache is not emptied between steps",
-    "train_sampling_strategy": "prompts are drawn at random, without replacement",
-    **dict.fromkeys(
-        (
-            "dataloader_num_workers",
-            "dataloader_persistent_workers",
-            "dataloader_prefetch_factor",
-            "dataloader_multiprocessing_context",
-        ),
-        "prompts are tokenised before training",
-    ),
-    "dataloader_drop_last": "prompts are drawn, not cut into batches",
-    "ignore_data_skip": "a resumed run goes on with the next prompts, at no cost",
-    "eval_accumulation_steps": "evaluation is PPO's own",
-    "bf16_full_eval": "evaluation has the arithmetic of training (bf16)",
-    "fp16_full_eval": "evaluation has the arithmetic of training (fp16)",
-    "batch_eval_metrics": "evaluation is PPO's own",
-    "include_for_metrics": "evaluation is PPO's own",
-    "prediction_loss_only": "evaluation is PPO's own",
-    "label_names": "there are no labels",
-}
+from ppo_vs_dpo.ppo.config.checks import problems
+from ppo_vs_dpo.ppo.config.tables import CONVENTIONS, ESTIMATORS, Conventions
 
 
 def _help(text: str) -> dict[str, str]:
@@ -394,116 +316,5 @@ class PPOConfig(TrainingArguments):
         wanted, self.load_best_model_at_end = self.load_best_model_at_end, False
         super().__post_init__()
         self.load_best_model_at_end = wanted
-        for problem in self._problems():
+        for problem in problems(self):
             raise UserError(problem)
-
-    def _problems(self):
-        """One sentence for each setting that cannot be meant."""
-        fields = {one.name: one for one in dataclasses.fields(TrainingArguments)}
-        try:
-            sampling = self.sampling()
-        except (TypeError, UserError) as error:
-            yield f"ppo.generation_kwargs: {error}"
-        else:
-            if not sampling.temperature > 0:
-                yield f"ppo.temperature is {sampling.temperature}; PPO explores by sampling, so it must be positive."
-            whole = {
-                "response_length": sampling.max_new_tokens,
-                "top_k": sampling.top_k,
-                "batch_size": sampling.batch_size,
-            }
-            for name, value in whole.items():
-                if not isinstance(value, int):
-                    yield f"ppo.{name} is {value!r}; it must be a whole number."
-            if sampling.batch_size < 1:
-                yield f"ppo.generation_kwargs.batch_size is {sampling.batch_size}; it must be at least 1."
-        for name, why in UNUSED.items():
-            one = fields.get(name)
-            if one is None:  # Not in every version of transformers.
-                continue
-            default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
-            if getattr(self, name) not in (default, None):
-                yield f"ppo.{name} has no meaning in PPO: {why}. Leave it out."
-        positive = (
-            "response_length",
-            "samples_per_prompt",
-            "num_ppo_epochs",
-            "num_mini_batches",
-            "local_rollout_forward_batch_size",
-            "ref_model_sync_steps",
-        )
-        optional = (
-            "micro_batch_tokens",
-            "max_prompt_length",
-            "rollout_batch_size",
-            "total_episodes",
-            "ptx_batch_size",
-        )
-        positive += tuple(name for name in optional if getattr(self, name) is not None)
-        for name in positive:
-            if getattr(self, name) < 1:
-                yield f"ppo.{name} is {getattr(self, name)}; it must be at least 1."
-        for name in ("gamma", "lam", "ref_model_mixup_alpha", "top_p"):
-            if not 0 <= getattr(self, name) <= 1:
-                yield f"ppo.{name} is {getattr(self, name)}; it must lie in [0, 1]."
-        for name in ("kl_coef", "ptx_coef", "vf_coef", "value_warmup_updates"):
-            if getattr(self, name) < 0:
-                yield f"ppo.{name} is {getattr(self, name)}; it must not be negative."
-        choices = {
-            "advantage": tuple(ESTIMATORS),
-            "loss_average": ("tokens", "responses", "budget"),
-            "kl_estimator": ("k1", "k2", "k3"),
-            "kl_in": ("reward", "loss"),
-            "kl_controller": ("fixed", "adaptive"),
-            "missing_eos": ("replace", "subtract"),
-            "generation_engine": ("transformers", "vllm"),
-            "vllm_mode": ("colocate", "server"),
-            "parity": (None, "trl-1.12", "summarize-from-feedback"),
-        }
-        for name, valid in choices.items():
-            if getattr(self, name) not in valid:
-                yield f"ppo.{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(str, valid))}."
-        if self.advantage in ESTIMATORS:
-            least = ESTIMATORS[self.advantage].group
-            if self.samples_per_prompt < least:
-                yield (
-                    f"ppo.advantage={self.advantage} compares a response with others to the same prompt: set "
-                    f"samples_per_prompt to at least {least} (it is {self.samples_per_prompt})."
-                )
-            if not self.has_critic and self.value_warmup_updates:
-                yield f"ppo.value_warmup_updates with advantage={self.advantage}: it has no values. Set it to 0."
-            if self.advantage in ("rloo", "grpo") and self.gamma != 1:
-                yield f"ppo.gamma={self.gamma} with advantage={self.advantage}: whole responses count. Set it to 1."
-            if not self.has_critic and self.conventions.score_after_last:
-                yield f"ppo.parity={self.parity} is of PPO with values; drop it with advantage={self.advantage}."
-        if not 0 < self.vllm_gpu_memory_utilization <= 1:
-            yield (
-                f"ppo.vllm_gpu_memory_utilization is {self.vllm_gpu_memory_utilization}; it is a share of memory, "
-                f"above 0 and at most 1."
-            )
-        if self.importance_sampling_cap is not None and self.importance_sampling_cap < 1:
-            yield (
-                f"ppo.importance_sampling_cap is {self.importance_sampling_cap}; below 1 it would shrink the weights "
-                f"of tokens that engine and trainer agree on. Use at least 1, or null for no correction."
-            )
-        if self.generation_engine == "vllm" and self.logprobs_from_sampling:
-            yield (
-                "ppo.logprobs_from_sampling with generation_engine=vllm: the ratio must compare log-probabilities of "
-                "the trainer's own, and vLLM's differ. Set it to false."
-            )
-        if self.kl_in == "loss" and self.kl_estimator == "k1":
-            yield (
-                "ppo.kl_in=loss with kl_estimator=k1: as a loss its expected gradient is 0, so it would restrain "
-                "nothing (docs/ppo.md, KL). Use k2 or k3 in the loss, or k1 in the reward."
-            )
-        if self.missing_eos_penalty is not None and self.missing_eos_penalty < 0:
-            yield f"ppo.missing_eos_penalty is {self.missing_eos_penalty}; give the positive size of the penalty."
-        if self.load_best_model_at_end and "no" in (self.eval_strategy, self.save_strategy):
-            yield (
-                "ppo.load_best_model_at_end needs evaluations and checkpoints: set eval_strategy and save_strategy to "
-                "steps, or load_best_model_at_end=false."
-            )
-        if self.load_best_model_at_end and self.save_only_model:
-            yield "ppo.load_best_model_at_end reads a checkpoint's whole state: set save_only_model=false."
-        if not isinstance(self.score_bias, int | float) and self.score_bias != "auto":
-            yield f"ppo.score_bias is {self.score_bias!r}; it must be a number or 'auto'."

@@ -1,0 +1,121 @@
+"""What cannot be meant: one sentence for each setting of `PPOConfig`, before work starts."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from transformers import TrainingArguments
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.ppo.config.tables import ESTIMATORS, UNUSED
+
+
+def problems(args) -> Iterator[str]:
+    """One sentence for each setting that cannot be meant."""
+    fields = {one.name: one for one in dataclasses.fields(TrainingArguments)}
+    try:
+        sampling = args.sampling()
+    except (TypeError, UserError) as error:
+        yield f"ppo.generation_kwargs: {error}"
+    else:
+        if not sampling.temperature > 0:
+            yield f"ppo.temperature is {sampling.temperature}; PPO explores by sampling, so it must be positive."
+        whole = {
+            "response_length": sampling.max_new_tokens,
+            "top_k": sampling.top_k,
+            "batch_size": sampling.batch_size,
+        }
+        for name, value in whole.items():
+            if not isinstance(value, int):
+                yield f"ppo.{name} is {value!r}; it must be a whole number."
+        if sampling.batch_size < 1:
+            yield f"ppo.generation_kwargs.batch_size is {sampling.batch_size}; it must be at least 1."
+    for name, why in UNUSED.items():
+        one = fields.get(name)
+        if one is None:  # Not in every version of transformers.
+            continue
+        default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
+        if getattr(args, name) not in (default, None):
+            yield f"ppo.{name} has no meaning in PPO: {why}. Leave it out."
+    positive = (
+        "response_length",
+        "samples_per_prompt",
+        "num_ppo_epochs",
+        "num_mini_batches",
+        "local_rollout_forward_batch_size",
+        "ref_model_sync_steps",
+    )
+    optional = (
+        "micro_batch_tokens",
+        "max_prompt_length",
+        "rollout_batch_size",
+        "total_episodes",
+        "ptx_batch_size",
+    )
+    positive += tuple(name for name in optional if getattr(args, name) is not None)
+    for name in positive:
+        if getattr(args, name) < 1:
+            yield f"ppo.{name} is {getattr(args, name)}; it must be at least 1."
+    for name in ("gamma", "lam", "ref_model_mixup_alpha", "top_p"):
+        if not 0 <= getattr(args, name) <= 1:
+            yield f"ppo.{name} is {getattr(args, name)}; it must lie in [0, 1]."
+    for name in ("kl_coef", "ptx_coef", "vf_coef", "value_warmup_updates"):
+        if getattr(args, name) < 0:
+            yield f"ppo.{name} is {getattr(args, name)}; it must not be negative."
+    choices = {
+        "advantage": tuple(ESTIMATORS),
+        "loss_average": ("tokens", "responses", "budget"),
+        "kl_estimator": ("k1", "k2", "k3"),
+        "kl_in": ("reward", "loss"),
+        "kl_controller": ("fixed", "adaptive"),
+        "missing_eos": ("replace", "subtract"),
+        "generation_engine": ("transformers", "vllm"),
+        "vllm_mode": ("colocate", "server"),
+        "parity": (None, "trl-1.12", "summarize-from-feedback"),
+    }
+    for name, valid in choices.items():
+        if getattr(args, name) not in valid:
+            yield f"ppo.{name} is {getattr(args, name)!r}; it must be one of {', '.join(map(str, valid))}."
+    if args.advantage in ESTIMATORS:
+        least = ESTIMATORS[args.advantage].group
+        if args.samples_per_prompt < least:
+            yield (
+                f"ppo.advantage={args.advantage} compares a response with others to the same prompt: set "
+                f"samples_per_prompt to at least {least} (it is {args.samples_per_prompt})."
+            )
+        if not args.has_critic and args.value_warmup_updates:
+            yield f"ppo.value_warmup_updates with advantage={args.advantage}: it has no values. Set it to 0."
+        if args.advantage in ("rloo", "grpo") and args.gamma != 1:
+            yield f"ppo.gamma={args.gamma} with advantage={args.advantage}: whole responses count. Set it to 1."
+        if not args.has_critic and args.conventions.score_after_last:
+            yield f"ppo.parity={args.parity} is of PPO with values; drop it with advantage={args.advantage}."
+    if not 0 < args.vllm_gpu_memory_utilization <= 1:
+        yield (
+            f"ppo.vllm_gpu_memory_utilization is {args.vllm_gpu_memory_utilization}; it is a share of memory, "
+            f"above 0 and at most 1."
+        )
+    if args.importance_sampling_cap is not None and args.importance_sampling_cap < 1:
+        yield (
+            f"ppo.importance_sampling_cap is {args.importance_sampling_cap}; below 1 it would shrink the weights "
+            f"of tokens that engine and trainer agree on. Use at least 1, or null for no correction."
+        )
+    if args.generation_engine == "vllm" and args.logprobs_from_sampling:
+        yield (
+            "ppo.logprobs_from_sampling with generation_engine=vllm: the ratio must compare log-probabilities of "
+            "the trainer's own, and vLLM's differ. Set it to false."
+        )
+    if args.kl_in == "loss" and args.kl_estimator == "k1":
+        yield (
+            "ppo.kl_in=loss with kl_estimator=k1: as a loss its expected gradient is 0, so it would restrain "
+            "nothing (docs/ppo.md, KL). Use k2 or k3 in the loss, or k1 in the reward."
+        )
+    if args.missing_eos_penalty is not None and args.missing_eos_penalty < 0:
+        yield f"ppo.missing_eos_penalty is {args.missing_eos_penalty}; give the positive size of the penalty."
+    if args.load_best_model_at_end and "no" in (args.eval_strategy, args.save_strategy):
+        yield (
+            "ppo.load_best_model_at_end needs evaluations and checkpoints: set eval_strategy and save_strategy to "
+            "steps, or load_best_model_at_end=false."
+        )
+    if args.load_best_model_at_end and args.save_only_model:
+        yield "ppo.load_best_model_at_end reads a checkpoint's whole state: set save_only_model=false."
+    if not isinstance(args.score_bias, int | float) and args.score_bias != "auto":
+        yield f"ppo.score_bias is {args.score_bias!r}; it must be a number or 'auto'."
