@@ -75,6 +75,8 @@ def check_all(fixed: list[str], choices: list[list[str]]) -> int:
     total = 1
     for values in choices:
         total *= len(values)
+        if twice := sorted({one for one in values if values.count(one) > 1}):
+            raise UserError(f"{twice[0]} stands twice among the swept values: both jobs would use one folder.")
     for combination in islice(product(*choices), CHECKED):
         try:
             load([*fixed, *combination])

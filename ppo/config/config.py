@@ -273,7 +273,7 @@ class PPOConfig(TrainingArguments):
         size = self.rollout_batch_size
         if size is None:
             size = self.per_device_train_batch_size * self.gradient_accumulation_steps * ranks
-        if size % (self.num_mini_batches * self.samples_per_prompt):
+        if self.samples_per_prompt > 1 and size % (self.num_mini_batches * self.samples_per_prompt):
             raise UserError(
                 f"a rollout of {size} responses (ppo.rollout_batch_size) in {self.num_mini_batches} minibatches "
                 f"cannot hold whole groups of {self.samples_per_prompt} (ppo.samples_per_prompt). Make it a multiple "

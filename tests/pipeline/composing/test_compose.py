@@ -201,6 +201,13 @@ def test_runs_of_a_sweep_are_named_after_what_differs(tmp_path):
     }
 
 
+def test_a_value_that_is_swept_twice(tmp_path):
+    from ppo_vs_dpo.pipeline.sweep import sweep
+
+    with pytest.raises(UserError, match="seed=1 stands twice among the swept values"):
+        sweep(["experiment=quickstart", "seed=1,2,1", f"output_dir={tmp_path}"])
+
+
 def test_a_long_name_is_cut_and_stays_unique():
     names = {run_name("quickstart", [f"data.path={'x' * 300}{end}"], multirun=True) for end in "ab"}
     assert len(names) == 2

@@ -110,13 +110,15 @@ def test_non_finite_loss_stops_before_it_reaches_the_weights(make_trainer, weigh
     assert saved.advantages[3, 0].isinf()
 
 
-def test_a_policy_that_is_not_the_sampling_policy_stops(make_trainer):
-    """Dropout switched on behind the trainer's back: the ratio is not 1, and the run ends with an explanation."""
-    trainer = make_trainer()
-    for layer in trainer.policy.model.layers:
-        layer.mlp.act_fn = torch.nn.Sequential(layer.mlp.act_fn, torch.nn.Dropout(0.3))
-    with pytest.raises(UserError, match="ratio must be 1"):
-        trainer.train()
+def test_a_policy_that_is_not_the_sampling_policy_stops(make_trainer, tiny_llama):
+    """Dropout switched on behind the trainer's back: the first KL is not 0, nor is the ratio 1 where the reference is
+    another model anyway, and the run ends with an explanation."""
+    for parts, said in (({}, "policy and reference differ by"), ({"ref_model": tiny_llama(1)}, "ratio must be 1")):
+        trainer = make_trainer(parts)
+        for layer in trainer.policy.model.layers:
+            layer.mlp.act_fn = torch.nn.Sequential(layer.mlp.act_fn, torch.nn.Dropout(0.3))
+        with pytest.raises(UserError, match=said):
+            trainer.train()
     tolerant = make_trainer(check_first_ratio=False)
     for layer in tolerant.policy.model.layers:
         layer.mlp.act_fn = torch.nn.Sequential(layer.mlp.act_fn, torch.nn.Dropout(0.3))
