@@ -186,6 +186,10 @@ def response_logprobs(
     Returns:
         ``(logprobs, entropy)``, each ``(B, R)`` fp32, 0 at padding; entropy is ``None`` unless asked for.
     """
+    if getattr(model, "adapters_off", False):
+        # The policy itself, the way it always goes: a head in pieces, nothing on prompts in the last layer.
+        with model.switched_off():
+            return response_logprobs(model.policy, batch, temperature, with_entropy)
     tokens = batch.response_ids.flatten().index_select(0, batch.places.real)
     states = response_states(model, batch)
     if states is None:
@@ -222,6 +226,9 @@ def logits_in_pieces(
 
 def _head_and_states(model: PreTrainedModel, batch: Batch) -> tuple[torch.nn.Linear | None, torch.Tensor]:
     """A model's head and the states it reads; ``None`` and the logits where it is more than a linear layer."""
+    if getattr(model, "adapters_off", False):
+        with model.switched_off():
+            return _head_and_states(model.policy, batch)
     owner = base(model)
     head = owner.get_output_embeddings() if isinstance(owner, PreTrainedModel) else None
     states = response_states(model, batch) if type(head) is torch.nn.Linear else None

@@ -38,10 +38,14 @@ class WithoutAdapters(nn.Module):
         self.policy = policy
         self.config = policy.config
 
+    def switched_off(self) -> contextlib.AbstractContextManager:
+        """The policy without its adapters inside the block."""
+        shared = getattr(self.policy, "shared", None)
+        return shared.active(None) if shared is not None else self.policy.disable_adapter()
+
     def forward(self, **inputs):
         """The base model's forward pass."""
-        shared = getattr(self.policy, "shared", None)
-        with shared.active(None) if shared is not None else self.policy.disable_adapter():
+        with self.switched_off():
             return self.policy(**inputs)
 
 

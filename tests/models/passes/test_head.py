@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -9,6 +10,7 @@ from ppo_vs_dpo.models.loading.pretrained import load_value_or_reward
 from ppo_vs_dpo.models.passes import head as heads
 from ppo_vs_dpo.models.passes.head import head_logprobs
 from ppo_vs_dpo.models.passes.logprobs import full_kl, pad_batch, response_logprobs, sequence_scores
+from ppo_vs_dpo.ppo.roles.reference import WithoutAdapters
 
 N, WIDTH, VOCABULARY = 23, 6, 31
 
@@ -84,16 +86,20 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("what", ["train", "train with entropy", "score", "exact kl"])
-def test_never_the_logits_of_all_tokens(small_pieces, tiny_llama, what):
+def test_never_the_logits_of_all_tokens(small_pieces, tiny_llama, what, lora):
     model, reference = tiny_llama(vocab_size=VOCABULARY), tiny_llama(1, vocab_size=VOCABULARY)
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        reference = WithoutAdapters(model)
     batch = pad_batch([[5, 6]] * 5, [[7] * n for n in (9, 3, 7, 8, 5)], 0)
     with Largest() as seen:
         if what == "exact kl":
             full_kl(model, reference, batch)
         elif what == "score":
             with torch.no_grad():
-                response_logprobs(model, batch)
+                response_logprobs(reference if lora else model, batch)
         else:
             logprobs, entropy = response_logprobs(model, batch, with_entropy="entropy" in what)
             (logprobs.sum() + (entropy.sum() if entropy is not None else 0)).backward()
