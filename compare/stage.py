@@ -11,6 +11,8 @@ from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json
+from ppo_vs_dpo.artifacts.guards.versions import differences, made_by
+from ppo_vs_dpo.artifacts.run import STAGES
 from ppo_vs_dpo.artifacts.settings import nearest, split
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.compare.config import CompareStage
@@ -79,6 +81,7 @@ def run_compare(context: StageContext) -> None:
         return
     scoring, reading, draws, contenders = found.scoring, found.reading, found.draws, found.contenders
     notes += unmeasured(policies, found.learned)
+    notes += of_several_versions(context)
     if not found.has_model:
         notes.append("No model was named: lengths are in words, not in tokens, and there is no KL.")
     checkpoints = along_training(policies, draws, settings)
@@ -273,6 +276,23 @@ def ask(
         note += f", at most {estimate['cost']:.2f}"
     context.progress(85, 100, note)
     return judge.judge(comparisons, lambda done, total: context.progress(85 + 12 * done / total, 100, note))
+
+
+def of_several_versions(context: StageContext) -> list[str]:
+    """A warning where the stages of a run were not all made by the same code and libraries; names both."""
+    found: dict[str, list[str]] = {}
+    for name in [
+        *(stage for stage in STAGES if stage != "compare"),
+        *context.run.points("dpo"),
+        *context.run.points("ppo"),
+    ]:
+        for made in context.run.made_by(name):
+            for difference in differences(made, made_by()):
+                found.setdefault(difference, []).append(name)
+    return [
+        f"Not all of this run was made by the code that compares it: {', '.join(dict.fromkeys(names))}: {difference}."
+        for difference, names in found.items()
+    ]
 
 
 def reading_notes(judge: LLMJudge, known: dict[str, Any], stopped: str | None) -> list[str]:
