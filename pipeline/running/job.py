@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -32,6 +33,8 @@ def environment(config: DictConfig, mark: str, gpus: list[str] | None = None) ->
     return {
         # Sequences of all lengths come and go: without it memory falls to pieces (torch's notes on CUDA semantics).
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        # W&B would write into the folder that the command was typed in.
+        "WANDB_DIR": str(Path(config.get("output_dir") or ".", config.get("name") or "").resolve()),
         **os.environ,
         **({VISIBLE: ",".join(gpus)} if gpus else {}),
         MARK: mark,

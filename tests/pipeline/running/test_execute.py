@@ -219,3 +219,11 @@ def test_time_left_is_known_from_the_first_update_on(run, monkeypatch):
     assert overview.left() == "16:20 and what b will take"
     overview.estimates = {"b": 20.0}
     assert overview.left() == "16:20"  # two workers: b beside a
+
+
+def test_a_tracker_writes_into_the_run_unless_told_otherwise(monkeypatch, tmp_path):
+    config = OmegaConf.create({"output_dir": str(tmp_path), "name": "a", "launch": {"threads": 1}})
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    assert job_module.environment(config, "x")["WANDB_DIR"] == str(tmp_path / "a")
+    monkeypatch.setenv("WANDB_DIR", "/elsewhere")
+    assert job_module.environment(config, "x")["WANDB_DIR"] == "/elsewhere"
