@@ -125,6 +125,8 @@ def encode_pair_file(tokenizer: PreTrainedTokenizerBase, path: Path, cache: Path
         raise UserError(f"{path} does not exist. Run the stage that writes it first.")
     made_from = [RULES, fingerprint_file(path), tokenizer_fingerprint(tokenizer)]
     target = cache / f"{sha256_of(made_from)[:24]}.arrow"
+    if target.is_file() and not _first_agrees(tokenizer, path, target):
+        target.unlink()
     if not target.is_file():
         try:
             pq.read_metadata(path)
@@ -146,6 +148,23 @@ def encode_pair_file(tokenizer: PreTrainedTokenizerBase, path: Path, cache: Path
                     bar.update(len(batch))
             bar.close()
     return Dataset.from_file(str(target))
+
+
+def _first_agrees(tokenizer: PreTrainedTokenizerBase, path: Path, cached: Path) -> bool:
+    """Whether the first pair's tokens in the cache are what the tokenizer makes of it now.
+
+    The cache's name knows texts and tokenizer, not the version of the libraries that tokenised.
+    """
+    with pq.ParquetFile(path) as table:
+        first = next(table.iter_batches(batch_size=1), None)
+    if first is None:
+        return True
+    pair, then = first.to_pylist()[0], Dataset.from_file(str(cached))[0]
+    prompts = [pair["prompt"]]
+    now = {"prompt_ids": encode_prompts(tokenizer, prompts)[0]}
+    for side, mask in zip(("chosen", "rejected"), MASKS, strict=True):
+        (now[f"{side}_ids"],), (now[mask],) = encode_answers(tokenizer, prompts, [pair[side]])
+    return all(then.get(name) == value for name, value in now.items())
 
 
 def _encoded_tables(

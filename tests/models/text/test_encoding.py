@@ -1,5 +1,6 @@
 """Batches are encoded as single prompts and completions are; what does not fit is named."""
 
+import pyarrow as pa
 import pytest
 from datasets import Dataset
 
@@ -98,6 +99,19 @@ def test_a_file_is_encoded_as_a_data_set_in_memory_is(word_tokenizer, tmp_path):
     assert found.cache_files  # on the disk, not in memory
 
 
+def test_cached_tokens_that_are_not_todays_are_made_again(word_tokenizer, tmp_path):
+    path, _ = pair_file(tmp_path, 5)
+    found = encode_pair_file(word_tokenizer, path, tmp_path / "tokens")
+    expected, features = found.to_dict(), found.features
+    (cached,) = (tmp_path / "tokens").glob("*.arrow")
+    cached.unlink()  # the old file stays mapped; another takes its name
+    wrong = {**expected, "chosen_ids": [[*ids, word_tokenizer.eos_token_id] for ids in expected["chosen_ids"]]}
+    table = Dataset.from_dict(wrong, features=features).data.table
+    with pa.OSFile(str(cached), "wb") as out, pa.ipc.new_stream(out, table.schema) as writer:
+        writer.write_table(table)
+    assert encode_pair_file(word_tokenizer, path, tmp_path / "tokens").to_dict() == expected
+
+
 def test_selected_rows_in_memory(word_tokenizer, tmp_path):
     """What was selected is encoded, in its order; nothing of nothing."""
     _, rows = pair_file(tmp_path, 50)
@@ -118,7 +132,7 @@ def test_token_ids_are_cached_by_content(word_tokenizer, tmp_path, monkeypatch):
     first = encode_pair_file(word_tokenizer, path, tokens)
     word_tokenizer(["a", "the film"], padding=True)  # the state that a call leaves behind does not matter
     with monkeypatch.context() as patch:
-        patch.setattr("ppo_vs_dpo.models.text.encoding.encode_prompts", None)  # whoever encodes again fails
+        patch.setattr("ppo_vs_dpo.models.text.encoding._encoded_tables", None)  # whoever encodes all again fails
         moved = shutil.copy(path, tmp_path / "moved.parquet")
         again = encode_pair_file(word_tokenizer, tmp_path / "moved.parquet", tokens)
         assert again["chosen_ids"][:] == first["chosen_ids"][:]
