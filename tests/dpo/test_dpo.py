@@ -212,6 +212,41 @@ def test_texts_go_trls_way(tiny_llama, word_tokenizer, tmp_path):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+def test_a_reference_that_is_not_where_the_policy_starts_stops(tiny_llama, word_tokenizer, tmp_path):
+    """The first loss is log 2, or the run ends before its first step; a reference that is meant to differ may."""
+
+    def build(**given):
+        args = arguments(tmp_path, beta=0.3, max_steps=1)
+        return build_trainer(tiny_llama(), word_tokenizer, dpo_dataset(PAIRS, word_tokenizer), args, **given)
+
+    wrong = build(reference=tiny_llama(1), starts_from_reference=True)
+    before = {name: tensor.clone() for name, tensor in wrong.model.named_parameters()}
+    with pytest.raises(UserError, match=r"before the first step .* nats from the reference's .* should be log 2"):
+        wrong.train()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in wrong.model.named_parameters())
+    other = build(reference=tiny_llama(1))
+    other.train()
+    assert other.state.log_history[0]["loss"] != pytest.approx(math.log(2), abs=1e-3)
+    same = build(reference=tiny_llama(), starts_from_reference=True)
+    same.train()
+    assert same.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_trained_adapter_is_a_part_of_the_reference(tiny_llama, word_tokenizer, tmp_path):
+    """A policy that comes with an adapter from SFT: its reference is the model with it, or the run stops."""
+    from peft import LoraConfig, get_peft_model
+
+    policy = get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    args = arguments(tmp_path, beta=0.3, max_steps=1)
+    trainer = build_trainer(policy, word_tokenizer, dpo_dataset(PAIRS, word_tokenizer), args)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
 def test_other_vocabulary(trainer_for, tiny_llama):
     with pytest.raises(UserError, match="the policy has 20 tokens and the reference 24"):
         trainer_for(PAIRS, reference=tiny_llama(vocab_size=24))
