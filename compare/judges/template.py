@@ -14,21 +14,10 @@ from omegaconf.errors import OmegaConfBaseException
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import sha256_of
 from ppo_vs_dpo.artifacts.settings import nearest
-from ppo_vs_dpo.models.sampling.chat import Reply
+from ppo_vs_dpo.models.sampling.chat import Reply, after_thinking
 
 TEMPLATES = Path(__file__).parents[2] / "configs" / "judge"
 KEYS = ("source", "system", "user", "answers", "verdict", "max_tokens")
-# How models mark their thinking: DeepSeek-R1, Qwen3 and most others; Magistral; Seed; gpt-oss (harmony).
-THINKING = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("<thought>", "</thought>"),
-    ("<reasoning>", "</reasoning>"),
-    ("[THINK]", "[/THINK]"),
-    ("<seed:think>", "</seed:think>"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),
-    ("<|channel|>analysis", "<|channel|>final<|message|>"),
-)
 _ENVIRONMENT = SandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=False)
 # What may stand around a verdict: quotes, brackets, stars, "Answer:".
 _AROUND = " \t\"'`*_()[]{}.:!"
@@ -107,21 +96,6 @@ class JudgeTemplate:
         """Which answer a single token is, for log-probabilities of the verdict; ``None`` for any other token."""
         stripped = token.strip(_AROUND + "\n")
         return next((side for side, answer in self.answers.items() if stripped == answer), None)
-
-
-def after_thinking(text: str) -> str:
-    """What a reply says after its thinking; nothing where the thinking has no end.
-
-    Endpoints that keep thinking apart send none. Others leave it in the text between marks, whose first one the chat
-    template may have put into the prompt already.
-    """
-    for opening, closing in THINKING:
-        _, mark, after = text.rpartition(closing)
-        if mark:
-            text = after
-        elif opening in text:
-            text = text[: text.index(opening)]
-    return text
 
 
 def load_template(name: str) -> JudgeTemplate:

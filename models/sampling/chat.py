@@ -31,6 +31,19 @@ _UNKNOWN_TO_IT = re.compile(
 _FILTERED = re.compile(r"content.{0,3}(filter|management|policy)|moderation|safety|flagged|responsible ai", re.I)
 
 
+# How models mark their thinking: DeepSeek-R1, Qwen3 and most others; Magistral; Seed; gpt-oss (harmony).
+THINKING = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|channel|>analysis", "<|channel|>final<|message|>"),
+)
+
+
 @dataclass
 class Reply:
     """What came back.
@@ -41,6 +54,7 @@ class Reply:
         prompt_tokens: counted by the endpoint.
         completion_tokens: counted by the endpoint, thinking included.
         finish: why it ended: ``stop``, ``length`` (cut off), ``content_filter``; empty where it was not said.
+        written: the generated tokens that ``tokens`` belong to, where the endpoint names them.
     """
 
     text: str
@@ -48,6 +62,7 @@ class Reply:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     finish: str = ""
+    written: list[str] = field(default_factory=list)
 
 
 class EndpointDown(Exception):
@@ -232,22 +247,34 @@ class ChatEndpoint:
         return next((key for key in candidates if key.removesuffix("s") in text), None)
 
     def _send(self, messages: list[dict[str, Any]], parameters: dict[str, Any]) -> Reply:
-        async def whole() -> Any:
-            raw = await self._client.chat.completions.with_raw_response.create(
-                model=self.model, messages=messages, **parameters
-            )
-            return raw.http_response
-
-        # The client's own time-out is for each read: a byte a second would never end.
-        response = wait_for(whole(), seconds=self.timeout)
-        try:
-            body = json.loads(response.content)
-        except (ValueError, UnicodeDecodeError):
-            kind = response.headers.get("content-type", "no content type").split(";")[0]
-            raise GarbageError(f"status {response.status_code} with {kind} that is not JSON") from None
-        reply = reply_of(body)
+        reply = reply_of(completion(self._client, self.timeout, model=self.model, messages=messages, **parameters))
         reply.text = self.masked(reply.text)
         return reply
+
+
+def completion(client: Any, timeout: float, **parameters: Any) -> Any:
+    """The body of one chat completion, as JSON has it.
+
+    Args:
+        client: an ``openai.AsyncOpenAI``.
+        timeout: seconds for all of it. The client's own is for each read: a byte a second would never end.
+        parameters: of the request.
+
+    Raises:
+        TimeoutError: it took longer.
+        GarbageError: it is not JSON.
+    """
+
+    async def whole() -> Any:
+        raw = await client.chat.completions.with_raw_response.create(**parameters)
+        return raw.http_response
+
+    response = wait_for(whole(), seconds=timeout)
+    try:
+        return json.loads(response.content)
+    except (ValueError, UnicodeDecodeError):
+        kind = response.headers.get("content-type", "no content type").split(";")[0]
+        raise GarbageError(f"status {response.status_code} with {kind} that is not JSON") from None
 
 
 def _told_to_wait(error: Any) -> float:
@@ -305,13 +332,9 @@ def reply_of(body: Any) -> Reply:
         refusal = message.get("refusal")
         text = refusal if isinstance(refusal, str) else ""
     usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
-    return Reply(
-        text,
-        _tokens_of(choice.get("logprobs")),
-        _count(usage, "prompt_tokens"),
-        _count(usage, "completion_tokens"),
-        finish,
-    )
+    tokens, written = _tokens_of(choice.get("logprobs"))
+    used = (_count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
+    return Reply(text, tokens, *used, finish, written)
 
 
 def _text_of(content: Any) -> str | None:
@@ -327,15 +350,17 @@ def _text_of(content: Any) -> str | None:
     return None
 
 
-def _tokens_of(logprobs: Any) -> list[dict[str, float]]:
+def _tokens_of(logprobs: Any) -> tuple[list[dict[str, float]], list[str]]:
+    """Alternatives at every generated token, and the tokens."""
     items = logprobs.get("content") if isinstance(logprobs, dict) else None
-    found = []
+    alternatives, written = [], []
     for item in items if isinstance(items, list) else []:
         if not isinstance(item, dict):
             continue
         some = [*(top for top in item.get("top_logprobs") or [] if isinstance(top, dict)), item]
-        found.append({top["token"]: float(top["logprob"]) for top in some if _is_logprob(top)})
-    return found
+        alternatives.append({top["token"]: float(top["logprob"]) for top in some if _is_logprob(top)})
+        written.append(str(item.get("token", "")))
+    return alternatives, written
 
 
 def _is_logprob(top: dict[str, Any]) -> bool:
@@ -346,3 +371,18 @@ def _is_logprob(top: dict[str, Any]) -> bool:
 def _count(usage: dict[str, Any], key: str) -> int:
     value = usage.get(key)
     return int(value) if isinstance(value, int | float) and math.isfinite(value) and value >= 0 else 0
+
+
+def after_thinking(text: str) -> str:
+    """What a reply says after its thinking; nothing where the thinking has no end.
+
+    Endpoints that keep thinking apart send none. Others leave it in the text between marks, whose first one the chat
+    template may have put into the prompt already.
+    """
+    for opening, closing in THINKING:
+        _, mark, after = text.rpartition(closing)
+        if mark:
+            text = after
+        elif opening in text:
+            text = text[: text.index(opening)]
+    return text

@@ -16,6 +16,7 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.pretrained import context_length, eos_token_ids, load_policy, load_tokenizer
 from ppo_vs_dpo.models.passes.logprobs import pad_batch
+from ppo_vs_dpo.models.sampling.chat import GarbageError, Reply, after_thinking, completion, reply_of
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate
 from ppo_vs_dpo.models.text.prompts import decode_completion, encode_prompt
 from ppo_vs_dpo.preferences.config import Endpoint
@@ -136,14 +137,16 @@ class OpenAIModel:
 
     def __init__(self, settings: Endpoint, max_tokens: int, temperature: float, top_p: float):
         try:
-            from openai import OpenAI
+            from openai import AsyncOpenAI
         except ImportError as error:
             raise UserError("an endpoint of kind openai needs the client: pip install 'ppo-vs-dpo[judge]'.") from error
         self._key = os.environ.get(settings.api_key_env, "")
         if not self._key:
             raise UserError(f"{settings.api_key_env} is not set: the endpoint of {settings.model} needs a key there.")
         # The client's own retries are off: one place decides what is tried again and how long it takes.
-        self.client = OpenAI(api_key=self._key, base_url=settings.base_url, timeout=settings.timeout, max_retries=0)
+        self.client = AsyncOpenAI(
+            api_key=self._key, base_url=settings.base_url, timeout=settings.timeout, max_retries=0
+        )
         self.settings, self.max_tokens, self.temperature, self.top_p = settings, max_tokens, temperature, top_p
         self.pause = 0.5
 
@@ -182,7 +185,7 @@ class OpenAIModel:
                 time.sleep(self.pause * 2 ** (attempt - 1) * (0.75 + 0.5 * random.random()))
             try:
                 return ask(request)
-            except openai.APITimeoutError:
+            except (openai.APITimeoutError, TimeoutError):
                 reason = f"no answer within {self.settings.timeout:g} seconds"
             except openai.APIConnectionError as error:
                 reason = f"could not be reached ({error.__cause__ or error})"
@@ -190,7 +193,7 @@ class OpenAIModel:
                 reason = f"status {error.status_code}: {_first_line(error.message)}"
                 if error.status_code not in (408, 409, 429) and error.status_code < 500:
                     break
-            except (_GarbageError, openai.APIError, ValueError, AttributeError, TypeError) as error:
+            except (GarbageError, openai.APIError, ValueError, AttributeError, TypeError) as error:
                 reason = f"an answer that makes no sense ({_first_line(str(error))})"
         where = f"{self.settings.model} at {self.client.base_url}"
         raise EndpointError(
@@ -202,61 +205,50 @@ class OpenAIModel:
     def _messages(self, conversation: Text) -> list[dict[str, str]]:
         return [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
 
+    def _reply(self, request: Request, **parameters: Any) -> Reply:
+        messages = self._messages(request.conversation)
+        return reply_of(
+            completion(self.client, self.settings.timeout, model=self.settings.model, messages=messages, **parameters)
+        )
+
     def _answer(self, request: Request) -> Answer:
-        reply = self.client.chat.completions.create(
-            model=self.settings.model,
-            messages=self._messages(request.conversation),
+        reply = self._reply(
+            request,
             max_tokens=self.max_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             seed=request.seed % 2**31,
         )
-        choice = reply.choices[0] if reply.choices else None
-        if choice is None or not isinstance(choice.message.content, str):
-            raise _GarbageError("no text")
-        return Answer(choice.message.content.strip(), choice.finish_reason == "stop")
+        # What a model thinks is no part of its answer.
+        return Answer(after_thinking(reply.text).strip().replace(self._key, "***"), reply.finish == "stop")
 
     def _choose(self, request: Request) -> float:
-        reply = self.client.chat.completions.create(
-            model=self.settings.model,
-            messages=self._messages(request.conversation),
-            max_tokens=8,
-            temperature=0.0,
-            logprobs=True,
-            top_logprobs=20,
-        )
-        choice = reply.choices[0] if reply.choices else None
-        if choice is None:
-            raise _GarbageError("no choice")
-        log_odds = _log_odds(choice)
+        reply = self._reply(request, max_tokens=8, temperature=0.0, logprobs=True, top_logprobs=20)
+        log_odds = _log_odds(reply)
         if log_odds is not None:
             return log_odds
-        letter = re.search(r"\b([AB])\b", choice.message.content or "")
+        letter = re.search(r"\b([AB])\b", after_thinking(reply.text))
         if letter is None:
-            raise _GarbageError(f"neither A nor B in {choice.message.content!r}")
+            raise GarbageError(f"neither A nor B in {reply.text!r}")
         return HARD_LOGIT if letter[1] == "A" else -HARD_LOGIT
-
-
-class _GarbageError(Exception):
-    """A reply that is not what was asked for."""
 
 
 def _first_line(text: str) -> str:
     return text.strip().splitlines()[0][:200] if text.strip() else "no message"
 
 
-def _log_odds(choice: Any) -> float | None:
+def _log_odds(reply: Reply) -> float | None:
     """log p(A) - log p(B) at the first token that is one of the letters; ``None`` without log-probabilities."""
-    for token in getattr(choice.logprobs, "content", None) or []:
+    for options, token in zip(reply.tokens, reply.written, strict=True):
         letters: dict[str, float] = {}
-        for option in token.top_logprobs:
-            letter = option.token.strip(" ()\n")
+        for option, logprob in options.items():
+            letter = option.strip(" ()\n")
             if letter in ("A", "B"):
                 # " A", "(A" and "A" are the same answer.
-                letters[letter] = float(torch.tensor([letters.get(letter, -math.inf), option.logprob]).logsumexp(0))
-        if token.token.strip(" ()\n") in ("A", "B") and letters:
+                letters[letter] = float(torch.tensor([letters.get(letter, -math.inf), logprob]).logsumexp(0))
+        if token.strip(" ()\n") in ("A", "B") and letters:
             # A letter that is not among the 20 most likely is less likely than all of them.
-            floor = min(option.logprob for option in token.top_logprobs)
+            floor = min(options.values())
             return letters.get("A", floor) - letters.get("B", floor)
     return None
 

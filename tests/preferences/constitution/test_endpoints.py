@@ -30,7 +30,8 @@ def reply(text, top=None, finish="stop"):
 
 
 class Server:
-    """Answers by a function of the request's number and body: (status, body), or seconds to sleep."""
+    """Answers by a function of the request's number and body: (status, body), (status, body, how often it is
+    sent again, a twentieth of a second apart), or seconds to sleep."""
 
     def __init__(self):
         self.requests, self.lock = [], threading.Lock()
@@ -47,13 +48,17 @@ class Server:
                 if isinstance(result, float):
                     time.sleep(result)
                     return
-                status, content = result
+                status, content, *drops = result
                 data = content if isinstance(content, bytes) else json.dumps(content).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
+                self.send_header("Content-Length", str(len(data) * (1 + sum(drops))))
                 self.end_headers()
                 self.wfile.write(data)
+                for _ in range(sum(drops)):
+                    time.sleep(0.05)
+                    self.wfile.write(data)
+                    self.wfile.flush()
 
             def log_message(self, *args):
                 pass
@@ -152,6 +157,18 @@ def test_choice_from_log_probabilities(server, top, log_odds):
     server.behave = lambda number, body: (200, reply(next(iter(top)), top))
     assert dict(model_of(server).choose([ask()]))[0] == pytest.approx(log_odds, abs=1e-5)
     assert server.requests[0][1]["logprobs"] is True
+
+
+def test_a_byte_now_and_then_is_given_up_and_thinking_is_no_answer(server):
+    parts = [{"type": "thinking", "thinking": "B"}, {"type": "text", "text": "Fine."}]
+    server.behave = lambda number, body: (200, reply(parts))
+    assert dict(model_of(server).answer([ask()]))[0].text == "Fine."
+    server.behave = lambda number, body: (200, reply("<think>B or A?</think> A"))
+    assert dict(model_of(server).answer([ask()]))[0].text == "A"
+    assert dict(model_of(server).choose([ask()]))[0] == HARD_LOGIT
+    server.behave = lambda number, body: (200, b" ", 40)  # a byte now, and another each twentieth of a second
+    with pytest.raises(EndpointError, match=r"no answer within 0.2 seconds"):
+        list(model_of(server, timeout=0.2, retries=0).answer([ask()]))
 
 
 def test_choice_from_the_letter_where_there_are_no_log_probabilities(server):
