@@ -94,11 +94,13 @@ def campaign(folder: Path, seed: int, kills: int, ranks: int, say=print) -> Tall
     with contextlib.closing(Server(verdict)) as judge:
         while tally.kills < kills:
             process, stage = small.start(folder / "cut", judge.url, tag, *more), stage_at_work(run)
-            # One in five before any stage works; the others some time after one has begun.
+            # One in five before any stage works; the others some time after one has begun, or when several have ended.
             began, working = time.monotonic(), random_.random() > 0.2
             while working and process.poll() is None and not at_work(tag):
                 time.sleep(0.05)
-            deadline = (time.monotonic() if working else began) + random_.uniform(0.2, 12.0)
+            deadline = (time.monotonic() if working else began) + random_.uniform(
+                0.2, random_.choice((6.0, 20.0, 60.0))
+            )
             while process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.01)
             if process.poll() is not None:
