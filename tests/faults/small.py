@@ -84,6 +84,7 @@ def bits(run: Path) -> dict[str, str]:
         else:
             continue
         data = content if isinstance(content, bytes) else json.dumps(content, sort_keys=True, default=str).encode()
+        data = re.sub(rb"127\.0\.0\.1:\d+", b"the judge", data)  # another port each time
         found[name] = hashlib.sha256(data).hexdigest()[:16]
     return found
 
