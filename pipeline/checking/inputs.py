@@ -95,7 +95,41 @@ def arguments_of(config: dict[str, Any], stage: str, point: dict[str, Any]) -> N
                 passed["eval_strategy"] = "no"
             if passed.get("load_best_model_at_end") is None:
                 passed["load_best_model_at_end"] = can_choose_best(passed)
-        training_arguments(arguments, context, passed)
+        made = training_arguments(arguments, context, passed)
+        refuse_unknown_names(made, stage)
+
+
+# What `trl.DPOTrainer` compares its settings with when the first loss is computed.
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
+
+def refuse_unknown_names(made: Any, stage: str) -> None:
+    """Refuse names that TRL and transformers look up only when training starts.
+
+    Raises:
+        UserError: a loss, a divergence or a tracker that there is not.
+    """
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    trackers = [made.report_to] if isinstance(made.report_to, str) else list(made.report_to or [])
+    for name in trackers:
+        if name not in (*INTEGRATION_TO_CALLBACK, "all", "none"):
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise UserError(f"{stage}.report_to: there is no tracker {name}; there are {known}.")
+    if stage != "dpo":
+        return
+    import inspect
+
+    from trl.trainer import dpo_trainer
+
+    source = inspect.getsource(dpo_trainer)
+    for name in made.loss_type:
+        if f'"{name}"' not in source:
+            raise UserError(f"dpo.loss_type: TRL has no loss {name}.")
+    if made.f_divergence_type not in DIVERGENCES:
+        raise UserError(
+            f"dpo.f_divergence_type is {made.f_divergence_type!r}; it must be one of {', '.join(DIVERGENCES)}."
+        )
 
 
 def architecture_of(config: dict[str, Any]) -> Any:
