@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from ppo_vs_dpo.preferences.constitution.endpoints import Answer
+
 WORDS = ("llama", "camel", "goat", "sheep", "horse", "mule", "donkey", "yak", "bison", "deer", "elk", "moose", "hare")
 
 
@@ -125,3 +127,21 @@ SHAPES = {
 def gold(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     """A reward that is known: long answers, each told apart."""
     return [len(text) + 0.001 * (sum(map(ord, str(text))) % 97) for text in completions]
+
+
+class Speaker:
+    """Says something else for every seed, and prefers (A) or (B) by it."""
+
+    def answer(self, requests):
+        """See `preferences.constitution.endpoints.Model.answer`."""
+        for number, request in enumerate(requests):
+            yield number, Answer(f"{texts(request.seed % 1000)[1]} {request.seed % 7}", True)
+
+    def choose(self, questions):
+        """See `preferences.constitution.endpoints.Model.choose`."""
+        for number, request in enumerate(questions):
+            yield number, 1.0 if request.seed % 2 else -0.5
+
+
+def speaker() -> Speaker:
+    return Speaker()

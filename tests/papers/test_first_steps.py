@@ -59,6 +59,16 @@ def rows_file(folder: Path, hub: str | None, count: int = 60) -> Path:
     return path
 
 
+def speakers() -> list[str]:
+    """Helper, critic and judge of a constitution as a program: a random model says nothing that could be paired."""
+    roles = ("helper", "critic", "judge")
+    return [
+        word
+        for role in roles
+        for word in (f"data.{role}.kind=python", f"data.{role}.function=tests.papers.shapes:speaker")
+    ]
+
+
 def small(path: Path, folder: Path) -> list[str]:
     """The overrides that make a configuration tiny; what is not tiny stays as it is."""
     data = data_of(path)
@@ -76,7 +86,8 @@ def small(path: Path, folder: Path) -> list[str]:
         words.append(f"data.path={rows_file(folder, 'HuggingFaceH4/ultrafeedback_binarized')}")
     if OmegaConf.is_missing(data, "prompts_path"):
         words.append(f"data.prompts_path={rows_file(folder, None)}")
-    if "chat_template" in (OmegaConf.load(path).get("model") or {}):
+    model = OmegaConf.load(path).get("model") or OmegaConf.create({})
+    if "chat_template" in model or OmegaConf.is_missing(model, "chat_template"):
         words.append("model.chat_template=null")
     # The tiny model is a chat model; where the configuration leaves the form of the data open, messages are meant.
     if "conversational" not in data:
@@ -92,12 +103,12 @@ def small(path: Path, folder: Path) -> list[str]:
         words += (
             ["data.sft_examples=16"]
             if composed.data.source == "rejection"
-            else ["data.batch=8", "data.rounds=1", "data.max_growth=1000"]
+            else ["data.batch=8", "data.rounds=1", *speakers()]
         )
         words += ["data.samples=4"] if composed.data.source == "rejection" else ["data.constitution=default"]
         if OmegaConf.is_missing(data, "reward_model"):
             words.append("data.reward_model=null")
-    elif "gold" in data:
+    elif "gold" in data or OmegaConf.is_missing(data, "gold"):
         words.append("data.gold=tests.papers.shapes:gold")
     common = [
         "max_steps=1",
