@@ -141,14 +141,17 @@ def _file(path: str, config: ModelConfig, name: str) -> str | None:
     local = Path(path)
     if local.is_dir():
         return str(local / name) if (local / name).is_file() else None
-    return cached_file(
-        path,
-        name,
-        revision=_revision(path, config),
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    try:
+        return cached_file(
+            path,
+            name,
+            revision=_revision(path, config),
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # no folder and no name that the Hub can have: whoever loads it says so
+        return None
 
 
 def _check_labels(path: str, config: ModelConfig) -> None:
