@@ -2,10 +2,12 @@
 
 The last file of a checkpoint is ``checkpoint.json``: the stage's fingerprint, and size and hash of every other file.
 One without it was being written when the process died; one whose files are gone, cut or changed is said by name, set
-aside, and the one before it is taken.
+aside, and the one before it is taken. One that was never finished holds nothing that anybody could go on from, and as
+many bytes as a whole one: it is deleted.
 """
 
 import hashlib
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 from ppo_vs_dpo.artifacts.files import read_marker, write_json
 
 STAMP = "checkpoint.json"
+# A checkpoint under this name is being deleted.
+UNFINISHED = "unfinished-"
 # Larger files are known by their size, and by whether they load: hashing them would double what a checkpoint costs.
 HASHED = 64 << 20
 
@@ -44,7 +48,7 @@ def why_not(folder: Path, fingerprint: str | None) -> str | None:
     """Why a stage cannot go on from a checkpoint, in a few words; ``None`` where it can."""
     written = read_marker(folder / STAMP, keys={"files": dict})
     if written is None:
-        return "it was not written to its end"
+        return f"its {STAMP} is gone or cannot be read"
     if written.get("fingerprint") != fingerprint:
         return "it was made with other settings"
     if not written.get("resumable", True):
@@ -72,7 +76,12 @@ def newest_whole(root: Path, fingerprint: str | None) -> Path | None:
     A checkpoint whose *best* one (by the metric that the run is judged by) is not whole is not fit either: the run
     would end with other weights than it should.
     """
+    for folder in root.glob(f"{UNFINISHED}*"):  # a kill came between renaming and deleting
+        shutil.rmtree(folder, ignore_errors=True)
     for folder in numbered(root):
+        if not (folder / STAMP).exists():
+            discard(folder)
+            continue
         reason = why_not(folder, fingerprint)
         best = (read_marker(folder / "trainer_state.json") or {}).get("best_global_step")
         if reason is None and best and (root / f"checkpoint-{best}") != folder:
@@ -82,6 +91,14 @@ def newest_whole(root: Path, fingerprint: str | None) -> Path | None:
             return folder
         set_aside(folder, reason)
     return None
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint that a kill left half-written: renamed first, so that it is never half there."""
+    gone = folder.with_name(f"{UNFINISHED}{folder.name}")
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+    sys.stderr.write(f"{folder} was not written to its end; it is deleted.\n")
 
 
 def set_aside(folder: Path, reason: str) -> None:

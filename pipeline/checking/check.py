@@ -47,14 +47,33 @@ def check_run(
 
 
 def check_once(
-    run: RunFolder, stages: list[str], launcher: Callable[[Any], Any], environment: dict[str, str] | None = None
+    run: RunFolder,
+    stages: dict[str, str],
+    launcher: Callable[[Any], Any],
+    environment: dict[str, str] | None = None,
 ) -> None:
-    """`check_run`, unless just this was found in order by the same code before."""
-    key = sha256_of([OmegaConf.to_container(run.config, resolve=True), stages, made_by()])
+    """`check_run`, unless all of this was found in order by the same code before.
+
+    What a run still has to do gets less from one command to the next: stages that were looked at among others count.
+
+    Args:
+        run: the run folder.
+        stages: those that are to run, each with the hash of all that it depends on: a file that it names and that is
+            gone or another one since is looked at again.
+        launcher: as for `check_run`.
+        environment: as for `check_run`.
+
+    Raises:
+        UserError: all that is wrong.
+    """
+    settings = OmegaConf.to_container(run.config, resolve=True)
+    key = sha256_of([{name: value for name, value in settings.items() if name != "stages"}, made_by()])
     place = run.cache("checked.json")
-    if (read_marker(place) or {}).get("in_order") != key:
-        check_run(run.config, stages, launcher, environment)
-        write_json(place, {"in_order": key})
+    before = read_marker(place, set_aside=True, keys={"settings": str, "in_order": dict}) or {}
+    known = before["in_order"] if before.get("settings") == key else {}
+    if any(known.get(stage) != fingerprint for stage, fingerprint in stages.items()):
+        check_run(run.config, list(stages), launcher, environment)
+        write_json(place, {"settings": key, "in_order": {**known, **stages}})
 
 
 def problems_of(config: DictConfig, stages: list[str], environment: dict[str, str] | None = None) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.artifacts.files import write_text
+from ppo_vs_dpo.artifacts.files import sha256_of, write_text
 from ppo_vs_dpo.artifacts.guards import replaced
 from ppo_vs_dpo.artifacts.guards.versions import differences, made_by
 from ppo_vs_dpo.artifacts.run import STAGES, RunFolder
@@ -55,7 +55,7 @@ def run_pipeline(config: DictConfig) -> int:
         chosen = [job for job in jobs if job.stage in config.stages]
         if todo:
             check_versions(run, jobs, todo)
-            check_once(run, list(dict.fromkeys(job.stage for job in todo)), launcher, environment(config, "check"))
+            check_once(run, depends_on(jobs, todo), launcher, environment(config, "check"))
         write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
         if todo:
             write_manifest(run)
@@ -70,6 +70,12 @@ def run_pipeline(config: DictConfig) -> int:
         say_verdict(run)
         publish(run, list(config.stages))
     return 0
+
+
+def depends_on(jobs: list[graph.Job], todo: list[graph.Job]) -> dict[str, str]:
+    """The stages of jobs, each with a hash of all that it and the points of its sweep depend on."""
+    names = dict.fromkeys(job.stage for job in todo)
+    return {name: sha256_of([[job.name, job.fingerprint] for job in jobs if job.stage == name]) for name in names}
 
 
 def bring_back(run: RunFolder, jobs: list[graph.Job]) -> None:

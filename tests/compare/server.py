@@ -17,7 +17,7 @@ class Server:
     """A chat-completions endpoint on loopback; ``answer(question, number)`` gives text, a status code, raw bytes, or
     a function that writes on the connection."""
 
-    def __init__(self, answer, logprobs=None):
+    def __init__(self, answer, logprobs=None, port=0):
         self.answer, self.logprobs, self.requests, self.headers = answer, logprobs, [], []
         lock = threading.Lock()
         outer = self
@@ -60,7 +60,7 @@ class Server:
             def log_message(self, *args):
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
 

@@ -4,14 +4,23 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 
+from ppo_vs_dpo.artifacts.files import read_json, write_json
+from ppo_vs_dpo.artifacts.guards.versions import source_hash
+from tests.compare.server import Server
+
 STAGES = ("data", "sft", "pairs", "reward_model", "dpo", "ppo", "compare")
+TRAINING = ("sft", "reward_model", "dpo", "ppo")
 SMALL = [
     "experiment=quickstart",
     "data.sft_examples=640", "data.train_prompts=128", "data.heldout_prompts=24", "data.pairs=128",
@@ -94,8 +103,16 @@ def leftovers(run: Path) -> list[str]:
     return sorted(
         path.relative_to(run).as_posix()
         for path in run.rglob("*")
-        if path.name.endswith(".tmp") or path.name.startswith((".lock", ".going")) or "incomplete" in path.name
+        if path.name.endswith((".tmp", ".unreadable"))
+        or path.name.startswith((".lock", ".going", "unfit-", "unfinished-"))
+        or "incomplete" in path.name
     )
+
+
+def different(expected: dict[str, str], found: dict[str, str], stages: list[str]) -> list[str]:
+    """Names of what differs between two runs, of some stages."""
+    names = {name for name in (*expected, *found) if name.split("/")[0] in stages}
+    return sorted(name for name in names if expected.get(name) != found.get(name))
 
 
 def start(out: Path, judge: str, tag: str, *more: str) -> subprocess.Popen:
@@ -113,3 +130,93 @@ def whole(out: Path, judge: str, tag: str, *more: str, timeout: float = 1200) ->
         command(out, judge, *more), env=environment(tag), capture_output=True, text=True, check=False, timeout=timeout
     )
     return ended.returncode, ended.stdout + ended.stderr
+
+
+# ------------------------------------------------------------------------------- a judge, and the undisturbed run
+
+
+class Judge(Server):
+    """An endpoint that remembers what it answered: its verdict depends on the words alone, and takes a moment.
+
+    Attributes:
+        answers: ``(question, when it was sent)``.
+    """
+
+    def __init__(self, port: int = 0, seconds: float = 0.1):
+        self.answers: list[tuple[str, float]] = []
+
+        def answer(question: str, number: int) -> str:
+            time.sleep(seconds)
+            self.answers.append((question, time.monotonic()))
+            return f"Comparison: fine.\n{'A' if sum(question.encode()) % 2 else 'B'}"
+
+        super().__init__(answer, port=port)
+
+
+def judge_of(folder: Path) -> Judge:
+    """The judge of a campaign: at the same port each time, so that runs of an earlier call stay what they are."""
+    kept = folder / "port.json"
+    judge = Judge(read_json(kept)["port"] if kept.is_file() else 0)
+    write_json(kept, {"port": judge.http.server_port})
+    return judge
+
+
+@dataclass
+class Calm:
+    """An undisturbed run.
+
+    Attributes:
+        root: its folder.
+        ranks: processes of each training stage.
+        price: replies that its judge was asked for.
+        more: what its command had besides `SMALL`.
+        expected: its bits.
+    """
+
+    root: Path
+    ranks: int
+    price: int
+    more: list[str]
+    expected: dict[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def folder(folder: Path) -> Path:
+        """Where the undisturbed run was made, and where all others are: a configuration names its folder."""
+        return folder / "cut" / "quickstart"
+
+    def seconds(self, stage: str) -> float:
+        """What a stage took at work."""
+        return float(read_json(self.root / stage / "done.json")["seconds"])
+
+    def begin_at(self, stage: str, run: Path) -> None:
+        """Make a run in which everything before a stage is done, and nothing of it has been drawn or asked yet."""
+        shutil.rmtree(run.parent, ignore_errors=True)
+        run.mkdir(parents=True)
+        for name in ("config.yaml", "manifest.json", "cache", *STAGES[: STAGES.index(stage)]):
+            source = self.root / name
+            if source.is_dir():
+                shutil.copytree(source, run / name, symlinks=True)
+            elif source.is_file():
+                shutil.copy2(source, run / name)
+        shutil.rmtree(run / "cache" / "completions", ignore_errors=True)
+        (run / "cache" / "judge_replies.jsonl").unlink(missing_ok=True)
+
+
+def calm(folder: Path, judge: Judge, ranks: int, say: Callable[[str], object] = print) -> Calm:
+    """The undisturbed run of a campaign, made once for each number of ranks and each version of the code."""
+    more = [f"launch.processes={ranks}", "launch.workers=1"]
+    root, note = folder / f"calm{ranks}" / "quickstart", folder / f"calm{ranks}" / "price.json"
+    if not note.is_file() or read_json(note)["source"] != source_hash():
+        say(f"an undisturbed run, ranks: {ranks}")
+        asked, began, made = len(judge.answers), time.monotonic(), Calm.folder(folder)
+        shutil.rmtree(made.parent, ignore_errors=True)
+        shutil.rmtree(root.parent, ignore_errors=True)
+        code, words = whole(made.parent, judge.url, f"calm{ranks}", *more)
+        assert code == 0, words
+        questions = [question for question, _ in judge.answers[asked:]]
+        assert len(questions) == len(set(questions)), "an undisturbed run asks nothing twice"
+        root.parent.mkdir(parents=True)
+        made.rename(root)
+        write_json(note, {"source": source_hash(), "price": len(questions), "seconds": time.monotonic() - began})
+        say(f"it took {time.monotonic() - began:.0f} s and {len(questions)} replies")
+    return Calm(root, ranks, read_json(note)["price"], more, bits(root))

@@ -23,8 +23,7 @@ SPOIL = {
     "rng_state.pth is gone": lambda folder: ((folder / "rng_state.pth").unlink(), (folder / "rng_state.pth").mkdir()),
     "is not as long": lambda folder: (folder / "optimizer.pt").write_text("x"),
     "was changed after": lambda folder: (folder / "rng_state.pth").write_text('{"step": 11}'),
-    "not written to its end": lambda folder: (folder / guard.STAMP).unlink(),
-    "written to its end": lambda folder: (folder / guard.STAMP).write_text("[]"),
+    "gone or cannot be read": lambda folder: (folder / guard.STAMP).write_text("[]"),
     "made with other settings": lambda folder: guard.stamp(folder, "others"),
     "holds the model alone": lambda folder: guard.stamp(folder, "settings", resumable=False),
     "is not as long as": lambda folder: (folder / guard.STAMP).write_text(
@@ -48,6 +47,15 @@ def test_one_that_is_not_fit_is_named_and_the_one_before_taken(three, why, capsy
     assert (three / "unfit-1-checkpoint-10").is_dir()
     guard.newest_whole(three, "settings")
     assert capsys.readouterr().err == ""
+
+
+def test_one_that_was_never_finished_is_deleted(three, capsys):
+    (three / "checkpoint-10" / guard.STAMP).unlink()
+    left = three / f"{guard.UNFINISHED}checkpoint-7"  # killed between renaming and deleting
+    left.mkdir()
+    assert guard.newest_whole(three, "settings").name == "checkpoint-2"
+    assert "checkpoint-10 was not written to its end; it is deleted" in capsys.readouterr().err
+    assert sorted(path.name for path in three.iterdir()) == ["checkpoint-1", "checkpoint-2"]
 
 
 def test_without_its_best_one_a_checkpoint_is_not_fit(three):

@@ -143,12 +143,23 @@ def test_what_was_found_in_order_is_not_looked_at_twice(tmp_path, monkeypatch):
     run = RunFolder(tmp_path, OmegaConf.create({"seed": 1, "launch": {}}))
     asked = []
     monkeypatch.setattr("ppo_vs_dpo.pipeline.checking.check.problems_of", lambda *a: asked.append(1) or [])
-    for _ in range(2):
-        check_once(run, ["sft"], lambda launch: None)
+    both = {"sft": "a", "dpo": "b"}
+    for stages in (both, both, {"dpo": "b"}):  # the first has been done since
+        check_once(run, stages, lambda launch: None)
     assert len(asked) == 1
-    run.config.seed = 2
-    check_once(run, ["sft"], lambda launch: None)
+    run.config.stages = ["dpo"]
+    check_once(run, {"dpo": "b"}, lambda launch: None)
+    assert len(asked) == 1
+    check_once(run, {"dpo": "another file"}, lambda launch: None)
     assert len(asked) == 2
+    check_once(run, {"dpo": "another file", "ppo": "c"}, lambda launch: None)
+    assert len(asked) == 3
+    run.config.seed = 2
+    check_once(run, {"dpo": "another file"}, lambda launch: None)
+    assert len(asked) == 4
+    run.cache("checked.json").write_text("[]")
+    check_once(run, {"dpo": "another file"}, lambda launch: None)
+    assert len(asked) == 5
 
 
 def test_intervals_and_types():
