@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from ppo_vs_dpo.artifacts.card import write_card
 from ppo_vs_dpo.artifacts.errors import UserError
@@ -18,12 +18,14 @@ from ppo_vs_dpo.artifacts.files import read_marker, write_json
 from ppo_vs_dpo.artifacts.guards import locks, refusals
 from ppo_vs_dpo.artifacts.guards.digests import Digests
 from ppo_vs_dpo.artifacts.guards.fingerprints import NEEDS, fingerprint_of
-from ppo_vs_dpo.artifacts.guards.processes import die_with_parent
+from ppo_vs_dpo.artifacts.guards.processes import beat, die_with_parent
 from ppo_vs_dpo.artifacts.resources import peak_memory
 from ppo_vs_dpo.artifacts.run import RunFolder, point_name
 
 # Seconds between two notes of the time spent so far: what a killed stage loses of its account.
 SPENT_EVERY = 5.0
+# In a stage's folder: the beats of ranks on several machines.
+PULSE = "pulse"
 
 
 class StageContext:
@@ -194,6 +196,14 @@ def begin(context: StageContext, held: contextlib.ExitStack) -> None:
             if aside is not None:
                 sys.stderr.write(f"{context.name} was made with other settings; that result is kept in {aside}\n")
     Path(context.dir).mkdir(parents=True, exist_ok=True)
+    if ranks > 1 and on_several_machines(run.config):
+        held.callback(beat(Path(context.dir, PULSE), rank).kill)
+
+
+def on_several_machines(config: DictConfig) -> bool:
+    """Whether a run's training stages have ranks on other machines, which nobody here sees."""
+    launch = config.get("launch") or {}
+    return bool(launch.get("hostfile")) or int(launch.get("nodes") or 1) > 1
 
 
 def _leave_process_group(in_order: bool) -> None:

@@ -3,14 +3,20 @@
 Three lines of defence, for Linux: each process asks the kernel to be killed when its parent dies; a watcher beside the
 command, which a pipe tells of its end, kills whatever carries the job's mark; the command does the same with what
 a stage left behind. Elsewhere the first two are missing, and locks (`guards.locks`) name who is left.
+
+Ranks on other machines are heard of through the run folder: beside each a small process touches a file as long as the
+rank lives and is not stopped. It says nothing of what the rank does: one that merges, saves or waits for a judge
+for an hour is alive.
 """
 
 import contextlib
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +38,27 @@ for again in range(3):
                         os.kill(int(name), signal.SIGKILL)
             except OSError:
                 pass
+"""
+
+# Seconds between two beats of a rank, and after which one is not alive any more that others have outlived.
+BEAT, SILENT = 5.0, 40.0
+# Not a thread: a library that holds the interpreter for minutes (writing a large file) would look like a dead rank.
+PULSE = """
+import os, signal, sys, time
+rank, path, every = int(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, signal.SIG_IGN)
+while os.getppid() == rank:
+    try:
+        with open(f"/proc/{rank}/stat") as file:
+            alive = file.read().rpartition(")")[2].split()[0] not in "TtXZ"
+    except OSError:
+        alive = True
+    try:
+        if alive:
+            os.utime(path)
+    except OSError:
+        pass
+    time.sleep(every)
 """
 
 
@@ -100,3 +127,56 @@ def watched(mark: str) -> Iterator[None]:
     finally:
         os.close(write)
         watcher.wait()
+
+
+def beat(folder: Path, rank: int) -> subprocess.Popen:
+    """Let a rank be heard of, until it ends: a process beside it touches ``folder/rank<number>``.
+
+    Args:
+        folder: on a file system that the command sees, too.
+        rank: this process's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"rank{rank}"
+    with contextlib.suppress(OSError):  # a full disk: the file's time is enough
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", PULSE, str(os.getpid()), str(path.resolve()), str(BEAT)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=die_with_parent,
+    )
+
+
+class Pulses:
+    """The beats of a job's ranks as this machine sees them: by its own clock, which the others' need not agree with.
+
+    Args:
+        folder: where they are.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.seen: dict[str, tuple[int, float]] = {}
+
+    def silent(self) -> str | None:
+        """The rank, in words, that has not been heard of for `SILENT` seconds while another one was; or ``None``.
+
+        A file system that stands still silences all of them, and says nothing of any.
+        """
+        now = time.monotonic()
+        for path in self.folder.glob("rank*"):
+            with contextlib.suppress(OSError):
+                touched = path.stat().st_mtime_ns
+                if self.seen.get(path.name, (None, now))[0] != touched:
+                    self.seen[path.name] = (touched, now)
+        since = {name: now - when for name, (_, when) in self.seen.items()}
+        late = [name for name, seconds in since.items() if seconds > SILENT]
+        if not late or min(since.values()) > 3 * BEAT:
+            return None
+        name = max(late, key=since.__getitem__)
+        where = ""
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            where = (self.folder / name).read_text()[:200]
+        return f"rank {name.removeprefix('rank')}{f' ({where})' if where else ''}"

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from omegaconf import DictConfig
 
 from ppo_vs_dpo.artifacts.files import printable
 from ppo_vs_dpo.artifacts.guards import replaced
-from ppo_vs_dpo.artifacts.guards.processes import MARK, die_with_parent, kill_marked, stopped
+from ppo_vs_dpo.artifacts.guards.processes import MARK, SILENT, Pulses, die_with_parent, kill_marked, stopped
 from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.artifacts.stage import PULSE, on_several_machines
 from ppo_vs_dpo.pipeline.planning.gpus import VISIBLE
 from ppo_vs_dpo.pipeline.running.graph import DISTRIBUTED, Job
 from ppo_vs_dpo.pipeline.running.launch import launcher
@@ -25,6 +27,8 @@ KEPT = 1 << 17
 # Seconds after which a stopped process counts as hung, and between two looks.
 STOPPED = 30.0
 LOOK_EVERY = 3.0
+# Seconds that a launcher gets to end what it started on other machines, before it is killed itself.
+ELSEWHERE = 10.0
 
 
 def environment(config: DictConfig, mark: str, gpus: list[str] | None = None) -> dict[str, str]:
@@ -80,6 +84,9 @@ class Running:
         self.said = b""
         self.started = self.looked = time.monotonic()
         self.stopped_since: dict[int, float] = {}
+        self.elsewhere = on_several_machines(run.config)
+        shutil.rmtree(folder / PULSE, ignore_errors=True)
+        self.pulses = Pulses(folder / PULSE)
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -108,17 +115,26 @@ class Running:
                 self.log.flush()
 
     def hung(self) -> str | None:
-        """Looked at now and then: what to say where a process of the job has been stopped for `STOPPED` seconds."""
+        """Looked at now and then: what to say of a rank that is stopped, or not heard of; ``None`` where all are well.
+
+        One that works is alive, however long the others wait for it: it merges, it saves, its judge is slow.
+        """
         now = time.monotonic()
         if now - self.looked < LOOK_EVERY:
             return None
-        self.looked = now
+        self.looked, name = now, self.job.name
         held = stopped(self.mark)
         self.stopped_since = {pid: self.stopped_since.get(pid, now) for pid in held}
         late = [pid for pid, since in self.stopped_since.items() if now - since > STOPPED]
-        if not late:
+        if late:
+            return f"process {late[0]} of stage {name} has been stopped for {STOPPED:.0f} s, and the others wait."
+        silent = self.pulses.silent() if self.elsewhere else None
+        if silent is None:
             return None
-        return f"process {late[0]} of stage {self.job.name} has been stopped for {STOPPED:.0f} s, and the others wait."
+        return (
+            f"{silent} of stage {name} has not been heard of for {SILENT:.0f} s, and the others are alive: it is "
+            f"stopped, its machine is down, or it does not see the run folder."
+        )
 
     def signal(self, number: int) -> None:
         """Send a signal to the job and its process group."""
@@ -126,7 +142,11 @@ class Running:
             os.killpg(self.process.pid, number)
 
     def kill(self) -> None:
-        """End the job and all it started, wherever they are on this machine."""
+        """End the job and all it started; what is on other machines its launcher ends, which is asked first."""
+        if self.elsewhere and self.process.poll() is None:
+            self.signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(ELSEWHERE)
         self.signal(signal.SIGKILL)
         kill_marked(self.mark)
 
@@ -136,6 +156,7 @@ class Running:
         with contextlib.suppress(OSError):
             self.log.close()
         self.process.stdout.close()
+        shutil.rmtree(self.pulses.folder, ignore_errors=True)
 
     def put_back(self) -> bool:
         """Where this attempt left nothing that took work: put the result in its place again that it had moved aside.

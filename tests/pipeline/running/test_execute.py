@@ -2,18 +2,22 @@
 
 import io
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.guards import processes
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.pipeline.running import execute
 from ppo_vs_dpo.pipeline.running import job as job_module
@@ -158,6 +162,69 @@ def test_a_stopped_rank_is_named_and_ends_the_job(run, monkeypatch):
         go(run, [Job("victim", "victim", {"what": "hang"})])
     left = subprocess.run(["pgrep", "-f", f"{run.root} victim"], capture_output=True, text=True, check=False)
     assert left.stdout == ""
+
+
+RANKS = """
+import os, pathlib, subprocess, sys, time
+from ppo_vs_dpo.artifacts.guards import processes
+processes.BEAT = 0.1
+folder = pathlib.Path(sys.argv[1])
+if len(sys.argv) > 2:
+    (folder / f"pid{sys.argv[2]}").write_text(str(os.getpid()))
+    processes.beat(folder / "pulse", int(sys.argv[2]))
+    time.sleep(600)
+for process in [subprocess.Popen([sys.executable, __file__, str(folder), str(rank)]) for rank in range(2)]:
+    process.wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_rank_that_is_not_heard_of_is_named_and_ends_the_job(run, tmp_path, monkeypatch):
+    """Two ranks as on two machines: what the processes here show of them is not looked at, what they say is."""
+    monkeypatch.setattr(job_module, "LOOK_EVERY", 0.1)
+    monkeypatch.setattr(job_module, "stopped", lambda mark: [])
+    monkeypatch.setattr(processes, "BEAT", 0.5)
+    monkeypatch.setattr(processes, "SILENT", 2.0)
+    run.config.launch.nodes = 2
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    folder = run.stage_dir("split")
+    monkeypatch.setattr(execute, "command", lambda run, job: [sys.executable, str(script), str(folder)])
+    stopped = []
+
+    def stop():
+        while not ((folder / "pulse" / "rank0").exists() and (folder / "pulse" / "rank1").exists()):
+            time.sleep(0.05)
+        time.sleep(3.0)  # both are alive, and nothing is said of them
+        stopped.append(time.monotonic())
+        os.kill(int((folder / "pid1").read_text()), signal.SIGSTOP)
+
+    threading.Thread(target=stop).start()
+    said = rf"rank 1 \(process \d+ on {re.escape(socket.gethostname())}\) of stage split has not been heard of"
+    with pytest.raises(execute.StageFailed, match=said) as failure:
+        go(run, [Job("split", "split")])
+    assert 1.0 < time.monotonic() - stopped[0] < 40
+    assert "The same command goes on from where this stopped" in str(failure.value)
+    assert not (folder / "pulse").exists()
+    time.sleep(0.5)
+    for rank in range(2):  # a zombie has no command line
+        line = Path(f"/proc/{(folder / f'pid{rank}').read_text()}/cmdline")
+        assert not line.exists() or line.read_bytes() == b""
+
+
+def test_where_nobody_is_heard_of_nobody_is_named(tmp_path, monkeypatch):
+    """A file system that stands still is no rank's fault; a rank that has not begun is waited for."""
+    monkeypatch.setattr(processes, "SILENT", 0.2)
+    monkeypatch.setattr(processes, "BEAT", 0.02)
+    pulses = processes.Pulses(tmp_path)
+    assert pulses.silent() is None
+    for rank in (0, 1):
+        (tmp_path / f"rank{rank}").write_text("x")
+    assert pulses.silent() is None
+    time.sleep(0.3)
+    assert pulses.silent() is None
+    os.utime(tmp_path / "rank0", (1, 1))
+    assert pulses.silent() == "rank 1 (x)"
 
 
 def test_an_earlier_attempt_s_words_are_not_this_one_s(run):

@@ -25,7 +25,9 @@ MOMENTS = {
 def stage_process(run, stage):
     """Process id of a running stage, or ``None``."""
     room = {"data": "preferences", "pairs": "preferences"}.get(stage, stage)
-    found = subprocess.run(["pgrep", "-f", "--", f"-m {room} {run} "], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["pgrep", "-f", "--", f"-m ppo_vs_dpo.{room} {run} "], capture_output=True, text=True, check=False
+    )
     return int(found.stdout.split()[0]) if found.stdout else None
 
 

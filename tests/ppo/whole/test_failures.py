@@ -136,7 +136,7 @@ def test_a_killed_rank_ends_the_job(run_folder, tmp_path):  # noqa: F811
             assert job.wait(40) != 0
         finally:
             job.kill()
-    assert root_cause(log) == (1, -signal.SIGKILL)
+    assert root_cause(log.read_text()) == (1, -signal.SIGKILL)
     for pid in ranks.values():
         assert not Path(f"/proc/{pid}").exists()
 
