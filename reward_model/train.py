@@ -20,14 +20,13 @@ from ppo_vs_dpo.artifacts.settings import split
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.models.loading.config import LoraSettings
 from ppo_vs_dpo.models.loading.heads import HEAD_KEY
+from ppo_vs_dpo.models.loading.prepared import score_head, train_in_full
 from ppo_vs_dpo.models.loading.pretrained import (
     context_length,
     eos_token_ids,
     load_policy,
     load_tokenizer,
     load_value_or_reward,
-    score_head,
-    train_in_full,
 )
 from ppo_vs_dpo.models.loading.quantized import quantization
 from ppo_vs_dpo.models.passes.unpadded import score_at_last_token

@@ -18,14 +18,8 @@ from ppo_vs_dpo.artifacts.files import atomic_folder, read_json, read_parquet
 from ppo_vs_dpo.artifacts.settings import split
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.models.loading.config import LoraSettings, ModelConfig
-from ppo_vs_dpo.models.loading.pretrained import (
-    build_policy,
-    context_length,
-    is_adapter,
-    load_policy,
-    load_tokenizer,
-    train_in_full,
-)
+from ppo_vs_dpo.models.loading.prepared import train_in_full
+from ppo_vs_dpo.models.loading.pretrained import build_policy, context_length, is_adapter, load_policy, load_tokenizer
 from ppo_vs_dpo.models.loading.quantized import quantization
 from ppo_vs_dpo.models.passes.unpadded import skip_padding
 from ppo_vs_dpo.models.sharding.deepspeed import unsharded_loading

@@ -80,6 +80,13 @@ def test_a_room_holds_nine_things_at_most():
     assert not crowded
 
 
+def test_a_module_has_four_hundred_lines_at_most():
+    """One idea a module; ``benchmarks`` too."""
+    files = [file for room in (*ROOMS[:-1], "benchmarks") for file in (ROOT / room).rglob("*.py")]
+    long = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in files}
+    assert not {str(file.relative_to(ROOT)): lines for file, lines in long.items() if lines > 400}
+
+
 def example_of(name: str) -> str:
     """The lines under ``Example::`` in a public name's docstring, which stand before anything but its first words."""
     text = inspect.getdoc(getattr(ppo_vs_dpo, name))

@@ -9,8 +9,9 @@ import numpy as np
 from scipy import stats
 
 from ppo_vs_dpo.compare.config import CompareStage
+from ppo_vs_dpo.compare.estimates.controls import null_control
 from ppo_vs_dpo.compare.estimates.ranking import ranking
-from ppo_vs_dpo.compare.estimates.win_rates import CONTROL_LEVEL, PairTable, Settings, reverse
+from ppo_vs_dpo.compare.estimates.win_rates import PairTable, Settings, reverse
 from ppo_vs_dpo.compare.judges.scores import preference_by_score
 from ppo_vs_dpo.compare.sampling.completions import Draws
 from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender, uniform
@@ -196,23 +197,10 @@ def pooled_control(runs: list[Run], judge: str, settings: Settings, judges: int)
     interval, _, _ = _pooled_rate(runs, [preference for preference, _ in found], settings)
     # Draws of different runs are independent under the null, whatever the prompts: one long run.
     exact = label_permutation_p(*(np.concatenate(side) for side in zip(*sides, strict=True)))
-    low, high = interval.ci()
-    level = CONTROL_LEVEL / judges
-    return {
-        "policy": REFERENCE,
-        "versus": REFERENCE,
-        "judge": judge,
-        "n": len(found[0][0]) if shares_prompts(runs) else sum(len(preference) for preference, _ in found),
-        "win_rate": float(interval.mean),
-        "ci": [low, high],
-        "ties": float(np.mean([ties.mean() for _, ties in found])),
-        "contains_half": bool(low <= 0.5 <= high),
-        "expected": 0.5,
-        "p": exact,
-        "level": level,
-        "passed": exact > level,
-        "per_seed": [float(preference.mean()) for preference, _ in found],
-    }
+    n = len(found[0][0]) if shares_prompts(runs) else sum(len(preference) for preference, _ in found)
+    mean_ties = float(np.mean([ties.mean() for _, ties in found]))
+    entry = null_control(judge, n, float(interval.mean), interval.ci(), mean_ties, exact, judges)
+    return {**entry, "per_seed": [float(preference.mean()) for preference, _ in found]}
 
 
 def pooled_power(

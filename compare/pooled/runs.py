@@ -18,8 +18,9 @@ from ppo_vs_dpo.artifacts.files import read_json, read_parquet, sha256_of
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.compare.config import CompareStage
 from ppo_vs_dpo.compare.estimates.allowed import sampled_as_measured, use_kl
+from ppo_vs_dpo.compare.estimates.controls import positive_control
 from ppo_vs_dpo.compare.estimates.judgements import table_of
-from ppo_vs_dpo.compare.estimates.win_rates import PairTable, Settings, judge_pairs, positive_control
+from ppo_vs_dpo.compare.estimates.win_rates import PairTable, Settings, judge_pairs
 from ppo_vs_dpo.compare.judges.llm import Judgement
 from ppo_vs_dpo.compare.pooled.curves import pooled_frontier, pooled_matched_kl, pooled_optimum
 from ppo_vs_dpo.compare.pooled.figures import (

@@ -7,18 +7,9 @@ import numpy as np
 
 from ppo_vs_dpo.compare.config import CompareStage
 from ppo_vs_dpo.compare.estimates.allowed import sampled_as_measured, use_kl
-from ppo_vs_dpo.compare.estimates.quality import quality
+from ppo_vs_dpo.compare.estimates.controls import control, positive_control
 from ppo_vs_dpo.compare.estimates.ranking import ranking
-from ppo_vs_dpo.compare.estimates.win_rates import (
-    PairTable,
-    Settings,
-    control,
-    describe,
-    describe_kl,
-    positive_control,
-    power_line,
-    win_rates,
-)
+from ppo_vs_dpo.compare.estimates.win_rates import PairTable, Settings, describe, describe_kl, power_line, win_rates
 from ppo_vs_dpo.compare.frontier.points import Compared, frontier, matched_kl
 from ppo_vs_dpo.compare.judges.agreement import agreement
 from ppo_vs_dpo.compare.judges.scores import preference_by_score
@@ -29,6 +20,7 @@ from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender, main_pair, 
 from ppo_vs_dpo.compare.sampling.gather import Gatherer
 from ppo_vs_dpo.compare.sampling.kl import sequence_kl
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE
+from ppo_vs_dpo.compare.sampling.quality import quality
 from ppo_vs_dpo.compare.statistics.intervals import mean_interval
 from ppo_vs_dpo.compare.statistics.significance import label_permutation_p, win_rates_with_p
 

@@ -18,21 +18,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.config import ModelConfig
-from ppo_vs_dpo.models.loading.pretrained import (
-    _kwargs,
-    _load,
-    _prepare,
-    _refuse_adapter,
-    _revision,
-    is_adapter,
-    score_head,
-)
+from ppo_vs_dpo.models.loading.prepared import prepare, score_head
+from ppo_vs_dpo.models.loading.pretrained import is_adapter, load_scalar_model, refuse_adapter, revision_of
 
 # Files that hold weights, the small ones with a head alone first.
 _FILES = (
@@ -85,7 +77,7 @@ def load_reward(
     _check_labels(path, config)
     head = head or named_head(path, config)
     if is_adapter(path):
-        _refuse_adapter(path, quantization)
+        refuse_adapter(path, quantization)
         model, missing = _adapter(path, config)
     else:
         model, missing = _whole(path, config, quantization)
@@ -97,7 +89,7 @@ def load_reward(
     if lost or missing:
         raise UserError(_what_is_missing(path, config, lost, missing))
     _normalise(model, path, config)
-    return _prepare(model, trainable, quantization)
+    return prepare(model, trainable, quantization)
 
 
 def check_reward(path: str | Path, config: ModelConfig | None = None, head: str | None = None) -> None:
@@ -145,7 +137,7 @@ def _file(path: str, config: ModelConfig, name: str) -> str | None:
         return cached_file(
             path,
             name,
-            revision=_revision(path, config),
+            revision=revision_of(path, config),
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
@@ -171,21 +163,8 @@ def _whole(path: str, config: ModelConfig, quantization: Any) -> tuple[PreTraine
     for key, shape in weights_of(path, config).items():
         if any(key == f"{name}.weight" for name in _LAST) and len(shape) == 2 and shape[0] > 1:
             raise UserError(f"{path} has a head with {shape[0]} labels ({key}); a reward model has one.")
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # what is missing is said below, or is asked for
-    try:
-        model, report = _load(
-            AutoModelForSequenceClassification.from_pretrained,
-            path,
-            "a reward model",
-            num_labels=1,
-            revision=_revision(path, config),
-            output_loading_info=True,
-            **_kwargs(config, quantization),
-        )
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    return model, sorted(report["missing_keys"])
+    # What is missing is said by whoever calls this, or is asked for.
+    return load_scalar_model(path, config, "a reward model", quantization)
 
 
 def _adapter(path: str, config: ModelConfig) -> tuple[PreTrainedModel, list[str]]:
@@ -195,25 +174,11 @@ def _adapter(path: str, config: ModelConfig) -> tuple[PreTrainedModel, list[str]
     base = settings.base_model_name_or_path
     if settings.task_type != "SEQ_CLS":
         settings.task_type = None  # the adapters of a language model, without what generates
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        model, report = _load(
-            AutoModelForSequenceClassification.from_pretrained,
-            base,
-            f"the base of the adapter {path}",
-            num_labels=1,
-            output_loading_info=True,
-            **_kwargs(config),
-        )
-        model = PeftModel.from_pretrained(model, path, config=settings).merge_and_unload()
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    missing = set(report["missing_keys"])
+    model, missing = load_scalar_model(base, config, f"the base of the adapter {path}")
+    model = PeftModel.from_pretrained(model, path, config=settings).merge_and_unload()
     # Heads that the adapter carries (modules_to_save).
     saved = weights_of(path, config)
-    carried = {key for key in missing if any(name.endswith(key) for name in saved)}
-    return model, sorted(missing - carried)
+    return model, [key for key in missing if not any(name.endswith(key) for name in saved)]
 
 
 def weights_of(path: str, config: ModelConfig | None = None) -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.config import ModelConfig
-from ppo_vs_dpo.models.loading.quantized import keep_differentiable
+from ppo_vs_dpo.models.loading.prepared import prepare, score_head
 
 
 def _check_local(path: str, what: str) -> None:
@@ -52,7 +52,7 @@ def _kwargs(config: ModelConfig, quantization: Any = None) -> dict[str, Any]:
     return kwargs
 
 
-def _revision(path: str, config: ModelConfig) -> str | None:
+def revision_of(path: str, config: ModelConfig) -> str | None:
     """The revision belongs to the configured model; later stages load folders, which have none."""
     return config.revision if path == config.path else None
 
@@ -88,7 +88,7 @@ def load_tokenizer(
         AutoTokenizer.from_pretrained,
         path,
         "a tokenizer",
-        revision=_revision(path, config),
+        revision=revision_of(path, config),
         trust_remote_code=config.trust_remote_code,
     )
     let_pad(tokenizer, f"the tokenizer of {path}", writes)
@@ -202,7 +202,7 @@ def load_policy(
     config = config or ModelConfig()
     path = str(path)
     if is_adapter(path):
-        _refuse_adapter(path, quantization)
+        refuse_adapter(path, quantization)
         from peft import AutoPeftModelForCausalLM
 
         model = _load(AutoPeftModelForCausalLM.from_pretrained, path, "an adapter", **_kwargs(config))
@@ -212,10 +212,10 @@ def load_policy(
             AutoModelForCausalLM.from_pretrained,
             path,
             "a causal language model",
-            revision=_revision(path, config),
+            revision=revision_of(path, config),
             **_kwargs(config, quantization),
         )
-    return _prepare(model, trainable, quantization)
+    return prepare(model, trainable, quantization)
 
 
 def load_value_or_reward(
@@ -241,123 +241,55 @@ def load_value_or_reward(
     config = config or ModelConfig()
     path = str(path)
     if is_adapter(path):
-        _refuse_adapter(path, quantization)
+        refuse_adapter(path, quantization)
         from peft import AutoPeftModelForSequenceClassification
 
         model = _load(
             AutoPeftModelForSequenceClassification.from_pretrained, path, "an adapter", num_labels=1, **_kwargs(config)
         )
-        return _prepare(model.merge_and_unload(), trainable)
-    # A new head on an old backbone is what is asked for here: transformers need not warn of it.
+        return prepare(model.merge_and_unload(), trainable)
+    model, missing = load_scalar_model(path, config, "a reward or value model", quantization)
+    head = score_head(model)
+    if any(key.split(".")[0] in ("score", "classifier") for key in missing):
+        torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    return prepare(model, trainable, quantization)
+
+
+def load_scalar_model(
+    path: str, config: ModelConfig, what: str, quantization: Any = None
+) -> tuple[PreTrainedModel, list[str]]:
+    """A sequence-classification model with one label, and the names of the weights that its folder lacks, sorted.
+
+    transformers draws those at random and warns of it; whether that is what is wanted is for the caller to say.
+    """
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
         model, report = _load(
             AutoModelForSequenceClassification.from_pretrained,
             path,
-            "a reward or value model",
+            what,
             num_labels=1,
-            revision=_revision(path, config),
+            revision=revision_of(path, config),
             output_loading_info=True,
             **_kwargs(config, quantization),
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
-    head = score_head(model)
-    if any(key.split(".")[0] in ("score", "classifier") for key in report["missing_keys"]):
-        torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
-    return _prepare(model, trainable, quantization)
+    return model, sorted(report["missing_keys"])
 
 
-def _refuse_adapter(path: str, quantization: Any) -> None:
+def refuse_adapter(path: str, quantization: Any) -> None:
+    """An adapter brings its base with it, which is not loaded in 4 bits.
+
+    Raises:
+        UserError: that is asked for.
+    """
     if quantization is not None:
         raise UserError(
             f"{path} holds an adapter alone, and lora.load_in_4bit starts from a whole model: train the stage before "
             f"with merge_lora=true."
         )
-
-
-class ScalarHead(torch.nn.Linear):
-    """A linear layer whose product is in fp32, whatever the rest of the model computes in.
-
-    A score in bfloat16 has 8 bits: between 2 and 4 its steps are of 1/64, wider than many a preference.
-    """
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Scores ``(..., 1)`` in fp32."""
-        bias = None if self.bias is None else self.bias.float()
-        with torch.autocast(states.device.type, enabled=False):
-            return torch.nn.functional.linear(states.float(), self.weight.float(), bias)
-
-
-def score_head(model: torch.nn.Module) -> torch.nn.Linear:
-    """The scalar head of a sequence-classification model, whatever its architecture calls it."""
-    for name in ("score", "classifier"):
-        head = getattr(model, name, None)
-        if isinstance(head, torch.nn.Linear):
-            return head
-    raise UserError(f"{type(model).__name__} has no scalar head named score or classifier; it cannot score or value.")
-
-
-def _prepare(model: PreTrainedModel, trainable: bool, quantization: Any = None) -> PreTrainedModel:
-    model.requires_grad_(trainable and quantization is None)
-    keep_differentiable(model)
-    disable_dropout(model)
-    return model.train(trainable)
-
-
-def train_in_full(model: torch.nn.Module, sharded: bool) -> None:
-    """Weights that train in fp32, whatever they were loaded in: in bfloat16 a step of 1e-6 is lost nearly always.
-
-    Frozen weights stay as they are, 4-bit ones too (TRL casts adapters on these to bfloat16).
-
-    Args:
-        model: before its optimizer is made.
-        sharded: DeepSpeed keeps an fp32 copy by itself, and wants the weights in the dtype that it computes in.
-    """
-    for parameter in model.parameters():
-        if not sharded and parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()
-
-
-def halve_frozen(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Hold the weights of frozen linear layers in the dtype that autocast would cast them to at every call.
-
-    Bit for bit the same results under autocast, at half the memory and without the casts. Embeddings, norms and tied
-    heads stay: autocast leaves them in fp32, and so does this.
-    """
-    embedded = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    for module in model.modules():
-        # A scalar head is a class of its own, and stays.
-        if type(module) is torch.nn.Linear and id(module.weight) not in embedded:
-            for parameter in module.parameters(recurse=False):
-                if parameter.dtype == torch.float32 and not parameter.requires_grad:
-                    parameter.data = parameter.data.to(dtype)
-
-
-def disable_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout to 0: else PPO's ratio is not 1 on the first pass (Huang et al. 2024, detail 7).
-
-    Modules (adapters' too), rates that a module keeps as a number and hands to a function (OPT's ``dropout`` and
-    ``layerdrop``, attention's), and those in the configuration that a forward pass reads.
-    """
-    for module in model.modules():
-        rates = vars(module)
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in rates.items():
-            if _is_dropout(name, value):
-                rates[name] = 0.0
-    config = getattr(model, "config", None)
-    for part in {id(one): one for one in (config, getattr(config, "get_text_config", lambda: None)()) if one}.values():
-        for name, value in vars(part).items():
-            if _is_dropout(name, value):
-                setattr(part, name, 0.0)
-
-
-def _is_dropout(name: str, value: Any) -> bool:
-    # "jitter": the noise that some mixtures of experts train their routers with.
-    return isinstance(value, float) and value > 0 and ("drop" in name or "jitter" in name)
 
 
 def check_same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -> None:

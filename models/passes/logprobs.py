@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from ppo_vs_dpo.models.loading.pretrained import ScalarHead, score_head
+from ppo_vs_dpo.models.loading.prepared import ScalarHead, score_head
 from ppo_vs_dpo.models.passes.fused import packed_states
 from ppo_vs_dpo.models.passes.head import head_logprobs, logits_logprobs, rows_at_once
 from ppo_vs_dpo.models.passes.packed import Packing, can_pack, forward_packed, pack, upload

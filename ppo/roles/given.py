@@ -7,7 +7,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.config import ModelConfig
-from ppo_vs_dpo.models.loading.pretrained import disable_dropout, load_policy, load_value_or_reward, score_head
+from ppo_vs_dpo.models.loading.prepared import disable_dropout, score_head
+from ppo_vs_dpo.models.loading.pretrained import load_policy, load_value_or_reward
 from ppo_vs_dpo.models.sharding.deepspeed import unsharded_loading, whole_copy, whole_state
 
 

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.models.loading.pretrained import eos_token_ids, train_in_full
+from ppo_vs_dpo.models.loading.prepared import train_in_full
+from ppo_vs_dpo.models.loading.pretrained import eos_token_ids
 from ppo_vs_dpo.models.passes.answers import answers
 from ppo_vs_dpo.models.sampling.engine import Engine
 from ppo_vs_dpo.models.sharding.deepspeed import held_bytes

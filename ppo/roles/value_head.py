@@ -8,7 +8,7 @@ position (papers.md 3.6.6).
 
 import torch
 
-from ppo_vs_dpo.models.loading.pretrained import score_head
+from ppo_vs_dpo.models.loading.prepared import score_head
 from ppo_vs_dpo.models.passes.logprobs import base, score_head_of
 from ppo_vs_dpo.models.sharding.deepspeed import whole
 from ppo_vs_dpo.models.sharding.state import keep_written

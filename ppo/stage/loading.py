@@ -10,7 +10,8 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.heads import load_reward
-from ppo_vs_dpo.models.loading.pretrained import load_policy, load_tokenizer, load_value_or_reward, score_head
+from ppo_vs_dpo.models.loading.prepared import score_head
+from ppo_vs_dpo.models.loading.pretrained import load_policy, load_tokenizer, load_value_or_reward
 from ppo_vs_dpo.models.loading.quantized import quantization
 from ppo_vs_dpo.models.sharding.deepspeed import is_sharded
 from ppo_vs_dpo.ppo.config import PPOConfig

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.models.loading.pretrained import disable_dropout
+from ppo_vs_dpo.models.loading.prepared import disable_dropout
 from ppo_vs_dpo.models.passes.answers import answers
 from ppo_vs_dpo.models.passes.logprobs import (
     backbone,

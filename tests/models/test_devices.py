@@ -6,7 +6,7 @@ import torch
 from ppo_vs_dpo.models import devices
 from ppo_vs_dpo.models.devices import arithmetic
 from ppo_vs_dpo.models.loading.config import ModelConfig
-from ppo_vs_dpo.models.loading.pretrained import train_in_full
+from ppo_vs_dpo.models.loading.prepared import train_in_full
 from ppo_vs_dpo.pipeline.composing.compose import load
 
 TRAINED = ("sft", "reward_model", "dpo", "ppo")

@@ -8,15 +8,9 @@ import numpy as np
 import pytest
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.compare.estimates.annotations import (
-    chosen_first,
-    difficulties,
-    load_annotations,
-    main,
-    models_in,
-    statistics_of,
-    turned,
-)
+from ppo_vs_dpo.compare.estimates.annotations.__main__ import main
+from ppo_vs_dpo.compare.estimates.annotations.figures import chosen_first, difficulties, statistics_of
+from ppo_vs_dpo.compare.estimates.annotations.reading import load_annotations, models_in, turned
 from ppo_vs_dpo.compare.estimates.length_control import length_controlled
 from ppo_vs_dpo.compare.statistics.intervals import wilson
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from ppo_vs_dpo.compare.estimates.win_rates import PairTable, Settings, control, describe_kl, positive_control
+from ppo_vs_dpo.compare.estimates.controls import control, positive_control
+from ppo_vs_dpo.compare.estimates.win_rates import PairTable, Settings, describe_kl
 from ppo_vs_dpo.compare.judges.scores import preference_by_score
 from ppo_vs_dpo.compare.sampling.best_of_n import kl_bound
 from ppo_vs_dpo.compare.sampling.completions import Draws

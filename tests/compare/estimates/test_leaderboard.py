@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.compare.estimates.annotations import load_annotations, main, models_in, statistics_of
+from ppo_vs_dpo.compare.estimates.annotations.__main__ import main
+from ppo_vs_dpo.compare.estimates.annotations.figures import statistics_of
+from ppo_vs_dpo.compare.estimates.annotations.reading import load_annotations, models_in
 from ppo_vs_dpo.compare.estimates.length_control import (
     LEAST_SHARE,
     length_controlled,

@@ -5,11 +5,11 @@ import torch
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.config import LoraSettings, ModelConfig
+from ppo_vs_dpo.models.loading.prepared import disable_dropout
 from ppo_vs_dpo.models.loading.pretrained import (
     build_policy,
     check_response_budget,
     check_same_vocabulary,
-    disable_dropout,
     eos_token_ids,
     load_policy,
     load_tokenizer,

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.models.loading.pretrained import halve_frozen
+from ppo_vs_dpo.models.loading.prepared import halve_frozen
 from ppo_vs_dpo.models.passes.logprobs import pad_batch, response_logprobs
 from ppo_vs_dpo.ppo.roles.reference import Reference
 from ppo_vs_dpo.ppo.rollouts.clock import Clock

@@ -1,0 +1,1 @@
+"""Judgements made elsewhere, in AlpacaEval's format, put through the same statistics."""

@@ -1,0 +1,102 @@
+"""Comparisons whose answer is known: SFT against itself must show nothing, best-of-n against SFT must show n/(n+1)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ppo_vs_dpo.compare.estimates.win_rates import PairTable, Settings
+from ppo_vs_dpo.compare.judges.scores import preference_by_score
+from ppo_vs_dpo.compare.sampling.completions import Draws
+from ppo_vs_dpo.compare.sampling.contenders import PROXY, uniform
+from ppo_vs_dpo.compare.sampling.policies import REFERENCE
+from ppo_vs_dpo.compare.statistics.intervals import spread
+from ppo_vs_dpo.compare.statistics.significance import label_permutation_p, win_rates_with_p
+
+# A control that fails touches every figure: all controls of a report together fail one sound report in a hundred.
+CONTROL_LEVEL = 0.01
+
+
+def control(
+    baseline: Draws, pool: Draws | None, judge: str, settings: Settings, judges: int = 1
+) -> dict[str, Any] | None:
+    """SFT against SFT on independent draws: the yardstick must say "no difference", by the exact law of that null.
+
+    Args:
+        baseline: draws of the reference.
+        pool: further ones.
+        judge: who judges.
+        settings: of the interval.
+        judges: how many controls the report has: they share `CONTROL_LEVEL`.
+    """
+    if pool is None or judge not in pool.scores:
+        return None
+    sides = (pool.scores[judge], baseline.scores[judge])
+    preference, ties = preference_by_score(*sides, uniform(pool), uniform(baseline))
+    exact = label_permutation_p(*sides)
+    interval, _ = win_rates_with_p(preference[:, None], np.array([exact]), **settings.kwargs())
+    rate = (float(interval.mean[0]), interval.ci(0))
+    return null_control(judge, len(preference), *rate, float(ties.mean()), exact, judges)
+
+
+def null_control(
+    judge: str, n: int, win_rate: float, ci: list[float], ties: float, p: float, judges: int
+) -> dict[str, Any]:
+    """The entry of SFT against SFT, of one run or several; ``p`` by the exact law of the null."""
+    return {
+        "policy": REFERENCE,
+        "versus": REFERENCE,
+        "judge": judge,
+        "n": n,
+        "win_rate": win_rate,
+        "ci": ci,
+        "ties": ties,
+        "contains_half": bool(ci[0] <= 0.5 <= ci[1]),
+        "expected": 0.5,
+        **_passed(p, judges),
+    }
+
+
+def _passed(p: float, judges: int) -> dict[str, Any]:
+    level = CONTROL_LEVEL / judges
+    return {"p": float(p), "level": level, "passed": bool(p > level)}
+
+
+# Ties make best-of-n win less than n/(n+1) by its own judge; with more than this share the control is left out.
+FEW_TIES = 0.01
+
+
+def positive_control(
+    win_rates: list[dict[str, Any]],
+    tables: Sequence[PairTable],
+    settings: Settings,
+    shared: bool = False,
+    clusters: Sequence[np.ndarray | None] = (),
+) -> dict[str, Any] | None:
+    """Best-of-n against SFT by the judge it was chosen by wins n/(n+1), exactly: a known difference must be seen.
+
+    Of n + 1 independent draws of SFT the best is equally likely to be each. The largest n over the reference is taken.
+
+    Args:
+        win_rates: entries, of the judge that best-of-n selects by.
+        tables: that judge's preferences, one a run.
+        settings: of the interval.
+        shared: the runs share their prompts.
+        clusters: of each run's prompts.
+    """
+    own = [e for e in win_rates if e["judge"] == PROXY and e["versus"] == REFERENCE]
+    own = [e for e in own if e["policy"].removeprefix("best_of_").isdigit() and e["ties"] <= FEW_TIES]
+    if not own:
+        return None
+    entry = max(own, key=lambda e: int(e["policy"].removeprefix("best_of_")))
+    n = int(entry["policy"].removeprefix("best_of_"))
+    groups = [table.of(entry["policy"], REFERENCE)[:, None] for table in tables]
+    if n == 1 or min(map(len, groups)) < 3:
+        return None
+    expected = n / (n + 1)
+    found = spread(groups, shared=shared, clusters=clusters)
+    low, high = found.interval(settings.confidence, (0.0, 1.0)).ci(0)
+    kept = {key: entry[key] for key in ("policy", "versus", "judge", "n", "win_rate", "ties")}
+    about = {"ci": [low, high], "contains_half": low <= 0.5 <= high, "expected": expected}
+    about |= {"per_seed": [float(group.mean()) for group in groups]} if len(groups) > 1 else {}
+    return {**kept, **about, **_passed(float(found.p_value(expected)[0]), 1)}
