@@ -14,6 +14,9 @@ Text = str | list[dict[str, str]]
 
 REQUIRED = ("prompt", "chosen", "rejected")
 OPTIONAL_NUMBERS = ("margin", "chosen_score", "rejected_score", "soft_label")
+# Who labelled and who wrote, where a source says it: figures may be asked for by them.
+OPTIONAL_TEXTS = ("batch", "chosen_policy", "rejected_policy")
+OPTIONAL = (*OPTIONAL_NUMBERS, *OPTIONAL_TEXTS)
 
 
 def _digest(value: Any) -> str:

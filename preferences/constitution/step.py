@@ -37,7 +37,7 @@ from ppo_vs_dpo.preferences.reading.tables import (
 )
 from ppo_vs_dpo.preferences.recipes.steplog import StepLog
 from ppo_vs_dpo.preferences.rejection.step import identity_of, policy_path
-from ppo_vs_dpo.preferences.schema import OPTIONAL_NUMBERS, Text, make_pair, pair_set_hash
+from ppo_vs_dpo.preferences.schema import OPTIONAL, Text, make_pair, pair_set_hash
 
 # Openings of answers that only refuse. A revision of this kind teaches to refuse, not to answer better.
 REFUSAL = re.compile(
@@ -249,7 +249,7 @@ def _write(
                 )
                 if source["kind"] == "revision":
                     revisions.write({"prompt": item.prompt, "completion": pair["chosen"]})
-    without_empty_columns(path, OPTIONAL_NUMBERS)
+    without_empty_columns(path, OPTIONAL)
     if settings.mode == "feedback":
         Path(context.dir / f"revisions_{split}.parquet").unlink()
     write_jsonl(context.dir / f"provenance_{split}.jsonl", provenance)

@@ -27,7 +27,7 @@ from ppo_vs_dpo.preferences.reading.tables import (
     without_empty_columns,
 )
 from ppo_vs_dpo.preferences.reading.validation import Checker, Report, policies
-from ppo_vs_dpo.preferences.schema import OPTIONAL_NUMBERS, pair_set_hash, prompt_id
+from ppo_vs_dpo.preferences.schema import OPTIONAL, pair_set_hash, prompt_id
 
 
 def source_rows(settings: GivenPairs, test: bool = False) -> Iterator[Placed] | None:
@@ -212,7 +212,7 @@ def _write_splits(
                 f"{settings.path or 'data.inline'}: no usable pair is left to train on; data/report.json says why."
             )
     for name in ("pairs_train", "pairs_test"):
-        without_empty_columns(folder / f"{name}.parquet", OPTIONAL_NUMBERS)
+        without_empty_columns(folder / f"{name}.parquet", OPTIONAL)
     if settings.sft == "none":
         (folder / "sft_train.parquet").unlink()
     return {

@@ -15,6 +15,7 @@ from ppo_vs_dpo.models.text.prompts import is_conversational as is_chat
 from ppo_vs_dpo.models.text.turns import encode_turns
 from ppo_vs_dpo.preferences.reading.as_read import AsRead
 from ppo_vs_dpo.preferences.reading.mappings import (
+    GATHERED,
     FilteredError,
     MappingOptions,
     UnmappableError,
@@ -68,20 +69,22 @@ def mapped(
     rows: Iterable[Placed], report: Report, checker: Checker, options: MappingOptions, format: str = "auto"
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Valid pairs with their places; everything else is counted in the report."""
-    mapping = None if format == "auto" else mapping_named(format)
+    if format != "auto":
+        mapping_named(format)
     if options.columns and format not in ("auto", *RENAMED):
         raise UserError(f"data.columns is read for data.format={RENAMED[0]}, and data.format is {format}.")
-    for place, row in rows:
-        report.rows += 1
+    rows, first = _first_of(_counted(rows, report))
+    if first is not None:
+        report.format = format = detect(first, options) if format == "auto" else format
+        report.columns = [str(name) for name in first]
+    mapping = mapping_named("pairs" if format == "auto" else format)
+    for place, row in GATHERED[format](rows) if format in GATHERED else rows:
         if isinstance(row, Broken):
             checker.drops(row.kind, place, row.detail)
             continue
-        if mapping is None:
-            format = detect(row, options)
-            mapping = mapping_named(format)
-        report.format = format
-        report.columns = report.columns or [str(name) for name in row]
         try:
+            if isinstance(row, FilteredError):
+                raise row
             pair = map_row(row, mapping, options)
         except FilteredError as reason:
             report.filtered[str(reason)] = report.filtered.get(str(reason), 0) + 1
@@ -94,6 +97,22 @@ def mapped(
         checked = checker.check(place, pair)
         if checked is not None:
             yield place, checked
+
+
+def _counted(rows: Iterable[Placed], report: Report) -> Iterator[Placed]:
+    for item in rows:
+        report.rows += 1
+        yield item
+
+
+def _first_of(rows: Iterator[Placed]) -> tuple[Iterator[Placed], dict[str, Any] | None]:
+    """All rows again, and the first that could be read."""
+    before: list[Placed] = []
+    for item in rows:
+        before.append(item)
+        if not isinstance(item[1], Broken):
+            return itertools.chain(before, rows), item[1]
+    return iter(before), None
 
 
 def within_limits(

@@ -6,7 +6,7 @@ from typing import Any
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.preferences.reading.mappings import UnmappableError, parse_dialogue, value_of
 from ppo_vs_dpo.preferences.reading.mappings.messages import is_messages, message, messages_of, parsed, user_turn
-from ppo_vs_dpo.preferences.reading.mappings.pairs import CONVERSATIONS, SYSTEMS
+from ppo_vs_dpo.preferences.reading.mappings.pairs import CONVERSATIONS, part_of
 from ppo_vs_dpo.preferences.reading.readers import Broken, is_local, read_files, read_hub
 from ppo_vs_dpo.preferences.schema import Text, prompt_id, text_of
 
@@ -44,7 +44,8 @@ def prompt_of(row: dict[str, Any]) -> Text:
     more = row.get("input")
     if column == "instruction" and isinstance(more, str) and more.strip():
         prompt = f"{prompt}\n{more}"
-    system = next((row[name] for name in SYSTEMS if isinstance(row.get(name), str) and row[name].strip()), None)
+    texts = (name for name, value in row.items() if isinstance(value, str) and value.strip())
+    system = next((row[name] for name in texts if part_of(name) == "system"), None)
     if system is None or system in text_of(prompt):
         return prompt
     return [message("system", system), *(user_turn(prompt) if isinstance(prompt, str) else prompt)]

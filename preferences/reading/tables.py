@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ppo_vs_dpo.artifacts.files import atomic_path
-from ppo_vs_dpo.preferences.schema import OPTIONAL_NUMBERS
+from ppo_vs_dpo.preferences.schema import OPTIONAL_NUMBERS, OPTIONAL_TEXTS
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _CHUNK = 2_000
@@ -29,6 +29,7 @@ def pair_schema(conversational: bool, *extra: tuple[str, pa.DataType]) -> pa.Sch
             ("prompt_id", pa.string()),
             ("pair_id", pa.string()),
             *((name, pa.float64()) for name in OPTIONAL_NUMBERS),
+            *((name, pa.string()) for name in OPTIONAL_TEXTS),
             *extra,
         ]
     )

@@ -1,6 +1,7 @@
 """What can be wrong with preference data: found in one pass, counted, shown with examples, treated as configured."""
 
 import dataclasses
+import unicodedata
 from array import array
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.settings import nearest
 from ppo_vs_dpo.preferences.reading.mappings.columns import as_setting
-from ppo_vs_dpo.preferences.schema import OPTIONAL_NUMBERS, Text, make_pair, pair_id, text_of
+from ppo_vs_dpo.preferences.schema import OPTIONAL, OPTIONAL_NUMBERS, Text, make_pair, pair_id, text_of
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ PROBLEMS: dict[str, Problem] = {
     "not_assistant": Problem("an answer that does not begin and end with the assistant's words", "error"),
     "marks": Problem("the model's own marks (BOS, EOS, turns) inside a text", "error", may_keep=True),
     "template": Problem("a conversation that the chat template refuses or leaves words of out", "error"),
+    "repeated": Problem("a short prompt with which both answers begin: repeated, or not?", "drop"),
+    "scores": Problem("the rejected answer has the higher score", "keep", may_keep=True),
     "prompt_mismatch": Problem("the two sides answer different prompts", "drop"),
     "several_turns": Problem(
         "answers of several turns: trained on the assistant's words alone", "keep", may_keep=True
@@ -243,12 +246,17 @@ class Checker:
             pair["prompt"],
             pair["chosen"],
             pair["rejected"],
-            **{name: pair[name] for name in OPTIONAL_NUMBERS if pair.get(name) is not None},
+            **{name: pair[name] for name in OPTIONAL if pair.get(name) is not None},
         )
         turns = max(len(pair[side]) if isinstance(pair[side], list) else 1 for side in ("chosen", "rejected"))
         if turns > 1 and self.drops("several_turns", place, f"{turns} messages from where the two part"):
             return None
-        if pair["chosen"] == pair["rejected"] and self.drops("equal", place, _short(pair["chosen"])):
+        scores = (pair.get("chosen_score"), pair.get("rejected_score"))
+        if None not in scores and scores[0] < scores[1]:
+            detail = f"chosen_score {scores[0]:g}, rejected_score {scores[1]:g}"
+            if self.drops("scores", place, detail):
+                return None
+        if _said(pair["chosen"]) == _said(pair["rejected"]) and self.drops("equal", place, _short(pair["chosen"])):
             return None
         key = int(row["pair_id"], 16)
         mirrored = pair_id(pair["prompt"], pair["rejected"], pair["chosen"])
@@ -283,6 +291,13 @@ class Checker:
             kinds = ("plain text", "a conversation")
             return "wrong_type", f"{kinds[conversational]}; the rows before are {kinds[self.conversational]}"
         return None
+
+
+def _said(answer: Text) -> Any:
+    """What a reader sees of an answer: space around it and spellings of one character do not tell two apart."""
+    if isinstance(answer, list):
+        return [(turn["role"], _said(turn["content"])) for turn in answer]
+    return unicodedata.normalize("NFC", answer).strip()
 
 
 def _silent(answer: Text) -> bool:

@@ -28,7 +28,7 @@ from ppo_vs_dpo.preferences.recipes.gold import load_gold
 from ppo_vs_dpo.preferences.recipes.steplog import StepLog
 from ppo_vs_dpo.preferences.rejection.samples import Sampler, Scorer, sample_and_score
 from ppo_vs_dpo.preferences.rejection.select import best_against_worst, bradley_terry_pairs, pick_best, rso_pairs
-from ppo_vs_dpo.preferences.schema import OPTIONAL_NUMBERS, Text, make_pair, pair_set_hash
+from ppo_vs_dpo.preferences.schema import OPTIONAL, Text, make_pair, pair_set_hash
 
 
 def load_scorer(settings: RejectionSampling) -> Scorer:
@@ -186,7 +186,7 @@ def _write_pairs(
                 )
                 out.write(pair)
                 ids.append(pair["pair_id"])
-    without_empty_columns(path, OPTIONAL_NUMBERS)
+    without_empty_columns(path, OPTIONAL)
     return ids
 
 

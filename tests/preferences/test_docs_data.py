@@ -9,13 +9,16 @@ import pytest
 
 from ppo_vs_dpo.artifacts.files import read_parquet
 from ppo_vs_dpo.preferences.config import SOURCES
-from ppo_vs_dpo.preferences.reading.inspect import main
+from ppo_vs_dpo.preferences.reading.inspect import arguments, inspect, main
+from ppo_vs_dpo.preferences.reading.mappings import MAPPINGS
 from ppo_vs_dpo.preferences.reading.validation import PROBLEMS
 from ppo_vs_dpo.preferences.recipes.iterative_dpo import program
+from ppo_vs_dpo.preferences.schema import text_of
 from tests.preferences.conftest import ROOT
 
 TEXT = (ROOT / "docs" / "data.md").read_text()
 FILES = dict(re.findall(r"```json (\S+)\n(.*?)```", TEXT, re.DOTALL))
+FORMATS = dict(re.findall(r"```jsonl (\S+)\n(.*?)```", TEXT, re.DOTALL))
 WHOLE = TEXT.replace("\\\n", " ")
 # Commands that only read: those of the sources that `data inspect` cannot show.
 RUNS = re.findall(r"^    ppo-vs-dpo (.*'stages=\[data\]'.*?)(?: {2,}#.*)?$", WHOLE, re.MULTILINE)
@@ -60,6 +63,22 @@ def test_there_is_one_for_each_source():
     assert set(named) == {*FILES, "pairs.jsonl"} - {"imdb.jsonl"}
     assert len(FILES) == 9
     assert [re.search(r"name=(\w+)", command)[1] for command in RUNS] == ["inline", "imdb", "world"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_page_shows_every_format(name, tmp_path):
+    """Each example is found by its columns (but the one that is only read when named), and the animal wins."""
+    path = tmp_path / "example.jsonl"
+    path.write_text(FORMATS[name])
+    named = ["--format", name] if name == "implicit" else []
+    report, first = inspect(arguments([str(path), *named]), lambda rows: None)
+    assert (report.format, report.pairs, report.problems) == (name, 1, {})
+    assert "animal" in text_of(first["chosen"])
+    assert "car" in text_of(first["rejected"])
+
+
+def test_no_format_is_missing_on_the_page():
+    assert {*FORMATS, "pairs", "hh", "tldr", "ultrafeedback", "shp", "safe_rlhf", "alpaca_eval"} == set(MAPPINGS)
 
 
 def test_the_settings_that_the_page_names_exist():

@@ -16,12 +16,15 @@ from ppo_vs_dpo.preferences.reading.mappings.base import (
     Mapping,
     MappingOptions,
     UnmappableError,
+    is_null,
     value_of,
 )
+from ppo_vs_dpo.preferences.reading.mappings.gathered import GATHERED
 from ppo_vs_dpo.preferences.reading.mappings.messages import DIALOGUE, dialogue_text, parse_dialogue
 from ppo_vs_dpo.preferences.reading.mappings.pairs import convert, hh, implicit, pairs
 
 __all__ = [
+    "GATHERED",
     "MAPPINGS",
     "PARTS",
     "FilteredError",
@@ -57,8 +60,13 @@ MAPPINGS: dict[str, Mapping] = {
     "nectar": public.nectar,
     "helpsteer": public.helpsteer,
     "stack_exchange": public.stack_exchange,
+    "stack_exchange_votes": public.stack_exchange_votes,
+    "argilla": public.argilla,
+    "unified_feedback": public.unified_feedback,
     "reward_bench_2": public.reward_bench_2,
     "arena": public.arena,
+    # Of several rows, or several pairs of one: `gathered` has made rows of pairs of them.
+    **dict.fromkeys(GATHERED, pairs),
 }
 # Columns by which a source is known, the most telling first.
 _SIGNS: tuple[tuple[set[str], str], ...] = (
@@ -74,6 +82,11 @@ _SIGNS: tuple[tuple[set[str], str], ...] = (
     ({"context", "response1", "response2", "overall_preference"}, "helpsteer"),
     ({"prompt", "response_1", "response_2", "preference_strength"}, "helpsteer"),
     ({"question", "response_j", "response_k"}, "stack_exchange"),
+    ({"qid", "question", "answers"}, "stack_exchange_votes"),
+    ({"prompt", "response", "helpfulness", "correctness"}, "rated"),
+    ({"message_tree_id", "parent_id", "role", "text"}, "oasst"),
+    ({"message_tree_id", "tree_state", "prompt"}, "oasst_trees"),
+    ({"conv_A", "conv_B", "conv_A_rating", "conv_B_rating"}, "unified_feedback"),
     ({"prompt", "chosen", "rejected", "num_correct", "num_incorrect"}, "reward_bench_2"),
     ({"conversation_a", "conversation_b", "winner"}, "arena"),
     ({"prompt", "response_a", "response_b", "winner_model_a", "winner_model_b"}, "arena"),
@@ -83,6 +96,7 @@ _SIGNS: tuple[tuple[set[str], str], ...] = (
 _WITHOUT_PROMPT: tuple[tuple[set[str], str], ...] = (
     ({"query", "chosen", "rejected"}, "tldr"),
     ({"instruction", "chosen", "rejected"}, "llama_factory"),
+    ({"instruction", "chosen_response", "rejected_response"}, "argilla"),
     ({"system", "question", "chosen", "rejected"}, "orca"),
     ({"system", "input", "chosen", "rejected"}, "orca"),
 )
@@ -117,4 +131,5 @@ def mapping_named(name: str) -> Mapping:
 
 def map_row(row: dict[str, Any], mapping: Mapping, options: MappingOptions) -> dict[str, Any]:
     """A pair of the schema, without ids, in the asked-for form."""
-    return convert(mapping(row, options), options.conversational)
+    known = {name: None if is_null(value) else value for name, value in row.items()}
+    return convert(mapping(known, options), options.conversational)

@@ -1,5 +1,6 @@
 """What every mapping is told and how it says no."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,12 +71,51 @@ def value_of(row: dict[str, Any], name: str, kind: type | tuple[type, ...] = str
     if name not in row:
         raise UnmappableError("missing_field", f"no {name}; the row has {', '.join(map(str, row)) or 'nothing'}")
     value = row[name]
-    if value is None:
-        raise UnmappableError("missing_field", f"{name} is empty (null)")
+    if is_null(value):
+        raise UnmappableError("missing_field", f"{name} is empty ({'null' if value is None else 'NaN'})")
     if not isinstance(value, kind) or (isinstance(value, bool) and bool not in _as_tuple(kind)):
         wanted = " or ".join(item.__name__ for item in _as_tuple(kind))
         raise UnmappableError("wrong_type", f"{name} is a {type(value).__name__}, it must be {wanted}")
     return value
+
+
+def is_null(value: Any) -> bool:
+    """Whether there is nothing: null, or NaN, which is how pandas writes it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def number_of(row: dict[str, Any], name: str) -> float:
+    """A number of a row; CSV files hold it as text.
+
+    Raises:
+        UnmappableError: it is missing, null or NaN, or no number.
+    """
+    value = value_of(row, name, (int, float, str))
+    try:
+        number = float(value)
+    except ValueError:
+        raise UnmappableError("wrong_type", f"{name} is {value!r}, it must be a number") from None
+    if math.isnan(number):
+        raise UnmappableError("missing_field", f"{name} is empty (NaN)")
+    return number
+
+
+def choice_of(row: dict[str, Any], name: str) -> int:
+    """Which of two: 0 or 1, also as text or as a float (pandas makes one of a column with gaps)."""
+    number = number_of(row, name)
+    if number not in (0, 1):
+        raise UnmappableError("wrong_type", f"{name} is {row[name]}, it must be 0 or 1")
+    return int(number)
+
+
+def flag_of(row: dict[str, Any], name: str) -> bool:
+    """Yes or no: a boolean, 0 or 1, or the text of either (``"False"`` and ``"0"`` are no)."""
+    value = row.get(name)
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    return bool(choice_of(row, name))
 
 
 def _as_tuple(kind: type | tuple[type, ...]) -> tuple[type, ...]:

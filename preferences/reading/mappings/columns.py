@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from ppo_vs_dpo.preferences.reading.mappings.base import PARTS, FilteredError, MappingOptions, UnmappableError
-from ppo_vs_dpo.preferences.reading.mappings.pairs import CONVERSATIONS, SCORES, SYSTEMS, pairs
+from ppo_vs_dpo.preferences.reading.mappings.pairs import CONVERSATIONS, SCORES, pairs, part_of
 
 _REJECTED = ("rejected", "reject", "dispreferred", "nonpreferred", "unpreferred", "worse", "worst", "bad", "negative")
 _REJECTED += ("neg", "loser", "losing", "lose", "lost", "incorrect", "wrong")
@@ -27,7 +27,8 @@ def propose(row: dict[str, Any]) -> dict[str, str]:
                 break
     if not {"chosen", "rejected"} <= set(found):
         return {}
-    system = next((name for name in SYSTEMS if isinstance(row.get(name), str) and row[name].strip()), None)
+    texts = [name for name, value in row.items() if isinstance(value, str) and value.strip()]
+    system = next((name for name in texts if part_of(name) == "system"), None)
     if system is not None:
         found["system"] = system
     order = ("prompt", "chosen", "rejected", "system")
@@ -50,7 +51,7 @@ def _words(name: str) -> list[str]:
 def not_read(columns: list[str], named: dict[str, str]) -> list[str]:
     """Columns of ordinary pairs that no part of a pair is read from."""
     scores = {name for names in SCORES.values() for name in names}
-    parts = {*PARTS, *CONVERSATIONS, *scores} - {"input", *SYSTEMS}
+    parts = {*PARTS, *CONVERSATIONS, *scores} - {"input", "system"}
     return [name for name in columns if name not in parts and name not in named.values()]
 
 

@@ -40,6 +40,9 @@ def conversation_pair(
             raise UnmappableError("prompt_mismatch", "one side repeats the prompt and the other does not")
         elif not whole or all(item["role"] == "system" for item in prompt):
             head = prompt
+        elif (rest := _after_system(prompt)) != prompt and all(_starts_with(s, rest) for s in (chosen, rejected)):
+            # Both sides repeat the question, and the system message stands in a column of its own.
+            head, sides = prompt, {name: side[len(rest) :] for name, side in sides.items()}
         elif not all(_holds(side, prompt) for side in (chosen, rejected)):
             raise UnmappableError("prompt_mismatch", "the conversations neither repeat the prompt nor answer it")
     elif isinstance(prompt, str) and prompt.strip():
@@ -60,7 +63,7 @@ def conversation_pair(
         shared = next((n for n, item in enumerate(first[:shared]) if item["role"] == "assistant"), shared)
     head = [*head, *first[:shared]]
     sides = {name: side[shared:] for name, side in sides.items()}
-    _check(head, sides)
+    _check(head, sides, prompt if isinstance(prompt, list) else [])
     return {"prompt": head, **sides}
 
 
@@ -75,7 +78,7 @@ def _check_asked(prompt: str, chosen: list[Message], rejected: list[Message]) ->
             )
 
 
-def _check(head: list[Message], sides: dict[str, list[Message]]) -> None:
+def _check(head: list[Message], sides: dict[str, list[Message]], given: list[Message]) -> None:
     if not head:
         first = {name: side[0]["role"] if side else "nobody" for name, side in sides.items()}
         if set(first.values()) == {"assistant"}:
@@ -89,10 +92,15 @@ def _check(head: list[Message], sides: dict[str, list[Message]]) -> None:
         for place, item in (("begins", side[0]), ("ends", side[-1])):
             if item["role"] != "assistant":
                 raise UnmappableError("not_assistant", f"{name} {place} with the {item['role']}'s words")
-    if sum(item["role"] == "system" for item in head) > 1:
+    if sum(item["role"] == "system" for item in head) > max(1, sum(item["role"] == "system" for item in given)):
         raise UnmappableError("prompt_mismatch", "the prompt has a system message and the conversations another")
     if head[-1]["role"] == "assistant":
         raise UnmappableError("not_assistant", "the prompt ends with the assistant's words")
+
+
+def _after_system(prompt: list[Message]) -> list[Message]:
+    start = next((n for n, item in enumerate(prompt) if item["role"] != "system"), len(prompt))
+    return prompt[start:]
 
 
 def _starts_with(side: list[Message], prompt: list[Message]) -> bool:

@@ -18,25 +18,20 @@ Message = dict[str, str]
 _NAMES = {
     "system": ("system", "developer"),
     "user": ("user", "human", "prompter"),
-    "assistant": ("assistant", "gpt", "chatgpt", "bot", "bard", "bing", "model", "ai"),
+    "assistant": ("assistant", "gpt", "chatgpt", "chatbot", "bot", "bard", "bing", "model", "ai"),
     "tool": ("tool", "function", "ipython", "observation", "tool_response"),
 }
 ROLES = {name: role for role, names in _NAMES.items() for name in names}
-_ROLE_KEYS, _TEXT_KEYS = ("role", "from"), ("content", "value", "text")
-# What a message may hold beside its text that decides what the model reads or should say.
-_BESIDE_TEXT = (
-    "tool_calls",
-    "function_call",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-    "refusal",
-    "audio",
-    "image",
-    "images",
-    "video",
+_ROLE_KEYS, _TEXT_KEYS = ("role", "from"), ("content", "value", "text", "message", "parts")
+# What a message may hold beside its text that decides what the model reads or should say, by the words of its name.
+_BESIDE_TEXT = re.compile(
+    r"(^|_)(tool_calls?|function_calls?|reasoning|thinking|thoughts?|analysis|rationale|scratchpad|chain_of_thought|cot"
+    r"|refusal|audio|images?|videos?|files?|attachments?)(_|$)"
 )
+# What holds messages, where it is not the messages themselves.
+_WRAPPERS = ("messages", "conversations", "conversation")
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_MAY_BE_MESSAGES = re.compile(r"""\s*[\[{](?=.*['"](role|from)['"]\s*:)""", re.DOTALL)
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*['"](role|from|content|value)['"]\s*:""")
 
 
@@ -57,8 +52,14 @@ def parsed(value: Any, name: str) -> Any:
     Raises:
         UnmappableError: text that begins like messages and cannot be read as such.
     """
-    if isinstance(value, str) and _MESSAGES_AS_TEXT.match(value):
+    if isinstance(value, str) and (_MESSAGES_AS_TEXT.match(value) or _MAY_BE_MESSAGES.match(value)):
         value = _read(value, name)
+    if isinstance(value, dict):
+        inner = next((value[key] for key in _WRAPPERS if is_messages(value.get(key))), None)
+        if inner is not None:
+            if value.get("tools") not in (None, "", [], {}):
+                raise UnmappableError("not_text", f"{name} has tools, which are not carried")
+            return inner
     if isinstance(value, dict) and any(key in value for key in _ROLE_KEYS):
         columns = {key: column for key, column in value.items() if isinstance(column, list)}
         role = next(key for key in _ROLE_KEYS if key in value)
@@ -71,14 +72,23 @@ def parsed(value: Any, name: str) -> Any:
 
 
 def _read(text: str, name: str) -> Any:
+    """Messages, one message or what wraps them; the text itself where it is other JSON (an answer may be that)."""
     # NumPy prints an array of dicts without commas between them.
     for form in (text, re.sub(r"\}\s*\n\s*\{", "}, {", text)):
         for read in (json.loads, ast.literal_eval):
             with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
                 found = read(form.strip())
-                if is_messages(found) or isinstance(found, dict):
+                if is_messages(found) or (isinstance(found, dict) and _holds_messages(found)):
                     return found
+                return text
+    if not _MESSAGES_AS_TEXT.match(text):
+        return text
     raise UnmappableError("wrong_type", f"{name} is text that begins like messages and is neither JSON nor Python")
+
+
+def _holds_messages(value: dict[str, Any]) -> bool:
+    is_one = any(key in value for key in _ROLE_KEYS) and any(key in value for key in _TEXT_KEYS)
+    return is_one or any(is_messages(value.get(key)) for key in _WRAPPERS)
 
 
 def messages_of(value: list, name: str) -> list[Message]:
@@ -94,7 +104,7 @@ def _message(item: Any, name: str) -> Message:
     role_key = next((key for key in _ROLE_KEYS if isinstance(item, dict) and isinstance(item.get(key), str)), None)
     if role_key is None:
         raise UnmappableError("wrong_type", f'{name} must hold messages {{"role": text, "content": text}}')
-    beside = [key for key in _BESIDE_TEXT if item.get(key) not in (None, "", [], {}, False)]
+    beside = [key for key, value in item.items() if value and _is_beside_text(key, value)]
     if beside or item[role_key].lower() in ("function_call", "tool_call"):
         what = beside[0] if beside else f"the role {item[role_key]}"
         raise UnmappableError("not_text", f"a message of {name} has {what}, which is not carried")
@@ -107,6 +117,11 @@ def _message(item: Any, name: str) -> Message:
     if text_key is None:
         raise UnmappableError("wrong_type", f'{name} must hold messages {{"role": text, "content": text}}')
     return {"role": role, "content": _text(item[text_key], name)}
+
+
+def _is_beside_text(key: str, value: Any) -> bool:
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()
+    return isinstance(value, str | list | dict) and _BESIDE_TEXT.search(words) is not None
 
 
 def _text(content: Any, name: str) -> str:

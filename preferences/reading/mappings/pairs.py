@@ -1,6 +1,9 @@
 """TRL's preference formats and what people make of them: texts or conversations, with or without a prompt column."""
 
+import ast
+import contextlib
 import math
+import re
 from os.path import commonprefix
 from typing import Any
 
@@ -17,16 +20,21 @@ from ppo_vs_dpo.preferences.reading.mappings.messages import (
     parsed,
     user_turn,
 )
-from ppo_vs_dpo.preferences.schema import OPTIONAL_NUMBERS, Text, text_of
+from ppo_vs_dpo.preferences.schema import OPTIONAL_NUMBERS, OPTIONAL_TEXTS, Text, text_of
 
 SIDES = ("chosen", "rejected")
 # Columns that hold the conversation so far, where there is no prompt.
 CONVERSATIONS = ("messages", "conversations", "conversation", "trajectory", "context")
-# Columns that are part of what the model should read, where they have something to say.
-SYSTEMS = ("system", "system_prompt", "system_message")
 # Columns by which the question goes elsewhere.
 QUESTIONS = ("question", "instruction", "query", "input", "problem", "request", "user", "text", "history", "context")
-NOT_TEXT = ("tools", "images", "image", "videos", "audio", "audios")
+NOT_TEXT = ("tools", "functions", "available_tools", "tool_schemas", "images", "image", "videos", "video", "audio")
+# Columns beside a prompt that are part of what the model should read, where they say what the prompt lacks.
+_SYSTEM = re.compile(
+    r"(system|sys)(_?(prompt|message|msg|instructions?|content|text))?|developer(_(message|prompt))?|preamble|persona"
+)
+_INPUTS = ("input", "context", "passage", "document", "article", "background", "initial_reason_steps")
+_INPUTS += ("instruction", "instructions", "question", "query", "problem")
+_HISTORIES = ("history", "chat_history", "conversation_history", "dialogue_history", "previous_messages")
 
 
 def pairs(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
@@ -40,21 +48,26 @@ def pairs(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
         if name not in used and parsed(renamed.get(name), name) not in (None, "", "[]", "null", [], {}):
             raise UnmappableError("not_text", f"the column {name} is not empty, and it is not carried")
     chosen, rejected = (_side(renamed, side) for side in SIDES)
+    if _is_list_as_text(chosen) and _is_list_as_text(rejected):
+        raise UnmappableError("wrong_type", f"chosen is the text of a list, {chosen[:60]!r}; it must be the answer")
     if isinstance(chosen, list) != isinstance(rejected, list):
         raise UnmappableError("wrong_type", "one side is a text and the other a list of messages")
     prompt = _prompt(renamed, options, isinstance(chosen, list), chosen)
+    if isinstance(prompt, str) and not prompt.strip() and isinstance(chosen, str) and _asked_elsewhere(row, options):
+        raise UnmappableError("missing_field", _no_prompt(row))
     if isinstance(chosen, list):
         pair = conversation_pair(prompt, chosen, rejected)
     elif isinstance(prompt, list):
         pair = conversation_pair(prompt, *([message("assistant", text)] for text in (chosen, rejected)))
     elif prompt is not None:
         pair = _text_pair(prompt, chosen, rejected, options)
-    elif "prompt" in row or any(isinstance(row.get(name), str) and row[name].strip() for name in QUESTIONS):
+    elif "prompt" in row or _asked_elsewhere(row, options):
         raise UnmappableError("missing_field", _no_prompt(row))
     else:
         pair = _marked_pair(chosen, rejected)
-    _check_all_read(renamed, used, pair)
-    return {**pair, **_numbers(renamed)}
+    _check_all_read(renamed, used, pair, {name for name, source in options.columns.items() if not source})
+    texts = {name: renamed[name] for name in OPTIONAL_TEXTS if isinstance(renamed.get(name), str)}
+    return {**pair, **_numbers(renamed), **texts}
 
 
 def implicit(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
@@ -76,6 +89,21 @@ def _renamed(row: dict[str, Any], options: MappingOptions) -> tuple[dict[str, An
     named = {name: row[source] for name, source in options.columns.items() if source}
     used = {*options.columns, *options.columns.values(), "prompt", *SIDES}
     return {**row, **named}, used
+
+
+def _asked_elsewhere(row: dict[str, Any], options: MappingOptions) -> bool:
+    named = set(options.columns.values())
+    return any(name not in named and isinstance(row.get(name), str) and row[name].strip() for name in QUESTIONS)
+
+
+def _is_list_as_text(value: Text) -> bool:
+    """``"['An animal.']"``: a list of one text, printed."""
+    if not isinstance(value, str) or not re.fullmatch(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", value, re.DOTALL):
+        return False
+    with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+        found = ast.literal_eval(value.strip())
+        return isinstance(found, list) and len(found) == 1 and isinstance(found[0], str)
+    return False
 
 
 def _side(row: dict[str, Any], side: str) -> Text:
@@ -142,14 +170,16 @@ def _other_texts(row: dict[str, Any]) -> list[str]:
     """Columns that could hold the question: texts that are not one of a pair's own."""
     known = {*SIDES, "prompt", "prompt_id", "pair_id"}
     return [
-        name for name, value in row.items() if name not in known and isinstance(value, str) and " " in value.strip()
+        name
+        for name, value in row.items()
+        if name not in known and isinstance(value, str) and (" " in value.strip() or (value and name in QUESTIONS))
     ]
 
 
 def _no_prompt(row: dict[str, Any]) -> str:
     others = _other_texts(row)
     hint = f"name it with columns: prompt={others[0]}" if others else "name the column with columns: prompt=NAME"
-    what = "prompt is empty (null)" if "prompt" in row else "no prompt"
+    what = "no prompt" if "prompt" not in row else f"prompt is empty{'' if row['prompt'] == '' else ' (null)'}"
     return f"{what}; the row has {', '.join(map(str, row))}. If the question stands in another column, {hint}"
 
 
@@ -170,17 +200,34 @@ _MARKS = (
 
 
 def _text_pair(prompt: str, chosen: str, rejected: str, options: MappingOptions) -> dict[str, Any]:
-    """Texts beside a text prompt; where both repeat it, it is taken off them once."""
-    texts = (chosen, rejected)
-    if len(prompt.split()) > 3 and all(text.startswith(prompt.rstrip()) for text in texts):
-        length = len(prompt.rstrip()) if not all(text.startswith(prompt) for text in texts) else len(prompt)
+    """Texts beside a text prompt; where both repeat it, it is taken off them once.
+
+    Raises:
+        UnmappableError: one side repeats the prompt; or both begin with a prompt so short that answers may begin so.
+    """
+    texts, bare = (chosen, rejected), prompt.rstrip()
+    repeats = [bool(bare) and text.startswith(bare) for text in texts]
+    certain = len(bare.split()) > 3 or bare.endswith(_MARKS)
+    if all(repeats) and certain:
+        length = len(prompt) if all(text.startswith(prompt) for text in texts) else len(bare)
         chosen, rejected = (text[length:] for text in texts)
     elif all(text.startswith(DIALOGUE) for text in texts):
         pair = hh({"chosen": chosen, "rejected": rejected}, options)
-        if " ".join(prompt.split()) not in " ".join(text_of(pair["prompt"]).split()):
+        asked = bare.removesuffix("Assistant:").strip()
+        if _flat(asked) not in _flat(text_of(pair["prompt"])):
             raise UnmappableError("prompt_mismatch", f"the prompt is {prompt[:60]!r}, and the dialogues ask otherwise")
         return pair
+    elif any(repeats) and certain:
+        raise UnmappableError("prompt_mismatch", "one side repeats the prompt and the other does not")
+    elif all(repeats) and " " in bare and not any(text[len(bare) : len(bare) + 1].isalnum() for text in texts):
+        raise UnmappableError(
+            "repeated", f"both answers begin with the prompt {bare!r}: they may repeat it, or begin alike by chance"
+        )
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())
 
 
 def hh(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
@@ -218,27 +265,56 @@ def _marked_pair(chosen: str, rejected: str) -> dict[str, Any]:
     return {"prompt": shared[:end], "chosen": answers[0], "rejected": answers[1]}
 
 
-def _check_all_read(row: dict[str, Any], used: set[str], pair: dict[str, Any]) -> None:
-    """What belongs in front of the question must be in the prompt, or be named."""
-    prompt = " ".join(text_of(pair["prompt"]).split())
-    for name in (*SYSTEMS, "input"):
-        value = row.get(name)
-        if name not in used and isinstance(value, str) and value.strip() and " ".join(value.split()) not in prompt:
-            part = "input" if name == "input" else "system"
+def _check_all_read(row: dict[str, Any], used: set[str], pair: dict[str, Any], waved: set[str]) -> None:
+    """What belongs in front of the question must be in the prompt, or be named.
+
+    Args:
+        row: under the schema's names.
+        used: columns that were read or waved through.
+        pair: what came of it.
+        waved: parts that are not to be read, whatever their column is called.
+    """
+    prompt = _flat(text_of(pair["prompt"]))
+    whole = _flat(" ".join([prompt, *(text_of(pair[side]) for side in SIDES)]))
+    for name, value in row.items():
+        part = part_of(name)
+        if part is None or part in waved or name in used:
+            continue
+        if isinstance(value, str):
+            lost = value.strip() and _flat(value) not in prompt
+        elif is_messages(value):
+            said = messages_of(value, name)
+            # The last answer of a column of messages may be one of the two, or a third.
+            said = said[:-1] if name in CONVERSATIONS and said[-1]["role"] == "assistant" else said
+            lost = not all(_flat(one["content"]) in whole for one in said)
+        else:
+            lost = name in _HISTORIES and isinstance(value, list) and value
+        if lost:
+            role = "prompt" if part == "history" and name in CONVERSATIONS else part
             raise UnmappableError(
                 "unread",
-                f"{name} has text that the prompt lacks. Say columns: {part}={name}, or leave it out: {part}=",
+                f"{name} has text that the prompt lacks. Say columns: {role}={name}, or leave it out: {part}=",
             )
-    history = row.get("history")
-    if "history" not in used and isinstance(history, list) and history:
-        raise UnmappableError(
-            "unread", "history is not empty. Say columns: history=history, or leave it out: history="
-        )
+
+
+def part_of(name: str) -> str | None:
+    """The part of a prompt that a column beside it is by its name: system, input, history; ``None``: none."""
+    if _SYSTEM.fullmatch(name.lower()):
+        return "system"
+    if name in (*_HISTORIES, *(one for one in CONVERSATIONS if one != "context")):
+        return "history"
+    return "input" if name in _INPUTS else None
 
 
 SCORES = {
-    "chosen_score": ("score_chosen", "rating_chosen", "chosen_rating", "chosen_avg_rating"),
-    "rejected_score": ("score_rejected", "rating_rejected", "rejected_rating", "rejected_avg_rating"),
+    "chosen_score": ("score_chosen", "rating_chosen", "chosen_rating", "chosen-rating", "chosen_avg_rating"),
+    "rejected_score": (
+        "score_rejected",
+        "rating_rejected",
+        "rejected_rating",
+        "rejected-rating",
+        "rejected_avg_rating",
+    ),
 }
 
 
@@ -265,6 +341,8 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
             raise UnmappableError("wrong_type", f"{name} is {value!r}, it must be a number") from None
         if name == "soft_label" and not math.isnan(number) and not 0 <= number <= 1:
             raise UnmappableError("wrong_type", f"soft_label is {value!r}, it is a probability between 0 and 1")
+        if name == "margin" and number < 0:
+            raise UnmappableError("wrong_type", f"margin is {value!r}; below 0 it says that rejected is better")
         if not math.isnan(number):
             found[name] = number
     return found

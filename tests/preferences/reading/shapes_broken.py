@@ -2,9 +2,12 @@
 
 import json
 
-from tests.preferences.reading.shapes_public import ASKED, HELLO, TEXTS, lines, turns
+from tests.preferences.reading.shapes_public import ASKED, HELLO, TEXTS, TREE, lines, turns
 
 PROMPT, CHOSEN, REJECTED = HELLO[0][:1], HELLO[0][1:], HELLO[1][1:]
+SIDES = {"chosen": HELLO[0], "rejected": HELLO[1]}
+ANSWERS = {"chosen": CHOSEN, "rejected": REJECTED}
+ASK = "\n\nHuman: Llama?\n\nAssistant:"
 CALL = {"tool_calls": [{"type": "function", "function": {"name": "zoo", "arguments": "{}"}}]}
 
 # name -> (file ending, content, the pair or (kind, words))
@@ -186,5 +189,127 @@ BROKEN = {
         ".jsonl",
         '{"prompt": "What is a llama?", "chosen": "An animal.", "rejected": "A car.", "margin": Infinity}\n',
         ("wrong_type", "margin is inf"),
+    ),
+    "a preference that is NaN": (
+        ".jsonl",
+        '{"context": [{"role": "user", "content": "Hi"}], "response1": "a", "response2": "b", '
+        '"overall_preference": NaN}\n',
+        ("missing_field", "overall_preference is empty"),
+    ),
+    "a score that is NaN": (
+        ".jsonl",
+        '{"question": "Hi", "answer_0": "a", "answer_1": "b", "score_0": NaN, "score_1": 0.5}\n',
+        ("missing_field", "score_0 is empty"),
+    ),
+    "messages as JSON whose first key is another": (
+        ".jsonl",
+        lines({"prompt": TEXTS[0], **{s: json.dumps([{"id": 1, **m} for m in side]) for s, side in SIDES.items()}}),
+        ASKED,
+    ),
+    "messages in an object": (
+        ".jsonl",
+        lines({s: {"messages": side} for s, side in SIDES.items()}),
+        ASKED,
+    ),
+    "messages in an object, as JSON beside a prompt": (
+        ".jsonl",
+        lines({"prompt": TEXTS[0], **{s: json.dumps({"messages": side}) for s, side in SIDES.items()}}),
+        ASKED,
+    ),
+    "answers that are JSON are no messages": (
+        ".jsonl",
+        lines({"prompt": TEXTS[0], "chosen": '{"value": 3}', "rejected": '[{"value": 4}]'}),
+        (TEXTS[0], '{"value": 3}', '[{"value": 4}]'),
+    ),
+    "lists of one text, printed": (
+        ".jsonl",
+        lines({"prompt": TEXTS[0], "chosen": "['An animal.']", "rejected": "['A car.']"}),
+        ("wrong_type", "chosen is the text of a list"),
+    ),
+    "thoughts under a name of their own": (
+        ".jsonl",
+        lines({"prompt": PROMPT, "chosen": [{**CHOSEN[0], "thoughts": "Hm."}], "rejected": REJECTED}),
+        ("not_text", "thoughts"),
+    ),
+    "a column of functions": (
+        ".jsonl",
+        lines({"functions": '[{"name": "zoo"}]', "prompt": TEXTS[0], "chosen": TEXTS[1], "rejected": TEXTS[2]}),
+        ("not_text", "functions"),
+    ),
+    **{
+        f"text in a column {name} beside the prompt": (
+            ".jsonl",
+            lines({name: value, "prompt": TEXTS[0], "chosen": TEXTS[1], "rejected": TEXTS[2]}),
+            ("unread", f"{role}={name}"),
+        )
+        for name, role, value in (
+            ("system_instruction", "system", "Be brief."),
+            ("developer", "system", "Be brief."),
+            ("context", "input", "Llamas live in the Andes."),
+            ("instructions", "input", "Be brief."),
+            ("history", "history", "Human: Hi"),
+            ("chat_history", "history", turns("Hi", "Hello.")),
+            ("messages", "prompt", turns("Hi", "Hello.", TEXTS[0])),
+        )
+    },
+    "the conversation again beside the prompt": (
+        ".jsonl",
+        lines({"messages": turns(TEXTS[0], "A hat."), "prompt": TEXTS[0], "chosen": TEXTS[1], "rejected": TEXTS[2]}),
+        TEXTS,
+    ),
+    "an empty prompt, the question in another column": (
+        ".jsonl",
+        lines({"prompt": "", "question": TEXTS[0], "chosen": TEXTS[1], "rejected": TEXTS[2]}),
+        ("missing_field", "prompt=question"),
+    ),
+    "a short prompt with which both answers begin": (
+        ".jsonl",
+        lines({"prompt": "The film", "chosen": "The film was good", "rejected": "The film was bad"}),
+        ("repeated", "'The film'"),
+    ),
+    "one side repeats the prompt": (
+        ".jsonl",
+        lines({"prompt": TEXTS[0], "chosen": f"{TEXTS[0]} {TEXTS[1]}", "rejected": TEXTS[2]}),
+        ("prompt_mismatch", "one side repeats"),
+    ),
+    "a short dialogue as prompt and in both sides": (
+        ".jsonl",
+        lines({"prompt": ASK, "chosen": f"{ASK} An animal.", "rejected": f"{ASK} A car."}),
+        (ASK, " An animal.", " A car."),
+    ),
+    "two system messages in the prompt column": (
+        ".jsonl",
+        lines({"prompt": [*turns("Be brief.", "Be kind.", roles=("system",)), *PROMPT], **ANSWERS}),
+        ([("system", "Be brief."), ("system", "Be kind."), *ASKED[0]], *ASKED[1:]),
+    ),
+    "answers that differ in the space around them": (
+        ".jsonl",
+        lines({"prompt": TEXTS[0], "chosen": "An animal.", "rejected": " An animal.\n"}),
+        ("equal", "An animal."),
+    ),
+    "answers that differ in how an accent is written": (
+        ".jsonl",
+        lines({"prompt": TEXTS[0], "chosen": "caf\u00e9", "rejected": "cafe\u0301"}),
+        ("equal", "caf"),
+    ),
+    "a margin below 0": (
+        ".jsonl",
+        lines({"prompt": TEXTS[0], "chosen": TEXTS[1], "rejected": TEXTS[2], "margin": -1}),
+        ("wrong_type", "rejected is better"),
+    ),
+    "a turn that was never answered": (
+        ".csv",
+        'prompt,response_a,response_b,winner_model_a,winner_model_b\n"[""Hi""]","[null]","[""Hello.""]",0,1\n',
+        ("empty", "response_a"),
+    ),
+    "both sides won": (
+        ".csv",
+        'prompt,response_a,response_b,winner_model_a,winner_model_b\n"[""Hi""]","[""a""]","[""b""]",1,1\n',
+        ("wrong_type", "both 1"),
+    ),
+    "a tree without its first message": (
+        ".jsonl",
+        lines(TREE | {"message_id": "2", "parent_id": "1", "role": "assistant", "text": "Fur.", "rank": 0}),
+        ("missing_field", "lacks messages"),
     ),
 }

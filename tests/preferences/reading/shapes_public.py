@@ -16,6 +16,8 @@ def turns(*texts, roles=("user", "assistant"), names=("role", "content")):
 HELLO = turns("What is a llama?", "An animal."), turns("What is a llama?", "A car.")
 ASKED = ([("user", "What is a llama?")], [("assistant", "An animal.")], [("assistant", "A car.")])
 TEXTS = ("What is a llama?", "An animal.", "A car.")
+RATED = {"prompt": "What is a llama?", "correctness": 4, "coherence": 4, "complexity": 2, "verbosity": 2}
+TREE = {"message_tree_id": "1", "tree_state": "ready_for_export", "lang": "en", "deleted": False}
 
 # name -> (file ending, content, format, pair, further numbers)
 PUBLIC = {
@@ -145,7 +147,7 @@ PUBLIC = {
             }
         ),
         "helpsteer",
-        TEXTS,
+        ASKED,
         {"margin": 2.0},
     ),
     "nvidia/HelpSteer3": (
@@ -487,6 +489,194 @@ PUBLIC = {
         ),
         "openai",
         ASKED,
+        {},
+    ),
+    "nvidia/HelpSteer2 (ratings; answers to one prompt need not stand together)": (
+        ".jsonl",
+        lines(
+            RATED | {"response": "A car.", "helpfulness": 1},
+            RATED | {"prompt": "Name a river.", "response": "The Rhine.", "helpfulness": 4},
+            RATED | {"response": "An animal.", "helpfulness": 4},
+        ),
+        "rated",
+        ASKED,
+        {"chosen_score": 4.0, "rejected_score": 1.0, "margin": 3.0},
+    ),
+    "nvidia/HelpSteer2 (several turns in one text)": (
+        ".jsonl",
+        lines(
+            {
+                "prompt": "Hi<extra_id_1>Assistant\nHello.<extra_id_1>User\nWhat is a llama?",
+                "response_1": "An animal.",
+                "response_2": "A car.",
+                "preference_strength": -1,
+            }
+        ),
+        "helpsteer",
+        ([("user", "Hi"), ("assistant", "Hello."), ("user", "What is a llama?")], *ASKED[1:]),
+        {"margin": 1.0},
+    ),
+    "OpenAssistant/oasst1 (messages)": (
+        ".jsonl",
+        lines(
+            TREE
+            | {"message_id": "1", "parent_id": None, "role": "prompter", "text": "What is a llama?", "rank": None},
+            TREE | {"message_id": "2", "parent_id": "1", "role": "assistant", "text": "Fur.", "rank": 1},
+            TREE | {"message_id": "3", "parent_id": "1", "role": "assistant", "text": "A car.", "rank": 2},
+            TREE | {"message_id": "4", "parent_id": "1", "role": "assistant", "text": "An animal.", "rank": 0},
+            TREE | {"message_id": "5", "parent_id": "1", "role": "assistant", "text": "?", "rank": 9, "deleted": True},
+            TREE | {"message_id": "6", "parent_id": "4", "role": "prompter", "text": "Thanks", "rank": 0},
+        ),
+        "oasst",
+        ASKED,
+        {},
+    ),
+    "OpenAssistant (trees)": (
+        ".jsonl",
+        lines(
+            {
+                "message_tree_id": "1",
+                "tree_state": "ready_for_export",
+                "prompt": {
+                    "role": "prompter",
+                    "text": "Hi",
+                    "replies": [
+                        {
+                            "role": "assistant",
+                            "text": "Hello.",
+                            "rank": None,
+                            "replies": [
+                                {
+                                    "role": "prompter",
+                                    "text": "What is a llama?",
+                                    "replies": [
+                                        {"role": "assistant", "text": "An animal.", "rank": 0, "replies": []},
+                                        {"role": "assistant", "text": "A car.", "rank": 1, "replies": []},
+                                    ],
+                                }
+                            ],
+                        }
+                    ],
+                },
+            }
+        ),
+        "oasst_trees",
+        ([("user", "Hi"), ("assistant", "Hello."), ("user", "What is a llama?")], *ASKED[1:]),
+        {},
+    ),
+    "HuggingFaceH4/stack-exchange-preferences": (
+        ".jsonl",
+        lines(
+            {
+                "qid": 1,
+                "question": "What is a llama?",
+                "answers": [
+                    {"answer_id": 1, "author": "a", "pm_score": 0, "selected": False, "text": "A car."},
+                    {"answer_id": 2, "author": "b", "pm_score": 3, "selected": True, "text": "An animal."},
+                ],
+                "date": "2011/07/01",
+                "metadata": ["https://..."],
+            }
+        ),
+        "stack_exchange_votes",
+        TEXTS,
+        {"chosen_score": 3.0, "rejected_score": 0.0},
+    ),
+    "argilla/ultrafeedback-binarized-preferences": (
+        ".jsonl",
+        lines(
+            {
+                "source": "evol_instruct",
+                "instruction": "What is a llama?",
+                "chosen_response": "An animal.",
+                "rejected_response": "A car.",
+                "chosen_avg_rating": 5.0,
+                "rejected_avg_rating": 2.0,
+                "chosen_model": "a",
+            }
+        ),
+        "argilla",
+        TEXTS,
+        {"chosen_score": 5.0, "rejected_score": 2.0},
+    ),
+    "argilla/ultrafeedback-binarized-preferences-cleaned": (
+        ".jsonl",
+        lines(
+            {
+                "source": "evol_instruct",
+                "prompt": "What is a llama?",
+                "chosen": HELLO[0],
+                "chosen-rating": 5.0,
+                "chosen-model": "a",
+                "rejected": HELLO[1],
+                "rejected-rating": 2.0,
+                "rejected-model": "b",
+            }
+        ),
+        "pairs",
+        ASKED,
+        {"chosen_score": 5.0, "rejected_score": 2.0},
+    ),
+    "llm-blender/Unified-Feedback": (
+        ".jsonl",
+        lines({"id": "1", "conv_A": HELLO[1], "conv_B": HELLO[0], "conv_A_rating": 1.0, "conv_B_rating": 4.0}),
+        "unified_feedback",
+        ASKED,
+        {"chosen_score": 4.0, "rejected_score": 1.0},
+    ),
+    "lmsys/mt_bench_human_judgments (a vote on the first turn)": (
+        ".jsonl",
+        lines(
+            {
+                "question_id": 1,
+                "winner": "model_b",
+                "conversation_a": [*HELLO[1], *turns("And?", "Red.")],
+                "conversation_b": [*HELLO[0], *turns("And?", "It spits.")],
+                "turn": 1,
+            }
+        ),
+        "arena",
+        ASKED,
+        {},
+    ),
+    "lmarena-ai/arena-human-preference-55k (the second wins; 0 is text in a CSV)": (
+        ".csv",
+        "id,model_a,model_b,prompt,response_a,response_b,winner_model_a,winner_model_b,winner_tie\n"
+        '1,x,y,"[""What is a llama?""]","[""A car.""]","[""An animal.""]",0,1,0\n',
+        "arena",
+        ASKED,
+        {},
+    ),
+    "stanfordnlp/SHP (CSV)": (
+        ".csv",
+        "history,human_ref_A,human_ref_B,labels,score_A,score_B,score_ratio\n"
+        "What is a llama?,A car.,An animal.,0,1,5,5.0\n",
+        "shp",
+        TEXTS,
+        {"chosen_score": 5.0, "rejected_score": 1.0},
+    ),
+    "PKU-Alignment/PKU-SafeRLHF (pandas: whole numbers as floats)": (
+        ".jsonl",
+        lines(
+            {
+                "prompt": "What is a llama?",
+                "response_0": "A car.",
+                "response_1": "An animal.",
+                "is_response_0_safe": True,
+                "is_response_1_safe": True,
+                "better_response_id": 1.0,
+                "safer_response_id": 0.0,
+            }
+        ),
+        "safe_rlhf",
+        TEXTS,
+        {},
+    ),
+    "HuggingFaceH4/orca_dpo_pairs (conversations and a system column)": (
+        ".jsonl",
+        lines({"system": "Be brief.", "question": "What is a llama?", "chosen": HELLO[0], "rejected": HELLO[1]}),
+        "orca",
+        ([("system", "Be brief."), ("user", "What is a llama?")], *ASKED[1:]),
         {},
     ),
 }

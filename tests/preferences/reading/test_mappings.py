@@ -81,7 +81,8 @@ def test_tldr_preprocessed_by_n_plus():
         "rejected": " one<|endoftext|>",
         "policies": "ref--sup1",
     }
-    assert mapped(row) == {"prompt": row["query"], "chosen": " two", "rejected": " one"}
+    labelling = {"batch": "batch3", "chosen_policy": "ref", "rejected_policy": "sup1"}
+    assert mapped(row) == {"prompt": row["query"], "chosen": " two", "rejected": " one", **labelling}
 
 
 def test_tldr_of_trl():
