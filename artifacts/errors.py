@@ -1,6 +1,8 @@
-"""Errors that are meant to be read by a person."""
+"""What a person reads: errors, and text on a terminal."""
 
 import errno
+import sys
+from typing import Any
 
 
 class UserError(Exception):
@@ -41,3 +43,36 @@ def explain_os_error(error: OSError) -> str | None:
     if number in (errno.EMFILE, errno.ENFILE):
         return "too many files are open. Raise the limit (ulimit -n) and start the same command again."
     return None
+
+
+def printable(text: str) -> str:
+    """``text`` for a terminal: control characters other than line ends and tabs as their escapes.
+
+    Completions, prompts and names are data; an escape sequence in them must not act on a reader's terminal.
+    """
+    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(text: str) -> None:
+    """Write text to standard output as a terminal may show it; all that the package says goes through here."""
+    sys.stdout.write(printable(text))
+
+
+def warn(text: str) -> None:
+    """Write text to standard error as a terminal may show it."""
+    sys.stderr.write(printable(text))
+
+
+def terminal(**settings: Any) -> Any:
+    """A ``rich.console.Console`` that draws texts, titles and cells of tables as a terminal may show them.
+
+    What is in square brackets is rich's markup, in cells as well: data goes through ``rich.markup.escape``, or in as
+    ``rich.text.Text(printable(...))``.
+    """
+    from rich.console import Console
+
+    class Terminal(Console):
+        def render_str(self, text: str, *args: Any, **more: Any) -> Any:
+            return super().render_str(printable(text), *args, **more)
+
+    return Terminal(**settings)

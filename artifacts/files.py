@@ -7,12 +7,11 @@ import json
 import math
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, warn
 
 # Of this process; it can be read by setting it only.
 UMASK = os.umask(0o022)
@@ -87,14 +86,6 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def printable(text: str) -> str:
-    """``text`` for a terminal: control characters other than line ends and tabs as their escapes.
-
-    Completions, prompts and names are data; an escape sequence in them must not act on a reader's terminal.
-    """
-    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def finite(value: Any) -> Any:
     """``value`` with every non-finite float replaced by ``None``: JSON has no NaN."""
     if isinstance(value, dict):
@@ -155,7 +146,7 @@ def read_marker(path: str | Path, set_aside: bool = False, keys: dict[str, Any] 
             if aside.is_dir() and not aside.is_symlink():
                 shutil.rmtree(aside)
             path.rename(aside)
-            sys.stderr.write(f"{path} cannot be read ({why}); it counts as missing, and is now {aside.name}.\n")
+            warn(f"{path} cannot be read ({why}); it counts as missing, and is now {aside.name}.\n")
     return None
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ppo_vs_dpo.artifacts.card import write_card
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, warn
 from ppo_vs_dpo.artifacts.files import read_marker, write_json
 from ppo_vs_dpo.artifacts.guards import locks, refusals
 from ppo_vs_dpo.artifacts.guards.digests import Digests
@@ -156,14 +156,14 @@ def stage_main(
             run_stage(context)
         code = 0
     except KeyboardInterrupt:
-        sys.stderr.write(f"\nstage {stage} interrupted; the same command goes on from its last checkpoint.\n")
+        warn(f"\nstage {stage} interrupted; the same command goes on from its last checkpoint.\n")
         code = 130
     except Exception as error:
         said = refusals.explain(error)
         if said is None:
-            traceback.print_exc()
+            warn(traceback.format_exc())
         code = 1 if said is None else 2
-        sys.stderr.write(f"\nerror in stage {stage}: {refusals.of_a_defect(error) if said is None else said}\n")
+        warn(f"\nerror in stage {stage}: {refusals.of_a_defect(error) if said is None else said}\n")
     finally:
         _leave_process_group(in_order=code == 0)
     if code:
@@ -194,7 +194,7 @@ def begin(context: StageContext, held: contextlib.ExitStack) -> None:
             digests.save()
             aside = run.begin(context.name, context.fingerprint, parts)
             if aside is not None:
-                sys.stderr.write(f"{context.name} was made with other settings; that result is kept in {aside}\n")
+                warn(f"{context.name} was made with other settings; that result is kept in {aside}\n")
     Path(context.dir).mkdir(parents=True, exist_ok=True)
     if ranks > 1 and on_several_machines(run.config):
         held.callback(beat(Path(context.dir, PULSE), rank).kill)

@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,8 +10,9 @@ from pickle import UnpicklingError
 import torch
 from safetensors import SafetensorError
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, warn
 from ppo_vs_dpo.artifacts.guards.checkpoints import newest_whole, set_aside
+from ppo_vs_dpo.artifacts.guards.refusals import of_a_pickle
 from ppo_vs_dpo.artifacts.stage import StageContext
 
 
@@ -25,7 +25,7 @@ def resume_point(context: StageContext, folder: str | Path) -> Path | None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(found)
     if found[0] is not None and context.is_main_process:
-        sys.stderr.write(f"going on from {found[0]}\n")
+        warn(f"going on from {found[0]}\n")
     return found[0]
 
 
@@ -46,7 +46,8 @@ def readable(checkpoint: Path | None, context: StageContext, has_begun: Callable
     except (OSError, EOFError, ValueError, LookupError, RuntimeError, UnpicklingError, SafetensorError) as error:
         if checkpoint is None or has_begun() or not _while_reading(error, checkpoint):
             raise
-        reason = str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = of_a_pickle(error) if isinstance(error, UnpicklingError) else lines[-1].strip()
         if context.is_main_process:
             set_aside(checkpoint, reason)
         raise UserError(

@@ -2,10 +2,9 @@
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, say
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.pipeline.running.execute import locked
 
@@ -60,18 +59,16 @@ def main(arguments: list[str]) -> int:
         places = found(run)
         sizes = {kind: sum(map(size_of, items)) for kind, items in places.items()}
         whole = size_of(run.root)
-        sys.stdout.write(f"{run.root}: {whole / 1e6:,.0f} MB\n")
+        say(f"{run.root}: {whole / 1e6:,.0f} MB\n")
         for kind, items in places.items():
             if items:
                 verb = "removed" if kind in wanted else "may go"
-                sys.stdout.write(f"  {kind:<12}{sizes[kind] / 1e6:>9,.1f} MB  {verb}; lost: {KINDS[kind]}\n")
+                say(f"  {kind:<12}{sizes[kind] / 1e6:>9,.1f} MB  {verb}; lost: {KINDS[kind]}\n")
         for kind in wanted:
             for place in places[kind]:
                 shutil.rmtree(place)
         rest = whole - sum(sizes.values())
-        sys.stdout.write(f"  {'the rest':<12}{rest / 1e6:>9,.1f} MB  models, data, figures, reports: stays\n")
+        say(f"  {'the rest':<12}{rest / 1e6:>9,.1f} MB  models, data, figures, reports: stays\n")
         if not wanted and any(places.values()):
-            sys.stdout.write(
-                f"\nppo-vs-dpo clean {given.run} --remove checkpoints,replaced   (or all: but for cache)\n"
-            )
+            say(f"\nppo-vs-dpo clean {given.run} --remove checkpoints,replaced   (or all: but for cache)\n")
     return 0

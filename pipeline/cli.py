@@ -5,8 +5,7 @@ import sys
 import threading
 from pathlib import Path
 
-from ppo_vs_dpo.artifacts.errors import UserError, explain_os_error
-from ppo_vs_dpo.artifacts.files import printable
+from ppo_vs_dpo.artifacts.errors import UserError, explain_os_error, printable, say, warn
 from ppo_vs_dpo.artifacts.run import STAGES
 from ppo_vs_dpo.pipeline.composing.words import with_experiment
 
@@ -53,16 +52,16 @@ def main(argv: list[str] | None = None) -> None:
     try:
         code = dispatch(arguments)
     except UserError as error:
-        sys.stderr.write(f"\nerror: {printable(str(error))}\n")
+        warn(f"\nerror: {printable(str(error))}\n")
         code = 2
     except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted; the same command goes on from here.\n")
+        warn("\ninterrupted; the same command goes on from here.\n")
         code = 130
     except OSError as error:
         explained = explain_os_error(error)
         if explained is None:
             raise
-        sys.stderr.write(f"\nerror: {printable(explained)}\n")
+        warn(f"\nerror: {printable(explained)}\n")
         code = 2
     sys.exit(code)
 
@@ -85,23 +84,23 @@ def interrupt_on_termination() -> None:
 def dispatch(arguments: list[str]) -> int:
     """Find out what is asked for and do it."""
     if not arguments or arguments[0] == "help" or (arguments[0] not in ASKED and {"--help", "-h"} & {*arguments}):
-        sys.stdout.write(HELP)
+        say(HELP)
         return 0
     if arguments[0] == "--version":
         from ppo_vs_dpo.artifacts.guards.versions import versions
 
-        sys.stdout.write(f"ppo-vs-dpo {versions()['ppo-vs-dpo']}\n")
+        say(f"ppo-vs-dpo {versions()['ppo-vs-dpo']}\n")
         return 0
     first, rest = arguments[0], arguments[1:]
     if first == "list":
         from ppo_vs_dpo.pipeline.composing.show import list_experiments
 
-        sys.stdout.write(list_experiments())
+        say(list_experiments())
         return 0
     if first == "show":
         from ppo_vs_dpo.pipeline.composing.show import show
 
-        sys.stdout.write(show(with_experiment(with_config_dir(rest))))
+        say(show(with_experiment(with_config_dir(rest))))
         return 0
     if first == "data":
         if rest[:1] != ["inspect"]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, say
 from ppo_vs_dpo.artifacts.files import fingerprint_file, read_json, sha256_of, write_json, write_parquet, write_text
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.artifacts.stage import StageContext
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
     prompts = prompts_of(given.prompts, sources)[: int(settings_of(given.settings)["compare"]["n_prompts"])]
     prompts, note = fitting(prompts, [path for _, path in sources if not is_outputs(path)] + [given.reference or ""])
     if note:
-        sys.stdout.write(note + "\n")
+        say(note + "\n")
     ids = [prompt_id(prompt) for prompt in prompts]
     for name, path in sources:
         if is_outputs(path):
@@ -101,7 +101,7 @@ class Told(StageContext):
         what = note.replace(f" {REFERENCE}", f" {self.run.config.given.shown}")
         if note and note not in self._said:
             self._said = {*self._said, note}
-            sys.stdout.write(f"  {what}\n")
+            say(f"  {what}\n")
             sys.stdout.flush()
 
 

@@ -1,10 +1,9 @@
 """``ppo-vs-dpo paper``: what papers claim, full configurations, and miniatures that show whether a claim holds."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, say, warn
 from ppo_vs_dpo.artifacts.files import write_text
 from ppo_vs_dpo.papers.miniature import FOLDER, Miniature, run, stored
 from ppo_vs_dpo.papers.page import Checked, description, document, markdown, overview, write_pages
@@ -32,7 +31,7 @@ def run_miniature(one: Paper, folder: Path) -> Checked:
         return Path(config.output_dir) / config.name
 
     miniature = Miniature.load(one.name)
-    reports = run(one, miniature, folder, pipeline, say=lambda text: print(text, file=sys.stderr, flush=True))
+    reports = run(one, miniature, folder, pipeline, say=lambda text: warn(f"{text}\n"))
     done = Checked(one, miniature, reports)
     write_pages(folder / one.name, done)
     return done
@@ -93,10 +92,10 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     folder = given.folder
     if given.command == "list":
-        sys.stdout.write(overview([checked(one, folder) for one in papers()]))
+        say(overview([checked(one, folder) for one in papers()]))
         return 0
     if given.command == "show":
-        sys.stdout.write(description(paper(given.name)))
+        say(description(paper(given.name)))
         return 0
     if given.full is not None:
         if given.all or not given.name:
@@ -114,7 +113,7 @@ def main(arguments: list[str]) -> int:
         raise UserError("which paper? Give its name, or --all.")
     for one in chosen:
         done = run_miniature(one, folder)
-        sys.stdout.write(f"{markdown(done)}\nPage: {folder / one.name / 'report.html'}\n\n")
+        say(f"{markdown(done)}\nPage: {folder / one.name / 'report.html'}\n\n")
     if given.table:
         write_text(given.table, document([checked(one, folder) for one in papers()]))
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, say
 from ppo_vs_dpo.artifacts.files import append_jsonl, read_jsonl
 
 # Combinations that are composed and checked before the first of them runs; each takes a tenth of a second.
@@ -64,7 +64,7 @@ def sweep(overrides: list[str]) -> int:
     except HydraException as error:
         raise UserError(explain(error)) from None
     finally:
-        sys.stdout.write(last_word(_folders[-1] if _folders else None))
+        say(last_word(_folders[-1] if _folders else None))
     return 0
 
 
@@ -106,7 +106,7 @@ def sweep_job(config: DictConfig) -> None:
     folder = Path(resolved.output_dir) / resolved.name
     total = os.environ.get("PPO_VS_DPO_SWEEP_SIZE")
     of = f" of {total}" if total else ""
-    sys.stdout.write(f"\nrun {int(hydra_config.job.num) + 1}{of}: {folder}\n")
+    say(f"\nrun {int(hydra_config.job.num) + 1}{of}: {folder}\n")
     run_pipeline(resolved)
     if "compare" in resolved.stages:
         append_jsonl(Path(hydra_config.sweep.dir) / RECORD, {"run": str(folder)})

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, say, warn
 from ppo_vs_dpo.artifacts.files import finite
 from ppo_vs_dpo.preferences.reading.readers import Broken, is_local, read_files, read_hub
 
@@ -148,9 +148,9 @@ def main(argv: list[str] | None = None) -> int:
             items, RewardScorer.load(Path(given.model) if Path(given.model).exists() else given.model).score
         )
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        warn(f"error: {error}\n")
         return 2
-    sys.stdout.write((json.dumps(finite(found), indent=2) if given.json else table(found)) + "\n")
+    say((json.dumps(finite(found), indent=2) if given.json else table(found)) + "\n")
     return 0
 
 

@@ -8,10 +8,10 @@ many bytes as a whole one: it is deleted.
 
 import hashlib
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
+from ppo_vs_dpo.artifacts.errors import warn
 from ppo_vs_dpo.artifacts.files import read_marker, write_json
 
 STAMP = "checkpoint.json"
@@ -98,7 +98,7 @@ def discard(folder: Path) -> None:
     gone = folder.with_name(f"{UNFINISHED}{folder.name}")
     folder.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
-    sys.stderr.write(f"{folder} was not written to its end; it is deleted.\n")
+    warn(f"{folder} was not written to its end; it is deleted.\n")
 
 
 def set_aside(folder: Path, reason: str) -> None:
@@ -107,4 +107,4 @@ def set_aside(folder: Path, reason: str) -> None:
     while (target := folder.with_name(f"unfit-{number}-{folder.name}")).exists():
         number += 1
     folder.rename(target)
-    sys.stderr.write(f"{folder} cannot be gone on from: {reason}. It is now {target.name}.\n")
+    warn(f"{folder} cannot be gone on from: {reason}. It is now {target.name}.\n")

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, warn
 from ppo_vs_dpo.artifacts.files import read_marker
 
 # Seconds that a stage waits for the processes of a killed attempt to end, before it says that they are at work.
@@ -69,9 +69,7 @@ def hold(path: Path, what: str, shared: bool = False, patience: float = 0.0) -> 
             ) from None
         except OSError as error:
             os.close(descriptor)
-            sys.stderr.write(
-                f"{what}: this file system has no locks ({error}); nothing guards against two commands.\n"
-            )
+            warn(f"{what}: this file system has no locks ({error}); nothing guards against two commands.\n")
             yield
             return
         if _is_still(path, descriptor):

@@ -1,9 +1,11 @@
 """What becomes of an exception that ends a stage: one sentence for a person, the traceback for the log."""
 
 import errno
+import os
 import re
 import traceback
 from pathlib import Path
+from pickle import UnpicklingError
 
 from ppo_vs_dpo.artifacts.errors import UserError, explain_os_error
 
@@ -25,10 +27,29 @@ def explain(error: BaseException) -> str | None:
             return said
         if FULL.search(str(one)):
             return explain_os_error(OSError(errno.ENOSPC, "")) or ""
+        if isinstance(one, UnpicklingError):
+            return f"{_file_of(one) or 'a file of weights'} is not loaded: {of_a_pickle(one)}."
     library = refused_by(error)
     if library is None:
         return None
     return f"{library} refuses: {first_sentence(error)}{_place(error)}"
+
+
+def of_a_pickle(error: UnpicklingError) -> str:
+    """Why a pickled file is not loaded: it names code, which is never run, or it is none that can be read."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if found:
+        return f"it holds more than tensors ({found[1]}), which could run anything; only tensors are loaded"
+    return "it cannot be read"
+
+
+def _file_of(error: BaseException) -> Path | None:
+    """The file that was being unpickled, as the functions that did it had it."""
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        for value in frame.f_locals.values():
+            if isinstance(value, str | os.PathLike) and Path(value).suffix in (".bin", ".pt", ".pth", ".ckpt"):
+                return Path(value)
+    return None
 
 
 def chain(error: BaseException):

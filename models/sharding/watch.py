@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 
+from ppo_vs_dpo.artifacts.errors import warn
+
 # Seconds that a collective may take: torch's half an hour, everywhere.
 PATIENCE = 1800.0
 # So many seconds before, a rank says what it is doing.
@@ -48,7 +50,7 @@ def watched(name: Callable[[], str], patience: float) -> Iterator[None]:
                 now, since, said = name(), time.monotonic(), False
             elif not said and time.monotonic() - since > allowed:
                 said = True
-                sys.stderr.write(
+                warn(
                     f"rank {os.environ.get('RANK', '0')} has been in this step for {allowed:.0f} s: {now}. A "
                     f"collective is given up after {patience:.0f} s (ddp_timeout): the rank that names another step, "
                     f"or none, is the one the others wait for.\n"

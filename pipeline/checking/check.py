@@ -12,8 +12,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.artifacts.files import printable, read_marker, sha256_of, write_json
+from ppo_vs_dpo.artifacts.errors import UserError, printable, say
+from ppo_vs_dpo.artifacts.files import read_marker, sha256_of, write_json
 from ppo_vs_dpo.artifacts.guards.processes import die_with_parent
 from ppo_vs_dpo.artifacts.guards.versions import made_by
 from ppo_vs_dpo.artifacts.run import RunFolder
@@ -105,5 +105,5 @@ def main(arguments: list[str], launcher: Callable[[Any], Any]) -> int:
     config: Any = load(arguments)
     folder = Path(config.output_dir) / config.name
     check_run(config, list(config.stages), launcher)
-    sys.stdout.write(f"{folder}: {', '.join(config.stages)} would start; nothing was run and nothing written.\n")
+    say(f"{folder}: {', '.join(config.stages)} would start; nothing was run and nothing written.\n")
     return 0

@@ -11,13 +11,13 @@ import os
 import platform
 import shutil
 import socket
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.version import Version
 
+from ppo_vs_dpo.artifacts.errors import say
 from ppo_vs_dpo.pipeline.planning.gpus import visible
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "vllm", "bitsandbytes")
@@ -182,5 +182,5 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="ppo-vs-dpo doctor", description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="runs", metavar="DIR", help="where runs go (default: %(default)s)")
     found = findings(parser.parse_args(arguments).output)
-    sys.stdout.write("\n".join(map(str, found)) + "\n")
+    say("\n".join(map(str, found)) + "\n")
     return int(any(one.stops for one in found))

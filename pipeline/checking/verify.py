@@ -1,9 +1,9 @@
 """``ppo-vs-dpo verify RUN``: is every finished result what was written, byte for byte?"""
 
 import argparse
-import sys
 
-from ppo_vs_dpo.artifacts.files import printable, read_marker
+from ppo_vs_dpo.artifacts.errors import printable, say
+from ppo_vs_dpo.artifacts.files import read_marker
 from ppo_vs_dpo.artifacts.guards.locks import hold, run_lock
 from ppo_vs_dpo.artifacts.run import STAGES, RunFolder
 
@@ -19,14 +19,14 @@ def main(arguments: list[str]) -> int:
     run = RunFolder(given.run)
     with hold(run_lock(run.root), str(run.root)):
         text, damaged = verify(run)
-        sys.stdout.write(text)
+        say(text)
         if damaged and given.mend:
             for name in damaged:
                 marker = run.stage_dir(name) / "done.json"
                 marker.replace(marker.with_name("done.json.damaged"))
-            sys.stdout.write("Marked as not done: the same command as before makes it again.\n")
+            say("Marked as not done: the same command as before makes it again.\n")
         elif damaged:
-            sys.stdout.write("--mend marks it as not done: the same command as before then makes it again.\n")
+            say("--mend marks it as not done: the same command as before then makes it again.\n")
     return 1 if damaged else 0
 
 

@@ -14,8 +14,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.artifacts.files import printable
+from ppo_vs_dpo.artifacts.errors import UserError, printable
 from ppo_vs_dpo.artifacts.run import STAGES
 from ppo_vs_dpo.artifacts.settings import nearest, refused_keys
 from ppo_vs_dpo.artifacts.settings.values import out_of_range

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ppo_vs_dpo.artifacts.errors import say
 from ppo_vs_dpo.artifacts.files import write_text
 from ppo_vs_dpo.artifacts.settings.rules import RULES, Rule
 from ppo_vs_dpo.pipeline.composing.schema import SECTIONS, load_class
@@ -72,7 +73,7 @@ def main(arguments: list[str]) -> Any:
     if arguments:
         write_text(Path(arguments[0]), page())
     else:
-        sys.stdout.write(page())
+        say(page())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import sys
 import time
 from typing import Any
 
+from ppo_vs_dpo.artifacts.errors import say
 from ppo_vs_dpo.artifacts.guards.processes import die_with_parent
 
 # Seconds after which a measurement is given up.
@@ -111,4 +112,4 @@ def _clock(action: Any) -> float:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(measure(json.load(sys.stdin))) + "\n")
+    say(json.dumps(measure(json.load(sys.stdin))) + "\n")

@@ -10,7 +10,7 @@ import math
 import sys
 from typing import Any
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, say
 from ppo_vs_dpo.pipeline.planning import memory
 from ppo_vs_dpo.pipeline.planning.advice import advice
 from ppo_vs_dpo.pipeline.planning.estimate import Job, estimate
@@ -179,7 +179,7 @@ def model_config(config: Any) -> Any:
         except (OSError, ValueError) as error:
             sizes = published_sizes(section.path)
             if sizes is not None:
-                sys.stdout.write(f"{section.path} was not reached; its sizes are those that were published.\n")
+                say(f"{section.path} was not reached; its sizes are those that were published.\n")
                 return AutoConfig.for_model(sizes.pop("model_type"), **sizes)
             raise UserError(f"model.path={section.path}: {str(error).splitlines()[0]}") from error
     architecture = OmegaConf.to_container(section.architecture, resolve=True)
@@ -220,5 +220,5 @@ def main(arguments: list[str]) -> int:
     jobs = [job_of(config, s, ranks, given.prompt_tokens, architecture) for s in stages]
     jobs = [job for job in jobs if not (config.get(job.stage) or {}).get("skip_training")]
     text, fits = report(shape, jobs, sharding, GPUS[given.gpu])
-    sys.stdout.write(text)
+    say(text)
     return 0 if fits else 1

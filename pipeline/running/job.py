@@ -13,7 +13,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ppo_vs_dpo.artifacts.files import printable
+from ppo_vs_dpo.artifacts.errors import printable
 from ppo_vs_dpo.artifacts.guards import replaced
 from ppo_vs_dpo.artifacts.guards.processes import MARK, SILENT, Pulses, die_with_parent, kill_marked, stopped
 from ppo_vs_dpo.artifacts.run import RunFolder

@@ -1,13 +1,14 @@
 """What a person sees while a run works: every job, how far it is, and the time left."""
 
-import json
 import time
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
-from ppo_vs_dpo.artifacts.files import printable, read_json
+from ppo_vs_dpo.artifacts.errors import printable, terminal
+from ppo_vs_dpo.artifacts.files import read_json, read_marker
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.pipeline.running.graph import Job
 
@@ -33,7 +34,7 @@ class Overview:
         self.run, self.jobs, self.estimates = run, jobs, estimates or {}
         # When a job was first seen to get on, and how far it was: loading and compiling are before that.
         self.first: dict[str, tuple[float, float]] = {}
-        self.console = console or Console()
+        self.console = console or terminal()
         self.states = {job.name: job.state for job in jobs}
         self.began: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
@@ -70,7 +71,7 @@ class Overview:
         rest = all(state == "done" for state in self.states.values())
         self._say(f"{job.name} done in {seconds:.0f} s" + ("" if rest else f"; about {self.left()} left"))
         for sentence in ((self.run.done(job.name) or {}).get("figures") or {}).get("warnings") or []:
-            self.console.print(f"{job.name}: {sentence}", style="yellow", highlight=False, markup=False)
+            self.console.print(printable(f"{job.name}: {sentence}"), style="yellow", highlight=False, markup=False)
 
     def update(self) -> None:
         """Redraw."""
@@ -89,13 +90,12 @@ class Overview:
 
     def progress(self, job: Job) -> tuple[float, str]:
         """Share done in [0, 1], and what the stage says about it."""
-        path = self.run.stage_dir(job.name) / "progress.json"
-        try:
-            said = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError):
+        numbers = {"done": int | float, "total": int | float}
+        said = read_marker(self.run.stage_dir(job.name) / "progress.json", keys=numbers)
+        if said is None:
             return 0.0, ""
         share = said["done"] / said["total"] if said["total"] else 0.0
-        return min(share, 1.0), said.get("note") or f"{said['done']}/{said['total']}"
+        return min(share, 1.0), str(said.get("note") or "") or f"{said['done']}/{said['total']}"
 
     def expected(self, job: Job) -> float | None:
         """Seconds a job takes: as it took before, as the same stage took elsewhere in this run, or as configured."""
@@ -144,7 +144,8 @@ class Overview:
 
     def table(self) -> Table:
         """The overview as a table."""
-        table = Table(title=str(self.run.root), title_justify="left", box=None, pad_edge=False)
+        title = Text(printable(str(self.run.root)))
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for heading, justify in (("stage", "left"), ("", "left"), ("progress", "left"), ("time", "right")):
             table.add_column(heading, justify=justify)
         for job in self.jobs:
@@ -156,7 +157,8 @@ class Overview:
                 spent = clock(time.monotonic() - self.began[job.name])
             elif state == "done" and job.name in self.seconds:
                 spent = clock(self.seconds[job.name])
-            table.add_row(job.name, MARKS[state], progress, spent)
+            # Names and what a stage says are data, never markup.
+            table.add_row(Text(printable(job.name)), MARKS[state], Text(printable(progress)), spent)
         table.caption = f"{clock(time.monotonic() - self.start)} so far, about {self.left()} left"
         return table
 

@@ -4,12 +4,11 @@ The Trainers themselves push nothing: what the Hub gets is the finished folder, 
 cannot be reached costs no training. The token is huggingface_hub's own (``HF_TOKEN`` or ``hf auth login``).
 """
 
-import sys
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, say
 from ppo_vs_dpo.artifacts.files import read_json, write_json
 from ppo_vs_dpo.artifacts.run import RunFolder
 
@@ -53,7 +52,7 @@ def publish(run: RunFolder, stages: list[str]) -> None:
             continue
         url = push_folder(run.path(stage, "model"), stage=stage, **target)
         write_json(record, {**state, "url": url})
-        sys.stdout.write(f"{stage}: pushed to {url}\n")
+        say(f"{stage}: pushed to {url}\n")
 
 
 def push_folder(folder, repo_id: str, stage: str, private: bool | None = None, revision: str | None = None) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, say, warn
 from ppo_vs_dpo.artifacts.files import sha256_of, write_text
 from ppo_vs_dpo.artifacts.guards import replaced
 from ppo_vs_dpo.artifacts.guards.versions import differences, made_by
@@ -60,13 +60,13 @@ def run_pipeline(config: DictConfig) -> int:
         if todo:
             write_manifest(run)
             said, estimates = say_cost(run, [job.name for job in todo], environment(run.config, "measured"))
-            sys.stdout.write(said)
+            say(said)
             sys.stdout.flush()
             with Overview(run, chosen, estimates=estimates) as overview:
                 execute(run, todo, overview)
             write_manifest(run)
         else:
-            sys.stdout.write(f"{folder}: everything is done; nothing changed.\n")
+            say(f"{folder}: everything is done; nothing changed.\n")
         say_verdict(run)
         publish(run, list(config.stages))
     return 0
@@ -83,7 +83,7 @@ def bring_back(run: RunFolder, jobs: list[graph.Job]) -> None:
     for job in jobs:
         if job.kept is not None:
             replaced.bring_back(run.root, job.name, job.kept, run.stage_dir(job.name))
-            sys.stdout.write(f"{job.name}: the earlier result with these settings is back, from {job.kept}\n")
+            say(f"{job.name}: the earlier result with these settings is back, from {job.kept}\n")
 
 
 def check_versions(run: RunFolder, jobs: list[graph.Job], todo: list[graph.Job]) -> None:
@@ -131,7 +131,7 @@ def claim(folder: Path, config: DictConfig) -> None:
             raise
         # What a stage was made from is in its own folder; this file is written anew.
         path.rename(path.with_name("config.yaml.unreadable"))
-        sys.stderr.write(f"{error} It is now config.yaml.unreadable.\n")
+        warn(f"{error} It is now config.yaml.unreadable.\n")
         return
     if not any(replaced.worth_keeping(one) for one in [*(folder / s for s in STAGES), *folder.glob("sweep/*")]):
         return
@@ -153,4 +153,4 @@ def say_verdict(run: RunFolder) -> None:
     if run.done("compare") is None or not report.is_file():
         return
     sentences = verdict(run)
-    sys.stdout.write("\n" + "\n".join(sentences) + ("\n\n" if sentences else "") + f"Report: {report}\n")
+    say("\n" + "\n".join(sentences) + ("\n\n" if sentences else "") + f"Report: {report}\n")

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ppo_vs_dpo.artifacts.files import printable, write_json
+from ppo_vs_dpo.artifacts.errors import printable, terminal
+from ppo_vs_dpo.artifacts.files import write_json
 from ppo_vs_dpo.models.passes.logprobs import full_kl, pad_batch
 from ppo_vs_dpo.models.sampling.generation import Generated, row_seed
 from ppo_vs_dpo.models.text.prompts import decode_completion, encode_completion
@@ -186,4 +187,4 @@ def print_rows(rows: list[dict], console: Console | None = None) -> None:
     for row in rows:
         asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
         table.add_row(*(Text(printable(text)) for text in (asked, row["completion"], f"{row['score']:.3g}")))
-    (console or Console()).print(table)
+    (console or terminal()).print(table)

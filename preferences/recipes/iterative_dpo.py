@@ -12,10 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, terminal
 from ppo_vs_dpo.artifacts.files import read_json, write_json
 from ppo_vs_dpo.artifacts.run import RunFolder
 
@@ -96,5 +95,5 @@ def main(argv: list[str] | None = None) -> int:
     for row in rows:
         name = "SFT" if row["round"] == 1 else f"DPO, round {row['round'] - 1}"
         table.add_row(name, f"{row['mean_score']:.3f}", f"{row['best_of_n']:.3f}", str(row["pairs"]))
-    Console().print(table)
+    terminal().print(table)
     return 0

@@ -33,6 +33,8 @@ SMALL = [
     "compare.n_prompts=16", "compare.pool_size=2", "compare.best_of_n=[2]", "compare.resamples=100",
     "compare.checkpoints={}", "compare.best_of={}",
 ]  # fmt: skip
+# What is kept to go on from, or to save time: whether it is right shows in what is made of it.
+KEPT_BESIDE = {"checkpoints", "tokens", "reference_logprobs"}
 # In the environment of everything that a campaign starts.
 TAG = "FAULTS_TAG"
 TIMES = re.compile(r"time|seconds|per_second|runtime|memory|rss|throughput|tokens_per", re.IGNORECASE)
@@ -77,7 +79,7 @@ def bits(run: Path) -> dict[str, str]:
     found = {}
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run).as_posix()
-        if not path.is_file() or name.startswith((".replaced/", "cache/")) or "/checkpoints/" in f"/{name}":
+        if not path.is_file() or name.startswith((".replaced/", "cache/")) or KEPT_BESIDE.intersection(path.parts):
             continue
         if "/model/" in name and path.name != "README.md":
             content: Any = path.read_bytes()

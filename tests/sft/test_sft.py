@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pickle import UnpicklingError
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 import ppo_vs_dpo.sft.train as sft_train
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, read_jsonl, write_parquet
-from ppo_vs_dpo.artifacts.guards.checkpoints import stamp
+from ppo_vs_dpo.artifacts.guards import refusals
+from ppo_vs_dpo.artifacts.guards.checkpoints import numbered, stamp
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.pretrained import load_policy
 from ppo_vs_dpo.models.training import callbacks
@@ -275,3 +277,47 @@ def test_a_checkpoint_of_another_model_is_not_loaded(word_tokenizer, tmp_path):
 def test_progress_is_written(word_tokenizer, tmp_path):
     run_stage(context_of(make_run(tmp_path, word_tokenizer), "sft"))
     assert json.loads((tmp_path / "sft" / "progress.json").read_text())["total"] == 6
+
+
+class Code:
+    """What a pickled file runs when it is read as any Python object."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+def test_code_in_a_training_state_or_in_weights_is_not_run(word_tokenizer, tiny_llama, tmp_path):
+    """A pickled file that names code is refused in a sentence; a state's checkpoint is set aside, and work goes on."""
+    run, ran = make_run(tmp_path / "run", word_tokenizer), tmp_path / "ran"
+    run_stage(context_of(run, "sft"))
+    expected = (run.path("sft", "model", "model.safetensors")).read_bytes()
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (run.path("sft") / "done.json").unlink()
+        newest, before, *_ = numbered(run.path("sft", "checkpoints"))
+        if name == "rng_state.pth":  # read where a step is still to come
+            shutil.rmtree(newest)
+            newest = before
+        torch.save({"state": Code(ran)}, newest / name)
+        stamp(newest, None)  # whoever can write the file can write its hash
+        fails(run, run_stage, "could not be read (it holds more than tensors (posix.mkdir), which could run anything;")
+        assert not ran.exists()
+        run_stage(context_of(run, "sft"))
+        assert run.path("sft", "model", "model.safetensors").read_bytes() == expected
+    tiny_llama().save_pretrained(tmp_path / "base")
+    word_tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    torch.save({"model.embed_tokens.weight": Code(ran)}, tmp_path / "base" / "pytorch_model.bin")
+    run = make_run(tmp_path / "weights", word_tokenizer, model={"path": str(tmp_path / "base")})
+    with pytest.raises(UnpicklingError) as caught:
+        run_stage(context_of(run, "sft"))
+    said = refusals.explain(caught.value)
+    assert said == (
+        f"{tmp_path}/base/pytorch_model.bin is not loaded: it holds more than tensors (posix.mkdir), which could run "
+        f"anything; only tensors are loaded."
+    )
+    assert not ran.exists()
+    torch.load(tmp_path / "base" / "pytorch_model.bin", weights_only=False)  # the trap is one
+    assert ran.exists()

@@ -13,7 +13,7 @@ import json
 import sys
 from typing import Any
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, say, warn
 from ppo_vs_dpo.artifacts.files import finite
 from ppo_vs_dpo.compare.estimates.annotations.figures import difficulties, statistics_of
 from ppo_vs_dpo.compare.estimates.annotations.reading import load_annotations, models_in, numbers_of
@@ -77,10 +77,10 @@ def main(argv: list[str] | None = None) -> int:
             name: statistics_of(rows, source[name], hard.get(name), board, numbers) for name, rows in models.items()
         }
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        warn(f"error: {error}\n")
         return 2
     text = json.dumps(finite(results), indent=2, ensure_ascii=False) if arguments.json else table(results)
-    sys.stdout.write(text + "\n")
+    say(text + "\n")
     return 0
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, say, terminal
 from ppo_vs_dpo.preferences.reading.as_read import AsRead
 from ppo_vs_dpo.preferences.reading.importing import RENAMED, TokenLimits, mapped, within_limits
 from ppo_vs_dpo.preferences.reading.inspect.following import following
@@ -64,7 +63,7 @@ def main(argv: list[str]) -> int:
         UserError: the source cannot be read at all.
     """
     options = arguments(argv)
-    console = Console(stderr=True)
+    console = terminal(stderr=True)
     with Progress(
         SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
     ) as progress:
@@ -73,7 +72,7 @@ def main(argv: list[str]) -> int:
             options, lambda rows: progress.update(task, description=f"{rows} rows read") if rows % 500 == 0 else None
         )
     if options.json:
-        sys.stdout.write(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
+        say(json.dumps(report.as_dict(), indent=2) + "\n")
     else:
         show(report, first, options=options)
     stops = report.refused or any(found.policy == "error" for found in report.problems.values())
@@ -156,7 +155,7 @@ def show(
     report: Report, first: dict | None, console: Console | None = None, options: argparse.Namespace | None = None
 ) -> None:
     """Print a report for people."""
-    console = console or Console(soft_wrap=True, highlight=False)
+    console = console or terminal(soft_wrap=True, highlight=False)
     form = "none" if first is None else "conversation" if isinstance(first["prompt"], list) else "plain text"
     console.print(f"[bold]{escape(report.source)}[/]  format {report.format or 'unknown'}, {form}")
     console.print(f"{report.rows} rows, {report.pairs} usable pairs, {report.prompts} different prompts\n")

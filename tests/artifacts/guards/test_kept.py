@@ -61,6 +61,19 @@ def test_what_took_no_work_is_deleted_and_a_killed_deletion_is_finished(run):
     assert not left.parent.exists()
 
 
+def test_what_a_killed_process_was_writing_is_removed(run):
+    work(run, "a", "one")
+    kept = sorted(path for path in run.root.rglob("*"))
+    for name in ("ppo/.progress.json.77.tmp", "cache/.checked.json.77.tmp"):
+        run.path(name).parent.mkdir(exist_ok=True)
+        run.path(name).write_text("{")
+    for name in ("ppo/.model.77.tmp", "ppo/.model.77.old.tmp"):
+        run.path(name).mkdir()
+        (run.path(name) / "weights").write_text("half")
+    replaced.sweep_up(run.root)
+    assert sorted(path for path in run.root.rglob("*") if path.name != "cache") == kept
+
+
 def test_moving_aside_is_one_step(run, monkeypatch):
     """A kill at any moment leaves the old folder whole, in its place or aside: nothing is deleted in it."""
     work(run, "a", "one")
