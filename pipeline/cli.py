@@ -182,10 +182,11 @@ def with_config_dir(arguments: list[str]) -> list[str]:
 
 def run_one(overrides: list[str]) -> int:
     """Compose one configuration and run it."""
-    from ppo_vs_dpo.pipeline.composing.compose import load
+    from ppo_vs_dpo.pipeline.checking.check import load_checked
+    from ppo_vs_dpo.pipeline.running.launch import launcher
     from ppo_vs_dpo.pipeline.running.run import run_pipeline
 
-    return run_pipeline(load(overrides))
+    return run_pipeline(load_checked(overrides, launcher))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ A run does the same first. What needs TRL's classes is done in a process of its 
 """
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,16 +12,54 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ppo_vs_dpo.artifacts.errors import UserError, printable, say
 from ppo_vs_dpo.artifacts.files import read_marker, sha256_of, write_json
 from ppo_vs_dpo.artifacts.guards.processes import die_with_parent
 from ppo_vs_dpo.artifacts.guards.versions import made_by
-from ppo_vs_dpo.artifacts.run import RunFolder
-from ppo_vs_dpo.pipeline.composing.compose import complaint, load
+from ppo_vs_dpo.artifacts.run import STAGES, RunFolder
+from ppo_vs_dpo.pipeline.composing.compose import Complaint, load
 
 # Seconds after which the look at the arguments is given up; a stage will then say itself what is wrong.
 PATIENCE = 300.0
+
+
+def load_checked(overrides: list[str], launcher: Callable[[Any], Any]) -> DictConfig:
+    """`compose.load`; where that complains, all that the stages would refuse besides is said with it.
+
+    Args:
+        overrides: as on the command line.
+        launcher: as for `check_run`.
+
+    Raises:
+        UserError: all of it at once.
+    """
+    try:
+        return load(overrides)
+    except Complaint as error:
+        raise Complaint([*error.problems, *beyond(error, launcher)]) from None
+
+
+def beyond(error: Complaint, launcher: Callable[[Any], Any]) -> list[str]:
+    """What a check finds in a configuration that was not composed well, of keys that nothing was said of yet."""
+    config = error.config
+    if config is None:
+        return []
+    try:
+        OmegaConf.resolve(config)
+        check_run(config, [stage for stage in config.get("stages") or [] if stage in STAGES], launcher)
+    except Complaint as more:
+        known = {_key(line) for line in error.problems}
+        return [line for line in more.problems if _key(line) not in known and "???" not in line]
+    except (UserError, OmegaConfBaseException):
+        return []
+    return []
+
+
+def _key(line: str) -> str:
+    """The dotted key that a sentence begins with."""
+    return re.split(r"[ :=\[]", line, maxsplit=1)[0]
 
 
 def check_run(
@@ -43,7 +82,7 @@ def check_run(
     except UserError as error:
         found.append(str(error))
     if found:
-        raise complaint([printable(one) for one in dict.fromkeys(found)])
+        raise Complaint([printable(one) for one in found])
 
 
 def check_once(
@@ -102,7 +141,7 @@ def problems_of(config: DictConfig, stages: list[str], environment: dict[str, st
 
 def main(arguments: list[str], launcher: Callable[[Any], Any]) -> int:
     """``ppo-vs-dpo check NAME [key=value ...]``; 0 where it would run, 2 with all that it would refuse."""
-    config: Any = load(arguments)
+    config: Any = load_checked(arguments, launcher)
     folder = Path(config.output_dir) / config.name
     check_run(config, list(config.stages), launcher)
     say(f"{folder}: {', '.join(config.stages)} would start; nothing was run and nothing written.\n")

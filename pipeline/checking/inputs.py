@@ -22,9 +22,10 @@ from ppo_vs_dpo.artifacts.files import read_jsonl, write_text
 from ppo_vs_dpo.artifacts.guards.fingerprints import FUNCTION, points_of
 from ppo_vs_dpo.artifacts.guards.refusals import explain, of_a_defect
 from ppo_vs_dpo.artifacts.run import RunFolder
-from ppo_vs_dpo.artifacts.settings import split
+from ppo_vs_dpo.artifacts.settings import split, unknown_keys
 from ppo_vs_dpo.artifacts.settings.values import of_another_type, out_of_range
 from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.pipeline.composing.compose import key_of
 from ppo_vs_dpo.pipeline.composing.schema import SECTIONS, load_class
 
 TRAINING = ("sft", "reward_model", "dpo", "ppo")
@@ -67,9 +68,11 @@ def problems(config: dict[str, Any], stages: list[str]) -> list[str]:
 
 
 def arguments_of(config: dict[str, Any], stage: str, point: dict[str, Any]) -> None:
-    """Build a stage's own settings and its argument class, as the stage will, at a point of its sweep."""
-    from ppo_vs_dpo.models.training import training_arguments
+    """Build a stage's own settings and its argument class, as the stage will, at a point of its sweep.
 
+    Raises:
+        UserError: a line for each value that is refused: what is wrong by itself is left out, and the rest is tried.
+    """
     plain = copy.deepcopy(config)
     plain["deepspeed"] = {}  # starting it is the stage's
     with tempfile.TemporaryDirectory() as folder:
@@ -78,25 +81,61 @@ def arguments_of(config: dict[str, Any], stage: str, point: dict[str, Any]) -> N
         own, arguments = (load_class(spec) for spec in SECTIONS[stage])
         names = {field.name for field in dataclasses.fields(own)}
         passed = {key: value for key, value in context.config.items() if key not in names}
-        wrong = [*of_another_type(passed, arguments, stage), *out_of_range(context.config, stage)]
-        if wrong:
-            raise UserError("\n".join(wrong))
-        settings, passed = split(context.config, own, arguments, where=stage)
-        if stage == "dpo":
-            from ppo_vs_dpo.dpo.config import smoothed_loss
+        found = [
+            *unknown_keys(context.config, own, arguments, stage),
+            *of_another_type(passed, arguments, stage),
+            *out_of_range(context.config, stage),
+        ]
+        wrong = {key_of(line, stage) for line in found}
+        sound = {key: value for key, value in context.config.items() if key not in wrong}
+        build = lambda values: _arguments(context, values, own, arguments)  # noqa: E731
+        more = refusals(build, sound, stage)
+        found += [line for line in more if not any(f"{stage}.{key}" in line for key in wrong)]
+        if found:
+            raise UserError("\n".join(found))
 
-            passed = smoothed_loss(passed)
-        if stage == "ppo":
-            if settings.value_from not in ("reward_model", "policy"):
-                raise UserError(f"ppo.value_from is {settings.value_from!r}; it must be reward_model or policy.")
-            from ppo_vs_dpo.ppo.stage.train import can_choose_best
 
-            if settings.validation_prompts <= 0:
-                passed["eval_strategy"] = "no"
-            if passed.get("load_best_model_at_end") is None:
-                passed["load_best_model_at_end"] = can_choose_best(passed)
-        made = training_arguments(arguments, context, passed)
-        refuse_unknown_names(made, stage)
+def refusals(build: Callable[[dict[str, Any]], Any], values: dict[str, Any], stage: str) -> list[str]:
+    """What is refused of values that are built together; where that is more than one, each of them.
+
+    Classes say the first thing that they do not like. So each key is tried alone, and those that are refused are
+    tried beside the others.
+    """
+    whole = said(lambda: build(values), f"{stage}: ")
+    if not whole:
+        return []
+    doubtful = [key for key in values if said(lambda key=key: build({key: values[key]}))]
+    others = {key: value for key, value in values.items() if key not in doubtful}
+    found = said(lambda: build(others), f"{stage}: ")
+    for key in doubtful:
+        found += said(lambda key=key: build({**others, key: values[key]}), f"{stage}: ")
+    return list(dict.fromkeys(found)) or whole
+
+
+def _arguments(context: StageContext, values: dict[str, Any], own: Any, arguments: Any) -> None:
+    """As the stage makes them.
+
+    Raises:
+        UserError, ValueError: a value is refused.
+    """
+    from ppo_vs_dpo.models.training import training_arguments
+
+    stage = context.stage
+    settings, passed = split(values, own, arguments, where=stage)
+    if stage == "dpo":
+        from ppo_vs_dpo.dpo.config import smoothed_loss
+
+        passed = smoothed_loss(passed)
+    if stage == "ppo":
+        if settings.value_from not in ("reward_model", "policy"):
+            raise UserError(f"ppo.value_from is {settings.value_from!r}; it must be reward_model or policy.")
+        from ppo_vs_dpo.ppo.stage.train import can_choose_best
+
+        if settings.validation_prompts <= 0:
+            passed["eval_strategy"] = "no"
+        if passed.get("load_best_model_at_end") is None:
+            passed["load_best_model_at_end"] = can_choose_best(passed)
+    refuse_unknown_names(training_arguments(arguments, context, passed), stage)
 
 
 # What `trl.DPOTrainer` compares its settings with when the first loss is computed.

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,17 @@ LONGEST_PART = 255
 OPEN_SECTIONS = ("model.architecture.", "launch.expected_seconds.", "deepspeed.")
 
 
-def complaint(problems: list[str]) -> UserError:
-    """One error that lists every problem."""
-    return UserError("\n  ".join(["the configuration has errors:", *problems]))
+class Complaint(UserError):
+    """Every problem of a configuration.
+
+    Attributes:
+        problems: a sentence each.
+        config: as far as it could be composed, for whoever looks at the rest of it; ``None`` where it could not.
+    """
+
+    def __init__(self, problems: list[str], config: DictConfig | None = None):
+        self.problems, self.config = list(dict.fromkeys(problems)), config
+        super().__init__("\n  ".join(["the configuration has errors:", *self.problems]))
 
 
 def prepare_overrides(overrides: list[str]) -> list[str]:
@@ -45,6 +54,18 @@ def prepare_overrides(overrides: list[str]) -> list[str]:
 
     Raises:
         UserError: something that is not an override, or unknown keys, each with the nearest valid one.
+    """
+    prepared, problems = sort_overrides(overrides)
+    if problems:
+        raise Complaint(problems)
+    return prepared
+
+
+def sort_overrides(overrides: list[str]) -> tuple[list[str], list[str]]:
+    """Command-line overrides as Hydra takes them, and a sentence for each that has an unknown key and is left out.
+
+    Raises:
+        UserError: something that is not an override.
     """
     try:
         parsed = OverridesParser.create().parse_overrides(everywhere(overrides))
@@ -68,16 +89,16 @@ def prepare_overrides(overrides: list[str]) -> list[str]:
             name = rest.split(".")[0]
             if name not in valid:
                 problems.append(f"{key}: no such key.{nearest(name, valid)}")
+                continue
             prepared.append(text if override.is_delete() else f"++{text}")
         else:
             valid = [*root_keys(), *SECTIONS, "experiment"]
             known = key in valid or key.startswith(OPEN_SECTIONS)
             if not known:
                 problems.append(f"{key}: no such key.{nearest(key, valid)}")
+                continue
             prepared.append(f"++{text}" if key.startswith(OPEN_SECTIONS) else text)
-    if problems:
-        raise complaint(problems)
-    return prepared
+    return prepared, problems
 
 
 def _names_a_group(override: Override) -> bool:
@@ -116,19 +137,20 @@ def load(overrides: list[str], check_missing: bool = True) -> DictConfig:
         The resolved configuration, ``experiment`` and ``name`` filled in.
 
     Raises:
-        UserError: anything wrong with it; all unknown and missing keys at once.
+        UserError: anything wrong with it; a `Complaint` of all unknown and missing keys and all wrong values at once.
     """
     swept = [one for one in everywhere(overrides) if _is_swept(one)]
     if swept:
         raise UserError(f"{swept[0]} is several runs: ppo-vs-dpo -m {' '.join(overrides)}")
+    prepared, problems = sort_overrides(overrides)
     with hydra_configs():
         try:
-            config = compose(config_name="config", overrides=prepare_overrides(overrides), return_hydra_config=True)
+            config = compose(config_name="config", overrides=prepared, return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(explain(error)) from None
+            raise (Complaint([*problems, explain(error)]) if problems else UserError(explain(error))) from None
         experiment = chosen(dict(config.hydra.runtime.choices))
         task_overrides = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
-    return finish(config, experiment, task_overrides, multirun=False, check_missing=check_missing)
+    return finish(config, experiment, task_overrides, False, check_missing, problems=problems)
 
 
 def compose_plainly(overrides: list[str]) -> DictConfig:
@@ -153,6 +175,7 @@ def finish(
     multirun: bool,
     check_missing: bool = True,
     emptied: list[str] | None = None,
+    problems: list[str] | None = None,
 ) -> DictConfig:
     """Name the run, drop Hydra's own section, empty what was given as ``{}``, check and resolve.
 
@@ -163,6 +186,7 @@ def finish(
         multirun: name it after all of them.
         check_missing: required keys must be set.
         emptied: all overrides, where ``overrides`` are not all.
+        problems: what has been found wrong with it so far.
     """
     plain = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
     OmegaConf.set_struct(plain, False)
@@ -171,37 +195,39 @@ def finish(
         OmegaConf.update(plain, key, {}, merge=False)
     plain.experiment = experiment
     leave_open(plain, experiment, overrides if emptied is None else emptied)
-    refuse_odd_places(plain)
+    odd = odd_places(plain)
+    for key in odd:  # the rest is looked at, too
+        plain[key] = "odd"
     # A sweep's jobs have a folder each: what differs between them is part of the name, also of a given one.
     if not plain.get("name") or multirun:
         plain.name = run_name(str(plain.get("name") or experiment), overrides, multirun)
     try:
-        check(plain, check_missing)
+        found = [*(problems or []), *odd.values(), *problems_in(plain, check_missing)]
+        if found:
+            raise Complaint(found, plain)
         OmegaConf.resolve(plain)
     except InterpolationResolutionError as error:
         raise UserError(f"the configuration cannot be resolved: {str(error).splitlines()[0]}") from None
     return plain
 
 
-def refuse_odd_places(config: DictConfig) -> None:
-    """Refuse a run's name or folder that would be interpreted, or that no file system or terminal shows as it is.
-
-    Raises:
-        UserError: which key, and why.
-    """
+def odd_places(config: DictConfig) -> dict[str, str]:
+    """By its key, a sentence for a run's name or folder that would be interpreted, or that nothing shows as it is."""
+    found = {}
     for key in ("name", "output_dir"):
         text = OmegaConf.to_container(config, resolve=False).get(key)
         if not isinstance(text, str):
             continue
         shown = f"{key}={printable(text)[:80]!r}"
         if "${" in text:
-            raise UserError(f"{shown}: ${{...}} is not filled in here; write the {key} itself.")
-        if any(not c.isprintable() for c in text):
-            raise UserError(f"{shown}: it has a line break or another control character.")
-        if key == "name" and ".." in Path(text).parts:
-            raise UserError(f"{shown}: a run's folder lies in output_dir; give output_dir=... for another place.")
-        if any(len(part.encode()) > LONGEST_PART for part in Path(text).parts):
-            raise UserError(f"{shown}...: a name has at most {LONGEST_PART} bytes.")
+            found[key] = f"{shown}: ${{...}} is not filled in here; write the {key} itself."
+        elif any(not c.isprintable() for c in text):
+            found[key] = f"{shown}: it has a line break or another control character."
+        elif key == "name" and ".." in Path(text).parts:
+            found[key] = f"{shown}: a run's folder lies in output_dir; give output_dir=... for another place."
+        elif any(len(part.encode()) > LONGEST_PART for part in Path(text).parts):
+            found[key] = f"{shown}...: a name has at most {LONGEST_PART} bytes."
+    return found
 
 
 def chosen(choices: dict[str, str | None]) -> str:
@@ -274,12 +300,8 @@ def explain(error: Exception) -> str:
     return "the configuration cannot be composed: " + " ".join(kept[:4])
 
 
-def check(config: DictConfig, check_missing: bool = True) -> None:
-    """Hold every section to its classes.
-
-    Raises:
-        UserError: every unknown key, wrong type and missing value, in one message.
-    """
+def problems_in(config: DictConfig, check_missing: bool = True) -> list[str]:
+    """Hold every section to its classes: a sentence for every unknown key, wrong type and missing value."""
     problems = []
     if check_missing:
         missing = sorted(OmegaConf.missing_keys(config))
@@ -303,9 +325,7 @@ def check(config: DictConfig, check_missing: bool = True) -> None:
         if (config.get("launch") or {}).get(key) is not None and _below_one(key, config.launch[key])
     ]
     stages = list(config.get("stages") or [])
-    problems += [f"stages: there is no stage {s}.{nearest(s, list(STAGES))}" for s in stages if s not in STAGES]
-    if problems:
-        raise complaint(problems)
+    return problems + [f"stages: there is no stage {s}.{nearest(s, list(STAGES))}" for s in stages if s not in STAGES]
 
 
 def notes_on(experiment: str) -> dict[str, str]:
@@ -338,6 +358,11 @@ def refused_values(own_class: type, mine: dict[str, Any]) -> list[str]:
     return made.problems() if hasattr(made, "problems") else []
 
 
+def key_of(line: str, section: str) -> str:
+    """The key of a section that a sentence begins with: ``"sft.lora.r is 0; ..."`` -> ``"lora"``."""
+    return re.split(r"[ .:=\[]", line.removeprefix(f"{section}."), maxsplit=1)[0] if line.startswith(section) else ""
+
+
 def check_section(section: str, values: DictConfig | dict, own: str, complete: bool = True) -> list[str]:
     """Problems of one stage's section."""
     valid = section_keys(section)
@@ -363,9 +388,11 @@ def check_section(section: str, values: DictConfig | dict, own: str, complete: b
     problems += out_of_range(plain_of(values), section)
     # A merge lets a default stand where a file says ???; what is still to be set is asked for, not judged.
     incomplete = isinstance(values, DictConfig) and bool(OmegaConf.missing_keys(values))
-    if not problems and complete and not incomplete:
+    if complete and not incomplete:
         # What stages refuse about values is refused here, before the first of them has worked for hours.
-        problems += refused_values(own_class, mine)
+        wrong = {key for line in problems if (key := key_of(line, section)) in mine}
+        sound = {key: value for key, value in mine.items() if key not in wrong}
+        problems += [one for one in refused_values(own_class, sound) if not any(key in one for key in wrong)]
     sweep = values.get("sweep") if hasattr(values, "get") else None
     for key, points in (sweep or {}).items():
         if key not in valid or key in PIPELINE_KEYS:

@@ -35,7 +35,7 @@ class LaunchConfig:
 
 @dataclass
 class Config:
-    """The root. Sections of stages are open here: `compose.check` holds them to their own classes."""
+    """The root. Sections of stages are open here: `compose.problems_in` holds them to their own classes."""
 
     name: str | None = None
     output_dir: str = "runs"

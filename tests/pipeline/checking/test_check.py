@@ -9,10 +9,11 @@ from omegaconf import OmegaConf
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.artifacts.settings.values import allows, inside, of_another_type, out_of_range
-from ppo_vs_dpo.pipeline.checking.check import check_once
+from ppo_vs_dpo.pipeline.checking.check import check_once, load_checked
 from ppo_vs_dpo.pipeline.checking.inputs import problems
 from ppo_vs_dpo.pipeline.checking.verify import main as verify
-from ppo_vs_dpo.pipeline.composing.compose import load
+from ppo_vs_dpo.pipeline.composing.compose import Complaint, load
+from ppo_vs_dpo.pipeline.running.launch import launcher
 
 STAGES = ["data", "sft", "pairs", "reward_model", "dpo", "ppo", "compare"]
 # Whatever is wrong with a value alone is said when the configuration is composed.
@@ -101,6 +102,36 @@ def test_everything_else_is_said_at_once():
         assert any(message in one for one in found), (message, found)
     assert len(found) >= len(LATER) + 1  # the judges' entry has three mistakes
     assert not any("Traceback" in one for one in found)
+
+
+def test_what_is_refused_later_is_said_in_the_same_round(monkeypatch):
+    """Unknown keys, values out of range, and what only the stages' own classes and files show: one message."""
+    wrong = {
+        "sft.learning_rte=1": "sft.learning_rte: no such key. Did you mean learning_rate?",
+        "unheard=1": "unheard: no such key",
+        "name=../x": "a run's folder lies in output_dir",
+        "sft.save_steps=0": "sft.save_steps is 0; it must be above 0.",
+        "sft.lr_scheduler_type=linar": "linar is not a valid SchedulerType",
+        "sft.optim=adamm": "adamm is not a valid OptimizerNames",
+        "sft.weight_decay=abc": "sft.weight_decay is 'abc'; it must be a number.",
+        "ppo.kl_coef=-1": "ppo.kl_coef is -1",
+        "ppo.whiten_rewards=maybe": "ppo.whiten_rewards is 'maybe'",
+        "compare.confidence=2": "compare.confidence is 2",
+        "compare.judges=[{kind: nun}]": "compare.judges[0]: kind must be",
+        "compare.policies={a: {path: /nowhere}}": "/nowhere does not exist",
+        "launch.nodes=2": "srun",
+    }
+    monkeypatch.setattr(
+        "ppo_vs_dpo.pipeline.checking.check.problems_of", lambda config, stages, environment=None: problems(
+            OmegaConf.to_container(config, resolve=True), stages
+        )
+    )  # fmt: skip
+    with pytest.raises(Complaint) as refused:
+        load_checked(["experiment=quickstart", *wrong], launcher)
+    found = refused.value.problems
+    for message in wrong.values():
+        assert len([one for one in found if message in one]) == 1, (message, found)
+    assert len(found) == len(wrong), found
 
 
 def test_adapters_name_layers_of_the_model():

@@ -1,12 +1,20 @@
 """What is done, stale or to do follows from what each stage depends on."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.artifacts.files import write_json
+from ppo_vs_dpo.artifacts.files import read_json, write_json
+from ppo_vs_dpo.artifacts.guards.versions import made_by
 from ppo_vs_dpo.artifacts.run import STAGES, RunFolder
+from ppo_vs_dpo.compare.stage import of_several_versions
+from ppo_vs_dpo.pipeline.cli import with_config_dir
+from ppo_vs_dpo.pipeline.composing.compose import load
 from ppo_vs_dpo.pipeline.running import graph
+from ppo_vs_dpo.pipeline.running.run import check_versions
 
 CONFIG = {
     "experiment": "toy",
@@ -136,3 +144,50 @@ def test_chosen_stages_need_theirs_done(finished, tmp_path):
         graph.select(jobs, ["pairs", "compare"])
     assert [job.name for job in graph.select(jobs, ["sft"])] == ["sft"]
     assert graph.select(graph.build(write(config)), list(STAGES)) == []
+
+
+def test_a_run_of_two_versions_needs_a_word_and_names_both(finished, monkeypatch):
+    config, write = finished
+    there = made_by()
+    here = {**there, "source": "newer", "commit": "b" * 40, "torch": "99.0"}
+    for place in ("pipeline.running.run", "compare.stage"):
+        monkeypatch.setattr(f"ppo_vs_dpo.{place}.made_by", lambda: here)
+
+    def todo_of(**changes):
+        run = write({**config, **changes})
+        jobs = graph.build(run)
+        return run, jobs, graph.select(jobs, list(STAGES))
+
+    changed = {"dpo": {**CONFIG["dpo"], "beta": 0.2}}
+    run, jobs, todo = todo_of(**changed, launch={})
+    with pytest.raises(UserError) as refused:
+        check_versions(run, jobs, todo)
+    said = str(refused.value)
+    assert f"source {there['source']}) there, {here['ppo-vs-dpo']} (bbbbbbbbbbbb, source newer) here" in said
+    assert f"torch {there['torch']} there, 99.0 here" in said
+    assert "data, sft, pairs" in said
+    assert "--accept-version" in said
+    # What goes on, in what it says and in the report.
+    run, jobs, todo = todo_of(**changed, launch={"accept_version": True})
+    check_versions(run, jobs, todo)
+    notes = of_several_versions(SimpleNamespace(run=run))
+    assert any(f"source {there['source']}) there" in one and "source newer) here" in one for one in notes)
+    assert any(f"torch {there['torch']} there, 99.0 here" in one for one in notes)
+    # A run that is made anew from its first stage on has one version, and needs no word.
+    run, jobs, todo = todo_of(model={"path": "other"}, launch={})
+    check_versions(run, jobs, todo)
+    # The option of the command line is this key.
+    assert with_config_dir(["quickstart", "--accept-version"]) == ["quickstart", "launch.accept_version=true"]
+    assert load(with_config_dir(["experiment=quickstart", "--accept-version"])).launch.accept_version is True
+
+
+def test_an_interrupted_stage_of_another_version_needs_a_word(finished, monkeypatch):
+    """Its checkpoints are the other code's."""
+    config, write = finished
+    run = write({**config, "launch": {}})
+    (run.stage_dir("sft") / "done.json").unlink()
+    jobs = graph.build(run)
+    started = read_json(run.stage_dir("sft") / "started.json")
+    write_json(run.stage_dir("sft") / "started.json", {**started, "made_by": [{**made_by(), "trl": "0.1"}]})
+    with pytest.raises(UserError, match=rf"sft: trl 0\.1 there, {re.escape(made_by()['trl'])} here"):
+        check_versions(run, jobs, graph.select(jobs, ["sft"]))
