@@ -1,11 +1,8 @@
 """DPO: closed forms through TRL's trainer, the reference and its cache, and that an interrupted run ends the same."""
 
 import math
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -26,6 +23,7 @@ from ppo_vs_dpo.models.loading.config import LoraSettings
 from ppo_vs_dpo.models.loading.pretrained import load_policy
 from ppo_vs_dpo.models.passes.logprobs import pad_batch, response_logprobs
 from ppo_vs_dpo.models.training import callbacks
+from tests.killed import killed_after
 from tests.sft.test_sft import InterruptAt, fails, without_time
 from tests.sft.tiny_run import context_of, make_rows, make_run, weights
 
@@ -330,19 +328,11 @@ def command(run: RunFolder) -> list[str]:
 
 def test_killed_process(word_tokenizer, tiny_llama, tmp_path):
     """kill -9 in the middle of training, then the same command: the same model, bit for bit."""
-    settings = {"max_steps": 150, "save_steps": 15}
+    settings = {"max_steps": 30, "save_steps": 5}
     whole = make_run(tmp_path / "whole", word_tokenizer, tiny_llama(), dpo=settings)
     run_stage(context_of(whole, "dpo"))
     cut = make_run(tmp_path / "cut", word_tokenizer, tiny_llama(), dpo=settings)
-    process = subprocess.Popen(command(cut), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checkpoints = cut.path("dpo", "checkpoints")
-    deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("checkpoint-*/checkpoint.json")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    killed_after("ppo_vs_dpo.models.callbacks.stamp", 2, "ppo_vs_dpo.dpo", str(cut.root))
     assert cut.done("dpo") is None
     finished = subprocess.run(command(cut), capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr[-2000:]

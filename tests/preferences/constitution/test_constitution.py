@@ -2,11 +2,6 @@
 
 import itertools
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 
 import numpy as np
@@ -37,7 +32,8 @@ from ppo_vs_dpo.preferences.recipes.steplog import StepLog
 from ppo_vs_dpo.preferences.testbed import reviewer
 from ppo_vs_dpo.preferences.testbed.gold import gold_reward
 from ppo_vs_dpo.preferences.testbed.grammar import reviews
-from tests.preferences.conftest import ROOT, log_of, make_run, run_here, with_policy
+from tests.killed import killed_after
+from tests.preferences.conftest import log_of, make_run, run_here, with_policy
 
 CRITIC = {"kind": "python", "function": "ppo_vs_dpo.preferences.testbed.reviewer:critic"}
 JUDGE = {"kind": "python", "function": "ppo_vs_dpo.preferences.testbed.reviewer:judge"}
@@ -350,16 +346,9 @@ def test_a_killed_run_goes_on_without_repeating_or_losing_a_step(tmp_path, testb
     whole = run_of(tmp_path / "whole", testbed_policy, batch=2)
     run_here(whole, "pairs")
     run = run_of(tmp_path / "killed", testbed_policy, batch=2)
-    command = [sys.executable, "-m", "ppo_vs_dpo.preferences", str(run), "--step", "pairs"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        log = log_of(run, "steps_train")
-        if log is not None and log.read_bytes().count(b"\n") >= 75:
-            break
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    appended = "ppo_vs_dpo.preferences.recipes.steplog.StepLog.append"
+    killed_after(appended, 75, "ppo_vs_dpo.preferences", str(run), "--step", "pairs")
+    log = log_of(run, "steps_train")
     before = log.read_bytes()
     assert 75 <= before.count(b"\n") < 60 * 7
     run_here(run, "pairs")

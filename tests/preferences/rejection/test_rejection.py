@@ -1,11 +1,6 @@
 """The source ``rejection`` through its two steps: pairs, best-of-n examples, resuming, memory."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -20,6 +15,7 @@ from ppo_vs_dpo.preferences.rejection.samples import sample_and_score
 from ppo_vs_dpo.preferences.schema import prompt_id
 from ppo_vs_dpo.preferences.testbed import grammar
 from ppo_vs_dpo.preferences.testbed.gold import gold_reward
+from tests.killed import killed_after
 from tests.preferences.conftest import ROOT, log_of, make_run, run_here, with_policy
 
 GOLD = "ppo_vs_dpo.preferences.testbed.gold:gold_reward"
@@ -98,17 +94,10 @@ def test_a_killed_run_goes_on_without_repeating_or_losing_a_prompt(tmp_path, tes
     whole = run_of(tmp_path / "whole", testbed_policy, prompts_per_step=4)
     run_here(whole, "pairs")
     run = run_of(tmp_path / "killed", testbed_policy, prompts_per_step=4)
-    command = [sys.executable, "-m", "ppo_vs_dpo.preferences", str(run), "--step", "pairs"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        log = log_of(run, "samples_train")
-        if log is not None and log.read_bytes().count(b"\n") >= 8:
-            break
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    appended = "ppo_vs_dpo.preferences.recipes.steplog.StepLog.append"
+    killed_after(appended, 3, "ppo_vs_dpo.preferences", str(run), "--step", "pairs")
     assert not (run / "pairs" / "done.json").exists()
+    log = log_of(run, "samples_train")
     before = log.read_bytes()
     assert 8 <= before.count(b"\n") < 60
     # And the last line torn, as a full disk leaves it.
