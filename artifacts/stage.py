@@ -152,7 +152,7 @@ def stage_main(
             else:
                 point = parse_point(arguments.point) if arguments.point else {}
             context = StageContext(run, stage, point, arguments.fingerprint)
-            begin(context, held)
+            ended = begin(context, held)
             run_stage(context)
         code = 0
     except KeyboardInterrupt:
@@ -168,14 +168,18 @@ def stage_main(
         _leave_process_group(in_order=code == 0)
     if code:
         sys.exit(code)
+    ended()
 
 
-def begin(context: StageContext, held: contextlib.ExitStack) -> None:
+def begin(context: StageContext, held: contextlib.ExitStack) -> Callable[[], None]:
     """Make sure that this process works on its stage alone, that it ends with its launcher, and on what it works.
 
     Args:
         context: the stage. Started by hand it has no fingerprint yet, and gets the one that the command would give.
         held: holds the locks.
+
+    Returns:
+        What to call when this process, and all others of the stage, have ended in order.
 
     Raises:
         UserError: another job is at work on this stage, or a command on this run.
@@ -197,7 +201,8 @@ def begin(context: StageContext, held: contextlib.ExitStack) -> None:
                 warn(f"{context.name} was made with other settings; that result is kept in {aside}\n")
     Path(context.dir).mkdir(parents=True, exist_ok=True)
     if ranks > 1 and on_several_machines(run.config):
-        held.callback(beat(Path(context.dir, PULSE), rank).kill)
+        return beat(Path(context.dir, PULSE), rank)
+    return lambda: None
 
 
 def on_several_machines(config: DictConfig) -> bool:

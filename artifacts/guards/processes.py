@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # In the environment of every process of a command, and so of everything they start.
@@ -129,24 +129,34 @@ def watched(mark: str) -> Iterator[None]:
         watcher.wait()
 
 
-def beat(folder: Path, rank: int) -> subprocess.Popen:
+def beat(folder: Path, rank: int) -> Callable[[], None]:
     """Let a rank be heard of, until it ends: a process beside it touches ``folder/rank<number>``.
 
     Args:
         folder: on a file system that the command sees, too.
         rank: this process's.
+
+    Returns:
+        What to call when the rank ends in order, after all others: nobody waits for it any more.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"rank{rank}"
     with contextlib.suppress(OSError):  # a full disk: the file's time is enough
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", PULSE, str(os.getpid()), str(path.resolve()), str(BEAT)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         preexec_fn=die_with_parent,
     )
+
+    def end() -> None:
+        process.kill()
+        process.wait()
+        path.unlink(missing_ok=True)
+
+    return end
 
 
 class Pulses:
@@ -171,7 +181,9 @@ class Pulses:
                 touched = path.stat().st_mtime_ns
                 if self.seen.get(path.name, (None, now))[0] != touched:
                     self.seen[path.name] = (touched, now)
-        since = {name: now - when for name, (_, when) in self.seen.items()}
+        # A rank that ended in order has taken its file with it.
+        there = {name: seen for name, seen in self.seen.items() if (self.folder / name).exists()}
+        since = {name: now - when for name, (_, when) in there.items()}
         late = [name for name, seconds in since.items() if seconds > SILENT]
         if not late or min(since.values()) > 3 * BEAT:
             return None

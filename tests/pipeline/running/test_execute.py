@@ -225,6 +225,8 @@ def test_where_nobody_is_heard_of_nobody_is_named(tmp_path, monkeypatch):
     assert pulses.silent() is None
     os.utime(tmp_path / "rank0", (1, 1))
     assert pulses.silent() == "rank 1 (x)"
+    (tmp_path / "rank1").unlink()  # it had ended in order
+    assert pulses.silent() is None
 
 
 def test_an_earlier_attempt_s_words_are_not_this_one_s(run):
