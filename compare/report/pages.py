@@ -8,6 +8,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from ppo_vs_dpo.artifacts.errors import printable
 from ppo_vs_dpo.artifacts.files import finite, write_json, write_text
 from ppo_vs_dpo.compare.report.decision import head_to_head, main_judge
 from ppo_vs_dpo.compare.report.plots import TITLES, element_of, frontier_plot, shown_rewards, write_figure
@@ -173,9 +174,10 @@ def render_markdown(report: dict[str, Any]) -> str:
     """The page for a README or a model card."""
     made = environment()
     made.autoescape = False
-    return made.get_template("report.md.j2").render(
+    text = made.get_template("report.md.j2").render(
         report=finite(report), judge=main_judge(report), trained=trained_lines(report)
     )
+    return printable(text)  # names and sentences are data, and this page is read on terminals
 
 
 def matrices(report: dict[str, Any]) -> dict[str, Any]:

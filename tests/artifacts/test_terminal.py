@@ -97,3 +97,14 @@ def test_the_overview_and_the_verdict(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "DPO wins" in said
     assert_harmless(said)
+
+
+def test_the_report_s_plain_page():
+    from ppo_vs_dpo.compare.report.pages import render_markdown
+    from tests.compare.report.test_browser import small_report
+
+    report = small_report(["sft", "dpo", "ppo"], ["gold"])
+    report["verdict"] = [f"DPO wins{EVIL}"]
+    said = render_markdown(report)
+    assert "DPO wins\\x1b" in said
+    assert_harmless(said)

@@ -153,6 +153,7 @@ class Judge(Server):
             return f"Comparison: fine.\n{'A' if sum(question.encode()) % 2 else 'B'}"
 
         super().__init__(answer, port=port)
+        self.http.handle_error = lambda *request: None  # whoever asked has been killed
 
 
 def judge_of(folder: Path) -> Judge:
