@@ -61,7 +61,10 @@ def refused(override: str) -> str | None:
         config = load(["experiment=quickstart", override])
     except UserError as error:
         return str(error)
-    found = problems(OmegaConf.to_container(config, resolve=True), list(STAGES))
+    section = override.partition(".")[0]
+    # What is said of one stage's section is said by looking at that stage.
+    stages = [section] if section in STAGES else list(STAGES)
+    found = problems(OmegaConf.to_container(config, resolve=True), stages)
     return found[0] if found else None
 
 
