@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
@@ -28,6 +29,11 @@ def unknown_keys(section: dict[str, Any], own: type, args: type | None, where: s
     """One sentence for each key of ``section`` that neither class has."""
     valid = [*field_names(own), *(field_names(args) if args else [])]
     return [f"{where}.{key}: no such key.{nearest(key, valid)}" for key in section if key not in valid]
+
+
+def key_of(line: str, section: str) -> str:
+    """The key of a section that a sentence begins with: ``"sft.lora.r is 0; ..."`` -> ``"lora"``."""
+    return re.split(r"[ .:=\[]", line.removeprefix(f"{section}."), maxsplit=1)[0] if line.startswith(section) else ""
 
 
 def split(section: dict[str, Any], own: type[Own], args: type | None = None, where: str = "") -> tuple[Own, dict]:

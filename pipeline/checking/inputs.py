@@ -22,10 +22,9 @@ from ppo_vs_dpo.artifacts.files import read_jsonl, write_text
 from ppo_vs_dpo.artifacts.guards.fingerprints import FUNCTION, points_of
 from ppo_vs_dpo.artifacts.guards.refusals import explain, of_a_defect
 from ppo_vs_dpo.artifacts.run import RunFolder
-from ppo_vs_dpo.artifacts.settings import split, unknown_keys
+from ppo_vs_dpo.artifacts.settings import key_of, split, unknown_keys
 from ppo_vs_dpo.artifacts.settings.values import of_another_type, out_of_range
 from ppo_vs_dpo.artifacts.stage import StageContext
-from ppo_vs_dpo.pipeline.composing.compose import key_of
 from ppo_vs_dpo.pipeline.composing.schema import SECTIONS, load_class
 
 TRAINING = ("sft", "reward_model", "dpo", "ppo")

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from ppo_vs_dpo.artifacts.errors import UserError, printable
 from ppo_vs_dpo.artifacts.run import STAGES
-from ppo_vs_dpo.artifacts.settings import nearest, refused_keys
+from ppo_vs_dpo.artifacts.settings import key_of, nearest, refused_keys
 from ppo_vs_dpo.artifacts.settings.values import out_of_range
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.papers.settings import all_settings, unknown
@@ -356,11 +355,6 @@ def refused_values(own_class: type, mine: dict[str, Any]) -> list[str]:
     except UserError as error:
         return [str(error)]
     return made.problems() if hasattr(made, "problems") else []
-
-
-def key_of(line: str, section: str) -> str:
-    """The key of a section that a sentence begins with: ``"sft.lora.r is 0; ..."`` -> ``"lora"``."""
-    return re.split(r"[ .:=\[]", line.removeprefix(f"{section}."), maxsplit=1)[0] if line.startswith(section) else ""
 
 
 def check_section(section: str, values: DictConfig | dict, own: str, complete: bool = True) -> list[str]:
