@@ -28,6 +28,8 @@ _UNKNOWN_TO_IT = re.compile(
     r"|only the default|deprecated",
     re.I,
 )
+# One request is refused by these, whatever else they mean; 403 and 5xx by what they say.
+REFUSALS = (400, 413, 422, 451)
 _FILTERED = re.compile(r"content.{0,3}(filter|management|policy)|moderation|safety|flagged|responsible ai", re.I)
 
 
@@ -186,6 +188,10 @@ class ChatEndpoint:
                 reason = f"it could not be reached ({first_line(error.__cause__ or error)})"
             except self._openai.APIStatusError as error:
                 reason = f"status {error.status_code}: {first_line(error)}"
+                if error.status_code >= 500 and is_refusal(error):
+                    raise Refused(
+                        self.masked(f"{self.who}'s endpoint {self.address} refuses a request: {reason}")
+                    ) from None
                 if error.status_code not in (408, 409, 429) and error.status_code < 500:
                     break
                 told = _told_to_wait(error)
@@ -209,7 +215,7 @@ class ChatEndpoint:
                     raise UserError(
                         self.masked(f"{self.who}'s endpoint {self.address} refuses {self.model}: {first_line(error)}")
                     ) from None
-                if error.status_code not in (400, 403, 413, 422, 451):
+                if error.status_code not in (*REFUSALS, 403):
                     raise
                 unknown = self._unknown_in(error, {name, *sent} - tried)
                 if unknown is None:
@@ -287,6 +293,15 @@ def _told_to_wait(error: Any) -> float:
 
 def _is_filter(error: Any) -> bool:
     return bool(_FILTERED.search(str(error)))
+
+
+_TOO_LONG = re.compile(r"context.{0,10}(length|window|size)|too (long|many tokens)|maximum.{0,20}tokens", re.I)
+
+
+def is_refusal(error: Any) -> bool:
+    """Whether a 403 or 5xx is about this one request: a content filter, or a prompt that is too long."""
+    may = error.status_code == 403 or error.status_code >= 500
+    return may and (_is_filter(error) or bool(_TOO_LONG.search(str(error))))
 
 
 def without_secrets(url: str) -> str:

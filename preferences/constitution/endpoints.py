@@ -16,7 +16,16 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.pretrained import context_length, eos_token_ids, load_policy, load_tokenizer
 from ppo_vs_dpo.models.passes.logprobs import pad_batch
-from ppo_vs_dpo.models.sampling.chat import GarbageError, Reply, after_thinking, completion, reply_of
+from ppo_vs_dpo.models.sampling.chat import (
+    REFUSALS,
+    GarbageError,
+    Refused,
+    Reply,
+    after_thinking,
+    completion,
+    is_refusal,
+    reply_of,
+)
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate
 from ppo_vs_dpo.models.text.prompts import decode_completion, encode_prompt
 from ppo_vs_dpo.preferences.config import Endpoint
@@ -28,6 +37,8 @@ from ppo_vs_dpo.preferences.schema import Text
 PREFILL = "The answer is ("
 # A judge without log-probabilities says A or B; that is taken as these log-odds, not as certainty.
 HARD_LOGIT = 3.0
+# An endpoint that refused so many requests and answered none will answer none.
+MOST_REFUSED = 16
 
 
 @dataclass(frozen=True)
@@ -49,10 +60,10 @@ class Answer:
 class Model(Protocol):
     """What helper, critic and judge must be able to do. Results come as they are ready, with their number."""
 
-    def answer(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
-        """Answers to conversations."""
+    def answer(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer | Refused]]:
+        """Answers to conversations, or why one is refused."""
 
-    def choose(self, questions: Sequence[Request]) -> Iterator[tuple[int, float]]:
+    def choose(self, questions: Sequence[Request]) -> Iterator[tuple[int, float | Refused]]:
         """Log-odds of (A) against (B) for questions that end by asking for one of the two letters; NaN: too long."""
 
 
@@ -149,16 +160,19 @@ class OpenAIModel:
         )
         self.settings, self.max_tokens, self.temperature, self.top_p = settings, max_tokens, temperature, top_p
         self.pause = 0.5
+        self.answered = 0
 
-    def answer(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+    def answer(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer | Refused]]:
         """See `Model.answer`."""
         yield from self._all(requests, self._answer)
 
-    def choose(self, questions: Sequence[Request]) -> Iterator[tuple[int, float]]:
+    def choose(self, questions: Sequence[Request]) -> Iterator[tuple[int, float | Refused]]:
         """See `Model.choose`."""
         yield from self._all(questions, self._choose)
 
     def _all(self, requests: Sequence[Request], ask) -> Iterator[tuple[int, Any]]:
+        """What is refused comes last, and only from an endpoint that answers others."""
+        refused: dict[int, Refused] = {}
         with ThreadPoolExecutor(self.settings.requests_at_once) as pool:
             futures = {pool.submit(self._patiently, ask, request): number for number, request in enumerate(requests)}
             failure: EndpointError | None = None
@@ -166,14 +180,24 @@ class OpenAIModel:
                 if future.cancelled():
                     continue
                 try:
-                    yield futures[future], future.result()
+                    result = future.result()
+                    self.answered += 1
+                    yield futures[future], result
+                except Refused as reason:
+                    refused[futures[future]] = reason
+                    if not self.answered and len(refused) >= MOST_REFUSED:
+                        for other in futures:
+                            other.cancel()
                 except EndpointError as error:
                     # Requests that are on their way may still come back and are kept; no new ones are sent.
                     failure = failure or error
                     for other in futures:
                         other.cancel()
+            if refused and not self.answered and failure is None:
+                failure = EndpointError(f"{next(iter(refused.values()))} It has answered none so far.")
             if failure is not None:
                 raise failure
+        yield from refused.items()
 
     def _patiently(self, ask, request: Request) -> Any:
         """Ask, and ask again with growing pauses where that may help."""
@@ -191,6 +215,9 @@ class OpenAIModel:
                 reason = f"could not be reached ({error.__cause__ or error})"
             except openai.APIStatusError as error:
                 reason = f"status {error.status_code}: {_first_line(error.message)}"
+                if error.status_code in REFUSALS or is_refusal(error):
+                    said = f"{self.settings.model} at {self.client.base_url} refuses a request: {reason}."
+                    raise Refused(said.replace(self._key, "***")) from None
                 if error.status_code not in (408, 409, 429) and error.status_code < 500:
                     break
             except (GarbageError, openai.APIError, ValueError, AttributeError, TypeError) as error:

@@ -237,6 +237,9 @@ def _write(
         TableWriter(context.dir / f"revisions_{split}.parquet", example_schema(chat)) as revisions,
     ):
         for item in items:
+            if item.refused:
+                tally.left_out["refused"] += 1
+                continue
             for make in makers[settings.mode]:
                 made = make(item, settings, tally)
                 if made is None:

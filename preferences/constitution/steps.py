@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ppo_vs_dpo.models.sampling.chat import Refused
 from ppo_vs_dpo.models.sampling.generation import row_seed
 from ppo_vs_dpo.preferences.constitution.endpoints import Answer, Model, Request
 from ppo_vs_dpo.preferences.constitution.principles import Principle
@@ -31,6 +32,11 @@ class Item:
     prompt: Text
     prompt_id: str
     steps: dict[Key, dict[str, Any]]
+
+    @property
+    def refused(self) -> bool:
+        """Whether a model refused one of its steps: nothing more is asked about it."""
+        return any("refused" in step for step in self.steps.values())
 
     def text(self, what: str, round: int) -> str:
         """The text of a finished step."""
@@ -78,7 +84,7 @@ class Runner:
             more: what is logged besides the result.
         """
         what, round = key
-        todo = [item for item in items if key not in item.steps]
+        todo = [item for item in items if key not in item.steps and not item.refused]
         self._tell(len(items) - len(todo), what)
         for start in range(0, len(todo), self.batch):
             some = todo[start : start + self.batch]
@@ -97,7 +103,9 @@ class Runner:
             self.progress(self.done, what)
 
 
-def _as_fields(result: Answer | float) -> dict[str, Any]:
+def _as_fields(result: Answer | float | Refused) -> dict[str, Any]:
+    if isinstance(result, Refused):
+        return {"refused": str(result)}
     if isinstance(result, Answer):
         return {"text": result.text, "finished": result.finished}
     return {"log_odds": result}
@@ -183,7 +191,8 @@ def compare_samples(
     """
     for draw in (0, 1):
         runner.run(items, ("sample", draw), helper.answer, lambda item: _opened(item.prompt, system))
-    different = [item for item in items if item.text("sample", 0) != item.text("sample", 1)]
+    sampled = [item for item in items if not item.refused]
+    different = [item for item in sampled if item.text("sample", 0) != item.text("sample", 1)]
 
     def drawn(item: Item) -> Principle:
         return draw_principle(principles, runner.seed, item.prompt_id, "choice", 0)

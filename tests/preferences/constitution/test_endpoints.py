@@ -12,6 +12,7 @@ import pytest
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, read_jsonl
+from ppo_vs_dpo.models.sampling.chat import Refused
 from ppo_vs_dpo.preferences.config import Endpoint
 from ppo_vs_dpo.preferences.constitution.endpoints import HARD_LOGIT, EndpointError, OpenAIModel, Request
 from tests.preferences.conftest import log_of, make_run, run_here, run_step, with_policy
@@ -182,6 +183,35 @@ def test_a_judge_that_says_neither_is_asked_again_and_then_given_up(server):
         list(model_of(server).choose([ask()]))
 
 
+REFUSING = {
+    "content filter": (
+        400,
+        {"error": {"message": "The prompt triggered the content filter.", "code": "content_filter"}},
+    ),
+    "too long": (400, {"error": {"message": "maximum context length is 8 tokens"}}),
+    "too long, as a fault of the server's": (500, {"error": {"message": "prompt exceeds the context window"}}),
+    "forbidden by a filter": (403, {"error": {"message": "flagged by moderation"}}),
+}
+
+
+@pytest.mark.parametrize("trouble", REFUSING.values(), ids=REFUSING)
+def test_one_refused_request_does_not_cost_the_others(server, trouble):
+    server.behave = lambda number, body: trouble if "bad" in body["messages"][-1]["content"] else (200, reply("A"))
+    requests = [ask(text) for text in ("bad", "good", "bad", "fine")]
+    for found in (dict(model_of(server).answer(requests)), dict(model_of(server).choose(requests))):
+        assert {number for number, one in found.items() if isinstance(one, Refused)} == {0, 2}
+    assert len(server.requests) == 8  # what is refused is not asked again
+
+
+def test_an_endpoint_that_refuses_everything_stops(server):
+    server.behave = lambda number, body: REFUSING["content filter"]
+    with pytest.raises(EndpointError, match=r"content filter.*answered none"):
+        list(model_of(server).answer([ask(f"q{i}") for i in range(40)]))
+    assert 16 <= len(server.requests) <= 24
+    with pytest.raises(EndpointError, match="answered none"):
+        list(model_of(server).answer([ask()]))
+
+
 def test_no_key_and_no_name_are_errors(monkeypatch):
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     with pytest.raises(UserError, match="NO_SUCH_KEY is not set"):
@@ -240,6 +270,39 @@ def test_a_run_against_an_endpoint_that_dies_keeps_what_was_done_and_goes_on(ser
     for path in run.rglob("*"):
         if path.is_file() and "sft" not in path.parts:
             assert KEY.encode() not in path.read_bytes(), path
+
+
+def test_a_run_leaves_out_what_the_endpoint_refuses_and_counts_it(server, tmp_path, testbed_policy):
+    """The critic refuses every fifth prompt; the run goes on, and asks for nothing twice."""
+    refused: set[str] = set()
+
+    def behave(number, body):
+        first = body["messages"][0]["content"]
+        asked = len(body["messages"]) > 1 and sum(map(ord, first)) % 5 == 0
+        if asked:
+            refused.add(first)
+        return REFUSING["content filter"] if asked else (200, reply(f"Answer {number}."))
+
+    endpoint = {"kind": "openai", "model": "m", "base_url": server.url, "api_key_env": "TEST_KEY", "retries": 0}
+    data = {
+        "source": "constitution",
+        "constitution": "testbed",
+        "rounds": 1,
+        "helper": endpoint,
+        "critic": endpoint,
+        **{"train_prompts": 20, "test_prompts": 4, "heldout_prompts": 4, "sft_examples": 30},
+    }
+    run = with_policy(make_run(tmp_path / "run", data), testbed_policy)
+    run_here(run, "data")
+    server.behave = behave
+    run_here(run, "pairs")
+    assert refused
+    figures = read_json(run / "pairs" / "done.json")["figures"]
+    assert figures["left_out"]["refused"] == len(refused)
+    assert figures["pair_set"]["n_train"] + figures["pair_set"]["n_test"] + len(refused) == 24
+    asked = len(server.requests)
+    run_here(run, "pairs")
+    assert len(server.requests) == asked
 
 
 def test_the_key_is_in_nothing_that_a_failing_process_leaves(server, tmp_path, testbed_policy):
