@@ -21,7 +21,9 @@ class UserError(Exception):
 
 def explain_os_error(error: OSError) -> str | None:
     """One sentence for an operating-system error that a user can act on, or ``None`` for all others."""
-    place = f" ({error.filename})" if error.filename else ""
+    # A rename has two names: what was written bears a temporary one.
+    where = error.filename2 or error.filename
+    place = f" ({where})" if where else ""
     number = error.errno
     if number in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full{place}. Free some space and start the same command again: finished work is kept."

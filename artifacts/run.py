@@ -135,6 +135,13 @@ class RunFolder:
         )
         return aside
 
+    def begun_again(self, name: str, fingerprint: str, parts: dict[str, str]) -> None:
+        """Write a finished stage's ``started.json`` where it has none that can be read."""
+        marker = self.stage_dir(name) / "started.json"
+        if read_marker(marker, set_aside=True, keys=STARTED_KEYS) is None:
+            made = self.made_by(name)  # its last word says it, too
+            write_json(marker, {"fingerprint": fingerprint, "parts": parts, "made_by": made})
+
     def _others(self, name: str) -> list[dict]:
         return [one for one in self.made_by(name) if differences(one, made_by())]
 

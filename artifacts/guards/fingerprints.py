@@ -55,6 +55,8 @@ NAMES = frozenset(
     }
     | {"logging_strategy", "head_init", "value_from", "loss_type", "target_modules", "base_url", "api_key_env"}
 )
+# A word with neither a slash nor a dot is a name, but for keys that hold a place, and there but for these words.
+BARE, PLACES, WORDS = re.compile(r"[\w-]+\Z"), ("path", "completions", "few_shot", "reward_model"), ("testbed",)
 # Where our own files lie that a configuration names without a path: key -> folder in configs/.
 OURS = {"template": "judge", "constitution": "constitution"}
 CONFIGS = ROOT / "configs"
@@ -163,6 +165,8 @@ def content_of(text: str, key: str, digests: Digests) -> str | None:
         return None
     if name in OURS and (ours := CONFIGS / OURS[name] / f"{text}.yaml").is_file():
         return digests.of(ours)
+    if BARE.match(text) and (not name.endswith(PLACES) or text in WORDS):
+        return None  # `ppo.reward=reward_model` is no folder, though one of that name may lie where one types
     path = Path(text).expanduser()
     try:
         if path.exists():

@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError, say, warn
-from ppo_vs_dpo.artifacts.files import sha256_of, write_text
+from ppo_vs_dpo.artifacts.files import read_marker, sha256_of, write_text
 from ppo_vs_dpo.artifacts.guards import replaced
 from ppo_vs_dpo.artifacts.guards.versions import differences, made_by
 from ppo_vs_dpo.artifacts.run import STAGES, RunFolder
@@ -66,10 +66,22 @@ def run_pipeline(config: DictConfig) -> int:
                 execute(run, todo, overview)
             write_manifest(run)
         else:
+            make_whole(run, jobs)
             say(f"{folder}: everything is done; nothing changed.\n")
         say_verdict(run)
         publish(run, list(config.stages))
     return 0
+
+
+def make_whole(run: RunFolder, jobs: list[graph.Job]) -> None:
+    """Write again what a finished run has lost beside its results: its manifest, and what each stage began with."""
+    manifest = run.path("manifest.json")
+    if read_marker(manifest, set_aside=True) is None:
+        write_manifest(run)
+        warn(f"{manifest} was gone or could not be read; it is written again.\n")
+    for job in jobs:
+        if job.state == "done":
+            run.begun_again(job.name, job.fingerprint, job.parts)
 
 
 def depends_on(jobs: list[graph.Job], todo: list[graph.Job]) -> dict[str, str]:

@@ -100,6 +100,11 @@ def cases() -> list[Case]:
     return found
 
 
+def state_of(path: Path) -> bytes | str:
+    """A file's bytes, or what stands in its place."""
+    return path.read_bytes() if path.is_file() else "a folder" if path.is_dir() else "nothing"
+
+
 def spoil(case: Case, calm: small.Calm, run: Path) -> None:
     """Make the run in which one file is spoilt."""
     if not case.stage:
@@ -124,6 +129,7 @@ def look(case: Case, calm: small.Calm, run: Path, judge: small.Judge) -> dict[st
         it), ``traceback``, ``unseen`` (other bits, and not a word) or ``other``.
     """
     spoil(case, calm, run)
+    spoilt = state_of(run / case.name)
     last = case.stage or small.STAGES[-1]
     stages = list(small.STAGES[: small.STAGES.index(last) + 1])
     more = [*calm.more, f"stages=[{','.join(stages)}]"]
@@ -148,6 +154,9 @@ def look(case: Case, calm: small.Calm, run: Path, judge: small.Judge) -> dict[st
         return {"end": "other" if where in words else "unseen", "words": f"{lost[:4]} {words[:300]}"}
     if again and "judge_replies" not in case.name:
         return {"end": "other", "words": f"{again} replies were asked for again"}
+    path = run / case.name
+    if not case.stage and not case.name.startswith("cache/") and where not in words and spoilt == state_of(path):
+        return {"end": "unseen", "words": f"{case.name} is as it was spoilt"}
     return {"end": "mended", "words": next((line for line in words.splitlines() if where in line), "")[:200]}
 
 

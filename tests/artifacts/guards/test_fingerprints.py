@@ -47,6 +47,30 @@ def test_a_changed_input_of_the_first_stage_reaches_all(tmp_path):
     assert changed(config, lambda: file.write_text("two")) == set(guard.NEEDS)
 
 
+def test_names_are_no_folders_that_happen_to_lie_where_one_types(tmp_path, monkeypatch):
+    """`reward_model`, `tensorboard`, `transformers`: in a clone, or where a tracker writes, such a folder changes."""
+    from ppo_vs_dpo.pipeline.composing.compose import load
+    from ppo_vs_dpo.pipeline.composing.words import experiments
+
+    monkeypatch.chdir(tmp_path)
+    for experiment in experiments():
+        config = OmegaConf.to_container(
+            load([f"experiment={experiment}", "model.path=x"], check_missing=False), resolve=True
+        )
+        words = {text for key, text in guard.leaves(config, "") if guard.BARE.match(text) and text != "x"}
+        assert len(words) > 10
+
+        def make(words=words, experiment=experiment):
+            for word in words:
+                (tmp_path / word).mkdir(exist_ok=True)
+                (tmp_path / word / "file").write_text(experiment)
+
+        assert changed(config, make) == set(), experiment
+    (tmp_path / "pairs").mkdir(exist_ok=True)
+    config = {"data": {"source": "files", "path": "pairs"}}
+    assert changed(config, lambda: (tmp_path / "pairs" / "a.jsonl").write_text("x")) == set(guard.NEEDS)
+
+
 def test_an_adapter_s_base_counts(tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     for folder in (base, adapter):

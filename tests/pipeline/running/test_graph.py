@@ -14,7 +14,7 @@ from ppo_vs_dpo.compare.stage import of_several_versions
 from ppo_vs_dpo.pipeline.cli import with_config_dir
 from ppo_vs_dpo.pipeline.composing.compose import load
 from ppo_vs_dpo.pipeline.running import graph
-from ppo_vs_dpo.pipeline.running.run import check_versions
+from ppo_vs_dpo.pipeline.running.run import check_versions, make_whole
 
 CONFIG = {
     "experiment": "toy",
@@ -191,3 +191,25 @@ def test_an_interrupted_stage_of_another_version_needs_a_word(finished, monkeypa
     write_json(run.stage_dir("sft") / "started.json", {**started, "made_by": [{**made_by(), "trl": "0.1"}]})
     with pytest.raises(UserError, match=rf"sft: trl 0\.1 there, {re.escape(made_by()['trl'])} here"):
         check_versions(run, jobs, graph.select(jobs, ["sft"]))
+
+
+def test_a_finished_run_s_lost_notes_are_written_again(finished, capsys):
+    """The manifest, and what a stage began with, are no results: no stage is made again for them."""
+    config, write = finished
+    run = write({**config, "launch": {}})
+    started = read_json(run.stage_dir("sft") / "started.json")
+    (run.stage_dir("sft") / "started.json").unlink()
+    (run.stage_dir("dpo") / "started.json").write_text("[")
+    run.path("manifest.json").write_text("{")
+    make_whole(run, graph.build(run))
+    for name in ("sft", "dpo"):
+        again = read_json(run.stage_dir(name) / "started.json")
+        assert again["parts"].keys() == started["parts"].keys()
+        assert again["made_by"] == [made_by()]
+    assert read_json(run.path("manifest.json"))["seed"] == 1
+    said = capsys.readouterr().err
+    assert "manifest.json was gone or could not be read" in said
+    assert "dpo/started.json cannot be read" in said
+    assert set(states(run).values()) == {"done"}
+    make_whole(run, graph.build(run))
+    assert capsys.readouterr().err == ""
