@@ -195,7 +195,7 @@ def run_ours(folder: Path, case: str) -> None:
     )  # fmt: skip
     collect, kept = trainer.collect, {}
 
-    def fixed(prompt_ids, seeds, reference=False):
+    def fixed(prompt_ids, sampling, seeds):
         rows = [responses[tuple(ids)] for ids in prompt_ids]
         return [Generated(row, row[-1] == EOS) for row in rows]
 
@@ -203,7 +203,7 @@ def run_ours(folder: Path, case: str) -> None:
         kept["rollout"] = collect(update, clock)
         return kept["rollout"]
 
-    trainer.sample, trainer.collect = fixed, keep
+    trainer.roles.engine.generate, trainer.collect = fixed, keep
     trainer.train()
     rollout = kept["rollout"]
     logged = next(row for row in trainer.state.log_history if "loss/policy_avg" in row)

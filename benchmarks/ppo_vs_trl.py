@@ -252,13 +252,14 @@ def run_ours(workload: Workload, steps: int, folder: str, bf16: bool) -> None:
         train_dataset=Dataset.from_dict({"input_ids": prompt_ids(workload)}),
         callbacks=[step_end(turns, steps, figures)],
     )  # fmt: skip
-    update = turns.timed("train", trainer._update)
+    update = turns.timed("train", trainer.update)
 
     def watched(rollout, number):
         seen["prompts"], seen["responses"] = rollout.prompt_mask.sum(1).tolist(), rollout.lengths().tolist()
         return update(rollout, number)
 
-    trainer.sample, trainer._update = turns.timed("generate", trainer.sample), watched
+    engine = trainer.roles.engine
+    engine.generate, trainer.update = turns.timed("generate", engine.generate), watched
     trainer.train()
 
 
