@@ -38,6 +38,7 @@ from ppo_vs_dpo.compare.report.verdict import sentences, warnings, would_change
 from ppo_vs_dpo.compare.sampling.completions import Draws, split_draws
 from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender, along_training, contenders_of
 from ppo_vs_dpo.compare.sampling.gather import Gatherer, heldout_accuracy, model_config_of, score_all
+from ppo_vs_dpo.compare.sampling.heldout import written_answers
 from ppo_vs_dpo.compare.sampling.policies import (
     REFERENCE,
     Policy,
@@ -126,7 +127,18 @@ def run_compare(context: StageContext) -> None:
         "trained": trained(context),
         "judges": judges,
         "names": {REFERENCE: context.run.config.given.shown} if is_given(context.run) else {},
-        **figures(contenders, checkpoints, draws, scored, tables, found.logprobs, settings, how, found.learned),
+        **figures(
+            contenders,
+            checkpoints,
+            draws,
+            scored,
+            tables,
+            found.logprobs,
+            settings,
+            how,
+            found.learned,
+            written_answers(found.pairs, prompts.ids),
+        ),
         "optimum": optimal_figures(contenders, draws, scoring, found.enumerated, context.run, settings, how),
         "reward_model": reward_model_figures(context),
     }

@@ -15,6 +15,7 @@ from ppo_vs_dpo.compare.estimates.win_rates import PairTable, Settings, reverse
 from ppo_vs_dpo.compare.judges.scores import preference_by_score
 from ppo_vs_dpo.compare.sampling.completions import Draws
 from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender, uniform
+from ppo_vs_dpo.compare.sampling.heldout import agreement_with_labels
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Prompts
 from ppo_vs_dpo.compare.statistics.intervals import LEAST_SHARE, Interval, Spread, spread, wilson, win_rate_p
 from ppo_vs_dpo.compare.statistics.significance import detectable_gap, holm, label_permutation_p
@@ -268,8 +269,20 @@ def pooled_policy(runs: list[Run], name: str, settings: Settings) -> dict[str, A
         entry[key] = mean_of([report.get(key) for report in reports])
     entry["quality"] = {key: mean_of([r["quality"][key] for r in reports]) for key in reports[0]["quality"]}
     moved = [report.get("displacement") for report in reports]
-    entry["displacement"] = {key: mean_of([m[key] for m in moved]) for key in moved[0]} if all(moved) else None
+    entry["displacement"] = pooled_displacement(moved) if all(moved) else None
     return entry
+
+
+def pooled_displacement(moved: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over runs. Runs share their held-out pairs: the interval is that of one run's number of pairs."""
+    implicit = [one["implicit_reward"] for one in moved]
+    found: dict[str, Any] = {key: mean_of([m[key] for m in moved]) for key in moved[0] if key != "implicit_reward"}
+    found["implicit_reward"] = (
+        agreement_with_labels(*(float(np.mean([one[key] for one in implicit])) for key in ("right", "n")))
+        if all(implicit)
+        else None
+    )
+    return found
 
 
 def pooled_point(

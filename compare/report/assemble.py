@@ -1,5 +1,6 @@
 """Everything in a report that is computed from draws and judgements."""
 
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
@@ -35,6 +36,7 @@ def figures(
     settings: CompareStage,
     how: Settings,
     learned: dict[str, dict[str, Any]],
+    answers: Sequence[str | None],
 ) -> dict[str, Any]:
     """All figures of the report.
 
@@ -48,6 +50,7 @@ def figures(
         settings: of the stage.
         how: of all intervals and tests.
         learned: policy -> what was learned while its completions were drawn.
+        answers: ``P`` chosen answers of held-out pairs to the same prompts, where there are any.
     """
     judges, all_judges = list(scored), list(tables)
     pool = pool_of(draws)
@@ -55,7 +58,7 @@ def figures(
     policies = {c.name: describe(c, judges, how, logprobs.get(c.name)) for c in contenders}
     steps = {c.name: describe(c, judges, how, None) for c in checkpoints}
     for contender in contenders:
-        policies[contender.name]["quality"] = quality(contender, shown_columns(contender))
+        policies[contender.name]["quality"] = quality(contender, shown_columns(contender), answers)
         policies[contender.name]["displacement"] = learned.get(contender.name, {}).get("displacement")
     controls = [found for judge in judges if (found := control(baseline, pool, judge, how, len(judges)))]
     lengths = {c.name: c.length() for c in contenders}

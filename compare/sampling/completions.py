@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from transformers import PreTrainedModel
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, read_parquet, sha256_of, write_json, write_parquet
 from ppo_vs_dpo.artifacts.guards.versions import DECISIVE, versions
 from ppo_vs_dpo.compare.config import CompareStage
+from ppo_vs_dpo.compare.sampling.heldout import on_heldout_pairs
 from ppo_vs_dpo.compare.sampling.kl import sequence_kl
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Policy, Prompts
 from ppo_vs_dpo.models.loading.config import ModelConfig
@@ -27,10 +27,10 @@ from ppo_vs_dpo.models.loading.pretrained import (
 from ppo_vs_dpo.models.passes.inference import Frozen, Ranks
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate, row_seed
 from ppo_vs_dpo.models.text.encoding import encode_prompts
-from ppo_vs_dpo.models.text.prompts import decode_completion, encode_completion
+from ppo_vs_dpo.models.text.prompts import decode_completion
 
 # Bumped when the meaning of a column changes: older files are then drawn again.
-LAYOUT = 2
+LAYOUT = 3
 MEASURES = ("kl", "k1", "k3", "logprob", "reference_logprob")
 
 
@@ -155,7 +155,7 @@ def draw(
     anything.
 
     Returns:
-        One row a completion, and what else was learned while the model was loaded (`displacement`, cost).
+        One row a completion, and what else was learned while the model was loaded (`on_heldout_pairs`, cost).
 
     Raises:
         UserError: another vocabulary than the reference's.
@@ -185,7 +185,9 @@ def draw(
     table = pa.concat_tables(tables)
     extra = {
         "measurable": measurable,
-        "displacement": displacement(frozen.model, reference, seed) if measurable and not policy.checkpoint else None,
+        "displacement": on_heldout_pairs(frozen.model, reference, seed)
+        if measurable and not policy.checkpoint
+        else None,
         "tokens_generated": int(np.sum(table["tokens"].to_numpy())),
         "seconds": round(time.monotonic() - started, 3),
         "parameters": frozen.count_parameters(),
@@ -256,33 +258,6 @@ def draw_part(
             **measures,
         }
     )
-
-
-def displacement(model: PreTrainedModel, reference: Reference, seed: int, limit: int = 128) -> dict[str, Any] | None:
-    """How log-probabilities of held-out chosen and rejected responses moved from the reference, in nats.
-
-    DPO widens the margin often by pushing *both* down (Rafailov et al. 2024; DPO's most asked question): then both
-    changes are negative and the margin is not.
-    """
-    if not reference.pairs:
-        return None
-    rows = np.random.default_rng([seed, 5]).permutation(len(reference.pairs))
-    # Answers of several turns hold others' words, whose log-probability nobody trained.
-    pairs = [pair for pair in (reference.pairs[int(row)] for row in rows) if _one_turn(pair)][:limit]
-    if not pairs:
-        return None
-    prompt_ids = encode_prompts(reference.tokenizer, [pair["prompt"] for pair in pairs])
-    change = {}
-    for side in ("chosen", "rejected"):
-        answers = [encode_completion(reference.tokenizer, pair[side]) for pair in pairs]
-        found = sequence_kl(model, reference.model, prompt_ids, answers, reference.tokenizer.pad_token_id)
-        change[side] = float(found.k1.mean())
-        change[f"{side}_reference"] = float(found.reference_logprob.mean())
-    return {**change, "margin": change["chosen"] - change["rejected"], "n_pairs": len(pairs)}
-
-
-def _one_turn(pair: dict[str, Any]) -> bool:
-    return all(isinstance(pair[side], str) or len(pair[side]) == 1 for side in ("chosen", "rejected"))
 
 
 def _same_tokens(policy: Policy, model: Any, tokenizer: Any, reference: Reference) -> bool:

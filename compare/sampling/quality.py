@@ -1,7 +1,8 @@
-"""What a reward does not see: diversity, repetition, perplexity under the reference, empty answers."""
+"""What a reward does not see: diversity, repetition, perplexity under the reference, empty answers, ROUGE."""
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -9,6 +10,8 @@ from ppo_vs_dpo.compare.sampling.contenders import Contender
 
 # Self-BLEU compares every completion with all others: quadratic, so on this many.
 SELF_BLEU_TEXTS = 100
+# ROUGE-L is quadratic in a text's words: of this many texts.
+ROUGE_TEXTS = 256
 
 
 def distinct_n(words: list[list[str]], n: int) -> float:
@@ -64,12 +67,27 @@ def self_bleu(words: list[list[str]], order: int = 4) -> float:
     return float(np.mean(scores))
 
 
-def quality(contender: Contender, columns: np.ndarray) -> dict[str, float | None]:
+def rouge_l(texts: Sequence[str], answers: Sequence[str | None]) -> float | None:
+    """Mean ROUGE-L F1 (Lin 2004) of texts against the answers to the same prompts; ``None`` where no answer is known.
+
+    By `rouge_score`, as `evaluate`'s metric of that name has it: without stemming, over words of a-z and 0-9.
+    """
+    known = [(text, answer) for text, answer in zip(texts, answers, strict=True) if answer is not None][:ROUGE_TEXTS]
+    if not known:
+        return None
+    from rouge_score.rouge_scorer import RougeScorer  # it imports nltk
+
+    scorer = RougeScorer(["rougeL"])
+    return float(np.mean([scorer.score(answer, text)["rougeL"].fmeasure for text, answer in known]))
+
+
+def quality(contender: Contender, columns: np.ndarray, answers: Sequence[str | None]) -> dict[str, float | None]:
     """Figures of one completion a prompt.
 
     Args:
         contender: the policy.
         columns: ``(P,)`` which draw of each prompt is read.
+        answers: ``P`` chosen answers of held-out pairs, ``None`` where a prompt has none.
     """
     draws = contender.draws
     per = draws.shape[1]
@@ -88,4 +106,5 @@ def quality(contender: Contender, columns: np.ndarray) -> dict[str, float | None
         if known.all() and tokens.sum()
         else None,
         "empty_rate": float(np.mean([not text.strip() for text in texts])),
+        "rouge_l": rouge_l(texts, answers),
     }
