@@ -15,7 +15,7 @@ from ppo_vs_dpo.compare.estimates.win_rates import PairTable, Settings, reverse
 from ppo_vs_dpo.compare.judges.scores import preference_by_score
 from ppo_vs_dpo.compare.sampling.completions import Draws
 from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender, uniform
-from ppo_vs_dpo.compare.sampling.heldout import agreement_with_labels
+from ppo_vs_dpo.compare.sampling.kl import agreement_with_labels
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Prompts
 from ppo_vs_dpo.compare.statistics.intervals import LEAST_SHARE, Interval, Spread, spread, wilson, win_rate_p
 from ppo_vs_dpo.compare.statistics.significance import detectable_gap, holm, label_permutation_p

@@ -155,7 +155,7 @@ def _draw_points(
             (at_x, at_y),
             xytext=LABEL_AT[point["method"]],
             textcoords="offset points",
-            gid="point",
+            label="_point",
             fontsize=9 if main else 7.5,
             fontweight="bold" if main else "normal",
             color=style["color"],
@@ -171,7 +171,7 @@ AROUND = [(6, 5), (6, -11), (-6, 5), (-6, -11), (0, 9), (0, -15), (12, -3), (-12
 def place_labels(axis: Any) -> None:
     """Move the names of points to where they cover no point and no other name, as far as there is room."""
     dots = 72 / axis.figure.dpi
-    names = [text for text in axis.texts if text.get_gid() == "point"]
+    names = [text for text in axis.texts if text.get_label() == "_point"]
     taken = [axis.transData.transform(text.xy) * dots for text in names]
     boxes = [np.array([x - 4, y - 4, x + 4, y + 4]) for x, y in taken]
     for text, (x, y) in zip(names, taken, strict=True):

@@ -13,8 +13,7 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, read_parquet, sha256_of, write_json, write_parquet
 from ppo_vs_dpo.artifacts.guards.versions import DECISIVE, versions
 from ppo_vs_dpo.compare.config import CompareStage
-from ppo_vs_dpo.compare.sampling.heldout import on_heldout_pairs
-from ppo_vs_dpo.compare.sampling.kl import sequence_kl
+from ppo_vs_dpo.compare.sampling.kl import on_heldout_pairs, sequence_kl
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Policy, Prompts
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.pretrained import (

@@ -24,7 +24,7 @@ def boxes(figure):
     figure.canvas.draw()
     (axis,) = figure.axes
     renderer = figure.canvas.get_renderer()
-    names = [text for text in axis.texts if text.get_label() == "point"]
+    names = [text for text in axis.texts if text.get_label() == "_point"]
     return axis, names, [text.get_window_extent(renderer) for text in names]
 
 

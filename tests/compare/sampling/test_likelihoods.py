@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from ppo_vs_dpo.compare.estimates.quality import rouge_l
-from ppo_vs_dpo.compare.sampling.heldout import agreement_with_labels, on_heldout_pairs, written_answers
+from ppo_vs_dpo.compare.sampling.kl import agreement_with_labels, on_heldout_pairs, written_answers
+from ppo_vs_dpo.compare.sampling.quality import rouge_l
 from ppo_vs_dpo.models.text.encoding import encode_prompts
 from ppo_vs_dpo.models.text.prompts import encode_completion
 from ppo_vs_dpo.preferences.schema import prompt_id
