@@ -3,6 +3,7 @@
 ``delta`` is score(chosen) - score(rejected), ``(N,)``. A Bradley-Terry model claims P(chosen wins) = sigma(delta).
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -26,6 +27,12 @@ def pair_accuracy(delta: np.ndarray) -> Accuracy:
     # The interval is that of a whole number of wins; a tie is worth one half and rounds down.
     interval = binomtest(int(wins), len(delta)).proportion_ci(method="wilson")
     return Accuracy(float(wins / len(delta)), float(interval.low), float(interval.high), len(delta))
+
+
+def by_group(delta: np.ndarray, groups: Sequence[str | None]) -> dict[str, Accuracy]:
+    """Accuracy of the pairs of each group, in order of their names; pairs of no group are left out."""
+    names = np.array([group or "" for group in groups])
+    return {str(name): pair_accuracy(delta[names == name]) for name in np.unique(names) if name}
 
 
 def reliability(delta: np.ndarray, bins: int = 10) -> list[dict]:

@@ -92,6 +92,7 @@ def build_report(
         "reliability": table,
         "margin": margin_kind,
         "by_margin": calibration.by_margin(delta, margin, own_ceiling),
+        **_groups(pairs, delta),
         "longer_is_better": asdict(longer),
         "length_correlation": {
             "score": calibration.correlation(test["scores"].ravel(), lengths.ravel().astype(float)),
@@ -119,6 +120,18 @@ def _margins(pairs: Dataset, gold: np.ndarray | None, delta: np.ndarray) -> tupl
     if gold is not None:
         return "gold_difference", np.abs(gold[0] - gold[1])
     return "score_difference", np.abs(delta)
+
+
+def _groups(pairs: Dataset, delta: np.ndarray) -> dict[str, dict[str, Any]]:
+    """Accuracy by labelling batch and by the two policies that wrote, where data say them (Stiennon et al. 2020)."""
+    found, columns = {}, set(pairs.column_names)
+    if "batch" in columns:
+        found["by_batch"] = calibration.by_group(delta, pairs["batch"][:])
+    if {"chosen_policy", "rejected_policy"} <= columns:
+        wrote = zip(pairs["chosen_policy"][:], pairs["rejected_policy"][:], strict=True)
+        versus = [" against ".join(sorted(both)) if all(both) else None for both in wrote]
+        found["by_policies"] = calibration.by_group(delta, versus)
+    return {key: {name: asdict(one) for name, one in groups.items()} for key, groups in found.items() if groups}
 
 
 def _overfit(test: calibration.Accuracy, train: calibration.Accuracy) -> bool:

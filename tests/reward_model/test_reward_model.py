@@ -347,6 +347,23 @@ def test_each_fault_is_said_in_words(change, words):
     assert any(words in sentence for sentence in report["warnings"])
 
 
+def test_accuracy_by_batch_and_by_policies():
+    """Columns of TL;DR's comparisons; the pair of policies has no order; rows that do not say are left out."""
+    test, _ = fake_test_set(n=6)
+    right = [True, False, True, True, False, True]
+    delta = np.where(right, 1.0, -1.0)
+    batch = ["batch3", "batch3", "batch4", "batch4", "batch4", None]
+    wrote = ["sup1", "ref", "sup1", "ref", "ref", "sup1"], ["ref", "sup1", "sup1", "sup1", None, "ref"]
+    columns = {"batch": batch, "chosen_policy": wrote[0], "rejected_policy": wrote[1]}
+    pairs = Dataset.from_dict({**test["pairs"].to_dict(), **columns})
+    report = build_report({**test, "delta": delta, "pairs": pairs}, delta, SAMPLES, labels_from_gold=True)
+    found = {name: (one["accuracy"], one["n"]) for name, one in report["by_batch"].items()}
+    assert found == {"batch3": (0.5, 2), "batch4": (2 / 3, 3)}
+    found = {name: (one["accuracy"], one["n"]) for name, one in report["by_policies"].items()}
+    assert found == {"ref against sup1": (0.75, 4), "sup1 against sup1": (1.0, 1)}
+    assert "by_batch" not in build_report(test, delta, SAMPLES, labels_from_gold=False)
+
+
 def test_without_gold_the_ceiling_is_unknown_or_given():
     test, _ = fake_test_set(signal=0.1)
     bare = {**test, "pairs": test["pairs"].remove_columns(["chosen_score", "rejected_score"])}
