@@ -48,3 +48,5 @@ class RewardModelStage:
         for name in ("samples", "sample_max_new_tokens", "scoring_batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"reward_model.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.head and not self.path:
+            raise UserError("reward_model.head names the head of reward_model.path, and that is not set. Remove it.")

@@ -83,7 +83,14 @@ NO_EVALUATION: dict[str, Rule] = {
     "eval_packing": _refused(_NO_EVALUATION),
 }
 RULES: dict[str, dict[str, Rule]] = {
-    "sft": {**EVERYWHERE, **TRL, **NO_EVALUATION},
+    "sft": {
+        **EVERYWHERE,
+        **TRL,
+        **NO_EVALUATION,
+        "assistant_only_loss": _refused(
+            "the loss is on the assistant's words already, also in answers of several turns; remove it."
+        ),
+    },
     "reward_model": {
         **EVERYWHERE,
         **TRL,

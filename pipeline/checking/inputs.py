@@ -25,6 +25,7 @@ from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.artifacts.settings import key_of, split, unknown_keys
 from ppo_vs_dpo.artifacts.settings.values import of_another_type, out_of_range
 from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.pipeline.checking.late import compared, doubled, late
 from ppo_vs_dpo.pipeline.composing.schema import SECTIONS, load_class
 
 TRAINING = ("sft", "reward_model", "dpo", "ppo")
@@ -47,6 +48,7 @@ def problems(config: dict[str, Any], stages: list[str]) -> list[str]:
     found: list[str] = []
     for stage in TRAINING:
         if stage in stages:
+            found += doubled(OmegaConf.create(config), stage)
             for point in [{}, *points_of(OmegaConf.create(config), stage)]:
                 found += said(lambda stage=stage, point=point: arguments_of(config, stage, point), f"{stage}: ")
     model = said(lambda: architecture_of(config), "model: ")
@@ -63,6 +65,7 @@ def problems(config: dict[str, Any], stages: list[str]) -> list[str]:
     if "compare" in stages:
         found += judges(config)
         found += policies(config)
+        found += compared(config)
     return found
 
 
@@ -134,7 +137,14 @@ def _arguments(context: StageContext, values: dict[str, Any], own: Any, argument
             passed["eval_strategy"] = "no"
         if passed.get("load_best_model_at_end") is None:
             passed["load_best_model_at_end"] = can_choose_best(passed)
-    refuse_unknown_names(training_arguments(arguments, context, passed), stage)
+    made = training_arguments(arguments, context, passed)
+    refuse_unknown_names(made, stage)
+    launch = context.run.config.get("launch") or {}
+    processes = launch.get("processes") or 1
+    ranks = (processes if isinstance(processes, int) else 1) * int(launch.get("nodes") or 1)
+    wrong = list(late(made, stage, len(settings.rewards) if stage == "ppo" else 1, ranks))
+    if wrong:
+        raise UserError("\n".join(wrong))
 
 
 # What `trl.DPOTrainer` compares its settings with when the first loss is computed.

@@ -28,7 +28,7 @@ FREE = frozenset(
         "output_dir", "logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "log_level",
         "log_level_replica", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id",
         "trackio_bucket_id", "trackio_static_space_id", "num_eval_samples", "diagnose", "check_first_ratio",
-        "skip_memory_metrics", "debug", "include_num_input_tokens_seen", "logging_nan_inf_filter",
+        "skip_memory_metrics", "include_num_input_tokens_seen", "logging_nan_inf_filter",
         # evaluating and saving
         "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size", "bf16_full_eval",
         "fp16_full_eval", "eval_do_concat_batches", "eval_use_gather_object", "save_only_model", "save_strategy",

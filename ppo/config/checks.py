@@ -34,8 +34,13 @@ def problems(args) -> Iterator[str]:
         if one is None:  # Not in every version of transformers.
             continue
         default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
-        if getattr(args, name) not in (default, None):
+        # Some are empty text by default, and an empty list once transformers has read them.
+        if (value := getattr(args, name)) not in (default, None) and value != []:
             yield f"ppo.{name} has no meaning in PPO: {why}. Leave it out."
+    if any(not text for text in args.stop_strings or ()):
+        yield "ppo.stop_strings has an empty text: every response would end before it began."
+    if any(not text for text in args.stop_strings or ()):
+        yield "ppo.stop_strings has an empty text: every response would end before it began."
     positive = (
         "response_length",
         "samples_per_prompt",

@@ -79,4 +79,5 @@ UNUSED = {
     "include_for_metrics": "evaluation is PPO's own",
     "prediction_loss_only": "evaluation is PPO's own",
     "label_names": "there are no labels",
+    "debug": "transformers' own loop reads it",
 }

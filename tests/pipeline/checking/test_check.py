@@ -43,6 +43,8 @@ AT_ONCE = [
     ("compare.batch_size=0", "compare.batch_size is 0"),
     ("compare.other_temperatures=[0.5,-1]", "compare.other_temperatures is -1"),
     ("reward_model.head_init=one", "head_init is 'one'"),
+    ("reward_model.head=v_head", "names the head of reward_model.path, and that is not set"),
+    ("sft.assistant_only_loss=true", "sft.assistant_only_loss: the loss is on the assistant's words already"),
     ("launch.processes=0", "launch.processes is 0"),
 ]
 # What needs the argument classes, the model or the user's files is said by the check, all at once.
@@ -56,6 +58,51 @@ LATER = {
     "compare.policies={a: {path: /nowhere}}": "/nowhere does not exist",
     "compare.judges=[{kind: llm, model: x, template: nope}, {kind: nun}, {kind: function, function: 'a.b:c'}]": "nope",
 }
+
+
+# What stages and TRL's trainers say only when they get there: (key, value, words).
+ONLY_THERE = [
+    ("sft.lr_scheduler_kwargs", {"num_cycle": 1}, "sft.lr_scheduler_kwargs do not fit lr_scheduler_type=linear"),
+    ("sft.optim_args", "xx", "sft.optim=adamw_torch"),
+    ("sft.padding_free", True, "sft.padding_free: TRL refuses it beside max_length"),
+    ("sft.save_strategy", "best", "sft.save_strategy=best saves at evaluations, and there are none"),
+    ("ppo.num_mini_batches", 100000, "cannot be cut into 100000 equal minibatches"),
+    ("ppo.reward_weights", [1.0, 2.0], "ppo.reward_weights has 2 entries for 1 rewards"),
+    ("ppo.stop_strings", [""], "ppo.stop_strings has an empty text"),
+    ("ppo.debug", "underflow_overflow", "ppo.debug has no meaning in PPO"),
+    ("ppo.sweep", {"kl_coef": [0.1, 0.1]}, "ppo.sweep.kl_coef has 0.1 twice"),
+    ("dpo.sync_ref_model", True, "dpo.sync_ref_model moves the reference"),
+    ("compare.best_of", {"nobody": [4]}, "compare.best_of.nobody: no policy of this run"),
+    ("compare.best_of", {"ppo": [0]}, "compare.best_of.ppo is [0]"),
+    ("compare.checkpoints", {"pppo": [1]}, "compare.checkpoints.pppo: ppo and dpo have checkpoints. Did you mean"),
+    ("compare.checkpoints", {"dpo": [0]}, "compare.checkpoints.dpo is [0]"),
+    ("compare.policies", {"ppo": {"path": "x"}}, "compare.policies.ppo: ppo is this run's own"),
+    ("compare.policies", {"a": {}}, "compare.policies.a: give path"),
+    ("compare.judges", [{"kind": "function", "function": "nope"}], "it must be module:function"),
+    ("compare.judges", [{"kind": "function"}], "needs function"),
+    ("compare.judges", [{"kind": "reward_model", "name": "gold", "path": "x"}], "the name gold is taken"),
+]
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+    return OmegaConf.to_container(load(["experiment=quickstart"]), resolve=True)
+
+
+@pytest.mark.parametrize(("key", "value", "message"), ONLY_THERE, ids=[f"{k}={v}" for k, v, _ in ONLY_THERE])
+def test_what_only_the_stage_would_find_out_is_said_before(quickstart, key, value, message):
+    section, name = key.split(".")
+    config = {**quickstart, section: {**quickstart[section], name: value}}
+    if name == "sync_ref_model":
+        config[section]["precompute_ref_log_probs"] = True
+    found = problems(config, [section])
+    assert any(message in one for one in found), found
+    assert not any("\n" in one or "Traceback" in one for one in found)
+
+
+def test_a_sweep_s_point_may_be_sampled_from(quickstart):
+    config = {**quickstart, "compare": {**quickstart["compare"], "best_of": {"ppo,kl_coef=0.1": [4]}}}
+    assert problems(config, ["compare"]) == []
 
 
 @pytest.mark.parametrize(("override", "message"), AT_ONCE)

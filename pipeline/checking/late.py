@@ -1,0 +1,112 @@
+"""What TRL, transformers and the stages find out only once they are there, hours later: looked at beforehand."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments
+from transformers.optimization import get_scheduler
+
+from ppo_vs_dpo.artifacts.guards.fingerprints import points_of
+from ppo_vs_dpo.artifacts.settings import nearest
+
+
+def late(made: TrainingArguments, stage: str, rewards: int = 1, ranks: int = 1) -> Iterator[str]:
+    """A sentence for each setting that makes a stage fail, or do nothing, after it has begun.
+
+    Args:
+        made: the stage's arguments.
+        stage: its name.
+        rewards: parts of PPO's reward.
+        ranks: processes that it runs on.
+    """
+    yield from _schedule(made, stage)
+    if made.save_strategy == "best" and made.eval_strategy == "no":
+        yield f"{stage}.save_strategy=best saves at evaluations, and there are none: use steps, epoch or no."
+    if stage == "sft" and made.padding_free and not made.packing and made.max_length is not None:
+        yield (
+            "sft.padding_free: TRL refuses it beside max_length. Padding is skipped already where the model allows "
+            "it: remove it."
+        )
+    if stage == "dpo" and made.precompute_ref_log_probs and made.sync_ref_model:
+        yield "dpo.sync_ref_model moves the reference, and precompute_ref_log_probs takes it once: set one to false."
+    if stage == "ppo":
+        yield from _ppo(made, rewards, ranks)
+
+
+def _schedule(made: TrainingArguments, stage: str) -> Iterator[str]:
+    """Optimizer and schedule, made for one weight as the trainer will make them for all."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(made)
+    except (ValueError, ImportError, TypeError) as error:
+        yield f"{stage}.optim={getattr(made.optim, 'value', made.optim)}: {str(error).strip().splitlines()[0]}"
+    try:
+        get_scheduler(
+            made.lr_scheduler_type,
+            torch.optim.SGD([weight], lr=1.0),
+            num_warmup_steps=0,
+            num_training_steps=10,
+            scheduler_specific_kwargs=made.lr_scheduler_kwargs or None,
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        said = str(error).strip().splitlines()[0]
+        yield f"{stage}.lr_scheduler_kwargs do not fit lr_scheduler_type={made.lr_scheduler_type.value}: {said}"
+
+
+def _ppo(made: Any, rewards: int, ranks: int) -> Iterator[str]:
+    weights = made.reward_weights
+    if weights is not None and len(weights) != rewards:
+        yield f"ppo.reward_weights has {len(weights)} entries for {rewards} rewards; give one each."
+    made.rollout_size(ranks)  # raises a UserError of its own
+
+
+def compared(config: dict[str, Any]) -> Iterator[str]:
+    """A sentence for each name in ``compare`` that stands for nothing, or for two things."""
+    compare = config.get("compare") or {}
+    own = ["sft", "ppo", "dpo"]
+    given = compare.get("policies") or {}
+    for name, source in given.items():
+        where = f"compare.policies.{name}"
+        if name in own:
+            yield f"{where}: {name} is this run's own; give it another name."
+        elif not isinstance(source, dict) or not {"path", "completions"} & {k for k, v in source.items() if v}:
+            yield f"{where}: give path (a model) or completions (a file)."
+    models = [
+        "ppo",
+        "dpo",
+        *(name for name, source in given.items() if isinstance(source, dict) and source.get("path")),
+    ]
+    for name, ns in (compare.get("best_of") or {}).items():
+        if name.split(",")[0] not in models:  # a sweep's point is ppo,kl_coef=0.1
+            yield f"compare.best_of.{name}: no policy of this run that can be sampled.{nearest(name, models)}"
+        if not (isinstance(ns, list) and ns and all(type(n) is int and 1 <= n <= 1024 for n in ns)):
+            yield f"compare.best_of.{name} is {ns!r}; it must be a list of values of n, [4, 16]."
+    for stage, steps in (compare.get("checkpoints") or {}).items():
+        if stage not in ("ppo", "dpo"):
+            yield f"compare.checkpoints.{stage}: ppo and dpo have checkpoints.{nearest(stage, ['ppo', 'dpo'])}"
+        elif steps != "all" and any(not isinstance(step, int) or step < 1 for step in steps or []):
+            yield f"compare.checkpoints.{stage} is {steps}; steps from 1 on, or all."
+    names: set[str] = set()
+    for number, entry in enumerate(compare.get("judges") or []):
+        if not isinstance(entry, dict):
+            continue  # `inputs.judges` says so
+        where, kind = f"compare.judges[{number}]", entry.get("kind")
+        needed = {"function": "function", "reward_model": "path"}.get(str(kind))
+        if needed and not entry.get(needed):
+            yield f"{where}: a judge of the kind {kind} needs {needed}."
+        if kind == "function" and entry.get("function") and ":" not in str(entry["function"]):
+            yield f"{where}.function is {entry['function']!r}; it must be module:function or file.py:function."
+        name = entry.get("name") or kind
+        if name in names or name in ("gold", "reward_model"):
+            yield f"{where}: the name {name} is taken; judges need names of their own."
+        names.add(name)
+
+
+def doubled(config: Any, stage: str) -> Iterator[str]:
+    """A sentence for each value that a sweep has twice: both would be one job in one folder."""
+    points = points_of(config, stage)
+    for number, point in enumerate(points):
+        if point in points[:number]:
+            (key, value), *_ = point.items()
+            yield f"{stage}.sweep.{key} has {value} twice."
