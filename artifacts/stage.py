@@ -18,7 +18,7 @@ from ppo_vs_dpo.artifacts.files import read_marker, write_json
 from ppo_vs_dpo.artifacts.guards import locks, refusals
 from ppo_vs_dpo.artifacts.guards.digests import Digests
 from ppo_vs_dpo.artifacts.guards.fingerprints import NEEDS, fingerprint_of
-from ppo_vs_dpo.artifacts.guards.processes import beat, die_with_parent
+from ppo_vs_dpo.artifacts.guards.processes import beat, die_with_parent, lose_no_interrupt
 from ppo_vs_dpo.artifacts.resources import peak_memory
 from ppo_vs_dpo.artifacts.run import RunFolder, point_name
 
@@ -143,6 +143,7 @@ def stage_main(
         parser.add_argument("--point", default="", help="a point of a sweep, e.g. kl_coef=0.0")
     parser.add_argument("--fingerprint", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    lose_no_interrupt()
     code = 1
     try:
         with contextlib.ExitStack() as held:

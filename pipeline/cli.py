@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 from ppo_vs_dpo.artifacts.errors import UserError, explain_os_error, printable, say, warn
+from ppo_vs_dpo.artifacts.guards.processes import lose_no_interrupt
 from ppo_vs_dpo.artifacts.run import STAGES
 from ppo_vs_dpo.pipeline.composing.words import with_experiment
 
@@ -75,6 +76,7 @@ def interrupt_on_termination() -> None:
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
+    lose_no_interrupt()
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) == signal.SIG_DFL:

@@ -16,9 +16,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # In the environment of every process of a command, and so of everything they start.
 MARK = "PPO_VS_DPO_COMMAND"
@@ -40,6 +42,8 @@ for again in range(3):
                 pass
 """
 
+# Seconds after which an interrupt comes again that was ignored.
+AGAIN = 0.05
 # Seconds between two beats of a rank, and after which one is not alive any more that others have outlived.
 BEAT, SILENT = 5.0, 40.0
 # Not a thread: a library that holds the interpreter for minutes (writing a large file) would look like a dead rank.
@@ -69,6 +73,28 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:  # it died in between
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def lose_no_interrupt() -> None:
+    """Let a Ctrl-C that falls where Python ignores exceptions come again.
+
+    While a process is forked, and in finalizers, an exception is printed and forgotten: a run that one wanted to stop
+    would go on for days.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            before(unraisable)
+            return
+        # A moment later: at once, it would be raised in here, and ignored again.
+        number = signal.SIGINT if callable(signal.getsignal(signal.SIGINT)) else signal.SIGTERM
+        again = threading.Timer(AGAIN, os.kill, (os.getpid(), number))
+        again.daemon = True
+        with contextlib.suppress(RuntimeError):  # the interpreter is ending: there is nothing left to stop
+            again.start()
+
+    sys.unraisablehook = hook
 
 
 def marked(mark: str) -> list[int]:

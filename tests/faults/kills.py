@@ -22,7 +22,7 @@ from tests.faults import small
 
 # Seconds after a signal within which the command must have ended, and then everything that it started.
 GRACE, GONE = 60.0, 3.0
-KILLS_OF_AN_EPISODE = 4
+KILLS_OF_AN_EPISODE = 6
 # Of the command; of what it started; both; and how often each is taken.
 MODES = {
     "command KILL": 4, "command TERM": 2, "command INT": 2, "command INT twice": 2, "command HUP": 1,
@@ -31,7 +31,7 @@ MODES = {
 }  # fmt: skip
 # When: seconds after the command began; after the stage's process began; while it works; at a checkpoint, a file
 # being written, and the stage's end.
-MOMENTS = {"start": 2, "loading": 2, "work": 5, "checkpoint": 4, "writing": 3, "end": 3}
+MOMENTS = {"start": 3, "loading": 5, "work": 4, "checkpoint": 4, "writing": 3, "end": 2}
 WORKERS = tuple(f"ppo_vs_dpo.{room}" for room in ("preferences", "sft", "reward_model", "dpo", "ppo", "compare"))
 BARS = ("lost", "orphans", "hangs", "leftovers", "paid_twice", "tracebacks", "unsaid")
 
@@ -110,7 +110,7 @@ def wait_for(
     """
     folder, began = run / stage, time.time()
     before = checkpoints(folder)
-    more = {"start": 4.0, "loading": 6.0, "work": took, "checkpoint": 0.3, "writing": 0.02, "end": 0.5}[moment]
+    more = {"start": 4.0, "loading": 6.0, "work": 0.6 * took, "checkpoint": 0.3, "writing": 0.02, "end": 0.5}[moment]
     delay, fresh = random_.uniform(0.0, more), False
 
     def come() -> bool:

@@ -1,6 +1,7 @@
 """One command, and one set of processes for each stage; a second names the first."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -124,3 +125,34 @@ def test_marks_are_whole_names():
         for one in sleepers.values():
             one.kill()
             one.wait()
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_ctrl_c_that_falls_where_exceptions_are_ignored_comes_again(guarded):
+    """While a process is forked (as here), and in finalizers; without the guard the run goes on."""
+    code = f"""
+        import os, signal, subprocess, sys, time
+        from ppo_vs_dpo.artifacts.guards import processes
+        if {guarded}:
+            processes.lose_no_interrupt()
+        once = []
+
+        def hook():
+            if not once:
+                once.append(1)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        os.register_at_fork(after_in_parent=hook)
+        try:
+            subprocess.run([sys.executable, "-c", "pass"], preexec_fn=lambda: None, check=True)
+            time.sleep(1)
+            print("went on")
+        except KeyboardInterrupt:
+            print("stopped")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    # Tests that were started in the background have the signal ignored, and would hand that down.
+    allow = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, preexec_fn=allow)
+    assert ended.stdout == ("stopped\n" if guarded else "went on\n")
+    assert ("Traceback" in ended.stderr) != guarded
