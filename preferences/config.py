@@ -59,6 +59,7 @@ class GivenPairs:
         test_split: the Hub's split with test pairs.
         prompts_path: further prompts for PPO: a file with a column ``prompt`` or ``messages``.
         conversational: make messages of texts (true) or texts of messages (false); null: as they are.
+        rendered: write conversations out with the model's chat template, tools, tool calls and reasoning included.
         min_score_ratio: SHP: least ratio of the two comments' votes.
         dimension: PKU-SafeRLHF: ``helpful`` or ``safe``.
         drop_both_unsafe: PKU-SafeRLHF: leave out pairs without a safe response.
@@ -88,6 +89,7 @@ class GivenPairs:
     test_split: str | None = None
     prompts_path: str | None = None
     conversational: bool | None = None
+    rendered: bool = False
     min_score_ratio: float = 0.0
     dimension: str = "helpful"
     drop_both_unsafe: bool = False
@@ -109,6 +111,8 @@ class GivenPairs:
         for name in ("test_fraction", "heldout_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"data.{name} is {getattr(self, name)}; it must be at least 0 and less than 1.")
+        if self.rendered and self.conversational is not None:
+            raise UserError("data.rendered and data.conversational: rendered text is neither of the two; give one.")
         if self.sft not in ("chosen", "none"):
             raise UserError(f"data.sft is {self.sft!r}; it must be chosen or none.")
         if self.test_path is not None and self.test_split is not None:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import atomic_path, write_json
 from ppo_vs_dpo.artifacts.stage import StageContext
@@ -15,6 +17,7 @@ from ppo_vs_dpo.preferences.config import GivenPairs
 from ppo_vs_dpo.preferences.reading.as_read import said_of
 from ppo_vs_dpo.preferences.reading.importing import TokenLimits, stage_pairs
 from ppo_vs_dpo.preferences.reading.mappings import MappingOptions
+from ppo_vs_dpo.preferences.reading.mappings.rendered import Renderer
 from ppo_vs_dpo.preferences.reading.prompts import read_examples, read_prompts
 from ppo_vs_dpo.preferences.reading.readers import Placed, from_columns, is_local, read_files, read_hub
 from ppo_vs_dpo.preferences.reading.tables import (
@@ -47,8 +50,8 @@ def _rows(settings: GivenPairs, path: str, split: str) -> Iterator[Placed]:
     return read_hub(path, split, settings.subset, settings.revision, settings.streaming)
 
 
-def mapping_options(settings: GivenPairs) -> MappingOptions:
-    """What the mapping is told."""
+def mapping_options(settings: GivenPairs, tokenizer: PreTrainedTokenizerBase | None = None) -> MappingOptions:
+    """What the mapping is told; rendering needs the tokenizer of the model that reads the pairs."""
     return MappingOptions(
         columns=settings.columns,
         conversational=settings.conversational,
@@ -56,6 +59,7 @@ def mapping_options(settings: GivenPairs) -> MappingOptions:
         dimension=settings.dimension,
         drop_both_unsafe=settings.drop_both_unsafe,
         drop_both_safe=settings.drop_both_safe,
+        render=Renderer(tokenizer) if settings.rendered else None,
     )
 
 
@@ -110,7 +114,7 @@ def data_step(context: StageContext, settings: GivenPairs) -> None:
     # 1. Read and check. Test rows first: where both splits have a pair, the training split loses it.
     test_rows = source_rows(settings, test=True)
     test_prompts: set[int] = set()
-    common = (report, checker, mapping_options(settings), settings.format, limits)
+    common = (report, checker, mapping_options(settings, limits.tokenizer), settings.format, limits)
     if test_rows is not None:
         stage_pairs(test_rows, staging / "test.parquet", *common, progress=progress)
         test_prompts, checker.prompts = checker.prompts, set()

@@ -31,7 +31,7 @@ PROBLEMS: dict[str, Problem] = {
     "wrong_type": Problem("a field of the wrong type or form", "error"),
     "twice": Problem("two fields of one name, of which one would be lost", "error"),
     "unread": Problem("text that belongs to the prompt, in a column that is not read", "error"),
-    "not_text": Problem("tool calls, tools, reasoning beside the answer, images: not carried", "error"),
+    "not_text": Problem("tool calls, tools, reasoning beside the answer, images: not carried as they are", "error"),
     "not_assistant": Problem("an answer that does not begin and end with the assistant's words", "error"),
     "marks": Problem("the model's own marks (BOS, EOS, turns) inside a text", "error", may_keep=True),
     "template": Problem("a conversation that the chat template refuses or leaves words of out", "error"),

@@ -17,6 +17,7 @@ from ppo_vs_dpo.preferences.reading.inspect.following import following
 from ppo_vs_dpo.preferences.reading.inspect.sequence import sequence_of, show_sequence
 from ppo_vs_dpo.preferences.reading.mappings import MAPPINGS, MappingOptions
 from ppo_vs_dpo.preferences.reading.mappings.columns import not_read
+from ppo_vs_dpo.preferences.reading.mappings.rendered import Renderer
 from ppo_vs_dpo.preferences.reading.readers import Placed, is_local, read_files, read_hub
 from ppo_vs_dpo.preferences.reading.validation import PROBLEMS, Checker, Report, policies
 from ppo_vs_dpo.preferences.schema import Text
@@ -44,6 +45,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--conversational", choices=["true", "false"], help="make messages of texts, or texts of messages"
+    )
+    parser.add_argument(
+        "--rendered", action="store_true", help="with --model: conversations as its chat template writes them"
     )
     parser.add_argument("--tokens", action="store_true", help="with --model: a line for each token")
     parser.add_argument("--max-prompt-tokens", type=int, help="longer prompts are counted as truncated")
@@ -84,8 +88,9 @@ def inspect(options: argparse.Namespace, progress) -> tuple[Report, dict | None]
     conversational = {"true": True, "false": False, None: None}[options.conversational]
     report = Report(options.source)
     checker = Checker(report, policies())
-    mapping = MappingOptions(columns=columns_of(options), conversational=conversational)
     limits = TokenLimits(_tokenizer(options), options.max_prompt_tokens, options.max_response_tokens)
+    render = Renderer(limits.tokenizer) if options.rendered else None
+    mapping = MappingOptions(columns=columns_of(options), conversational=conversational, render=render)
     as_read = AsRead(limits.tokenizer, checker, conversational)
     test_prompts: set[int] = set()
     if options.test:
@@ -127,8 +132,8 @@ def _tokenizer(options: argparse.Namespace):
     limited = options.max_prompt_tokens is not None or options.max_response_tokens is not None
     if limited and options.model is None:
         raise UserError("--max-prompt-tokens and --max-response-tokens need --model MODEL.")
-    if options.tokens and options.model is None:
-        raise UserError("--tokens needs --model MODEL.")
+    if (options.tokens or options.rendered) and options.model is None:
+        raise UserError("--tokens and --rendered need --model MODEL.")
     if options.model is None:
         return None
     from ppo_vs_dpo.models.loading.pretrained import load_tokenizer

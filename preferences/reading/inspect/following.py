@@ -45,7 +45,8 @@ def following(report: Report, options: argparse.Namespace, columns: dict[str, st
     if not is_local(options.source):
         words += [f"data.split={options.split}"] if options.split != "train" else []
         words += [f"data.subset={options.subset}"] if options.subset else []
-    if not conversation or options.conversational is not None:
+    words += ["data.rendered=true"] if options.rendered else []
+    if not options.rendered and (not conversation or options.conversational is not None):
         words.append(f"data.conversational={'true' if conversation or options.model is None else 'false'}")
     return [*lines, "Start a run with these pairs:", f"  {' '.join(words)}"]
 

@@ -132,4 +132,7 @@ def mapping_named(name: str) -> Mapping:
 def map_row(row: dict[str, Any], mapping: Mapping, options: MappingOptions) -> dict[str, Any]:
     """A pair of the schema, without ids, in the asked-for form."""
     known = {name: None if is_null(value) else value for name, value in row.items()}
-    return convert(mapping(known, options), options.conversational)
+    pair = mapping(known, options)
+    if options.render is not None:
+        return options.render(convert(pair, True))
+    return convert(pair, options.conversational)

@@ -38,6 +38,7 @@ class MappingOptions:
         dimension: PKU-SafeRLHF: ``helpful`` or ``safe``.
         drop_both_unsafe: PKU-SafeRLHF: leave out pairs without a safe response (Xu et al. 2024, Table 2).
         drop_both_safe: PKU-SafeRLHF: leave out pairs without an unsafe response.
+        render: writes a pair of messages out as text (`mappings.rendered`), with what stands beside their text.
 
     Raises:
         UserError: ``columns`` names something that a pair does not have.
@@ -49,6 +50,7 @@ class MappingOptions:
     dimension: str = "helpful"
     drop_both_unsafe: bool = False
     drop_both_safe: bool = False
+    render: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     def __post_init__(self):
         for name in self.columns:

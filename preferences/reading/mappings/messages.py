@@ -13,7 +13,7 @@ from typing import Any
 
 from ppo_vs_dpo.preferences.reading.mappings.base import UnmappableError
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 _NAMES = {
     "system": ("system", "developer"),
@@ -30,6 +30,10 @@ _BESIDE_TEXT = re.compile(
 )
 # What holds messages, where it is not the messages themselves.
 _WRAPPERS = ("messages", "conversations", "conversation")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_CALLS = ("function_call", "tool_call")
+# Ends a refusal of what only a chat template can hold.
+RENDER = "; data.rendered=true writes it out with the model's chat template"
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _MAY_BE_MESSAGES = re.compile(r"""\s*[\[{](?=.*['"](role|from)['"]\s*:)""", re.DOTALL)
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*['"](role|from|content|value)['"]\s*:""")
@@ -91,23 +95,32 @@ def _holds_messages(value: dict[str, Any]) -> bool:
     return is_one or any(is_messages(value.get(key)) for key in _WRAPPERS)
 
 
-def messages_of(value: list, name: str) -> list[Message]:
+def messages_of(value: list, name: str, beside: bool = False) -> list[Message]:
     """Messages in the one form.
+
+    Args:
+        value: as the source has them.
+        name: of the column.
+        beside: keep tool calls and reasoning beside the text (``tool_calls``, ``reasoning_content``).
 
     Raises:
         UnmappableError: an unknown role, no text, or something that is not text.
     """
-    return [_message(item, name) for item in value]
+    return [_message(item, name, beside) for item in value]
 
 
-def _message(item: Any, name: str) -> Message:
+def _message(item: Any, name: str, keep: bool = False) -> Message:
     role_key = next((key for key in _ROLE_KEYS if isinstance(item, dict) and isinstance(item.get(key), str)), None)
     if role_key is None:
         raise UnmappableError("wrong_type", f'{name} must hold messages {{"role": text, "content": text}}')
     beside = [key for key, value in item.items() if value and _is_beside_text(key, value)]
-    if beside or item[role_key].lower() in ("function_call", "tool_call"):
+    if keep and {*beside} <= {"tool_calls", *_REASONING}:
+        return _with_beside(item, name, role_key, beside)
+    if beside or item[role_key].lower() in _CALLS:
         what = beside[0] if beside else f"the role {item[role_key]}"
-        raise UnmappableError("not_text", f"a message of {name} has {what}, which is not carried")
+        raise UnmappableError(
+            "not_text", f"a message of {name} has {what}, which messages of text do not hold{RENDER}"
+        )
     role = ROLES.get(item[role_key].strip().lower())
     if role is None:
         raise UnmappableError(
@@ -117,6 +130,53 @@ def _message(item: Any, name: str) -> Message:
     if text_key is None:
         raise UnmappableError("wrong_type", f'{name} must hold messages {{"role": text, "content": text}}')
     return {"role": role, "content": _text(item[text_key], name)}
+
+
+def _with_beside(item: dict[str, Any], name: str, role_key: str, beside: list[str]) -> Message:
+    """A message with what stands beside its text: calls with their arguments as objects, reasoning under one name."""
+    text_key = next((key for key in _TEXT_KEYS if key in item), "content")
+    bare = {key: value for key, value in item.items() if key not in beside}
+    calls = item.get("tool_calls") if "tool_calls" in beside else None
+    if item[role_key].lower() in _CALLS:
+        calls, bare = [as_object(item.get(text_key), name)], {role_key: "assistant", text_key: ""}
+    elif calls and not bare.get(text_key):
+        bare[text_key] = ""  # a call needs no words
+    found = _message(bare, name)
+    reasoning = next((item[key] for key in beside if key in _REASONING), None)
+    if reasoning is not None:
+        found["reasoning_content"] = reasoning if isinstance(reasoning, str) else json.dumps(reasoning)
+    if calls:
+        found["tool_calls"] = [_call(call, name) for call in without_nulls(calls)]
+    for key in ("tool_call_id", "name"):
+        if found["role"] == "tool" and isinstance(item.get(key), str):
+            found[key] = item[key]
+    return found
+
+
+def _call(call: Any, name: str) -> dict[str, Any]:
+    call = as_object(call, name)
+    function = call.get("function", call)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise UnmappableError("wrong_type", f"a tool call of {name} has no function with a name")
+    arguments = as_object(function.get("arguments") or function.get("parameters") or {}, name)
+    more = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    return {"type": "function", **more, "function": {"name": function["name"], "arguments": arguments}}
+
+
+def as_object(value: Any, name: str) -> dict[str, Any]:
+    """An object, also where it came as JSON text (as OpenAI gives arguments)."""
+    with contextlib.suppress(ValueError, TypeError):
+        value = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(value, dict):
+        raise UnmappableError("wrong_type", f"a tool call of {name} is {str(value)[:60]!r}; it must be an object")
+    return value
+
+
+def without_nulls(value: Any) -> Any:
+    """Nested values without nulls: Parquet gives every object the keys of all others."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _is_beside_text(key: str, value: Any) -> bool:
@@ -154,7 +214,7 @@ def message(role: str, text: str) -> Message:
 
 def same(first: Message, second: Message) -> bool:
     """Whether two messages say the same; space around the text, which templates take off, does not count."""
-    return first["role"] == second["role"] and first["content"].strip() == second["content"].strip()
+    return {**first, "content": first["content"].strip()} == {**second, "content": second["content"].strip()}
 
 
 # --- dialogues as text ---------------------------------------------------------------------------------------------

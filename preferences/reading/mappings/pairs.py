@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import json
 import math
 import re
 from os.path import commonprefix
@@ -11,7 +12,9 @@ from ppo_vs_dpo.preferences.reading.mappings.base import MappingOptions, Unmappa
 from ppo_vs_dpo.preferences.reading.mappings.conversations import conversation_pair
 from ppo_vs_dpo.preferences.reading.mappings.messages import (
     DIALOGUE,
+    RENDER,
     Message,
+    as_object,
     dialogue_text,
     is_messages,
     message,
@@ -19,6 +22,7 @@ from ppo_vs_dpo.preferences.reading.mappings.messages import (
     parse_dialogue,
     parsed,
     user_turn,
+    without_nulls,
 )
 from ppo_vs_dpo.preferences.schema import OPTIONAL_NUMBERS, OPTIONAL_TEXTS, Text, text_of
 
@@ -27,7 +31,8 @@ SIDES = ("chosen", "rejected")
 CONVERSATIONS = ("messages", "conversations", "conversation", "trajectory", "context")
 # Columns by which the question goes elsewhere.
 QUESTIONS = ("question", "instruction", "query", "input", "problem", "request", "user", "text", "history", "context")
-NOT_TEXT = ("tools", "functions", "available_tools", "tool_schemas", "images", "image", "videos", "video", "audio")
+TOOLS = ("tools", "functions", "available_tools", "tool_schemas")
+NOT_TEXT = (*TOOLS, "images", "image", "videos", "video", "audio", "audios")
 # Columns beside a prompt that are part of what the model should read, where they say what the prompt lacks.
 _SYSTEM = re.compile(
     r"(system|sys)(_?(prompt|message|msg|instructions?|content|text))?|developer(_(message|prompt))?|preamble|persona"
@@ -44,10 +49,17 @@ def pairs(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
     whole conversations share, or what two texts share up to the last mark of a turn. It is never guessed from answers.
     """
     renamed, used = _renamed(row, options)
+    tools: list[Any] = []
     for name in NOT_TEXT:
-        if name not in used and parsed(renamed.get(name), name) not in (None, "", "[]", "null", [], {}):
+        value = parsed(renamed.get(name), name)
+        if name in used or value in (None, "", "[]", "null", [], {}):
+            continue
+        if name not in TOOLS:
             raise UnmappableError("not_text", f"the column {name} is not empty, and it is not carried")
-    chosen, rejected = (_side(renamed, side) for side in SIDES)
+        if options.render is None:
+            raise UnmappableError("not_text", f"the column {name} is not empty, and texts do not hold it{RENDER}")
+        tools = _tools(value, name)
+    chosen, rejected = (_side(renamed, side, options.render is not None) for side in SIDES)
     if _is_list_as_text(chosen) and _is_list_as_text(rejected):
         raise UnmappableError("wrong_type", f"chosen is the text of a list, {chosen[:60]!r}; it must be the answer")
     if isinstance(chosen, list) != isinstance(rejected, list):
@@ -67,7 +79,16 @@ def pairs(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
         pair = _marked_pair(chosen, rejected)
     _check_all_read(renamed, used, pair, {name for name, source in options.columns.items() if not source})
     texts = {name: renamed[name] for name in OPTIONAL_TEXTS if isinstance(renamed.get(name), str)}
-    return {**pair, **_numbers(renamed), **texts}
+    return {**pair, **_numbers(renamed), **texts, **({"tools": tools} if tools else {})}
+
+
+def _tools(value: Any, name: str) -> list[Any]:
+    """Tools as objects, also from JSON text."""
+    with contextlib.suppress(ValueError):
+        value = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(value, list):
+        raise UnmappableError("wrong_type", f"{name} must hold a list of tools")
+    return [as_object(tool, name) if isinstance(tool, str) else without_nulls(tool) for tool in value]
 
 
 def implicit(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:
@@ -106,13 +127,13 @@ def _is_list_as_text(value: Text) -> bool:
     return False
 
 
-def _side(row: dict[str, Any], side: str) -> Text:
+def _side(row: dict[str, Any], side: str, beside: bool = False) -> Text:
     value = parsed(value_of(row, side, (str, list, dict)), side)
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
         raise UnmappableError("wrong_type", f"{side} is an object and no message")
-    return messages_of(value, side)
+    return messages_of(value, side, beside)
 
 
 def _prompt(row: dict[str, Any], options: MappingOptions, chat: bool, chosen: Text) -> str | list[Message] | None:
@@ -121,11 +142,11 @@ def _prompt(row: dict[str, Any], options: MappingOptions, chat: bool, chosen: Te
     if prompt is None and "prompt" not in row:
         name = next((name for name in CONVERSATIONS if is_messages(parsed(row.get(name), name))), None)
         if name is not None:
-            prompt = messages_of(parsed(row[name], name), name)
+            prompt = messages_of(parsed(row[name], name), name, options.render is not None)
             # The whole conversation of the chosen side beside it.
             return None if chat and prompt[-len(chosen) :] == chosen else prompt
     if isinstance(prompt, list):
-        prompt = messages_of(prompt, "prompt")
+        prompt = messages_of(prompt, "prompt", options.render is not None)
     elif prompt is not None and not isinstance(prompt, str):
         raise UnmappableError("wrong_type", f"prompt is a {type(prompt).__name__}, it must be text or messages")
     return _with_parts(row, options, prompt)
@@ -283,7 +304,7 @@ def _check_all_read(row: dict[str, Any], used: set[str], pair: dict[str, Any], w
         if isinstance(value, str):
             lost = value.strip() and _flat(value) not in prompt
         elif is_messages(value):
-            said = messages_of(value, name)
+            said = messages_of(value, name, beside=True)
             # The last answer of a column of messages may be one of the two, or a third.
             said = said[:-1] if name in CONVERSATIONS and said[-1]["role"] == "assistant" else said
             lost = not all(_flat(one["content"]) in whole for one in said)
