@@ -121,6 +121,7 @@ def run_compare(context: StageContext) -> None:
             **vars(settings),
             "n_prompts": len(prompts),
             "units": prompts.units,
+            "near_training": prompts.near_training,
             "tuning": tuning_of(context.run, settings),
         },
         "pair_set": pair_set,
@@ -146,13 +147,7 @@ def run_compare(context: StageContext) -> None:
     for judge in reading:
         own = [one for one in read if one.judge == judge.name]
         add_corrections(
-            report["win_rates"],
-            judge.name,
-            own,
-            resamples=settings.resamples,
-            seed=context.seed,
-            confidence=settings.confidence,
-            unit_of=dict(zip(prompts.ids, prompts.clusters, strict=True)) if prompts.clusters is not None else None,
+            report["win_rates"], judge.name, [own], confidence=settings.confidence, unit_of=[prompts.unit_of()]
         )
     report["decision"] = decide(report)
     report["warnings"] = notes + warnings(report) + support_notes(report["win_rates"])

@@ -19,6 +19,7 @@ import numpy as np
 from benchmarks.statistics_audit.cells import Cell
 from benchmarks.statistics_audit.fitted import kl_allows, length_control, matched, optimum, rankings, rings
 from benchmarks.statistics_audit.rates import clusters, controls, equality, means, over_seeds, win_rates_of_one_run
+from benchmarks.statistics_audit.second import MORE
 from ppo_vs_dpo.artifacts.files import write_text
 
 START, END = "<!-- audit: begin -->", "<!-- audit: end -->"
@@ -37,6 +38,7 @@ TABLES = {
     "The optimum": optimum,
     "Ranking": rankings,
     "Length control": length_control,
+    **MORE,
 }
 
 

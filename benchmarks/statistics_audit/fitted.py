@@ -13,8 +13,9 @@ from ppo_vs_dpo.compare.estimates.reweighted import reweighted_values
 from ppo_vs_dpo.compare.frontier.matched import Mixture, matched_values
 from ppo_vs_dpo.compare.frontier.overoptimised import over_optimised
 from ppo_vs_dpo.compare.frontier.tilted import tilt
-from ppo_vs_dpo.compare.statistics.intervals import mean_interval, win_rate_interval
+from ppo_vs_dpo.compare.statistics.intervals import mean_interval, spread
 from ppo_vs_dpo.compare.statistics.kl_allows import Allowed, via_reference
+from ppo_vs_dpo.compare.statistics.rates import rate_over, win_rate_interval
 
 GRID = 1201
 
@@ -59,7 +60,7 @@ def matched(rng: np.random.Generator, scale: float) -> Iterator[Cell]:
                 theirs = rng.choice(GRID, p=own, size=(n, 1))
                 sides = [preference(ours, theirs) for ours in (of_below, of_above)]
                 values, _ = matched_values(mixture, kls[2], *sides)
-                found.append(held(mean_interval(values, by_skewness=False), truth))
+                found.append(held(rate_over([values])[0], truth))
             yield Cell(
                 f"points at {low} and {high} nats, matched to {near}, n {n}: coverage (truth {100 * truth:.1f} %)",
                 percent(found),
@@ -102,7 +103,7 @@ def kl_allows(rng: np.random.Generator, scale: float) -> Iterator[Cell]:
                     ratios = [np.sqrt(2 * k) * rng.standard_normal(scores.shape) - k for k in kls]
                 values = np.stack([reweighted_values(*one) for one in zip(scores, *ratios, strict=True)], axis=1)
                 what = "along quality" if alike else "apart from quality"
-                interval = mean_interval(values, by_skewness=False)
+                interval = spread([values], outward=True).interval(0.95)
                 yield Cell(
                     f"reweighted, KLs {kls[0]} and {kls[1]} {what}, n {n}, {draws} draws: coverage",
                     percent(held(interval, truth)),

@@ -14,11 +14,15 @@ from ppo_vs_dpo.compare.estimates.win_rates import Settings, reverse
 from ppo_vs_dpo.compare.sampling.completions import Draws
 from ppo_vs_dpo.compare.sampling.contenders import Contender
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE
-from ppo_vs_dpo.compare.statistics.intervals import spread
+from ppo_vs_dpo.compare.statistics.intervals import Spread, spread
 from ppo_vs_dpo.compare.statistics.kl_allows import Allowed, best_of_n, best_of_n_against, phi, via_reference
 
 # Two-sided: each upper end is above its KL in 99.5 of 100 comparisons, the smaller one of two bounds in 99.
 KL_CONFIDENCE = 0.99
+
+# Nats between two policies up to which k3 is trusted with its own upper end: beyond, its few large terms are missing
+# from most samples, and the mean log-ratio must agree.
+K3_RELIABLE = 0.5
 
 # A bound further from 1/2 than this says nothing.
 IDLE = 0.4995
@@ -50,11 +54,13 @@ def allowed(
     if one.name == REFERENCE or min(len(np.unique(_units(c, i, clusters))) for i, c in enumerate(ours)) < 3:
         return None
 
+    def over(values: list[np.ndarray]) -> Spread:
+        return spread([v[:, None] for v in values], shared=shared, clusters=clusters)
+
     def ends(values: list[np.ndarray]) -> tuple[float, float]:
         """Mean and upper end of a mean KL."""
-        found = spread([v[:, None] for v in values], shared=shared, clusters=clusters)
-        upper = float(found.interval(KL_CONFIDENCE).high[0])
-        return max(float(found.mean[0]), 0.0), max(upper, float(found.mean[0]), 0.0)
+        mean, upper = _upper(over(values))
+        return float(mean[0]), float(upper[0])
 
     def kl(policy: Sequence[Contender]) -> tuple[float, float] | None:
         values = [c.kl() for c in policy]
@@ -83,10 +89,24 @@ def allowed(
     for policy, against in ((ours, theirs), (theirs, ours)):
         direct = [_direct(a, b) for a, b in zip(policy, against, strict=True)]
         if all(values is not None for values in direct):
-            mean, upper = ends(direct)
-            bounds.append(Allowed(phi(mean), phi(upper), "KL between them"))
+            mean, upper = upper_of_direct(*(over([values[column] for values in direct]) for column in (0, 1)))
+            bounds.append(Allowed(phi(float(mean[0])), phi(float(upper[0])), "KL between them"))
             break
     return min(bounds, key=lambda bound: bound.at_most)
+
+
+def _upper(found: Spread) -> tuple[np.ndarray, np.ndarray]:
+    """Means and upper ends ``(K,)`` of mean KLs, none below 0."""
+    mean = np.maximum(found.mean, 0.0)
+    return mean, np.maximum(found.interval(KL_CONFIDENCE).high, mean)
+
+
+def upper_of_direct(k1: Spread, k3: Spread) -> tuple[np.ndarray, np.ndarray]:
+    """Means and upper ends ``(K,)`` of the KL between two policies from two estimates of it; see `K3_RELIABLE`."""
+    (mean_one, upper_one), (mean_three, upper_three) = _upper(k1), _upper(k3)
+    near = np.maximum(mean_one, mean_three) <= K3_RELIABLE
+    mean = np.where(near, mean_three, np.maximum(mean_one, mean_three))
+    return mean, np.where(near, upper_three, np.maximum(upper_one, upper_three))
 
 
 def _units(contender: Contender, number: int, clusters: Sequence[np.ndarray | None]) -> np.ndarray:
@@ -94,16 +114,16 @@ def _units(contender: Contender, number: int, clusters: Sequence[np.ndarray | No
     return np.arange(len(contender.weights)) if labels is None else labels
 
 
-def _direct(policy: Contender, against: Contender) -> np.ndarray | None:
-    """``(P,)`` KL of a policy to another one on its own draws: the sequence's k3, never negative and of
-    low variance.
+def _direct(policy: Contender, against: Contender) -> tuple[np.ndarray, np.ndarray] | None:
+    """KL of a policy to another one on its own draws, ``(P,)`` twice: the mean log-ratio (k1), and k3, which is never
+    negative and of low variance where the KL is small.
     """
     if against.name not in policy.draws.under:
         return None
     ratio = policy.draws.measures["logprob"] - policy.draws.under[against.name]
     if not np.isfinite(ratio).all() or np.abs(ratio).max() > 50:
         return None
-    return policy.per_prompt(np.expm1(-ratio) + ratio)
+    return policy.per_prompt(ratio), policy.per_prompt(np.expm1(-ratio) + ratio)
 
 
 def use_kl(
@@ -117,8 +137,8 @@ def use_kl(
     """Win rates with what KL says about them; both directions of every pair, in the order given.
 
     Near the reference the reweighted estimate is the figure, and the one from fresh draws stands beside it as ``raw``.
-    Every interval is cut to what the KLs allow; one that lies wholly outside is left as it is and marked
-    (``outside``).
+    Every interval is cut to what the KLs allow, and so is its estimate (the most likely rate that is possible; what
+    was seen is then ``raw``); one that lies wholly outside is left as it is and marked (``outside``).
 
     Args:
         entries: of `win_rates`, each pair's two directions one after the other.
@@ -134,7 +154,7 @@ def use_kl(
         changed = dict(entry)
         values = [reweighted(a, b, draws, entry["judge"]) for a, b, draws in zip(ours, theirs, own, strict=True)]
         if all(one is not None for one in values):
-            estimate = spread([v[:, None] for v in values], shared=shared, clusters=clusters, by_skewness=False)
+            estimate = spread([v[:, None] for v in values], shared=shared, clusters=clusters, outward=True)
             changed |= _figures(estimate, settings)
             changed["raw"] = {key: entry[key] for key in ("win_rate", "ci", "p", "test")}
             if len(values) > 1:
@@ -146,6 +166,10 @@ def use_kl(
             changed["allowed"]["outside"] = outside
             if not outside:
                 changed["within"] = min(changed["within"], bound.at_most)
+                seen, most = changed["win_rate"], bound.at_most
+                changed["win_rate"] = float(np.clip(seen, 0.5 - most, 0.5 + most))
+                if abs(changed["win_rate"] - seen) > 1e-12 and "raw" not in changed:
+                    changed["raw"] = {key: entry[key] for key in ("win_rate", "ci", "p", "test")}
         found += [changed, reverse(changed)]
     return found
 

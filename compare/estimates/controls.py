@@ -1,4 +1,4 @@
-"""Comparisons whose answer is known: SFT against itself must show nothing, best-of-n against SFT must show n/(n+1)."""
+"""What is known beforehand: SFT against SFT is 1/2, best-of-n by the judge it was chosen by is n/(n+1)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,10 +7,11 @@ import numpy as np
 
 from ppo_vs_dpo.compare.estimates.win_rates import PairTable, Settings
 from ppo_vs_dpo.compare.judges.scores import preference_by_score
+from ppo_vs_dpo.compare.sampling.best_of_n import own_judge_p
 from ppo_vs_dpo.compare.sampling.completions import Draws
-from ppo_vs_dpo.compare.sampling.contenders import PROXY, uniform
+from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender, uniform
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE
-from ppo_vs_dpo.compare.statistics.intervals import spread
+from ppo_vs_dpo.compare.statistics.rates import rate_over
 from ppo_vs_dpo.compare.statistics.significance import label_permutation_p, win_rates_with_p
 
 # A control that fails touches every figure: all controls of a report together fail one sound report in a hundred.
@@ -18,7 +19,7 @@ CONTROL_LEVEL = 0.01
 
 
 def control(
-    baseline: Draws, pool: Draws | None, judge: str, settings: Settings, judges: int = 1
+    baseline: Draws, pool: Draws | None, judge: str, settings: Settings, controls: int = 1
 ) -> dict[str, Any] | None:
     """SFT against SFT on independent draws: the yardstick must say "no difference", by the exact law of that null.
 
@@ -27,7 +28,7 @@ def control(
         pool: further ones.
         judge: who judges.
         settings: of the interval.
-        judges: how many controls the report has: they share `CONTROL_LEVEL`.
+        controls: how many the report has, best-of-n's included: they share `CONTROL_LEVEL`.
     """
     if pool is None or judge not in pool.scores:
         return None
@@ -36,11 +37,11 @@ def control(
     exact = label_permutation_p(*sides)
     interval, _ = win_rates_with_p(preference[:, None], np.array([exact]), **settings.kwargs())
     rate = (float(interval.mean[0]), interval.ci(0))
-    return null_control(judge, len(preference), *rate, float(ties.mean()), exact, judges)
+    return null_control(judge, len(preference), *rate, float(ties.mean()), exact, controls)
 
 
 def null_control(
-    judge: str, n: int, win_rate: float, ci: list[float], ties: float, p: float, judges: int
+    judge: str, n: int, win_rate: float, ci: list[float], ties: float, p: float, controls: int
 ) -> dict[str, Any]:
     """The entry of SFT against SFT, of one run or several; ``p`` by the exact law of the null."""
     return {
@@ -53,12 +54,12 @@ def null_control(
         "ties": ties,
         "contains_half": bool(ci[0] <= 0.5 <= ci[1]),
         "expected": 0.5,
-        **_passed(p, judges),
+        **_passed(p, controls),
     }
 
 
-def _passed(p: float, judges: int) -> dict[str, Any]:
-    level = CONTROL_LEVEL / judges
+def _passed(p: float, controls: int) -> dict[str, Any]:
+    level = CONTROL_LEVEL / controls
     return {"p": float(p), "level": level, "passed": bool(p > level)}
 
 
@@ -70,17 +71,23 @@ def positive_control(
     win_rates: list[dict[str, Any]],
     tables: Sequence[PairTable],
     settings: Settings,
+    draws: tuple[int, int],
+    *,
+    controls: int = 1,
     shared: bool = False,
     clusters: Sequence[np.ndarray | None] = (),
 ) -> dict[str, Any] | None:
     """Best-of-n against SFT by the judge it was chosen by wins n/(n+1), exactly: a known difference must be seen.
 
     Of n + 1 independent draws of SFT the best is equally likely to be each. The largest n over the reference is taken.
+    p is of the exact law (`own_judge_p`): all draws are independent given their prompts, those of several runs too.
 
     Args:
         win_rates: entries, of the judge that best-of-n selects by.
         tables: that judge's preferences, one a run.
         settings: of the interval.
+        draws: of the reference a prompt: in the pool, in the baseline.
+        controls: see `control`.
         shared: the runs share their prompts.
         clusters: of each run's prompts.
     """
@@ -90,13 +97,21 @@ def positive_control(
         return None
     entry = max(own, key=lambda e: int(e["policy"].removeprefix("best_of_")))
     n = int(entry["policy"].removeprefix("best_of_"))
-    groups = [table.of(entry["policy"], REFERENCE)[:, None] for table in tables]
+    groups = [table.of(entry["policy"], REFERENCE) for table in tables]
     if n == 1 or min(map(len, groups)) < 3:
         return None
-    expected = n / (n + 1)
-    found = spread(groups, shared=shared, clusters=clusters)
-    low, high = found.interval(settings.confidence, (0.0, 1.0)).ci(0)
-    kept = {key: entry[key] for key in ("policy", "versus", "judge", "n", "win_rate", "ties")}
-    about = {"ci": [low, high], "contains_half": low <= 0.5 <= high, "expected": expected}
+    expected, together = n / (n + 1), np.concatenate(groups)
+    interval, _, _ = rate_over(groups, confidence=settings.confidence, shared=shared, clusters=clusters)
+    low, high = interval.ci()
+    # A tie is half a win here; what it would be, were it decided, is anything up to a whole one.
+    seen = float(np.clip(expected, together.mean(), together.mean() + entry["ties"] / 2))
+    p = float(own_judge_p(seen, n, *draws, len(together)))
+    kept = {key: entry[key] for key in ("policy", "versus", "judge", "n", "ties")}
+    about = {"win_rate": interval.mean, "ci": [low, high], "contains_half": low <= 0.5 <= high, "expected": expected}
     about |= {"per_seed": [float(group.mean()) for group in groups]} if len(groups) > 1 else {}
-    return {**kept, **about, **_passed(float(found.p_value(expected)[0]), 1)}
+    return {**kept, **about, **_passed(p, controls)}
+
+
+def controls_of(judges: Sequence[str], contenders: Sequence[Contender]) -> int:
+    """How many controls a report has at most: SFT against SFT by each judge that scores, and best-of-n by its own."""
+    return len(judges) + (PROXY in judges and any(c.n is not None and c.base == REFERENCE for c in contenders))

@@ -142,6 +142,7 @@ def length_controlled(
     difficulty: np.ndarray | None = None,
     *,
     confidence: float = 0.95,
+    clusters: np.ndarray | None = None,
     regularised: bool = False,
     extrapolate: bool = False,
 ) -> LengthControlled:
@@ -152,6 +153,7 @@ def length_controlled(
         length_difference: ``(P,)`` length of the policy's completion minus the other's.
         difficulty: ``(P,)`` of each prompt, optional.
         confidence: of the interval.
+        clusters: ``(P,)`` which prompts are one unit of evidence; each its own by default.
         regularised: choose an L1 penalty by cross-validation, as AlpacaEval does; else plain maximum likelihood.
         extrapolate: give a figure where lengths do not overlap, too, and say so in it; else refuse.
 
@@ -176,7 +178,14 @@ def length_controlled(
     # HC3 (MacKinnon & White 1985): a prompt's residual is what it would be without that prompt.
     leverage = np.einsum("pi,ij,pj->p", design, a, design) * p * (1 - p)
     residual = (preferences - p) / np.maximum(1 - leverage, 0.1)
-    b = (design * (residual**2)[:, None]).T @ design
+    scores, units = design * residual[:, None], len(preferences)
+    if clusters is not None:
+        # Prompts of one cluster err together (Liang & Zeger 1986).
+        labels, group = np.unique(clusters, return_inverse=True)
+        units, summed = len(labels), np.zeros((len(labels), design.shape[1]))
+        np.add.at(summed, group, scores)
+        scores = summed * np.sqrt(units / max(units - 1, 1)) if units < len(preferences) else summed
+    b = scores.T @ scores
     covariance = a @ b @ a
     errors = np.sqrt(np.clip(np.diag(covariance), 0, None))
     at_equal = design.copy()
@@ -186,7 +195,7 @@ def length_controlled(
     mean = float(np.clip(win_rates.mean(), 1e-9, 1 - 1e-9))
     gradient = (at_equal * (win_rates * (1 - win_rates))[:, None]).mean(axis=0)
     error = float(np.sqrt(gradient @ covariance @ gradient)) / max(mean * (1 - mean), 1e-12)
-    z = stats.t.ppf(0.5 + confidence / 2, max(len(preferences) - int(used.sum()), 1))
+    z = stats.t.ppf(0.5 + confidence / 2, max(units - int(used.sum()), 1))
     logit = np.log(mean) - np.log1p(-mean)
     return LengthControlled(
         win_rate=mean,

@@ -9,7 +9,8 @@ from ppo_vs_dpo.compare.estimates.length_control import length_controlled, suppo
 from ppo_vs_dpo.compare.sampling.best_of_n import kl_bound
 from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender, best_of_n_kl, pair_preference
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE
-from ppo_vs_dpo.compare.statistics.intervals import mean_interval, wilson, win_rate_interval
+from ppo_vs_dpo.compare.statistics.intervals import mean_interval
+from ppo_vs_dpo.compare.statistics.rates import wilson, win_rate_interval
 from ppo_vs_dpo.compare.statistics.significance import (
     detectable_gap,
     holm,
@@ -48,6 +49,10 @@ class Settings:
     def units(self, n: int) -> int:
         """How many units of evidence ``n`` prompts are."""
         return n if self.clusters is None else len(np.unique(self.clusters))
+
+    def units_of(self, rows: np.ndarray) -> int:
+        """How many units of evidence some prompts ``(P,)`` are."""
+        return int(rows.sum()) if self.clusters is None else len(np.unique(self.clusters[rows]))
 
     def of_rows(self, rows: np.ndarray) -> "Settings":
         """The same for some of the prompts."""
@@ -231,7 +236,7 @@ def win_rates(
             "judge": judge,
             "n": n,
             "units": settings.units(n),
-            "decided": int((np.abs(preference - 0.5) > 1e-12).sum()),
+            "decided": settings.units_of(np.abs(preference - 0.5) > 1e-12),
             "ties": float(table.ties[:, column].mean()),
             "test": _test_of(table, column),
             "within": float(max(0.5 - inner.low[column], inner.high[column] - 0.5)),
@@ -304,7 +309,7 @@ def _controlled(
 ) -> dict[str, Any] | None:
     """The length-controlled win rate, or ``None`` where it cannot be fitted."""
     try:
-        fit = length_controlled(preference, difference, difficulty, confidence=settings.confidence)
+        fit = length_controlled(preference, difference, difficulty, **settings.kwargs())
     except ValueError:
         return None
     found = {
@@ -322,22 +327,41 @@ def _test_of(table: PairTable, column: int) -> str:
     return "label permutation" if np.isfinite(table.exact_p[column]) else "interval"
 
 
-def power_line(table: PairTable, policy: str, versus: str, settings: Settings, delta: float) -> dict[str, Any]:
-    """What this many prompts can show: a difference, and equality within ``delta``."""
-    preference = table.of(policy, versus)
+def power_line(
+    table: PairTable,
+    policy: str,
+    versus: str,
+    settings: Settings,
+    delta: float,
+    reweighted: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """What this many prompts can show: a difference, and equality within ``delta``.
+
+    Args:
+        table: preferences of the main judge.
+        policy: of the pair.
+        versus: its other side.
+        settings: of the tests.
+        delta: what matters.
+        reweighted: ``(P,)`` values of `reweighted`, where the report's figure is their mean: their spread counts.
+    """
+    preference = table.of(policy, versus) if reweighted is None else reweighted
     known = np.isfinite(preference)
     units, alpha = settings.of_rows(known).units(int(known.sum())), round(1 - settings.confidence, 12)
     deviation = float(preference[known].std(ddof=1)) if known.sum() > 1 else 0.5
+    fresh = reweighted is None
+    # Of fresh verdicts a deviation of 0 shows nothing about the next prompt.
+    least = max(deviation, 0.5 / np.sqrt(units)) if fresh else max(deviation, 1e-9)
     return {
         "policy": policy,
         "versus": versus,
         "n": int(known.sum()),
         "units": units,
         "deviation": deviation,
-        "detectable_gap": min(0.5, detectable_gap(units, deviation, alpha=alpha)),
-        "detectable_gap_single_draws": min(0.5, detectable_gap(units, alpha=alpha)),
+        "detectable_gap": min(0.5, detectable_gap(units, least, alpha=alpha, floor=fresh)),
+        "detectable_gap_single_draws": min(0.5, detectable_gap(units, alpha=alpha)) if fresh else None,
         "delta": delta,
-        "prompts_for_equality": prompts_for_equality(delta, max(deviation, 0.5 / np.sqrt(units)), alpha=alpha),
+        "prompts_for_equality": prompts_for_equality(delta, least, alpha=alpha),
         "power": 0.8,
         "alpha": alpha,
     }

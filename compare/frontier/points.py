@@ -1,16 +1,17 @@
 """The reward-KL frontier of a report: the points of every method, and two methods at matched KL."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from ppo_vs_dpo.compare.estimates.win_rates import PairTable, Settings
+from ppo_vs_dpo.compare.estimates.win_rates import PairTable, Settings, reverse
 from ppo_vs_dpo.compare.frontier.matched import Mixture, curve, matched_values, neighbours
 from ppo_vs_dpo.compare.frontier.overoptimised import over_optimised
 from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender
 from ppo_vs_dpo.compare.statistics.intervals import Spread, spread
+from ppo_vs_dpo.compare.statistics.rates import rate_over
 
 # KLs that are shown to differ by less than this share of their mean are the same for a comparison at one KL.
 ALIKE = 0.1
@@ -40,8 +41,24 @@ class Compared:
         return any(one.name == name and one.kl() is not None for one in [*self.contenders, *self.checkpoints])
 
 
-def matched_kl(runs: list[Compared], a: str, b: str, settings: Settings, shared: bool = False) -> dict[str, Any]:
+def matched_kl(
+    runs: list[Compared],
+    a: str,
+    b: str,
+    settings: Settings,
+    shared: bool = False,
+    entry: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Two methods at one KL, or what can be said without: of one run, or of several.
+
+    Args:
+        runs: each with the table of the main judge.
+        a: one of the two.
+        b: the other.
+        settings: of the intervals.
+        shared: the runs share their prompts.
+        entry: the win rate of ``a`` over ``b`` that the report shows: where the two are compared as they are, that is
+            the figure. ``None``: it is worked out here.
 
     Returns:
         ``kind`` ``matched`` (the farther method's mixture has the nearer one's KL), ``equal`` (the two KLs are shown
@@ -63,35 +80,48 @@ def matched_kl(runs: list[Compared], a: str, b: str, settings: Settings, shared:
         groups, labels = [values(run)[:, None] for run in runs], [run.clusters for run in runs]
         return spread(groups, shared=shared, clusters=labels, by_skewness=False)
 
+    def as_they_are(one: str, other: str) -> dict[str, Any]:
+        if entry is None:
+            groups = [run.table.of(one, other) for run in runs]
+            return _figures(groups, settings, runs, shared)
+        turned = entry if entry["policy"] == one else reverse(entry)
+        return {**{key: turned[key] for key in ("win_rate", "ci", "p")}, "points": {}, "runs": len(runs)}
+
     kls = {name: float(np.mean([run[name].kl().mean() for run in runs])) for name in (a, b)}
     difference = over(lambda run: run[a].kl() - run[b].kl())
     apart = difference.interval(settings.confidence)
     # Shown to be alike (two one-sided tests), which is more than not shown to differ.
     inner, alike = difference.interval(settings.both_sided), ALIKE * float(np.mean(list(kls.values())))
     if -alike <= inner.low[0] and inner.high[0] <= alike:
-        found = over(lambda run: run.table.of(a, b))
-        return {**about, "kind": "equal", "kl": float(np.mean(list(kls.values()))), **_figures(found, settings, runs)}
+        figures = as_they_are(a, b)
+        return {**about, "kind": "equal", "kl": float(np.mean(list(kls.values()))), **figures}
     near, far = (a, b) if kls[a] < kls[b] else (b, a)
     sides = [_sides(run, near, far) for run in runs]
     if not all(sides):
-        found = over(lambda run: run.table.of(near, far))
         about = {"policy": near, "versus": far, "kl_apart": bool(apart.low[0] > 0 or apart.high[0] < 0)}
         return {
             **about,
             "kind": "one-sided",
             "kl": kls[near],
             "kl_versus": kls[far],
-            **_figures(found, settings, runs),
+            **as_they_are(near, far),
         }
     matched = [
         matched_values(mixture, run[near].kl(), run.table.of(below, near), run.table.of(above, near))
         for run, (below, above, mixture) in zip(runs, sides, strict=True)
     ]
-    labels = [run.clusters for run in runs]
-    found = spread([v[:, None] for v, _ in matched], shared=shared, clusters=labels, by_skewness=False)
     below, above, _ = sides[0]
     mixed = {below: 1 - matched[0][1], above: matched[0][1]}
-    figures = _figures(found, settings, runs)
+    groups = [values for values, _ in matched]
+    figures = _figures(groups, settings, runs, shared)
+    inner = _figures(groups, replace(settings, confidence=settings.both_sided), runs, shared)["ci"]
+    figures["within"] = max(0.5 - inner[0], inner[1] - 0.5)
+    figures["decided"] = max(
+        replace(settings, clusters=run.clusters).units_of(
+            (np.abs(np.stack([run.table.of(name, near) for name in side[:2]]) - 0.5) > 1e-12).any(axis=0)
+        )
+        for run, side in zip(runs, sides, strict=True)
+    )
     return {
         **{"policy": far, "versus": near, "kind": "matched", "kl": kls[near]},
         **figures,
@@ -119,10 +149,10 @@ def _sides(run: Compared, near: str, far: str) -> tuple[str, str, Mixture] | Non
     return *names, mixture
 
 
-def _figures(found: Spread, settings: Settings, runs: list[Compared]) -> dict[str, Any]:
-    interval = found.interval(settings.confidence, (0.0, 1.0))
-    figures = {"win_rate": float(np.clip(interval.mean[0], 0, 1)), "ci": interval.ci(0)}
-    return {**figures, "p": float(found.p_value(0.5)[0]), "points": {}, "runs": len(runs)}
+def _figures(groups: list[np.ndarray], settings: Settings, runs: list[Compared], shared: bool) -> dict[str, Any]:
+    options = {"shared": shared, "clusters": [run.clusters for run in runs], "outward": True}
+    interval, p, _ = rate_over(groups, confidence=settings.confidence, **options)
+    return {"win_rate": interval.mean, "ci": interval.ci(), "p": p, "points": {}, "runs": len(runs)}
 
 
 def frontier(

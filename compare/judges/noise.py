@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 
 from ppo_vs_dpo.compare.judges.llm import Judgement
+from ppo_vs_dpo.compare.statistics.intervals import mean_interval
+from ppo_vs_dpo.compare.statistics.rates import rate_over
 
 
 def rogan_gladen(p: np.ndarray | float, sensitivity: float, specificity: float) -> np.ndarray | float:
@@ -42,7 +44,8 @@ class Repeated:
     """What the repeats of one pair of policies say, prompt by prompt.
 
     Attributes:
-        preference: ``(P,)`` mean preference over orders and repeats.
+        preference: ``(P,)`` mean verdict over orders and repeats: 1, 1/2 or 0 each, whatever its probability, because
+            it is verdicts that are flipped.
         squared: ``(P,)`` mean squared difference of two verdicts on the same question in the same order.
         differ: ``(P,)`` share of such pairs of verdicts that are not the same.
         ids: of the ``P`` prompts.
@@ -52,6 +55,12 @@ class Repeated:
     squared: np.ndarray
     differ: np.ndarray
     ids: tuple[str, ...] = ()
+
+    def of(self, ids: Sequence[str]) -> "Repeated":
+        """The same for some of its prompts, in their order."""
+        row_of = {identity: row for row, identity in enumerate(self.ids)}
+        rows = [row_of[identity] for identity in ids]
+        return Repeated(self.preference[rows], self.squared[rows], self.differ[rows], tuple(ids))
 
 
 def repeated(judgements: Sequence[Judgement]) -> dict[tuple[str, str], Repeated]:
@@ -70,9 +79,10 @@ def repeated(judgements: Sequence[Judgement]) -> dict[tuple[str, str], Repeated]
 
 
 def _of_prompt(orders: dict[str, list[float]]) -> tuple[float, float, float] | None:
-    squared, differ = [], []
+    squared, differ, means = [], [], []
     for values in orders.values():
         verdicts = (1 + np.sign(np.asarray(values) - 0.5)) / 2
+        means.append(float(verdicts.mean()))
         first, second = np.triu_indices(len(verdicts), 1)
         if len(first):
             gap = np.abs(verdicts[first] - verdicts[second])
@@ -80,8 +90,7 @@ def _of_prompt(orders: dict[str, list[float]]) -> tuple[float, float, float] | N
             differ.append(float((gap > 0).mean()))
     if not squared:
         return None
-    preference = float(np.mean([np.mean(values) for values in orders.values()]))
-    return preference, float(np.mean(squared)), float(np.mean(differ))
+    return float(np.mean(means)), float(np.mean(squared)), float(np.mean(differ))
 
 
 def self_disagreement(judgements: Sequence[Judgement], repeats: int) -> dict[str, Any] | None:
@@ -108,69 +117,84 @@ def self_disagreement(judgements: Sequence[Judgement], repeats: int) -> dict[str
 
 
 def corrected(
-    one: Repeated, *, resamples: int, seed: int, confidence: float, clusters: np.ndarray | None = None
+    runs: Sequence[Repeated],
+    *,
+    confidence: float,
+    shared: bool = False,
+    clusters: Sequence[np.ndarray | None] = (),
 ) -> dict[str, Any]:
     """The win rate of one pair without the judge's noise, with an interval that knows that e is an estimate, too.
 
-    Units of evidence are resampled with all they carry, so that win rate and flip rate move together; percentiles. The
-    flip rate is that of the pair itself.
+    Each prompt has one value, by the delta method:
+
+        theta + (x - p) / (1 - 2 e) + (2 theta - 1) (d - D) / (2 (1 - 2 e)^2)
+
+    with its preference x and its squared difference d. Their mean is theta and their spread theta's, so the interval
+    is that of any win rate. The flip rate is that of the pair itself, and of each run.
 
     Args:
-        one: from `repeated`.
-        resamples: how many.
-        seed: of them.
+        runs: from `repeated`, one a run.
         confidence: of the interval.
-        clusters: ``(P,)`` which prompts are one unit; each its own by default.
+        shared: the runs have the same prompts, in the same order.
+        clusters: of each run's prompts, which of them are one unit; each its own by default.
 
     Returns:
         ``win_rate`` and ``ci`` in [0, 1], ``flip_rate``, ``n`` prompts; or ``refused`` with the reason.
     """
-    n = len(one.preference)
-    e = float(flip_rate(one.squared.mean()))
-    if not np.isfinite(e):
-        return {"refused": "asked again, the judge answers like a coin", "n": n, "flip_rate": None}
-    _, unit = np.unique(np.arange(n) if clusters is None else clusters, return_inverse=True)
-    sums = np.stack([np.bincount(unit, values) for values in (one.preference, one.squared, np.ones(n))])
-    units = sums.shape[1]
-    rows = np.random.default_rng(seed).integers(0, units, size=(resamples, units))
-    preference, squared, count = sums[:, rows].sum(axis=-1)
-    errors = flip_rate(squared / count)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        draws = (preference / count - errors) / (1 - 2 * errors)
-    # A resample in which the judge is a coin says nothing of theta: anything is possible there.
-    lost = ~np.isfinite(draws)
-    edge = (1 - confidence) / 2
-    if lost.mean() > edge:
-        return {"refused": "too noisy: within its interval the judge may be a coin", "n": n, "flip_rate": e}
-    low, high = np.quantile(np.clip(draws[~lost], 0, 1), [edge, 1 - edge])
-    theta = float(np.clip(rogan_gladen(one.preference.mean(), 1 - e, 1 - e), 0, 1))
-    return {"win_rate": theta, "ci": [float(low), float(high)], "flip_rate": e, "n": n}
+    labels, values, rates = list(clusters) or [None] * len(runs), [], []
+    n = len(runs[0].preference) if shared else sum(len(one.preference) for one in runs)
+    for one, of in zip(runs, labels, strict=True):
+        e = float(flip_rate(one.squared.mean()))
+        if not np.isfinite(e):
+            return {"refused": "asked again, the judge answers like a coin", "n": n, "flip_rate": None}
+        rates.append(e)
+        if len(np.unique(np.arange(len(one.squared)) if of is None else of)) < 2:
+            return {"refused": "fewer than two prompts were asked again", "n": n, "flip_rate": float(np.mean(rates))}
+        if mean_interval(one.squared, confidence=confidence, clusters=of).high >= 0.5:
+            why = "too noisy: within its interval the judge may be a coin"
+            return {"refused": why, "n": n, "flip_rate": float(np.mean(rates))}
+        p, left = float(one.preference.mean()), 1 - 2 * e
+        theta = float(rogan_gladen(p, 1 - e, 1 - e))
+        of_rate = (2 * theta - 1) * (one.squared - one.squared.mean()) / (2 * left**2)
+        values.append(theta + (one.preference - p) / left + of_rate)
+    interval, _, _ = rate_over(values, confidence=confidence, shared=shared, clusters=labels)
+    return {"win_rate": interval.mean, "ci": interval.ci(), "flip_rate": float(np.mean(rates)), "n": n}
 
 
 def add_corrections(
     entries: list[dict[str, Any]],
     judge: str,
-    judgements: Sequence[Judgement],
+    runs: Sequence[Sequence[Judgement]],
     *,
-    resamples: int,
-    seed: int,
     confidence: float,
-    unit_of: dict[str, int] | None = None,
+    shared: bool = False,
+    unit_of: Sequence[dict[str, int] | None] = (),
 ) -> list[dict[str, Any]]:
     """Put ``noise_corrected`` into the win rates of a judge that was asked again; both directions.
 
     Args:
         entries: ``report["win_rates"]``.
         judge: its name.
-        judgements: all of its.
-        resamples: see `corrected`.
-        seed: see `corrected`.
+        runs: all of its judgements, run by run.
         confidence: see `corrected`.
-        unit_of: prompt id -> its unit of evidence.
+        shared: the runs share their prompts: those count that it was asked about again in every run.
+        unit_of: of each run, prompt id -> its unit of evidence.
     """
-    for pair, one in repeated(judgements).items():
-        clusters = None if unit_of is None else np.array([unit_of[identity] for identity in one.ids])
-        found = corrected(one, resamples=resamples, seed=seed, confidence=confidence, clusters=clusters)
+    units = list(unit_of) or [None] * len(runs)
+    found_of = [repeated(judgements) for judgements in runs]
+    for pair in found_of[0]:
+        own = [found[pair] for found in found_of if pair in found]
+        if len(own) < len(runs):
+            continue
+        if shared and len(own) > 1:
+            common = [i for i in own[0].ids if all(i in set(one.ids) for one in own[1:])]
+            if not common:
+                continue
+            own = [one.of(common) for one in own]
+        clusters = [
+            None if of is None else np.array([of[i] for i in one.ids]) for one, of in zip(own, units, strict=True)
+        ]
+        found = corrected(own, confidence=confidence, shared=shared and len(own) > 1, clusters=clusters)
         for entry in entries:
             if entry["judge"] != judge:
                 continue

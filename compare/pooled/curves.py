@@ -13,9 +13,11 @@ def compared(run: Run, judge: str | None = None) -> Compared:
     return Compared(list(run.contenders.values()), list(run.checkpoints.values()), table, run.prompts.clusters)
 
 
-def pooled_matched_kl(runs: list[Run], judge: str, settings: Settings) -> dict[str, Any]:
-    """Matched KL in every run, and its mean over runs and prompts."""
-    return matched_kl([compared(run, judge) for run in runs], "ppo", "dpo", settings, shares_prompts(runs))
+def pooled_matched_kl(
+    runs: list[Run], judge: str, settings: Settings, entry: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Matched KL in every run, and its mean over runs and prompts; ``entry``: the win rate as they are."""
+    return matched_kl([compared(run, judge) for run in runs], "ppo", "dpo", settings, shares_prompts(runs), entry)
 
 
 def pooled_frontier(policies: dict[str, dict[str, Any]], runs: list[Run], settings: Settings) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The figures of several runs as those of one experiment: every interval is over prompts *and* seeds."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,16 @@ from scipy import stats
 from ppo_vs_dpo.compare.config import CompareStage
 from ppo_vs_dpo.compare.estimates.controls import null_control
 from ppo_vs_dpo.compare.estimates.ranking import ranking
+from ppo_vs_dpo.compare.estimates.reweighted import reweighted
 from ppo_vs_dpo.compare.estimates.win_rates import PairTable, Settings, reverse
+from ppo_vs_dpo.compare.judges.llm import Judgement
 from ppo_vs_dpo.compare.judges.scores import preference_by_score
 from ppo_vs_dpo.compare.sampling.completions import Draws
 from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender, uniform
 from ppo_vs_dpo.compare.sampling.kl import agreement_with_labels
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Prompts
-from ppo_vs_dpo.compare.statistics.intervals import LEAST_SHARE, Interval, Spread, spread, wilson, win_rate_p
+from ppo_vs_dpo.compare.statistics.intervals import LEAST_SHARE, Interval, Spread, spread
+from ppo_vs_dpo.compare.statistics.rates import rate_over
 from ppo_vs_dpo.compare.statistics.significance import detectable_gap, holm, label_permutation_p
 
 
@@ -33,6 +36,7 @@ class Run:
         contenders: by name.
         checkpoints: points along training, by name.
         tables: judge -> preferences of all its pairs.
+        read: judge that reads -> its judgements.
         scored: the judges among them that score every completion.
         pool: the reference's draws that best-of-n selects from, or ``None``.
         settings: how it was sampled.
@@ -48,6 +52,7 @@ class Run:
     scored: list[str]
     pool: Draws | None
     settings: CompareStage
+    read: dict[str, list[Judgement]] = field(default_factory=dict)
 
     def own_draws(self) -> list[Draws]:
         """All draws of the reference at the temperature of the comparison."""
@@ -115,7 +120,10 @@ def pooled_win_rates(runs: list[Run], judge: str, names: list[str], settings: Se
             # The same prompts judged in every run are as many prompts as there are, not as many as were judged.
             "n": int(known if known is not None else sum(np.isfinite(group).sum() for group in groups)),
             "units": units,
-            "decided": int(max((np.abs(group[np.isfinite(group)] - 0.5) > 1e-12).sum() for group in groups)),
+            "decided": max(
+                replace(settings, clusters=run.prompts.clusters).units_of(np.abs(group - 0.5) > 1e-12)
+                for run, group in zip(runs, groups, strict=True)
+            ),
             "win_rate": float(interval.mean),
             "ci": interval.ci(),
             "length_controlled": pooled_length_control(runs, policy, versus, judge, settings),
@@ -146,16 +154,16 @@ def _pooled_rate(runs: list[Run], groups: list[np.ndarray], settings: Settings) 
     clusters = [None if label is None else label[row] for label, row in zip(labels, rows, strict=True)]
     if min(map(len, kept)) < 2:
         return Interval(mean, 0.0, 1.0), 1.0, min(map(len, kept))
-    found = spread(kept, shared=shared, clusters=clusters)
-    if found.error[0] < 1e-12:
-        # Every prompt of every run gave the same preference: as one unanimous run, by Wilson's interval.
-        low, high = wilson(mean * found.units, found.units, settings.confidence)
-        p = float(win_rate_p(np.full((found.units, 1), mean))[0])
-        return Interval(mean, low, high), p, found.units
-    interval = found.interval(settings.confidence)
-    moved = mean - float(found.mean[0])
-    low, high = (float(np.clip(side[0] + moved, 0.0, 1.0)) for side in (interval.low, interval.high))
-    return Interval(mean, low, high), float(found.p_value(0.5 - moved)[0]), found.units
+    interval, p, units = rate_over(
+        [one[:, 0] for one in kept], confidence=settings.confidence, shared=shared, clusters=clusters
+    )
+    moved = mean - interval.mean
+    if abs(moved) > 1e-12:
+        # What was left out by some run is in the mean: test and interval move with it.
+        low, high = (float(np.clip(side + moved, 0.0, 1.0)) for side in (interval.low, interval.high))
+        p = float(spread(kept, shared=shared, clusters=clusters).p_value(0.5 - moved)[0])
+        interval = Interval(mean, low, high)
+    return Interval(mean, interval.low, interval.high), p, units
 
 
 def _ties(table: PairTable, policy: str, versus: str) -> float:
@@ -186,7 +194,7 @@ def pooled_length_control(
     }
 
 
-def pooled_control(runs: list[Run], judge: str, settings: Settings, judges: int) -> dict[str, Any] | None:
+def pooled_control(runs: list[Run], judge: str, settings: Settings, controls: int) -> dict[str, Any] | None:
     """SFT against SFT on independent draws, over all runs: every run's prompts by the exact law of the null."""
     if any(run.pool is None or judge not in run.pool.scores for run in runs):
         return None
@@ -200,8 +208,22 @@ def pooled_control(runs: list[Run], judge: str, settings: Settings, judges: int)
     exact = label_permutation_p(*(np.concatenate(side) for side in zip(*sides, strict=True)))
     n = len(found[0][0]) if shares_prompts(runs) else sum(len(preference) for preference, _ in found)
     mean_ties = float(np.mean([ties.mean() for _, ties in found]))
-    entry = null_control(judge, n, float(interval.mean), interval.ci(), mean_ties, exact, judges)
+    entry = null_control(judge, n, float(interval.mean), interval.ci(), mean_ties, exact, controls)
     return {**entry, "per_seed": [float(preference.mean()) for preference, _ in found]}
+
+
+def detectable_over(found: Spread, confidence: float, floor: bool = True) -> float:
+    """The distance from 1/2 that is seen in four of five experiments with this spread over seeds and prompts.
+
+    That of a noncentral t of the whole variance, or, where it is more, what the interval needs: it takes seeds and
+    prompts at a t of their own.
+    """
+    # detectable_gap wants one unit's deviation.
+    deviation = float(found.error[0]) * np.sqrt(found.units)
+    freedom = float(found.freedom[0])
+    gap = detectable_gap(found.units, deviation, alpha=1 - confidence, freedom=freedom, floor=floor)
+    # Nine of ten at this half-width: it varies itself, which costs about one.
+    return max(gap, float(found.half(confidence)[0] + stats.norm.ppf(0.9) * found.error[0]))
 
 
 def pooled_power(
@@ -213,15 +235,17 @@ def pooled_power(
     """
     if entry is None:
         return None
-    groups = [run.tables[judge].of(entry["policy"], entry["versus"])[:, None] for run in runs]
+    pair = entry["policy"], entry["versus"]
+    groups = [run.tables[judge].of(*pair)[:, None] for run in runs]
+    fresh = entry.get("test") != "reweighted"
+    if not fresh:
+        sides = [[run.contenders[name] for name in pair] for run in runs]
+        groups = [reweighted(*s, run.own_draws(), judge)[:, None] for run, s in zip(runs, sides, strict=True)]
     complete = all(np.isfinite(group).all() for group in groups)
     gap = None
     if complete and min(map(len, groups)) > 1:
         found = spread_over(runs, groups)
-        alpha = 1 - settings.confidence
-        # detectable_gap wants one unit's deviation.
-        deviation = float(found.error[0]) * np.sqrt(found.units)
-        gap = detectable_gap(found.units, deviation, alpha=alpha, freedom=float(found.freedom[0]))
+        gap = detectable_over(found, settings.confidence, fresh)
     return {
         "policy": entry["policy"],
         "versus": entry["versus"],

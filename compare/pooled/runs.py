@@ -5,8 +5,8 @@ seed would move a figure is in them, which no single run can say.
 """
 
 import argparse
-import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,12 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError, explain_os_error, say, warn
-from ppo_vs_dpo.artifacts.files import read_json, read_parquet, sha256_of
+from ppo_vs_dpo.artifacts.files import read_json, sha256_of
 from ppo_vs_dpo.artifacts.run import RunFolder
-from ppo_vs_dpo.compare.config import CompareStage
 from ppo_vs_dpo.compare.estimates.allowed import sampled_as_measured, use_kl
-from ppo_vs_dpo.compare.estimates.controls import positive_control
-from ppo_vs_dpo.compare.estimates.judgements import table_of
-from ppo_vs_dpo.compare.estimates.win_rates import PairTable, Settings, judge_pairs
-from ppo_vs_dpo.compare.judges.llm import Judgement
+from ppo_vs_dpo.compare.estimates.controls import controls_of, positive_control
+from ppo_vs_dpo.compare.estimates.win_rates import PairTable, Settings
+from ppo_vs_dpo.compare.judges.noise import add_corrections
 from ppo_vs_dpo.compare.pooled.curves import pooled_frontier, pooled_matched_kl, pooled_optimum
 from ppo_vs_dpo.compare.pooled.figures import (
     Run,
@@ -34,121 +32,18 @@ from ppo_vs_dpo.compare.pooled.figures import (
     pooled_win_rates,
     shares_prompts,
 )
+from ppo_vs_dpo.compare.pooled.reading import load_all
 from ppo_vs_dpo.compare.report.assemble import judge_agreement, verdict_sides
 from ppo_vs_dpo.compare.report.cost import pooled_cost
 from ppo_vs_dpo.compare.report.decision import decide, find, main_judge
 from ppo_vs_dpo.compare.report.pages import sample_table, write_pages
-from ppo_vs_dpo.compare.report.tables import UNDER
 from ppo_vs_dpo.compare.report.verdict import sentences, warnings, would_change
-from ppo_vs_dpo.compare.sampling.completions import MEASURES, Draws
-from ppo_vs_dpo.compare.sampling.contenders import PROXY, along_training, contenders_of
-from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Policy, Prompts
+from ppo_vs_dpo.compare.sampling.contenders import PROXY
+from ppo_vs_dpo.compare.sampling.policies import REFERENCE
 from ppo_vs_dpo.compare.stage import SCHEMA_VERSION
-from ppo_vs_dpo.compare.statistics.clusters import clusters_of
 
 # Sections that may differ between runs that are pooled.
 FREE = ("name", "seed", "output_dir", "stages", "launch", "experiment")
-
-
-def load(root: str | Path) -> Run:
-    """Read a finished comparison back from its Parquet file.
-
-    Raises:
-        UserError: not a run, not compared yet, written by another version, or truncated.
-    """
-    run = RunFolder(root)
-    if run.done("compare") is None:
-        why = run.why_not_done("compare")
-        raise UserError(f"the comparison of {root} {why}. Run `python -m ppo_vs_dpo.compare {root}` first.")
-    report = read_json(run.path("compare", "report.json"))
-    if report.get("schema_version") != SCHEMA_VERSION:
-        raise UserError(
-            f"{run.path('compare', 'report.json')} has schema version {report.get('schema_version')}, this is "
-            f"{SCHEMA_VERSION}. Compare that run again."
-        )
-    if report["pair_set"] is None:
-        raise UserError(f"{run.root} compares policies that were given; only runs are pooled.")
-    path = run.path("compare", "completions.parquet")
-    table = read_parquet(path, ["policy", "role", "temperature", "draw", "prompt_id", "prompt", "completion"])
-    frame = {name: np.array(table[name][:], dtype=object) for name in ("policy", "role", "prompt_id", "completion")}
-    temperature = np.array(table["temperature"][:])
-    ids = list(dict.fromkeys(frame["prompt_id"]))
-    texts = dict(zip(frame["prompt_id"], table["prompt"][:], strict=True))
-    judges = [judge for judge in report["judges"] if judge in table.column_names]
-    under = [name for name in table.column_names if name.startswith(UNDER)]
-    numbers = {name: np.array(table[name][:]) for name in ("finished", "tokens", *MEASURES, *judges, *under)}
-    draws = []
-    for policy, role in dict.fromkeys(zip(frame["policy"], frame["role"], strict=True)):
-        main = temperature == report["settings"]["temperature"]
-        rows = np.flatnonzero((frame["policy"] == policy) & (frame["role"] == role) & main)
-        shape = (len(ids), len(rows) // len(ids))
-        of = {name: values[rows].reshape(shape) for name, values in numbers.items()}
-        draws.append(
-            Draws(
-                policy=policy,
-                role=role,
-                temperature=report["settings"]["temperature"],
-                texts=frame["completion"][rows].tolist(),
-                token_ids=[],
-                finished=of["finished"].astype(bool),
-                tokens=of["tokens"],
-                measures={name: of[name].astype(np.float64) for name in MEASURES},
-                scores={judge: of[judge] for judge in judges},
-                under={n.removeprefix(UNDER): of[n] for n in under if np.isfinite(of[n]).all()},
-            )
-        )
-    policies = [
-        Policy(name, entry["method"], point=entry["point"])
-        for name, entry in report["policies"].items()
-        if entry["method"] != "best_of_n"
-    ]
-    policies += [
-        Policy(point["policy"], point["method"], point=point["point"], checkpoint=True)
-        for point in report["frontier"]
-        if point.get("along") == "training"
-    ]
-    own = report["settings"]
-    settings = CompareStage(
-        temperature=own["temperature"],
-        top_k=own["top_k"],
-        top_p=own["top_p"],
-        best_of_n=list(own["best_of_n"]),
-        best_of=dict(own.get("best_of") or {}),
-    )
-    contenders = contenders_of(policies, draws, settings)
-    of_prompt = [texts[identity] for identity in ids]
-    prompts = Prompts(of_prompt, ids, clusters=clusters_of(of_prompt, own["near_duplicate"]))
-    tables = {judge: judge_pairs(contenders, judge) for judge in judges}
-    tables |= read_verdicts(run, [judge for judge in report["judges"] if judge not in judges], prompts)
-    return Run(
-        run.root,
-        own["seeds"][0],
-        report,
-        prompts,
-        {c.name: c for c in contenders},
-        {c.name: c for c in along_training(policies, draws, settings)},
-        tables,
-        judges,
-        next((one for one in draws if (one.policy, one.role) == (REFERENCE, "pool")), None),
-        settings,
-    )
-
-
-def read_verdicts(run: RunFolder, judges: list[str], prompts: Prompts) -> dict[str, PairTable]:
-    """Tables of the judges that read, from the judgements that the run kept; none where a judge named no verdict."""
-    if not judges:
-        return {}
-    kept = read_parquet(run.path("compare", "judgements.parquet"), ["judge", "order", "preference"]).to_list()
-    fields = [field.name for field in dataclasses.fields(Judgement)]
-    found = {}
-    for judge in judges:
-        rows = [row for row in kept if row["judge"] == judge and row["order"] != "none"]
-        table, _ = table_of(
-            [Judgement(**{field: row[field] for field in fields if field in row}) for row in rows], prompts
-        )
-        if table is not None:
-            found[judge] = table
-    return found
 
 
 def check_alike(runs: list[Run]) -> list[str]:
@@ -167,6 +62,9 @@ def check_alike(runs: list[Run]) -> list[str]:
                 f"{same[0].root} and {same[1].root} both have seed {seed} and {what}. Pool runs that differ in "
                 f"their seed only."
             )
+    ids = [set(run.prompts.ids) for run in runs]
+    if not shares_prompts(runs) and sum(map(len, ids)) != len(set().union(*ids)):
+        raise UserError("the runs share some of their prompts; read them together (load_all), on those that count.")
     configs = [OmegaConf.to_container(RunFolder(run.root).config, resolve=True) for run in runs]
     notes = []
     for run, config in zip(runs[1:], configs[1:], strict=True):
@@ -185,9 +83,9 @@ def check_alike(runs: list[Run]) -> list[str]:
     return notes
 
 
-def pool(runs: list[Run], settings: Settings) -> dict[str, Any]:
-    """The pooled report."""
-    notes = check_alike(runs)
+def pool(runs: list[Run], settings: Settings, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """The pooled report; ``notes`` are put before its other warnings."""
+    notes = [*notes, *check_alike(runs)]
     names = [name for name in runs[0].contenders if all(name in run.contenders for run in runs)]
     missing = sorted({name for run in runs for name in run.contenders} - set(names))
     if missing:
@@ -211,11 +109,17 @@ def pool(runs: list[Run], settings: Settings) -> dict[str, Any]:
             shared,
             [run.prompts.clusters for run in runs],
         )
+    for judge in (one for one in judges if all(one in run.read for run in runs)):
+        spoken, units = [run.read[judge] for run in runs], [run.prompts.unit_of() for run in runs]
+        add_corrections(win, judge, spoken, confidence=settings.confidence, shared=shared, unit_of=units)
     labels = [run.prompts.clusters for run in runs]
-    positive = None
+    positive, many = None, controls_of(scored, list(runs[0].contenders.values()))
     if PROXY in scored:
-        positive = positive_control(win, [run.tables[PROXY] for run in runs], settings, shared, labels)
-    controls = [found for judge in scored if (found := pooled_control(runs, judge, settings, len(scored)))]
+        sizes = {(run.pool.shape[1], run.contenders[REFERENCE].draws.shape[1]) for run in runs if run.pool is not None}
+        if len(sizes) == 1:
+            tables, options = [run.tables[PROXY] for run in runs], {"shared": shared, "clusters": labels}
+            positive = positive_control(win, tables, settings, sizes.pop(), controls=many, **options)
+    controls = [found for judge in scored if (found := pooled_control(runs, judge, settings, many))]
     known = {judge: pooled_judge(runs, judge) for judge in judges}
     first = main_judge({"judges": known})
     head = find({"win_rates": win}, "ppo", "dpo", first)
@@ -233,6 +137,7 @@ def pool(runs: list[Run], settings: Settings) -> dict[str, Any]:
             "runs": [run.root.name for run in runs],
             "n_prompts": len(runs[0].prompts) if shared else sum(len(run.prompts) for run in runs),
             "units": runs[0].prompts.units if shared else sum(run.prompts.units for run in runs),
+            "near_training": (max if shared else sum)(run.report["settings"].get("near_training", 0) for run in runs),
             "prompts": "shared by all runs" if shared else "each run its own",
         },
         "trained": runs[0].report.get("trained"),
@@ -252,7 +157,7 @@ def pool(runs: list[Run], settings: Settings) -> dict[str, Any]:
         "win_rates": win + controls,
         "control": controls + ([positive] if positive else []),
         "power": pooled_power(runs, head, first, settings, runs[0].report["settings"]["delta"]),
-        "matched_kl": pooled_matched_kl(runs, first, settings)
+        "matched_kl": pooled_matched_kl(runs, first, settings, head)
         if head is not None
         else {"policy": "ppo", "versus": "dpo", "refused": "not every run has PPO and DPO"},
         "frontier": pooled_frontier(policies, runs, settings),
@@ -349,9 +254,9 @@ def main(argv: list[str] | None = None) -> int:
         if len(arguments.runs) == 1:
             alone = RunFolder(arguments.runs[0]).path("compare", "report.html")
             raise UserError(f"one run is not pooled: its report is {alone}. Name the runs of other seeds, too.")
-        runs = [load(root) for root in arguments.runs]
+        runs, notes = load_all(arguments.runs)
         own = runs[0].report["settings"]
-        report = pool(runs, Settings(own["resamples"], own["seeds"][0], own["confidence"]))
+        report = pool(runs, Settings(own["resamples"], own["seeds"][0], own["confidence"]), notes)
         folder = Path(arguments.output) if arguments.output else own_folder(runs)
         samples = pooled_samples(runs, list(report["policies"]), list(report["judges"]))
         write_pages(folder, report, samples, " + ".join(run.root.name for run in runs))

@@ -8,13 +8,21 @@ import numpy as np
 
 from ppo_vs_dpo.compare.config import CompareStage
 from ppo_vs_dpo.compare.estimates.allowed import sampled_as_measured, use_kl
-from ppo_vs_dpo.compare.estimates.controls import control, positive_control
+from ppo_vs_dpo.compare.estimates.controls import control, controls_of, positive_control
 from ppo_vs_dpo.compare.estimates.ranking import ranking
-from ppo_vs_dpo.compare.estimates.win_rates import PairTable, Settings, describe, describe_kl, power_line, win_rates
+from ppo_vs_dpo.compare.estimates.reweighted import reweighted
+from ppo_vs_dpo.compare.estimates.win_rates import (
+    PairTable,
+    Settings,
+    describe,
+    describe_kl,
+    power_line,
+    win_rates,
+)
 from ppo_vs_dpo.compare.frontier.points import Compared, frontier, matched_kl
 from ppo_vs_dpo.compare.judges.agreement import agreement
 from ppo_vs_dpo.compare.judges.scores import preference_by_score
-from ppo_vs_dpo.compare.report.decision import main_judge
+from ppo_vs_dpo.compare.report.decision import find, main_judge
 from ppo_vs_dpo.compare.report.verdict import label
 from ppo_vs_dpo.compare.sampling.completions import Draws
 from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender, main_pair, realised_best, shown_columns, uniform
@@ -60,25 +68,27 @@ def figures(
     for contender in contenders:
         policies[contender.name]["quality"] = quality(contender, shown_columns(contender), answers)
         policies[contender.name]["displacement"] = learned.get(contender.name, {}).get("displacement")
-    controls = [found for judge in judges if (found := control(baseline, pool, judge, how, len(judges)))]
+    many = controls_of(judges, contenders)
+    controls = [found for judge in judges if (found := control(baseline, pool, judge, how, many))]
     lengths = {c.name: c.length() for c in contenders}
     difficult = settings.length_difficulty
     win = [entry for judge in all_judges for entry in win_rates(tables[judge], judge, how, lengths, difficult)]
+    by_name = {c.name: c for c in contenders}
     if sampled_as_measured(settings):
-        by_name = {c.name: c for c in contenders}
         own = [one for one in draws if one.policy == REFERENCE and one.temperature == settings.temperature]
         win = use_kl(win, lambda name: [by_name[name]], [own], how, clusters=[how.clusters])
-    known_wins = (
-        [positive]
-        if PROXY in scored and (positive := positive_control(win, [scored[PROXY]], how, clusters=[how.clusters]))
-        else []
-    )
+    known_wins = []
+    if PROXY in scored and pool is not None:
+        sizes = (pool.shape[1], baseline.shape[1])
+        labels = [how.clusters]
+        positive = positive_control(win, [scored[PROXY]], how, sizes, controls=many, clusters=labels)
+        known_wins = [positive] if positive else []
     first = main_judge({"judges": {name: {"in_sample": name == PROXY} for name in all_judges}})
     policy, versus = main_pair(contenders)
     judged = first is not None and tables[first].has(policy, versus)
     given = any(c.method == "other" for c in contenders if c.name in (policy, versus))
     run = Compared(contenders, checkpoints, tables[first] if judged else None, how.clusters)
-    matched = matched_kl([run], policy, versus, how)
+    matched = matched_kl([run], policy, versus, how, entry=find({"win_rates": win}, policy, versus, first))
     if not judged:
         matched = {
             "policy": policy,
@@ -88,12 +98,15 @@ def figures(
     elif given:
         why_not = "a policy that was given is one point, not a curve along which its KL could be matched"
         matched = {"policy": policy, "versus": versus, "refused": why_not}
+    weighed = None
+    if judged and (find({"win_rates": win}, policy, versus, first) or {}).get("test") == "reweighted":
+        weighed = reweighted(by_name[policy], by_name[versus], own, first)
     return {
         "policies": policies,
         "win_rates": win + controls,
         "control": controls + known_wins,
         "head_to_head": [policy, versus],
-        "power": power_line(tables[first], policy, versus, how, settings.delta) if judged else None,
+        "power": power_line(tables[first], policy, versus, how, settings.delta, weighed) if judged else None,
         "matched_kl": matched,
         "frontier": frontier([run], {**policies, **steps}, how),
         "ranking": {judge: ranking_of(tables[judge], contenders, how) for judge in all_judges},

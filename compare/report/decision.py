@@ -74,6 +74,8 @@ def outcome(entry: dict[str, Any], p: float, alpha: float, delta: float, forbidd
         forbidden: something stands against any verdict by this judge.
     """
     shown = p <= alpha and not entry["ci"][0] <= 0.5 <= entry["ci"][1]
+    # What KL does not allow is no win: something is not what it is taken for.
+    forbidden = forbidden or (entry.get("allowed") or {}).get("outside", False)
     if not forbidden and entry.get("within", 1.0) <= delta:
         return {"outcome": "equal", "winner": None, "lead": shown}
     if not forbidden and shown and entry.get("decided", FEWEST_DECIDED) >= FEWEST_DECIDED:

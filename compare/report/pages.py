@@ -143,7 +143,7 @@ def render_html(report: dict[str, Any], samples: dict[str, Any], charts: list[Ma
         has_proxy=any(policy["proxy_reward"] is not None for policy in policies),
         over={point["policy"] for point in report["frontier"] if point.get("over_optimised")},
         against_sft={e["policy"]: e for e in report["win_rates"] if e["versus"] == REFERENCE and e["judge"] == judge},
-        reweighted=any("raw" in entry for entry in report["win_rates"]),
+        reweighted=any(entry.get("test") == "reweighted" for entry in report["win_rates"]),
         n_pairs=sum(e["judge"] == judge and e["policy"] != e["versus"] for e in report["win_rates"]) // 2,
         ranking=report["ranking"].get(judge, {}).get("entries", []),
         cost=cost_rows(report["cost"]),
@@ -199,6 +199,7 @@ def matrices(report: dict[str, Any]) -> dict[str, Any]:
     names = list(report["policies"])
     return {
         "first": main_judge(report),
+        "alpha": 1 - report["settings"]["confidence"],
         "judges": judges,
         "names": names,
         "labels": {name: label(name) for name in names},

@@ -29,27 +29,51 @@ def nats(value: float | None) -> str:
     if value is None:
         return "–"
     if abs(value) >= 0.095 or value == 0:
-        return f"{value:.2f}".replace("-", "−")
+        return f"{value or 0.0:.2f}".replace("-", "−")
     return f"{value:#.2g}".replace("-", "−") if abs(value) >= 1e-4 else f"{value:.1e}".replace("-", "−")
 
 
 def of_hundred(entry: dict[str, Any]) -> str:
     """``62 of 100 prompts (58 to 66)``: as many digits as the interval's width deserves; a tie is half a win.
 
-    More where rounding would put an end on the other side of 50, or on it.
+    Where rounding would put an end of the interval on 50 or on the other side of it there are two more at most; an end
+    that is nearer to 50 than they show is "just over" or "just under" it.
     """
-    values = [100 * x for x in (entry["win_rate"], *entry["ci"])]
-    width = values[2] - values[1]
-    digits = 0 if width >= 4 else 1 if width >= 0.4 else 2
-    while digits < 5 and any(np.sign(round(x - 50, 9)) != np.sign(round(x, digits) - 50) for x in values):
-        digits += 1
-    shown = [f"{x:.{digits}f}" for x in values]
-    return f"{shown[0]} of 100 prompts ({shown[1]} to {shown[2]})"
+    rate, *ends = (100 * x for x in (entry["win_rate"], *entry["ci"]))
+    digits = 0 if ends[1] - ends[0] >= 4 else 1 if ends[1] - ends[0] >= 0.4 else 2
+
+    def hidden(x: float, digits: int) -> bool:
+        return np.sign(round(x - 50, 9)) != np.sign(round(x, digits) - 50)
+
+    for more in (digits, digits + 1, digits + 2):
+        if not any(hidden(x, more) for x in ends):
+            digits = more
+            break
+    shown = [f"just {'over' if x > 50 else 'under'} 50" if hidden(x, digits) else f"{x:.{digits}f}" for x in ends]
+    return f"{rate:.{digits}f} of 100 prompts ({shown[0]} to {shown[1]})"
+
+
+# Levels that a p-value is read against: it is never rounded onto one, or across it.
+LEVELS = (0.1, 0.05, 0.01)
+
+
+def points(x: float) -> str:
+    """``3.7``, ``0.04``: a difference of win rates in points, with the digits that a small one needs."""
+    return f"{100 * x:.1f}" if x >= 0.001 else f"{100 * x:.1g}"
 
 
 def p_text(p: float) -> str:
-    """``p = 0.031``, ``p < 0.0001``."""
-    return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}" if p < 0.995 else "p = 1"
+    """``p = 0.031``, ``p < 0.0001``, ``p = 0.0496``: two digits, more where they would hide the side of a level."""
+    if p < 1e-4:
+        return "p < 0.0001"
+    if p >= 0.995:
+        return "p = 1"
+    for digits in (2, 3, 4):
+        text = f"{p:.{digits}g}"
+        if all(np.sign(float(text) - level) == np.sign(p - level) for level in LEVELS):
+            return f"p = {text}"
+    level = min(LEVELS, key=lambda one: abs(one - p))
+    return f"p just {'over' if p > level else 'under'} {level:g}"
 
 
 # Names under which policies are shown, where they are not their own: the reference of a comparison of given policies.
@@ -128,13 +152,19 @@ def _head_to_head(report: dict[str, Any]) -> str:
     first, second = (one_run(report, entry[key]) for key in ("policy", "versus"))
     delta = f"{100 * decision['delta']:.3g} points"
     says = (
-        f"{label(entry['policy'])}'s answer is the better one on {of_hundred(entry)}, {p_text(entry['p'])}, n "
-        f"= {entry['n']}"
+        f"{label(entry['policy'])}'s answer is the better one on {of_hundred(entry)}, {p_text(entry['p'])}, "
+        f"n = {entry['n']}"
     )
+    if entry.get("units", entry["n"]) < entry["n"]:
+        says += f" ({entry['units']} units of evidence)"
     if len(entry.get("per_seed") or []) > 1:
         turned = entry["policy"] != found["policy"]
         rates = [100 * (1 - rate if turned else rate) for rate in entry["per_seed"]]
         says += f", by seed {', '.join(f'{rate:.0f}' for rate in rates)}"
+    raw = entry.get("raw")
+    if raw and entry.get("test") != "reweighted":
+        seen = 1 - raw["win_rate"] if entry["policy"] != found["policy"] else raw["win_rate"]
+        says += f"; on these prompts it was {100 * seen:.0f} of 100, which is more than their KLs allow"
     by = _judge(judge)
     if found["outcome"] == "beats":
         text = f"{_capital(first)} {_beat(report)} {second} by {by}: {says}"
@@ -146,13 +176,15 @@ def _head_to_head(report: dict[str, Any]) -> str:
         why = list(decision["objections"])
         if not why and entry.get("decided", 99) < 10:
             why.append(f"the judge preferred one of the two on {entry['decided']} prompts only")
+        if (entry.get("allowed") or {}).get("outside"):
+            why.append("that lies outside of what their KLs allow")
         text += f"; {'; '.join(why)}" if why else ""
     kls = [report["policies"][entry[key]]["kl"]["mean"] for key in ("policy", "versus")]
     if None not in kls:
         text += f". Their KLs to {label('sft')} are {nats(kls[0])} and {nats(kls[1])} nats"
         allowed = entry.get("allowed")
         if allowed and not allowed["outside"] and allowed["at_most"] < WORTH_SAYING:
-            text += f": whatever the judge, they are at most {100 * allowed['at_most']:.1f} points apart"
+            text += f": whatever the judge, they are at most {points(allowed['at_most'])} points apart"
     if report["judges"][judge]["in_sample"]:
         text += " (an in-sample judge favours PPO)"
     return text + "."
@@ -196,14 +228,20 @@ def _against_reference(report: dict[str, Any]) -> str:
         if found["kind"] != "win rate":
             continue
         entry = find(report, found["policy"], found["versus"], judge)
-        name, says = label(found["policy"]), of_hundred(entry)
+        name, says = one_run(report, found["policy"]), of_hundred(entry)
+        many = name.startswith("these")
         if found["outcome"] == "beats":
             won = found["winner"] == found["policy"]
-            parts.append(f"{name} {'beats' if won else 'loses to'} {reference} (better on {says})")
+            verb = ("beat" if won else "lose to") if many else ("beats" if won else "loses to")
+            parts.append(f"{name} {verb} {reference} (better on {says})")
         elif found["outcome"] == "equal":
-            parts.append(f"{name} equals {reference} within {100 * decision['delta']:.3g} points (better on {says})")
+            within = f"within {100 * decision['delta']:.3g} points"
+            parts.append(f"{name} {'equal' if many else 'equals'} {reference} {within} (better on {says})")
         else:
-            parts.append(f"{name} is undecided (better on {says})")
+            after = (
+                "" if decision["objections"] or entry["ci"][0] <= 0.5 <= entry["ci"][1] else " after Holm's correction"
+            )
+            parts.append(f"{name} {'are' if many else 'is'} undecided{after} (better on {says})")
     seeds = report["settings"]["seeds"]
     spread = (
         f"pooled over {len(seeds)} seeds"
@@ -237,7 +275,7 @@ def _would_change(report: dict[str, Any]) -> list[str]:
     if allowed and not allowed["outside"] and allowed["at_most"] <= max(decision["delta"], 0.02):
         found.append(
             f"More training: at these KLs no judge and no number of prompts can show more than "
-            f"{100 * allowed['at_most']:.1f} points between them."
+            f"{points(allowed['at_most'])} points between them."
         )
     elif primary["outcome"] == "undecided" and power and power["detectable_gap"]:
         what = f"{power['runs']} such runs" if power.get("runs") else f"{power['n']} prompts"
@@ -251,9 +289,9 @@ def _would_change(report: dict[str, Any]) -> list[str]:
             text += f"{100 * decision['delta']:.3g} points"
         found.append(text + ".")
     if len(settings["seeds"]) < ENOUGH_SEEDS and not report.get("names"):
-        number = {1: "one run", 2: "two runs"}[len(settings["seeds"])]
+        number = {1: "this is one run", 2: "these are two runs"}[len(settings["seeds"])]
         found.append(
-            f"Other seeds: this is {number} of each, and {ENOUGH_SEEDS} or more say something about the methods "
+            f"Other seeds: {number} of each, and {ENOUGH_SEEDS} or more say something about the methods "
             f"(ppo-vs-dpo compare RUN RUN RUN)."
         )
     if report["matched_kl"].get("kind") == "one-sided":
@@ -286,6 +324,11 @@ def _warnings(report: dict[str, Any]) -> list[str]:
             f"duplicates count "
             f"as one."
         )
+    if near := settings.get("near_training"):
+        found.append(
+            f"{near} of {settings['n_prompts']} prompts are near duplicates of training prompts, or of one dialogue "
+            f"with them: what was learned by heart counts as quality there."
+        )
     if settings["top_k"] or settings["top_p"] < 1:
         found.append(
             "Completions were drawn with top-k or top-p: they come from another policy than the model, and the KL "
@@ -306,7 +349,7 @@ def _warnings(report: dict[str, Any]) -> list[str]:
         found.append(
             f"{label(entry['policy'])} against {label(entry['versus'])} by {entry['judge']}, {rate(entry)}, "
             f"lies outside of what "
-            f"their KLs allow ({100 * entry['allowed']['at_most']:.1f} points from 50): a KL, the sampling or "
+            f"their KLs allow ({points(entry['allowed']['at_most'])} points from 50): a KL, the sampling or "
             f"a judge is not "
             f"what it is taken for."
         )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_vs_dpo.compare.statistics.intervals import wilson
+from ppo_vs_dpo.compare.statistics.rates import wilson
 from ppo_vs_dpo.models.passes.logprobs import logits_in_pieces, pad_batch
 from ppo_vs_dpo.models.text.encoding import encode_prompts
 from ppo_vs_dpo.models.text.prompts import encode_completion

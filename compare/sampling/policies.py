@@ -1,5 +1,6 @@
 """Which policies a run offers for comparison, and which prompts they are compared on."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from ppo_vs_dpo.artifacts.guards.digests import Digests
 from ppo_vs_dpo.artifacts.guards.outputs import content_id
 from ppo_vs_dpo.artifacts.run import RunFolder, point_name
 from ppo_vs_dpo.compare.config import CompareStage
-from ppo_vs_dpo.compare.statistics.clusters import clusters_of
+from ppo_vs_dpo.compare.statistics.clusters import clusters_of, near_training
 from ppo_vs_dpo.preferences.schema import prompt_id
 
 REFERENCE = "sft"
@@ -51,6 +52,7 @@ class Prompts:
         trained_on: how many were left out because some stage was trained on them.
         repeated: how many were left out because the same prompt stood there before.
         clusters: ``(P,)`` which of them are one unit of evidence (`clusters_of`); ``None``: each one is.
+        near_training: how many are of a dialogue that was trained on, or near duplicates of a training prompt.
     """
 
     prompts: list[Any]
@@ -58,11 +60,16 @@ class Prompts:
     trained_on: int = 0
     repeated: int = 0
     clusters: np.ndarray | None = None
+    near_training: int = 0
 
     @property
     def units(self) -> int:
         """How many units of evidence they are."""
         return len(self) if self.clusters is None else len(np.unique(self.clusters))
+
+    def unit_of(self) -> dict[str, int] | None:
+        """Prompt id -> its unit of evidence; ``None`` where each is one."""
+        return None if self.clusters is None else dict(zip(self.ids, self.clusters.tolist(), strict=True))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -219,10 +226,29 @@ def _point(name: str) -> dict[str, Any]:
     return parse_point(rest) if rest else {}
 
 
+# What some stage was trained on.
+TRAINING = (("data", "prompts_train.parquet"), ("pairs", "train.parquet"), ("data", "sft_train.parquet"))
+
+
+def training_prompts(run: RunFolder) -> Iterator[Any]:
+    """Every prompt that some stage of this run was trained on, once."""
+    seen: set[str] = set()
+    for parts in TRAINING:
+        path = run.path(*parts)
+        table = read_parquet(path) if path.is_file() else None
+        if table is None or "prompt" not in table.column_names:
+            continue
+        ids = table["prompt_id"] if "prompt_id" in table.column_names else map(prompt_id, table["prompt"])
+        for identity, prompt in zip(ids, table["prompt"], strict=True):
+            if identity not in seen:
+                seen.add(identity)
+                yield prompt
+
+
 def training_prompt_ids(run: RunFolder) -> set[str]:
     """Fingerprints of every prompt that some stage of this run was trained on."""
     seen: set[str] = set()
-    for parts in (("data", "prompts_train.parquet"), ("pairs", "train.parquet"), ("data", "sft_train.parquet")):
+    for parts in TRAINING:
         path = run.path(*parts)
         if not path.is_file():
             continue
@@ -261,7 +287,8 @@ def heldout_prompts(run: RunFolder, limit: int, near_duplicate: float = 1.0) -> 
     dropped, repeated = len(ids) - len(untrained), len(untrained) - len(kept)
     kept = kept[:limit]
     texts = [prompts[row] for row in kept]
-    return Prompts(texts, [ids[row] for row in kept], dropped, repeated, clusters_of(texts, near_duplicate))
+    near = len(near_training(texts, training_prompts(run), near_duplicate))
+    return Prompts(texts, [ids[row] for row in kept], dropped, repeated, clusters_of(texts, near_duplicate), near)
 
 
 def tuning_of(run: RunFolder, settings: CompareStage) -> dict[str, dict[str, Any]]:

@@ -1,23 +1,13 @@
 """Which prompts are one unit of evidence: the prompts of one dialogue, and near duplicates."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from scipy.sparse import coo_array, csr_array
+from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-# Characters of a shingle; shingles see changed words, not changed order.
-SHINGLE = 5
-# Texts of fewer words differ in most of what they say when they differ in one word.
-FEWEST_WORDS = 8
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split())
-
-
-def _messages(prompt: Any) -> list[str]:
-    return [prompt] if isinstance(prompt, str) else [str(message["content"]) for message in prompt]
+from ppo_vs_dpo.preferences.reading.near import FEWEST_WORDS, NearTexts, messages_of, plain
 
 
 def _opening(prompt: Any) -> str | None:
@@ -25,12 +15,12 @@ def _opening(prompt: Any) -> str | None:
     if isinstance(prompt, str):
         return None
     first = next((str(message["content"]) for message in prompt if message["role"] == "user"), "")
-    return _plain(first) if len(first.split()) >= FEWEST_WORDS else None
+    return plain(first) if len(first.split()) >= FEWEST_WORDS else None
 
 
 def _exchange(prompt: Any) -> str | None:
     """The first two messages: who was answered the same is in the same dialogue."""
-    return None if isinstance(prompt, str) or len(prompt) < 2 else _plain(" \n ".join(_messages(prompt)[:2]))
+    return None if isinstance(prompt, str) or len(prompt) < 2 else plain(" \n ".join(messages_of(prompt)[:2]))
 
 
 def clusters_of(prompts: list[Any], near_duplicate: float) -> np.ndarray:
@@ -46,7 +36,7 @@ def clusters_of(prompts: list[Any], near_duplicate: float) -> np.ndarray:
         near_duplicate: 1 and above: only the same text and the same dialogue count.
     """
     n = len(prompts)
-    texts = [_plain(" \n ".join(_messages(prompt))) for prompt in prompts]
+    texts = list(map(plain, prompts))
     links: list[tuple[int, int]] = []
     for keys in (texts, list(map(_opening, prompts)), list(map(_exchange, prompts))):
         first: dict[str, int] = {}
@@ -54,23 +44,31 @@ def clusters_of(prompts: list[Any], near_duplicate: float) -> np.ndarray:
             if key is not None and first.setdefault(key, row) != row:
                 links.append((first[key], row))
     if near_duplicate < 1:
-        links += _near(texts, near_duplicate)
+        finder = NearTexts(texts, near_duplicate)
+        links += [(row, other) for other, text in enumerate(texts) for row in finder.of(text) if row < other]
     rows, columns = np.array(links, dtype=int).reshape(-1, 2).T
     graph = coo_array((np.ones(len(links)), (rows, columns)), shape=(n, n))
     return connected_components(graph, directed=False)[1]
 
 
-def _near(texts: list[str], least: float) -> list[tuple[int, int]]:
-    long = [row for row, text in enumerate(texts) if len(text.split()) >= FEWEST_WORDS]
-    sets = [{texts[row][at : at + SHINGLE] for at in range(len(texts[row]) - SHINGLE + 1)} for row in long]
-    number = {shingle: column for column, shingle in enumerate(sorted(set().union(*sets)))}
-    if not number:
-        return []
-    columns = np.array([number[shingle] for one in sets for shingle in sorted(one)])
-    ends = np.cumsum([0, *map(len, sets)])
-    holds = csr_array((np.ones(len(columns), dtype=np.int32), columns, ends), shape=(len(long), len(number)))
-    both = (holds @ holds.T).tocoo()
-    sizes = np.diff(ends)
-    near = both.data >= least * (sizes[both.row] + sizes[both.col] - both.data)
-    pairs = zip(both.row[near].tolist(), both.col[near].tolist(), strict=True)
-    return [(long[a], long[b]) for a, b in pairs if a < b]
+def near_training(prompts: list[Any], training: Iterable[Any], near_duplicate: float) -> np.ndarray:
+    """Rows of the prompts that belong together with a training prompt, as `clusters_of` means it.
+
+    Args:
+        prompts: those of a comparison.
+        training: those that something was trained on; passed over once.
+        near_duplicate: as in `clusters_of`.
+    """
+    rows_of: dict[tuple[str, str], set[int]] = {}
+    kinds = {"opening": _opening, "exchange": _exchange}
+    for row, prompt in enumerate(prompts):
+        for kind, key_of in kinds.items():
+            if (key := key_of(prompt)) is not None:
+                rows_of.setdefault((kind, key), set()).add(row)
+    finder = NearTexts(prompts if near_duplicate < 1 else [], near_duplicate)
+    found: set[int] = set()
+    for prompt in training:
+        for kind, key_of in kinds.items():
+            found |= rows_of.get((kind, key_of(prompt) or ""), set())
+        found |= set(finder.of(prompt))
+    return np.array(sorted(found), dtype=int)

@@ -5,11 +5,11 @@ several draws were averaged. A win rate is the mean of preferences, so ties coun
 simulated coverage of every function here (`make audit`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 # A sample's skewness is too small where the data are skewed (its largest value is missing). With this factor means of
 # lognormal data up to log-SD 1 are covered as they should be; symmetric data do not feel it (docs/statistics.md).
@@ -17,9 +17,6 @@ SKEWNESS_FACTOR = 1.4
 # A few seeds may agree by luck: an interval over seeds is never narrower than this share of what its prompts alone
 # leave open. 1/2 keeps two seeds of coarse data covered; 1 would cover 99 % and more.
 LEAST_SHARE = 0.5
-# Fewer expected losses (or wins) than this, and the score interval's end that lies towards them misses: it is then
-# read from half a win further (a continuity correction).
-FEW_WINS = 2.0
 
 
 @dataclass(frozen=True)
@@ -39,9 +36,10 @@ class Interval:
 def by_cluster(values: np.ndarray, clusters: np.ndarray | None) -> np.ndarray:
     """``(G, K)``: one value a cluster of prompts in place of ``(P, K)``, one a prompt.
 
-    A cluster of prompts (of one dialogue, or near duplicates) is one unit of evidence. Its value is the overall mean
-    plus its summed deviation times G / P: the mean of these is the mean over prompts, and their variance is the
-    linearised one of a ratio (Cochran 1977, section 9.3), clusters of unequal size included.
+    A cluster of prompts (of one dialogue, or near duplicates) is one unit of evidence. Its value is its jackknife
+    pseudo-value: the overall mean plus its summed deviation times (G - 1) / (P - its size), centred. The mean of these
+    is the mean over prompts, and their variance is the jackknife's of a ratio (Cochran 1977, section 9.3, with a
+    correction for large clusters: a tenth of the prompts in one dialogue is no tenth of the spread).
 
     Args:
         values: ``(P, K)``.
@@ -55,7 +53,10 @@ def by_cluster(values: np.ndarray, clusters: np.ndarray | None) -> np.ndarray:
     mean = values.mean(axis=0)
     sums = np.zeros((len(labels), values.shape[1]))
     np.add.at(sums, group, values - mean)
-    return mean + sums * (len(labels) / len(values))
+    if len(labels) == 1:
+        return mean + sums
+    pseudo = sums * ((len(labels) - 1) / (len(values) - np.bincount(group)))[:, None]
+    return mean + pseudo - pseudo.mean(axis=0)
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Spread:
         skewness: of the mean: that of the units over the root of their number.
         seeds: how many.
         units: how many prompts (or clusters of them) stand for themselves.
+        outward: skewness moves an end of the interval out only, never in.
     """
 
     mean: np.ndarray
@@ -80,18 +82,25 @@ class Spread:
     skewness: np.ndarray
     seeds: int
     units: int
+    outward: bool = False
 
     def interval(self, confidence: float | np.ndarray, bounds: tuple[float, float] | None = None) -> Interval:
         """The interval of this confidence: half^2 = t_{S-1}^2 of_seeds + t_{P-1}^2 of_prompts, by its skew."""
-        t = special.stdtrit(self.units - 1, 0.5 + np.asarray(confidence) / 2)
-        of_seeds = special.stdtrit(self.seeds - 1, 0.5 + np.asarray(confidence) / 2) if self.seeds > 1 else 0.0
-        half = np.sqrt(of_seeds**2 * self.of_seeds + t**2 * self.of_prompts)
-        half = np.maximum(half, LEAST_SHARE * t * np.sqrt(self.least))
-        low = self.mean - half * skewed(t, self.skewness) / t
-        high = self.mean + half * skewed(t, -self.skewness) / t
+        t, half = special.stdtrit(self.units - 1, 0.5 + np.asarray(confidence) / 2), self.half(confidence)
+        down, up = skewed(t, self.skewness), skewed(t, -self.skewness)
+        if self.outward:
+            down, up = np.maximum(down, t), np.maximum(up, t)
+        low, high = self.mean - half * down / t, self.mean + half * up / t
         if bounds is not None:
             low, high = np.clip(low, *bounds), np.clip(high, *bounds)
         return Interval(self.mean, low, high)
+
+    def half(self, confidence: float | np.ndarray) -> np.ndarray:
+        """Half of the interval's width ``(K,)``, before skewness moves its ends."""
+        t = special.stdtrit(self.units - 1, 0.5 + np.asarray(confidence) / 2)
+        of_seeds = special.stdtrit(self.seeds - 1, 0.5 + np.asarray(confidence) / 2) if self.seeds > 1 else 0.0
+        half = np.sqrt(of_seeds**2 * self.of_seeds + t**2 * self.of_prompts)
+        return np.maximum(half, LEAST_SHARE * t * np.sqrt(self.least))
 
     def p_value(self, null: float) -> np.ndarray:
         """Two-sided p-values ``(K,)`` of "the mean is ``null``": 1 less the confidence at which the interval touches
@@ -102,16 +111,10 @@ class Spread:
             distance = np.divide(self.mean - null, error, out=np.full_like(error, np.inf), where=error > 1e-300)
             distance = np.where(np.abs(self.mean - null) < 1e-15, 0.0, distance)
             k, far = self.skewness * np.sign(distance), np.minimum(np.abs(distance), 1e6)
-            # Hall's transformation, of which `skewed` is the inverse.
-            t = far + k * far**2 / 3 + k**2 * far**3 / 27 + k / 6
+            moved = hall(far, k)
+            t = np.minimum(moved, far) if self.outward else moved
             return np.clip(2 * special.stdtr(self.units - 1, -t), 1e-12, 1.0)
-        low, high = np.zeros_like(self.mean), np.full_like(self.mean, 1 - 1e-12)
-        for _ in range(45):
-            middle = (low + high) / 2
-            found = self.interval(middle)
-            inside = (found.low <= null) & (null <= found.high)
-            low, high = np.where(inside, low, middle), np.where(inside, middle, high)
-        return 1.0 - high
+        return touches(self.interval, null, self.mean)
 
     @property
     def freedom(self) -> np.ndarray:
@@ -126,6 +129,22 @@ class Spread:
     def error(self) -> np.ndarray:
         """Standard error of the mean ``(K,)``."""
         return np.sqrt(self.of_seeds + self.of_prompts)
+
+
+def touches(interval: Callable[[np.ndarray], Interval], null: float, like: np.ndarray) -> np.ndarray:
+    """1 less the confidence at which an interval touches ``null``, by bisection."""
+    low, high = np.zeros_like(like), np.full_like(like, 1 - 1e-12)
+    for _ in range(45):
+        middle = (low + high) / 2
+        found = interval(middle)
+        inside = (found.low <= null) & (null <= found.high)
+        low, high = np.where(inside, low, middle), np.where(inside, middle, high)
+    return 1.0 - high
+
+
+def hall(t: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """Hall's transformation, of which `skewed` is the inverse."""
+    return t + k * t**2 / 3 + k**2 * t**3 / 27 + k / 6
 
 
 def skewed(t: np.ndarray | float, skewness: np.ndarray) -> np.ndarray:
@@ -154,6 +173,7 @@ def spread(
     shared: bool = False,
     clusters: Sequence[np.ndarray | None] = (),
     by_skewness: bool = True,
+    outward: bool = False,
 ) -> Spread:
     """The spread of a mean over the prompts of one run, or over several runs and their prompts.
 
@@ -165,6 +185,7 @@ def spread(
             (*nested*), and the run means hold the prompts' share already (Davison & Hinkley 1997, section 3.8).
         clusters: of each run's prompts; none, and every prompt stands for itself.
         by_skewness: follow the skewness of the data; not for differences, whose skewness is mostly noise.
+        outward: follow it outwards only: where it may be noise or not.
 
     Every run has equal weight.
     """
@@ -176,16 +197,15 @@ def spread(
         (values,) = units
         n, zero = len(values), np.zeros(values.shape[1])
         variance = values.var(axis=0, ddof=1) / n
-        return Spread(values.mean(axis=0), zero, variance, zero, skewness_of(values), 1, n)
+        return Spread(values.mean(axis=0), zero, variance, zero, skewness_of(values), 1, n, outward)
     if not shared:
         means = np.stack([values.mean(axis=0) for values in units])
         own = np.stack([values.var(axis=0, ddof=1) / len(values) for values in units]).mean(axis=0)
         centred = np.concatenate([values - values.mean(axis=0) for values in units])
         n = sum(map(len, units))
         of_seeds = means.var(axis=0, ddof=1) / runs
-        return Spread(
-            means.mean(axis=0), of_seeds, np.zeros_like(own), own / runs, skewness_of(centred), runs, n - runs + 1
-        )
+        least, skewness = own / runs, skewness_of(centred)
+        return Spread(means.mean(axis=0), of_seeds, np.zeros_like(own), least, skewness, runs, n - runs + 1, outward)
     values = np.stack(units)
     prompts = values.shape[1]
     mean, of_seed, of_prompt = values.mean(axis=(0, 1)), values.mean(axis=1), values.mean(axis=0)
@@ -195,7 +215,7 @@ def spread(
     ms_rest = (rest**2).sum((0, 1)) / ((runs - 1) * (prompts - 1))
     size = runs * prompts
     added = np.maximum(ms_prompt - ms_rest, 0.0) / size
-    return Spread(mean, ms_seed / size, added, ms_prompt / size, skewness_of(of_prompt), runs, prompts)
+    return Spread(mean, ms_seed / size, added, ms_prompt / size, skewness_of(of_prompt), runs, prompts, outward)
 
 
 def mean_interval(
@@ -229,65 +249,6 @@ def mean_interval(
         low, high = bounds if bounds is not None else (np.nan, np.nan)
         return Interval(mean, np.full_like(mean, low), np.full_like(mean, high))
     return spread([values], clusters=[clusters], by_skewness=by_skewness).interval(confidence, bounds)
-
-
-def wilson(wins: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval for a proportion (Wilson 1927); ``wins`` may hold halves (ties).
-
-    For whole numbers equal to ``scipy.stats.binomtest(...).proportion_ci(method="wilson")``, which takes no halves.
-    """
-    if n == 0:
-        return 0.0, 1.0
-    low, high = _score(np.array(wins / n), n, stats.norm.ppf(0.5 + confidence / 2))
-    return float(max(0.0, low)), float(min(1.0, high))
-
-
-def _score(p: np.ndarray, n: np.ndarray, z: float) -> tuple[np.ndarray, np.ndarray]:
-    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(np.maximum(p * (1 - p), 0) / n + z**2 / (4 * n**2))
-    return centre - half, centre + half
-
-
-def effective_prompts(preferences: np.ndarray) -> np.ndarray:
-    """``(K,)``: of how many plain wins and losses the mean of ``(P, K)`` preferences has the variance.
-
-    More than there are prompts where ties and several draws make preferences steady (Korn & Graubard 1998, for
-    surveys).
-    """
-    n = len(preferences)
-    mean, variance = preferences.mean(axis=0), preferences.var(axis=0, ddof=1)
-    coarse = mean * (1 - mean)
-    known = (variance > 1e-15) & (coarse > 1e-15)
-    return np.divide(n * coarse, variance, out=np.full_like(mean, float(n)), where=known)
-
-
-def win_rate_interval(
-    preferences: np.ndarray, *, confidence: float = 0.95, clusters: np.ndarray | None = None
-) -> Interval:
-    """Win rates ``(K,)`` of preferences ``(P, K)``: Wilson's score interval at their effective number, with t.
-
-    Near 0 and 1 a t interval misses and a score interval does not; with several draws a prompt, Wilson's own is far
-    too wide and the effective number is not. Where all preferences of a column are equal that number is P.
-    """
-    preferences = np.asarray(preferences, dtype=np.float64)
-    units = by_cluster(preferences, clusters)
-    mean = preferences.mean(axis=0)
-    if len(units) < 2:
-        return Interval(mean, np.zeros_like(mean), np.ones_like(mean))
-    n, t = effective_prompts(units), stats.t.ppf(0.5 + confidence / 2, len(units) - 1)
-    fewer = np.where(n * mean < FEW_WINS, np.maximum(mean - 0.5 / n, 0.0), mean)
-    more = np.where(n * (1 - mean) < FEW_WINS, np.minimum(mean + 0.5 / n, 1.0), mean)
-    low, high = _score(fewer, n, t)[0], _score(more, n, t)[1]
-    return Interval(mean, np.clip(low, 0.0, 1.0), np.clip(high, 0.0, 1.0))
-
-
-def win_rate_p(preferences: np.ndarray, *, clusters: np.ndarray | None = None) -> np.ndarray:
-    """p-values ``(K,)`` of "the win rate is 1/2" that belong to `win_rate_interval`: its score test at 1/2."""
-    units = by_cluster(np.asarray(preferences, dtype=np.float64), clusters)
-    if len(units) < 2:
-        return np.ones(units.shape[1])
-    score = 2 * np.abs(units.mean(axis=0) - 0.5) * np.sqrt(effective_prompts(units))
-    return 2 * stats.t.sf(score, len(units) - 1)
 
 
 def jackknife(estimates: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -7,10 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from ppo_vs_dpo.compare.statistics.intervals import Interval, win_rate_interval, win_rate_p
+from ppo_vs_dpo.compare.statistics.intervals import Interval
+from ppo_vs_dpo.compare.statistics.rates import win_rate_interval, win_rate_p
 
 # Fewer prompts than this on which the judge preferred one of the two, and no test is asked who wins.
 FEWEST_DECIDED = 10
+# Means of up to six verdicts of 0, 1/2 and 1 are fractions of this.
+DENOMINATOR = 120
+# Beyond so many cells the exact law is not worked out.
+MOST_CELLS = 1 << 24
 
 
 def label_sums(scores: np.ndarray) -> np.ndarray:
@@ -76,8 +81,10 @@ def sign_flip_p(
     """Two-sided p-values ``(K,)`` of "the judge cannot tell the two apart", by swapping their names on each prompt.
 
     A swap turns a preference x into 1 - x: the null is that x and 1 - x have the same law on every prompt, which is
-    more than a win rate of 1/2. All swaps where there are at most 2^12, else random ones with the observed one counted
-    (Phipson & Smyth 2010), so p is never 0.
+    more than a win rate of 1/2. Exact where preferences are fractions of a small denominator, as verdicts and their
+    means are (the law of the sum over all swaps is a convolution), and where there are at most 2^12 swaps; else, of
+    verdicts weighted by probabilities, by random swaps with the observed one counted (Phipson & Smyth 2010), so p is
+    never 0.
 
     Args:
         preferences: ``(P, K)``.
@@ -96,6 +103,9 @@ def sign_flip_p(
     if n <= 12:
         signs = 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
         return (np.abs(signs @ centred) >= observed - 1e-9).mean(axis=0)
+    exact = [_swaps_of_fractions(column) for column in centred.T]
+    if all(p is not None for p in exact):
+        return np.array(exact)
     rng = np.random.default_rng([seed, n, flips, 1])
     as_extreme, done = np.ones(centred.shape[1]), 0
     while done < flips:
@@ -104,7 +114,27 @@ def sign_flip_p(
         # Rounding must not decide whether a swap is as extreme as the observed sum.
         as_extreme += (np.abs(signs @ centred) >= observed - 1e-9).sum(axis=0)
         done += part
-    return as_extreme / (flips + 1)
+    sampled = as_extreme / (flips + 1)
+    return np.array([drawn if p is None else p for p, drawn in zip(exact, sampled, strict=True)])
+
+
+def _swaps_of_fractions(centred: np.ndarray) -> float | None:
+    """Exact p of the sum of ``(n,)`` values with random signs; ``None`` where they are no fractions of 120."""
+    steps = np.rint(centred * DENOMINATOR)
+    if np.abs(steps - centred * DENOMINATOR).max() > 1e-6:
+        return None
+    sizes, counts = np.unique(np.abs(steps[steps != 0]).astype(int), return_counts=True)
+    if not len(sizes):
+        return 1.0
+    divisor = int(np.gcd.reduce(sizes))
+    sizes = sizes // divisor
+    reach = int(sizes.max())
+    if len(sizes) * reach * int(counts.sum()) > MOST_CELLS:
+        return None
+    laws = np.zeros((len(sizes), 2 * reach + 1))
+    laws[np.arange(len(sizes)), reach - sizes] += 0.5
+    laws[np.arange(len(sizes)), reach + sizes] += 0.5
+    return _two_sided(laws, counts, abs(int(steps.sum())) // divisor, reach)
 
 
 def sign_test(preferences: np.ndarray) -> float:
@@ -136,7 +166,12 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 
 
 def detectable_gap(
-    n: int, deviation: float = 0.5, power: float = 0.8, alpha: float = 0.05, freedom: float | None = None
+    n: int,
+    deviation: float = 0.5,
+    power: float = 0.8,
+    alpha: float = 0.05,
+    freedom: float | None = None,
+    floor: bool = True,
 ) -> float:
     """The distance of a mean from its null that ``n`` prompts show with the given power.
 
@@ -148,8 +183,10 @@ def detectable_gap(
         power: the chance to see it.
         alpha: of the two-sided test.
         freedom: degrees of freedom of a t-test, of few seeds say: the gap is then that of the noncentral t.
+        floor: use that least deviation; not for values that are no verdicts (reweighted ones).
     """
-    deviation = max(deviation, 0.5 / np.sqrt(n))
+    if floor:
+        deviation = max(deviation, 0.5 / np.sqrt(n))
     error = deviation / np.sqrt(n)
     if freedom is None:
         return float((stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)) * error)

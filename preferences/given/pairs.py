@@ -18,6 +18,7 @@ from ppo_vs_dpo.preferences.reading.as_read import said_of
 from ppo_vs_dpo.preferences.reading.importing import TokenLimits, stage_pairs
 from ppo_vs_dpo.preferences.reading.mappings import MappingOptions
 from ppo_vs_dpo.preferences.reading.mappings.rendered import Renderer
+from ppo_vs_dpo.preferences.reading.near import LeakCount
 from ppo_vs_dpo.preferences.reading.prompts import read_examples, read_prompts
 from ppo_vs_dpo.preferences.reading.readers import Placed, from_columns, is_local, read_files, read_hub
 from ppo_vs_dpo.preferences.reading.tables import (
@@ -140,6 +141,9 @@ def data_step(context: StageContext, settings: GivenPairs) -> None:
     if settings.sft_path is not None:
         counts |= _sft_file(context, settings, checker)
     report.pairs = counts["train_pairs"] + counts["test_pairs"] + counts["heldout_pairs"]
+    # 5. Prompts under another fingerprint that say nearly the same on both sides.
+    if leak := near_leaks(context.dir):
+        report.said.append(leak)
     write_json(context.dir / "report.json", report.as_dict())
     shutil.rmtree(staging)
     context.finish(
@@ -151,6 +155,19 @@ def data_step(context: StageContext, settings: GivenPairs) -> None:
         warnings=[*said_of(report), *report.said],
         **counts,
     )
+
+
+def near_leaks(folder: Path) -> str | None:
+    """Test and held-out prompts that are near duplicates of training prompts, or ``None``."""
+    kept = {
+        row["prompt_id"]: row["prompt"]
+        for name in ("prompts_heldout", "pairs_test")
+        for row in read_rows(folder / f"{name}.parquet", ["prompt_id", "prompt"])
+    }
+    leaks = LeakCount(list(kept.values()))
+    for number, row in enumerate(read_rows(folder / "prompts_train.parquet", ["prompt"])):
+        leaks.passes(f"prompt {number} of prompts_train.parquet", row["prompt"])
+    return leaks.sentence()
 
 
 def _tokenizer(model: ModelConfig):

@@ -11,7 +11,8 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, read_parquet
 from ppo_vs_dpo.compare.estimates.reweighted import reweighted_values
 from ppo_vs_dpo.compare.estimates.win_rates import Settings
-from ppo_vs_dpo.compare.pooled.runs import load, pool
+from ppo_vs_dpo.compare.pooled.reading import load
+from ppo_vs_dpo.compare.pooled.runs import pool
 from tests.compare.helpers import check_schema, make_run, set_config, write_prompts
 from tests.compare.test_stage import compare
 
@@ -107,8 +108,12 @@ def test_prompts_of_one_dialogue_are_one_unit(run, tmp_path, word_tokenizer):
         first = [{"role": "user", "content": " ".join(rng.choice(words, 9))}]
         prompts += [first, [*first, {"role": "assistant", "content": "good"}, {"role": "user", "content": "was bad"}]]
     write_prompts(root / "data" / "prompts_heldout.parquet", [*prompts, prompts[0]])
+    # One dialogue was trained on: its opening, not the prompts themselves.
+    write_prompts(root / "data" / "prompts_train.parquet", [[*prompts[4], {"role": "assistant", "content": "dull"}]])
     set_config(root, "near_duplicate: 1.0")
     report = compare(root)
+    assert report["settings"]["near_training"] == 2
+    assert any("2 of 32 prompts are near duplicates of training prompts" in warning for warning in report["warnings"])
     assert (report["settings"]["n_prompts"], report["settings"]["units"]) == (32, 16)
     assert any("32 prompts are 16 units of evidence" in warning for warning in report["warnings"])
     assert any("1 held-out prompts stood there twice" in warning for warning in report["warnings"])

@@ -7,8 +7,8 @@ import numpy as np
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.compare.estimates.annotations.reading import lengths_of, shares_of
 from ppo_vs_dpo.compare.estimates.length_control import length_controlled, support_of
-from ppo_vs_dpo.compare.statistics.intervals import wilson
 from ppo_vs_dpo.compare.statistics.leaderboard import GAMED_FILE, Leaderboard, fit_leaderboard
+from ppo_vs_dpo.compare.statistics.rates import wilson
 from ppo_vs_dpo.compare.statistics.significance import detectable_gap, sign_test, win_rates_with_p
 
 

@@ -54,14 +54,14 @@
           if (rate === null) {
             td.append(element("div", "self", "–"));
           } else {
-            const unsure = found.p === null || found.p > 0.05;
+            const unsure = found.p === null || found.p > matrices.alpha + 1e-9;
             const button = element("button", unsure ? "unsure" : "", (100 * rate).toFixed(1));
             button.type = "button";
             button.style.background = colour(rate, unsure);
             button.append(element("small", "", `${(100 * ci[0]).toFixed(0)}–${(100 * ci[1]).toFixed(0)}`));
             const says = `${matrices.labels[row]} against ${matrices.labels[column]}: ${(100 * rate).toFixed(1)} % ` +
               `[${(100 * ci[0]).toFixed(1)}, ${(100 * ci[1]).toFixed(1)}], ties ${(100 * found.ties).toFixed(1)} %` +
-              (found.p === null ? "" : `, p ${found.p.toFixed(4)} ${PVALUES[found.family] || "after Holm"}`) +
+              (found.p === null ? "" : `, p ${found.p < 0.0001 ? "< 0.0001" : found.p.toFixed(4)} ${PVALUES[found.family] || "after Holm"}`) +
               (found.raw && !controlled ? `; fresh draws alone ${(100 * found.raw.wr).toFixed(1)} %` : "") +
               (found.allowed === null || controlled ? "" : `; KL allows ${(100 * found.allowed).toFixed(1)} points from 50`);
             button.title = says;

@@ -18,6 +18,7 @@ from ppo_vs_dpo.preferences.reading.inspect.sequence import sequence_of, show_se
 from ppo_vs_dpo.preferences.reading.mappings import MAPPINGS, MappingOptions
 from ppo_vs_dpo.preferences.reading.mappings.columns import not_read
 from ppo_vs_dpo.preferences.reading.mappings.rendered import Renderer
+from ppo_vs_dpo.preferences.reading.near import LeakCount
 from ppo_vs_dpo.preferences.reading.readers import Placed, is_local, read_files, read_hub
 from ppo_vs_dpo.preferences.reading.validation import PROBLEMS, Checker, Report, policies
 from ppo_vs_dpo.preferences.schema import Text
@@ -93,9 +94,10 @@ def inspect(options: argparse.Namespace, progress) -> tuple[Report, dict | None]
     mapping = MappingOptions(columns=columns_of(options), conversational=conversational, render=render)
     as_read = AsRead(limits.tokenizer, checker, conversational)
     test_prompts: set[int] = set()
+    leaks = LeakCount([])
     if options.test:
-        for _ in mapped(_rows(options, options.test), Report(options.test), checker, mapping, options.format):
-            pass
+        rows = mapped(_rows(options, options.test), Report(options.test), checker, mapping, options.format)
+        leaks = LeakCount(list({row["prompt_id"]: row["prompt"] for _, row in rows}.values()))
         test_prompts, checker.prompts, checker.seen = checker.prompts, set(), set()
     first = None
     for place, row in within_limits(
@@ -105,12 +107,13 @@ def inspect(options: argparse.Namespace, progress) -> tuple[Report, dict | None]
             continue
         if int(row["prompt_id"], 16) in test_prompts and checker.drops("leakage", place, f"prompt {row['prompt_id']}"):
             continue
+        leaks.passes(str(place), row["prompt"])
         first = first or row
         report.pairs += 1
         checker.statistics.add(row)
     report.prompts = len(checker.prompts)
     report.statistics = checker.statistics.summary()
-    report.said += as_read.said
+    report.said += [*as_read.said, *([said] if (said := leaks.sentence()) else [])]
     if first is not None and limits.tokenizer is not None:
         report.sequence = sequence_of(limits.tokenizer, first)
     return report, first

@@ -12,7 +12,7 @@ from ppo_vs_dpo.compare.estimates.annotations.__main__ import main
 from ppo_vs_dpo.compare.estimates.annotations.figures import chosen_first, difficulties, statistics_of
 from ppo_vs_dpo.compare.estimates.annotations.reading import load_annotations, models_in, turned
 from ppo_vs_dpo.compare.estimates.length_control import length_controlled
-from ppo_vs_dpo.compare.statistics.intervals import wilson
+from ppo_vs_dpo.compare.statistics.rates import wilson
 
 
 @pytest.mark.real_data

@@ -45,11 +45,11 @@ def test_best_of_n_wins_what_is_known(bent):
     table = PairTable([("best_of_4", "sft")], preference[:, None], ties[:, None])
     about = {"policy": "best_of_4", "versus": "sft", "judge": PROXY, "n": 200}
     entry = {**about, "win_rate": float(preference.mean()), "ties": float(ties.mean())}
-    found = positive_control([entry], [table], Settings())
+    found = positive_control([entry], [table], Settings(), (20, 4))
     assert found["expected"] == pytest.approx(0.8)
     assert found["passed"] != bent
     # With ties it must win less than that, and is left out.
-    assert positive_control([{**entry, "ties": 0.2}], [table], Settings()) is None
+    assert positive_control([{**entry, "ties": 0.2}], [table], Settings(), (20, 4)) is None
 
 
 def test_kl_of_best_of_n_where_completions_tie():

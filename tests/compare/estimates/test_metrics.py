@@ -8,7 +8,7 @@ from sklearn.metrics import brier_score_loss
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.compare.estimates.length_control import length_controlled
 from ppo_vs_dpo.compare.estimates.metrics import NAMES, load_metric
-from ppo_vs_dpo.compare.statistics.intervals import wilson
+from ppo_vs_dpo.compare.statistics.rates import wilson
 
 
 @pytest.fixture(scope="module")

@@ -119,6 +119,24 @@ def test_kinds_of_matched_kl():
     assert sum(found["points"]["ppo"].values()) == pytest.approx(1.0)
     assert found["ci"][0] < found["win_rate"] < found["ci"][1]
     assert (found["p"] <= 0.05) == (not found["ci"][0] <= 0.5 <= found["ci"][1])
+    # Eight wins of eight are no certainty, and too few for a verdict.
+    for one in everyone:
+        one.draws.measures = {key: value[:8] for key, value in one.draws.measures.items()}
+        one.draws.under, one.weights = {key: value[:8] for key, value in one.draws.under.items()}, one.weights[:8]
+    unanimous = PairTable(
+        table.pairs, np.tile([float(two != "ppo") for _, two in table.pairs], (8, 1)), np.zeros((8, 3))
+    )
+    few = matched_kl([Compared(everyone, table=unanimous)], "ppo", "dpo", Settings())
+    assert few["kind"] == "matched"
+    assert max(abs(end - 0.5) for end in few["ci"]) == pytest.approx(0.5)
+    assert min(abs(end - 0.5) for end in few["ci"]) < 0.3
+    assert (few["decided"], few["p"] > 1e-3) == (8, True)
+    # As they are: the figure of the report, not another one.
+    entry = {"policy": "dpo", "versus": "ppo", "win_rate": 0.3, "ci": [0.2, 0.4], "p": 0.01, "length_controlled": None}
+    level = on_frontier("ppo", "ppo", {}, 1.0, 1, 1)
+    dpo = on_frontier("dpo", "dpo", {}, 1.0, 1, 1)
+    same = matched_kl([Compared([level, dpo], table=judged([level, dpo], {}))], "ppo", "dpo", Settings(), entry=entry)
+    assert (same["kind"], same["win_rate"], same["p"]) == ("equal", pytest.approx(0.7), 0.01)
     # Not shown to differ is not shown to be alike: few prompts of noisy KLs.
     level = on_frontier("ppo", "ppo", {}, 1.0, 1, 1)
     found = matched_kl([Compared([level, dpo], table=judged([level, dpo], {}))], "ppo", "dpo", Settings())

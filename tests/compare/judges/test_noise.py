@@ -10,7 +10,7 @@ from ppo_vs_dpo.compare.judges.noise import self_disagreement as disagreement
 from ppo_vs_dpo.compare.sampling.policies import Prompts
 from tests.compare.server import comparisons, judge_at, prefers_longer
 
-HOW = {"resamples": 1000, "seed": 0, "confidence": 0.95}
+HOW = {"confidence": 0.95}
 
 
 def judgements(verdicts):
@@ -68,7 +68,7 @@ def test_what_was_injected_comes_back(theta, e):
     for trial in range(25):
         verdicts = noisy(np.random.default_rng([trial, 1]), theta, e, 250)
         one = repeated(judgements(verdicts))["ppo", "dpo"]
-        found = corrected(one, **{**HOW, "resamples": 200})
+        found = corrected([one], **HOW)
         covered += found["ci"][0] <= theta <= found["ci"][1]
         means.append(found["win_rate"])
         naive.append(verdicts.mean())
@@ -80,12 +80,12 @@ def test_what_was_injected_comes_back(theta, e):
 def test_a_coin_is_refused():
     rng = np.random.default_rng(0)
     one = repeated(judgements(rng.integers(0, 2, (200, 2, 2)).astype(float)))["ppo", "dpo"]
-    assert "coin" in corrected(one, **HOW)["refused"]
+    assert "coin" in corrected([one], **HOW)["refused"]
 
 
 def test_a_judge_without_noise_is_left_as_it_is():
     verdicts = noisy(np.random.default_rng(3), 0.6, 0.0, 100)
-    found = corrected(repeated(judgements(verdicts))["ppo", "dpo"], **HOW)
+    found = corrected([repeated(judgements(verdicts))["ppo", "dpo"]], **HOW)
     assert found["win_rate"] == pytest.approx(verdicts.mean())
     assert found["flip_rate"] == 0.0
 
@@ -93,11 +93,11 @@ def test_a_judge_without_noise_is_left_as_it_is():
 def test_prompts_of_one_unit_are_drawn_together():
     """Every prompt four times over is the same evidence: the interval must not shrink."""
     verdicts = noisy(np.random.default_rng(5), 0.6, 0.1, 60)
-    alone = corrected(repeated(judgements(verdicts))["ppo", "dpo"], **HOW)
+    alone = corrected([repeated(judgements(verdicts))["ppo", "dpo"]], **HOW)
     four = repeated(judgements(np.repeat(verdicts, 4, axis=0)))["ppo", "dpo"]
-    together = corrected(four, **HOW, clusters=np.repeat(np.arange(60), 4))
+    together = corrected([four], **HOW, clusters=[np.repeat(np.arange(60), 4)])
     assert together["ci"] == pytest.approx(alone["ci"])
-    apart = corrected(four, **HOW)
+    apart = corrected([four], **HOW)
     assert apart["ci"][1] - apart["ci"][0] < 0.7 * (alone["ci"][1] - alone["ci"][0])
 
 
@@ -108,10 +108,31 @@ def test_both_directions_add_up():
         {"policy": "ppo", "versus": "dpo", "judge": "other"},
     ]
     made = judgements(noisy(np.random.default_rng(4), 0.7, 0.2, 200))
-    forward, back, other = add_corrections(entries, "j", made, **HOW)
+    forward, back, other = add_corrections(entries, "j", [made], **HOW)
     assert forward["noise_corrected"]["win_rate"] + back["noise_corrected"]["win_rate"] == pytest.approx(1.0)
     assert forward["noise_corrected"]["ci"][0] + back["noise_corrected"]["ci"][1] == pytest.approx(1.0)
     assert "noise_corrected" not in other
+
+
+def test_several_runs_are_corrected_together():
+    """One figure over seeds and prompts; prompts that runs share are paired by their id, those of one run left out."""
+    rng = np.random.default_rng(6)
+    verdicts = [noisy(rng, 0.7, 0.15, 120) for _ in range(3)]
+    runs = [judgements(one) for one in verdicts]
+    runs[1] = [one for one in runs[1] if one.prompt_id != "id7"][::-1]
+    single = [corrected([repeated(run)["ppo", "dpo"]], **HOW) for run in runs]
+    entries = [{"policy": "dpo", "versus": "ppo", "judge": "j"}]
+    (found,) = add_corrections(entries, "j", runs, **HOW, shared=True)
+    found = found["noise_corrected"]
+    assert found["n"] == 119
+    assert found["win_rate"] == pytest.approx(1 - np.mean([one["win_rate"] for one in single]), abs=0.01)
+    assert found["flip_rate"] == pytest.approx(np.mean([one["flip_rate"] for one in single]), abs=0.01)
+    assert found["ci"][0] < found["win_rate"] < found["ci"][1]
+    (own,) = add_corrections(entries, "j", runs, **HOW)
+    assert own["noise_corrected"]["n"] == 359
+    # A run in which the judge is a coin: nothing is said of all.
+    coin = judgements(rng.integers(0, 2, (120, 2, 2)).astype(float))
+    assert "coin" in corrected([repeated(run)["ppo", "dpo"] for run in (runs[0], coin)], **HOW)["refused"]
 
 
 def test_each_repeat_is_asked_and_kept(serve, tmp_path):

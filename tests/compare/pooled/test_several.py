@@ -10,6 +10,7 @@ from ppo_vs_dpo.artifacts.files import read_json, read_parquet, write_json
 from ppo_vs_dpo.artifacts.guards.outputs import list_outputs
 from ppo_vs_dpo.compare.estimates.win_rates import Settings
 from ppo_vs_dpo.compare.pooled.figures import over_runs
+from ppo_vs_dpo.compare.pooled.reading import load, load_all
 from ppo_vs_dpo.compare.pooled.runs import main
 from tests.compare.helpers import PROMPTS, check_schema, done, make_run, set_config, write_prompts
 from tests.compare.server import Server, prefers_longer
@@ -63,13 +64,15 @@ def test_figures_are_means_over_runs(runs, tmp_path, capsys):
     rates = {(e["judge"], e["policy"], e["versus"]): e for e in report["win_rates"]}
     for (judge, policy, versus), entry in rates.items():
         found = [
-            e["win_rate"]
+            (e.get("raw") or e)["win_rate"]
             for one in single
             for e in one["win_rates"]
             if (e["judge"], e["policy"], e["versus"]) == (judge, policy, versus)
         ]
-        assert entry["win_rate"] == pytest.approx(np.mean(found), abs=1e-12)
+        # Where a run's figure was cut to what KL allows, the sample stands beside it.
+        assert (entry.get("raw") or entry)["win_rate"] == pytest.approx(np.mean(found), abs=1e-12)
         assert entry["per_seed"] == pytest.approx(found, abs=1e-12)
+        assert entry["ci"][0] <= entry["win_rate"] <= entry["ci"][1]
         if policy != versus:  # the control stands there once
             assert entry["win_rate"] + rates[judge, versus, policy]["win_rate"] == pytest.approx(1.0, abs=1e-12)
     assert "pooled over 3 seeds" in report["verdict"][2]
@@ -190,13 +193,49 @@ def test_prompts_of_their_own_are_nested(runs, tmp_path):
     other = tmp_path / "seed9"
     shutil.copytree(runs[0], other)
     set_seed(other, 9)
-    write_prompts(other / "data" / "prompts_heldout.parquet", PROMPTS[:40])
+    write_prompts(other / "data" / "prompts_heldout.parquet", [f"{prompt} and" for prompt in PROMPTS[:40]])
     compare(other)
     report = pooled([runs[1], other], tmp_path)
     assert report["settings"]["prompts"] == "each run its own"
     assert any("Two seeds" in warning for warning in report["warnings"])
     assert any("not every run has verdicts of it: reader" in warning for warning in report["warnings"])
     assert report["settings"]["n_prompts"] == 88
+
+
+def test_prompts_that_runs_share_in_part(runs, tmp_path):
+    """Neither crossed nor nested: those that all runs have are kept, or each prompt counts once."""
+    other = tmp_path / "seed9"
+    shutil.copytree(runs[0], other)
+    set_seed(other, 9)
+    write_prompts(other / "data" / "prompts_heldout.parquet", PROMPTS[40:7:-1])
+    compare(other)
+    report = pooled([runs[1], other], tmp_path)
+    assert report["settings"]["prompts"] == "shared by all runs"
+    assert report["settings"]["n_prompts"] == 33
+    assert any("33 prompts are in every run" in warning for warning in report["warnings"])
+    # Row by row the same prompts, whatever their order in each run.
+    (one, two), _ = load_all([str(runs[1]), str(other)])
+    assert one.prompts.prompts == two.prompts.prompts
+    whole = load(other)
+    rows = [whole.prompts.ids.index(identity) for identity in two.prompts.ids]
+    for name in ("ppo", "sft"):
+        assert np.array_equal(
+            two.contenders[name].draws.scores["gold"], whole.contenders[name].draws.scores["gold"][rows]
+        )
+        per = whole.contenders[name].draws.shape[1]
+        assert two.contenders[name].draws.texts[:per] == whole.contenders[name].draws.texts[rows[0] * per :][:per]
+    entry = next(e for e in report["win_rates"] if _key(e) == ("gold", "ppo", "dpo"))
+    seen = np.mean([run.tables["gold"].of("ppo", "dpo").mean() for run in (one, two)])
+    assert (entry.get("raw") or entry)["win_rate"] == pytest.approx(seen)
+    few = tmp_path / "seed10"
+    shutil.copytree(other, few)
+    set_seed(few, 9)
+    (few / "config.yaml").write_text((few / "config.yaml").read_text().replace("seed: 9", "seed: 10"))
+    write_prompts(few / "data" / "prompts_heldout.parquet", [*PROMPTS[:6], *(f"{p} and" for p in PROMPTS[:20])])
+    compare(few)
+    (one, two), notes = load_all([str(runs[1]), str(few)])
+    assert (len(one.prompts), len(two.prompts)) == (48, 20)
+    assert "each counts in the first one that has it" in notes[0]
 
 
 def test_a_policy_that_one_run_lacks_is_left_out(runs, tmp_path):

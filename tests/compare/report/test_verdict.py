@@ -12,6 +12,7 @@ from ppo_vs_dpo.compare.report.verdict import (
     label,
     nats,
     of_hundred,
+    p_text,
     sentences,
     warnings,
     would_change,
@@ -123,8 +124,44 @@ def test_words():
     assert nats(3.1704) == "3.17"
     assert nats(0.0) == "0.00"
     assert of_hundred({"win_rate": 0.62, "ci": [0.58, 0.66]}) == "62 of 100 prompts (58 to 66)"
-    # Never rounded onto 50, or across it.
+    # An end is never rounded onto 50, or across it; the rate itself needs no more digits than its interval deserves.
     assert of_hundred({"win_rate": 0.58, "ci": [0.5012, 0.66]}) == "58.0 of 100 prompts (50.1 to 66.0)"
+    assert of_hundred({"win_rate": 0.500001, "ci": [0.45, 0.55]}) == "50 of 100 prompts (45 to 55)"
+    assert of_hundred({"win_rate": 0.55, "ci": [0.500001, 0.6]}) == "55 of 100 prompts (just over 50 to 60)"
+    assert nats(-0.0) == "0.00"
+    said = [p_text(p) for p in (0.0, 0.031, 0.0496, 0.0504, 0.05, 0.0500001, 1.0)]
+    assert said == ["p < 0.0001", "p = 0.031", "p = 0.0496", "p = 0.0504", "p = 0.05", "p just over 0.05", "p = 1"]
+    # One run is one run in every sentence, and units are not called prompts.
+    assert "this PPO run beats SFT" in sentences(simple(0.62))[2]
+    assert "these two PPO runs beat SFT" in sentences(simple(0.62, seeds=(1, 2)))[2]
+    assert ": PPO beats SFT" in sentences(simple(0.62, seeds=(1, 2, 3)))[2]
+    clustered = simple(0.62)
+    for entry in clustered["win_rates"]:
+        entry["units"] = 200
+    assert "n = 512 (200 units of evidence)" in sentences(clustered)[0]
+
+
+def test_an_estimate_lies_in_its_own_interval():
+    """Half of all sound runs near SFT have a sample outside of what KL allows: it is cut, the sample beside it."""
+    report = simple(9 / 29, n=29, judge="reader", kl=(0.02, 0.01), heldout={"reader": (160, 256)})
+    for entry in report["win_rates"]:
+        low, high = entry["ci"]
+        assert low <= entry["win_rate"] <= high
+        if {entry["policy"], entry["versus"]} == {"ppo", "dpo"}:
+            assert not entry["allowed"]["outside"]
+            assert abs(entry["raw"]["win_rate"] - 0.5) == pytest.approx(0.5 - 9 / 29)
+            assert abs(entry["win_rate"] - 0.5) == pytest.approx(entry["allowed"]["at_most"])
+    assert "on these prompts it was 69 of 100, which is more than their KLs allow" in sentences(report)[0]
+
+
+def test_what_kl_does_not_allow_is_not_claimed():
+    report = simple(0.5, n=64, kl=(1e-5, 1e-6))
+    assert [one["outcome"] for one in report["decision"]["secondary"][:2]] == ["undecided", "undecided"]
+    assert any("lies outside of what their KLs allow (0.1 points from 50)" in one for one in warnings(report))
+    assert any("lies outside of what their KLs allow (0.04 points from 50)" in one for one in warnings(report))
+    far = simple(0.8, n=200, kl=(1e-4, 1e-5))
+    assert sentences(far)[0].startswith("Undecided between this PPO run and this DPO run")
+    assert "that lies outside of what their KLs allow" in sentences(far)[0]
 
 
 def test_what_forbids_a_verdict():
@@ -194,9 +231,12 @@ def claims(report):
         found.append(("head", "equal", None))
     elif match := re.match(r"(?:This|These two)? ?(\S+)(?: runs?)? beats? ", head):
         found.append(("head", "beats", match[1]))
-    for part in re.findall(r"(\S+) (beats SFT|loses to SFT|equals SFT|is undecided) ?", says[2]):
-        outcome = {"beats SFT": "beats", "loses to SFT": "loses", "equals SFT": "equal", "is undecided": "undecided"}
-        found.append((part[0], outcome[part[1]], None))
+    verbs = {"beats?": "beats", "loses? to": "loses", "equals?": "equal"}
+    for verb, outcome in verbs.items():
+        for name in re.findall(rf"(\S+)(?: runs?)? {verb} SFT", says[2]):
+            found.append((name, outcome, None))
+    for name in re.findall(r"(\S+)(?: runs?)? (?:is|are) undecided", says[2]):
+        found.append((name, "undecided", None))
     return says, found
 
 
@@ -275,6 +315,10 @@ def check(report, failed):
         bound = re.search(r"at most (\d+\.\d) points apart", says[0])
         assert bound is None or float(bound[1]) > 100 * report["settings"]["delta"] - 0.1
         assert f"The judge {judge} calls everything a tie" not in told
+    for one in [decision["primary"], *decision["secondary"]]:
+        figure = find(report, one["policy"], one["versus"], judge)
+        if one.get("kind") != "matched KL" and (figure.get("allowed") or {}).get("outside"):
+            assert one["outcome"] == "undecided"  # what is impossible is not claimed
     if decision["objections"]:
         assert " beats " not in told
         assert " beat " not in told

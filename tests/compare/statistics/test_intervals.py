@@ -4,16 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ppo_vs_dpo.compare.statistics.intervals import (
-    by_cluster,
-    jackknife,
-    mean_interval,
-    spread,
-    wilson,
-    win_rate_interval,
-    win_rate_p,
-    without_each,
-)
+from ppo_vs_dpo.compare.statistics.intervals import by_cluster, jackknife, mean_interval, spread, without_each
+from ppo_vs_dpo.compare.statistics.rates import wilson, win_rate_interval, win_rate_p
 
 
 def coverage(interval, truth):

@@ -118,7 +118,8 @@ def test_an_interval_is_cut_or_left_outside():
 
 def test_cut_intervals_cover_with_the_truth_at_the_bound():
     """KLs from 29 skewed prompts, their upper ends at 99 %; the win rate lies where the bound is."""
-    from ppo_vs_dpo.compare.statistics.intervals import mean_interval, win_rate_interval
+    from ppo_vs_dpo.compare.statistics.intervals import mean_interval
+    from ppo_vs_dpo.compare.statistics.rates import win_rate_interval
 
     rng = np.random.default_rng(2)
     kls, deviation, n, runs = (0.03, 0.01), 0.6, 29, 800

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from ppo_vs_dpo.compare.judges.scores import preference_by_score
-from ppo_vs_dpo.compare.statistics.intervals import win_rate_interval
+from ppo_vs_dpo.compare.statistics.rates import win_rate_interval
 from ppo_vs_dpo.compare.statistics.significance import (
     better_than_chance,
     detectable_gap,

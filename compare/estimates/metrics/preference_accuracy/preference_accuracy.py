@@ -8,7 +8,7 @@
 import numpy as np
 
 from ppo_vs_dpo.compare.estimates.metrics.base import NumbersMetric
-from ppo_vs_dpo.compare.statistics.intervals import wilson
+from ppo_vs_dpo.compare.statistics.rates import wilson
 
 
 class PreferenceAccuracy(NumbersMetric):
