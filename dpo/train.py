@@ -19,6 +19,7 @@ from ppo_vs_dpo.models.loading.config import LoraSettings
 from ppo_vs_dpo.models.loading.prepared import train_in_full
 from ppo_vs_dpo.models.loading.pretrained import check_same_vocabulary, context_length, load_policy, load_tokenizer
 from ppo_vs_dpo.models.loading.quantized import quantization
+from ppo_vs_dpo.models.passes.answers import check_language_model
 from ppo_vs_dpo.models.text.encoding import count_rows, left_out
 from ppo_vs_dpo.models.text.trained_on import trained_on
 from ppo_vs_dpo.models.training import callbacks, model_settings, save_model, train, training_arguments
@@ -56,7 +57,9 @@ def build_trainer(
     Raises:
         UserError: policy and reference have different vocabularies.
     """
+    check_language_model(model, tokenizer, "the policy")
     if reference is not None:
+        check_language_model(reference, tokenizer, "the reference")
         check_same_vocabulary(model, reference)
     elif lora is None:
         args.precompute_ref_log_probs = True
@@ -140,7 +143,7 @@ def run_stage(context: StageContext) -> None:
         trained_on=trained_on(dataset, given, trainer.state.epoch),
         pairs=len(dataset),
         left_out=given - len(dataset),
-        warnings=left_out(given, len(dataset), "dpo", args.max_length),
+        warnings=[*left_out(given, len(dataset), "dpo", args.max_length), *filter(None, [trainer.start_note])],
         soft_labels=soft,
         beta=args.beta,
         loss_type=list(args.loss_type),

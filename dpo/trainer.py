@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets
+from transformers.utils import logging
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from ppo_vs_dpo.artifacts.errors import UserError
@@ -15,6 +16,8 @@ from ppo_vs_dpo.artifacts.files import read_parquet, sha256_of, write_parquet
 from ppo_vs_dpo.dpo.data import COLUMNS, PairCollator
 from ppo_vs_dpo.models.passes.unpadded import skip_padding
 from ppo_vs_dpo.models.text.encoding import MASKS
+
+logger = logging.get_logger(__name__)
 
 # Under this name the trainer notes how many pairs each batch had.
 PAIRS = "pairs"
@@ -44,6 +47,8 @@ class PairTrainer(DPOTrainer):
     ):
         self.reference_cache, self.reference_id = reference_cache, reference_id
         self.starts_from_reference, self._checked_start = starts_from_reference, False
+        # Said once, where the reference is another model: for the run's warnings.
+        self.start_note: str | None = None
         super().__init__(*args, **kwargs)
         self.data_collator = PairCollator(**vars(self.data_collator))
         skip_padding(self.accelerator.unwrap_model(self.model))
@@ -82,20 +87,33 @@ class PairTrainer(DPOTrainer):
     def _check_start(self, inputs: dict) -> None:
         """Before the first step the policy is its reference: both log-ratios are 0, and the loss is log 2.
 
+        A reference of its own may be another model on purpose; then the distance is said.
+
         Raises:
-            UserError: they are further from it than rounding.
+            UserError: they are further from it than rounding, and the reference is where the policy starts.
         """
         if self._checked_start or not self.model.training:
             return
         self._checked_start = True
         dropout = any(isinstance(m, torch.nn.Dropout) and m.p for m in self.model.modules())
-        if self.state.global_step or not self.starts_from_reference or dropout:
+        if self.state.global_step or dropout:
             return
         found = [self._metrics["train"].get(f"rewards/{side}") for side in ("chosen", "rejected")]
         apart = max((abs(values[-1]) for values in found if values), default=0.0) / self.beta
         dtype = torch.bfloat16 if self.args.bf16 or self.args.fp16 else self.model.dtype
-        allowed = (1e-4 if dtype == torch.float32 else 2e-2) * (10 + inputs["completion_mask"].sum(1).max().item())
-        if not apart <= allowed:
+        allowed = (1e-4 if dtype in (torch.float32, torch.float64) else 2e-2) * (
+            10 + inputs["completion_mask"].sum(1).max().item()
+        )
+        if apart <= allowed:
+            return
+        if not self.starts_from_reference:
+            self.start_note = (
+                f"the reference is another model than the policy starts from: before the first step their "
+                f"log-probabilities of a completion differ by up to {apart:.2g} nats on average of a batch (rounding: "
+                f"{allowed:.2g}), and the first loss is not log 2. If the policy itself was meant, leave it out."
+            )
+            logger.warning(self.start_note)
+        else:
             raise UserError(
                 f"before the first step the policy's log-probabilities of a completion are {apart:.2g} nats from the "
                 f"reference's (rounding: {allowed:.2g}), and the policy starts from the reference: the loss should be "

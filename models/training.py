@@ -28,6 +28,7 @@ from ppo_vs_dpo.artifacts.settings.values import of_another_type, out_of_range
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.models.callbacks import RunCallback
 from ppo_vs_dpo.models.devices import arithmetic
+from ppo_vs_dpo.models.loading.adapters import merge as merge_adapters
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.pretrained import load_policy, load_value_or_reward
 from ppo_vs_dpo.models.loading.quantized import in_4bit
@@ -298,7 +299,7 @@ def save_model(
             with unsharded_loading():
                 merged = load(first, model_settings(context))
         else:
-            merged = model.merge_and_unload()
+            merged = merge_adapters(model, str(first))
         with atomic_folder(target) as folder:
             merged.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

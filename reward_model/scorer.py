@@ -11,19 +11,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, write_json
+from ppo_vs_dpo.models.loading.adapters import check_adapters
 from ppo_vs_dpo.models.loading.config import ModelConfig
+from ppo_vs_dpo.models.loading.files import BIAS_KEY, FOREIGN_KEY
 from ppo_vs_dpo.models.loading.heads import load_reward, named_head
-from ppo_vs_dpo.models.loading.pretrained import context_length, load_tokenizer
+from ppo_vs_dpo.models.loading.pretrained import check_tokens, context_length, load_tokenizer
 from ppo_vs_dpo.models.passes.logprobs import Batch, base
 from ppo_vs_dpo.models.passes.scores import Reader, is_encoder
 from ppo_vs_dpo.models.sharding.deepspeed import is_sharded
 from ppo_vs_dpo.models.text.pairing import CONTINUED, encode_sequences, style_of
 from ppo_vs_dpo.models.text.prompts import Prompt
-
-# The mean score of SFT samples, in the saved model's config.json; subtracted from every score.
-BIAS_KEY = "score_bias"
-# There, too: the model was trained by others, and is read as they read it.
-FOREIGN_KEY = "trained_elsewhere"
 
 
 def read_bias(path: str | Path) -> float:
@@ -52,7 +49,8 @@ class RewardScorer:
     A score is the model's own: what its forward pass gives for the sequence that its tokenizer makes of prompt and
     completion. Where a faster way gives the same (a probe at construction says so) it is taken. A model of this
     project is read at the last real token, found by the attention mask: at EOS for a finished completion. That is
-    where training read it (Huang et al. 2024, details 12 and 15).
+    where training read it (Huang et al. 2024, details 12 and 15). Which it is its config says (`is_foreign`), be it a
+    folder or an object.
 
     Args:
         model: a sequence-classification model with one label.
@@ -60,7 +58,7 @@ class RewardScorer:
         bias: subtracted from the model's output.
         batch_size: sequences scored at once.
         foreign: it was trained elsewhere: the score stands where transformers reads it, and conversations are rendered
-            whole by the chat template.
+            whole by the chat template. ``None``: what `is_foreign` says of the model.
 
     Raises:
         UserError: the model does not give one number a sequence, or has fewer tokens than the tokenizer.
@@ -72,11 +70,13 @@ class RewardScorer:
         tokenizer: PreTrainedTokenizerBase,
         bias: float = 0.0,
         batch_size: int = 64,
-        foreign: bool = False,
+        foreign: bool | None = None,
     ):
         self.model, self.tokenizer, self.bias, self.batch_size = model.eval(), tokenizer, bias, batch_size
-        self.foreign = foreign
-        check_vocabulary(model, tokenizer)
+        self.foreign = is_foreign(model) if foreign is None else foreign
+        check_adapters(model, "the reward model")
+        if isinstance(base(model), PreTrainedModel):
+            check_tokens(base(model), tokenizer, "the reward model")
         # Under ZeRO-3 a model without its engine cannot be asked yet: the first scores ask it.
         if not any(is_sharded(parameter) for parameter in model.parameters()):
             _ = self.reader
@@ -139,7 +139,7 @@ class RewardScorer:
         """A scorer of a model that was loaded from ``path`` already; the arguments are those of `load`."""
         tokenizer = scoring_tokenizer(path, model_config)
         # A head of that kind is read at the last real token by those who made it, too.
-        foreign = not is_ours(path) and head is None and named_head(path, model_config) is None
+        foreign = head is None and is_foreign(path) and named_head(path, model_config) is None
         return cls(model, tokenizer, read_bias(path), batch_size, foreign)
 
     def encode(
@@ -240,14 +240,21 @@ def padded(rows: Sequence[Sequence[int]], longest: int, fill: int) -> torch.Tens
     return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])
 
 
-def is_ours(path: str | Path) -> bool:
-    """Whether this project's reward-model stage trained the model: its config carries the bias of the scores.
+def is_foreign(source: str | Path | torch.nn.Module) -> bool:
+    """Whether others trained a model, given as a folder or as an object: then it is read as transformers reads it.
 
-    A model that was trained elsewhere and stands in a run (``reward_model.path``) has one, too, and says so.
+    The configuration says so: it carries the bias of the scores where this project's stage trained the model. One that
+    was trained elsewhere and stands in a run (``reward_model.path``) has a bias, too, and says what it is. A role on a
+    shared base is ours.
     """
-    file = Path(path) / "config.json"
-    config = read_json(file) if file.is_file() else {}
-    return BIAS_KEY in config and not config.get(FOREIGN_KEY)
+    if isinstance(source, str | Path):
+        file = Path(source) / "config.json"
+        config = read_json(file) if file.is_file() else {}
+    elif not isinstance(base(source), PreTrainedModel):
+        return False
+    else:
+        config = vars(source.config)
+    return BIAS_KEY not in config or bool(config.get(FOREIGN_KEY))
 
 
 def scoring_tokenizer(path: str | Path, model_config: ModelConfig | None = None) -> PreTrainedTokenizerBase:
@@ -257,18 +264,3 @@ def scoring_tokenizer(path: str | Path, model_config: ModelConfig | None = None)
     if own.chat_template or not model_config.chat_template:
         return own
     return load_tokenizer(path, model_config, writes=False)
-
-
-def check_vocabulary(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Every token that the tokenizer can give must have an embedding.
-
-    Raises:
-        UserError: it has not.
-    """
-    embeddings = base(model).get_input_embeddings() if isinstance(base(model), PreTrainedModel) else None
-    size = getattr(embeddings, "num_embeddings", None)
-    if size is not None and len(tokenizer) > size:
-        raise UserError(
-            f"the reward model has {size} tokens and the tokenizer that writes its input {len(tokenizer)}: the two do "
-            f"not belong together. Give the reward model's own tokenizer (reward_processing_class), or its folder."
-        )

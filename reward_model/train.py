@@ -19,9 +19,10 @@ from ppo_vs_dpo.artifacts.files import atomic_folder, read_json, read_parquet, w
 from ppo_vs_dpo.artifacts.settings import split
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.models.loading.config import LoraSettings
-from ppo_vs_dpo.models.loading.heads import HEAD_KEY
+from ppo_vs_dpo.models.loading.files import BIAS_KEY, FOREIGN_KEY, HEAD_KEY
 from ppo_vs_dpo.models.loading.prepared import score_head, train_in_full
 from ppo_vs_dpo.models.loading.pretrained import (
+    check_tokens,
     context_length,
     eos_token_ids,
     load_policy,
@@ -29,6 +30,8 @@ from ppo_vs_dpo.models.loading.pretrained import (
     load_value_or_reward,
 )
 from ppo_vs_dpo.models.loading.quantized import quantization
+from ppo_vs_dpo.models.passes.logprobs import backbone, base
+from ppo_vs_dpo.models.passes.padding import check_causal
 from ppo_vs_dpo.models.passes.unpadded import score_at_last_token
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate, row_seed
 from ppo_vs_dpo.models.sharding.deepspeed import is_sharded, unsharded_loading, whole
@@ -40,7 +43,7 @@ from ppo_vs_dpo.preferences.reading.tables import read_rows
 from ppo_vs_dpo.reward_model.config import RewardModelStage
 from ppo_vs_dpo.reward_model.data import reward_dataset, without_margin
 from ppo_vs_dpo.reward_model.report import write_report
-from ppo_vs_dpo.reward_model.scorer import FOREIGN_KEY, RewardScorer, store_bias
+from ppo_vs_dpo.reward_model.scorer import RewardScorer, store_bias
 from ppo_vs_dpo.reward_model.trainer import PairRewardTrainer
 
 PAIR_COLUMNS = ["prompt", "chosen", "rejected"]
@@ -74,7 +77,12 @@ def build_trainer(
     """TRL's trainer on a data set from `reward_model.data.reward_dataset`.
 
     The score is read at the last real token by the mask, also where padding is the end-of-sequence token.
+
+    Raises:
+        UserError: the model reads to both sides, or has fewer tokens than the tokenizer.
     """
+    check_tokens(model, tokenizer, "the model")
+    check_causal(backbone(model))
     trainer = PairRewardTrainer(
         model=model,
         args=args,
@@ -84,6 +92,8 @@ def build_trainer(
         callbacks=callbacks,
     )
     score_at_last_token(trainer.model)
+    # What it becomes is read where it is trained: the mark of our own (`reward_model.scorer.is_foreign`).
+    setattr(base(trainer.model).config, BIAS_KEY, 0.0)
     train_in_full(trainer.model, trainer.is_deepspeed_enabled)
     return trainer
 
@@ -238,6 +248,8 @@ def run_stage(context: StageContext) -> None:
     saved = save_model(trainer, context, tokenizer, settings.merge_lora)
     if not context.is_main_process:
         return
+    # An adapter alone has no config.json to carry the mark: it is read where it was trained, before the bias is known.
+    store_bias(saved, 0.0)
 
     # 3. Centre its scores, and say how good it is.
     from_gold = "label_ceiling" in pair_figures

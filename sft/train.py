@@ -21,6 +21,7 @@ from ppo_vs_dpo.models.loading.config import LoraSettings, ModelConfig
 from ppo_vs_dpo.models.loading.prepared import train_in_full
 from ppo_vs_dpo.models.loading.pretrained import build_policy, context_length, is_adapter, load_policy, load_tokenizer
 from ppo_vs_dpo.models.loading.quantized import quantization
+from ppo_vs_dpo.models.passes.answers import check_language_model
 from ppo_vs_dpo.models.passes.unpadded import skip_padding
 from ppo_vs_dpo.models.sharding.deepspeed import unsharded_loading
 from ppo_vs_dpo.models.text.encoding import left_out
@@ -102,7 +103,12 @@ def build_trainer(
     lora: LoraSettings | None = None,
     callbacks: list[TrainerCallback] | None = None,
 ) -> SFTTrainer:
-    """TRL's trainer on a data set from `sft.data.sft_dataset`; padding is skipped where the model allows it."""
+    """TRL's trainer on a data set from `sft.data.sft_dataset`; padding is skipped where the model allows it.
+
+    Raises:
+        UserError: the model is no causal language model, or none of this tokenizer.
+    """
+    check_language_model(model, tokenizer, "the model")
     trainer = SFTTrainer(
         model=model,
         args=args,

@@ -11,31 +11,30 @@ that was. Other projects keep it under other names; ``head`` names it:
 | OpenRLHF | ``value_head.weight`` (older) or ``score.weight`` | ``value_head`` or nothing |
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.loading.adapters import merge, virtual_tokens
 from ppo_vs_dpo.models.loading.config import ModelConfig
-from ppo_vs_dpo.models.loading.prepared import prepare, score_head
-from ppo_vs_dpo.models.loading.pretrained import is_adapter, load_scalar_model, refuse_adapter, revision_of
-
-# Files that hold weights, the small ones with a head alone first.
-_FILES = (
-    "value_head.safetensors",
-    "value_head.bin",
-    "adapter_model.safetensors",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+from ppo_vs_dpo.models.loading.files import (
+    BIAS_KEY,
+    FOREIGN_KEY,
+    HEAD_KEY,
+    copy_marks,
+    ends,
+    raw_config,
+    restore_bias,
+    tensor_of,
+    weights_of,
 )
+from ppo_vs_dpo.models.loading.prepared import prepare, score_head
+from ppo_vs_dpo.models.loading.pretrained import is_adapter, load_scalar_model, refuse_adapter
+
 # What a scalar head is called here and there; the last part of the name is weight or bias.
 _HEADS = re.compile(
     r"(^|\.)(score|classifier|classification_head|logits_proj|v_head|value_head|reward_head|regression_head)(\.|$)"
@@ -43,10 +42,6 @@ _HEADS = re.compile(
 _OWN = ("score", "classifier", "classification_head", "logits_proj", "sequence_summary")
 # Of those that transformers has, the layer whose outputs are the labels.
 _LAST = ("score", "classifier", "classifier.out_proj", "classification_head.out_proj", "logits_proj")
-
-
-# In a folder's config.json: the head to read, where it is not transformers' own.
-HEAD_KEY = "score_head"
 
 
 def load_reward(
@@ -88,8 +83,22 @@ def load_reward(
     lost = [key for key in missing if _HEADS.search(key)]
     if lost or missing:
         raise UserError(_what_is_missing(path, config, lost, missing))
+    copy_marks(model, path, config)
+    if head is None:
+        restore_bias(model, path, config)
+    else:
+        _read_at_the_end(model)
     _normalise(model, path, config)
     return prepare(model, trainable, quantization)
+
+
+def _read_at_the_end(model: PreTrainedModel) -> None:
+    """A head that was named is read at the last real token by those who make such: the mark of our own, for whoever
+    gets the model as an object or saves it (its head is then transformers' own)."""
+    marks = vars(model.config)
+    marks.setdefault(BIAS_KEY, 0.0)
+    for key in (FOREIGN_KEY, HEAD_KEY):
+        marks.pop(key, None)
 
 
 def check_reward(path: str | Path, config: ModelConfig | None = None, head: str | None = None) -> None:
@@ -115,40 +124,12 @@ def check_reward(path: str | Path, config: ModelConfig | None = None, head: str 
 
 def named_head(path: str | Path, config: ModelConfig | None = None) -> str | None:
     """What a folder's own ``config.json`` says about its head."""
-    return _raw_config(str(path), config or ModelConfig()).get(HEAD_KEY)
-
-
-def _raw_config(path: str, config: ModelConfig) -> dict[str, Any]:
-    """``config.json`` as it stands, without transformers' defaults; ``{}`` where there is none."""
-    file = _file(path, config, "config.json")
-    try:
-        found = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _file(path: str, config: ModelConfig, name: str) -> str | None:
-    """A file of a folder or of the Hub, ``None`` where it is not there."""
-    local = Path(path)
-    if local.is_dir():
-        return str(local / name) if (local / name).is_file() else None
-    try:
-        return cached_file(
-            path,
-            name,
-            revision=revision_of(path, config),
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except OSError:  # no folder and no name that the Hub can have: whoever loads it says so
-        return None
+    return raw_config(str(path), config or ModelConfig()).get(HEAD_KEY)
 
 
 def _check_labels(path: str, config: ModelConfig) -> None:
     """One label, or one sentence."""
-    labels = _raw_config(path, config).get("id2label")
+    labels = raw_config(path, config).get("id2label")
     if isinstance(labels, dict) and len(labels) > 1:
         names = ", ".join(str(label) for label in list(labels.values())[:4])
         more = ", ..." if len(labels) > 4 else ""
@@ -172,40 +153,15 @@ def _adapter(path: str, config: ModelConfig) -> tuple[PreTrainedModel, list[str]
 
     settings = PeftConfig.from_pretrained(path)
     base = settings.base_model_name_or_path
+    if settings.is_prompt_learning:
+        raise virtual_tokens(f"{path}: its adapter", settings)
     if settings.task_type != "SEQ_CLS":
         settings.task_type = None  # the adapters of a language model, without what generates
     model, missing = load_scalar_model(base, config, f"the base of the adapter {path}")
-    model = PeftModel.from_pretrained(model, path, config=settings).merge_and_unload()
+    model = merge(PeftModel.from_pretrained(model, path, config=settings), path)
     # Heads that the adapter carries (modules_to_save).
     saved = weights_of(path, config)
     return model, [key for key in missing if not any(name.endswith(key) for name in saved)]
-
-
-def weights_of(path: str, config: ModelConfig | None = None) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights of a folder or a model of the Hub, without reading them.
-
-    Shapes are ``()`` where the format does not tell them apart from the weights.
-    """
-    config = config or ModelConfig()
-    found: dict[str, tuple[int, ...]] = {}
-    for name in _FILES:
-        file = _file(path, config, name)
-        if file is None:
-            continue
-        if name.endswith(".safetensors"):
-            with safe_open(file, "pt") as content:
-                found |= {key: tuple(content.get_slice(key).get_shape()) for key in content.keys()}  # noqa: SIM118
-        elif name.endswith(".json"):
-            names = json.loads(Path(file).read_text(encoding="utf-8")).get("weight_map", {})
-            found |= {key: found.get(key, ()) for key in names}
-        else:
-            found |= {key: tuple(value.shape) for key, value in _unpickled(file).items()}
-    return found
-
-
-def _unpickled(file: str) -> dict[str, torch.Tensor]:
-    """Weights of a ``.bin`` file: tensors alone, no code."""
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _named_head(path: str, config: ModelConfig, head: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -218,7 +174,7 @@ def _named_head(path: str, config: ModelConfig, head: str) -> tuple[torch.Tensor
     stems = _stems(known, head)
     if not stems:
         raise UserError(f"{path} has no head {head}. {_heads_there(known)}")
-    tensors = {part: _tensor(path, config, f"{stems[0]}.{part}") for part in ("weight", "bias")}
+    tensors = {part: tensor_of(path, config, f"{stems[0]}.{part}") for part in ("weight", "bias")}
     weight, bias = tensors["weight"], tensors["bias"]
     if weight.dim() != 2 or weight.shape[0] != 1:
         raise UserError(
@@ -229,36 +185,7 @@ def _named_head(path: str, config: ModelConfig, head: str) -> tuple[torch.Tensor
 
 def _stems(known: dict[str, tuple[int, ...]], head: str) -> list[str]:
     """What a head's weights are called: its name, or TRL's layer inside of it."""
-    return [stem for stem in (head, f"{head}.summary") if any(_ends(key, f"{stem}.weight") for key in known)]
-
-
-def _ends(key: str, name: str) -> bool:
-    return key == name or key.endswith(f".{name}")
-
-
-def _tensor(path: str, config: ModelConfig, name: str) -> torch.Tensor | None:
-    """One tensor by the end of its name, ``None`` where no file has it."""
-    files = [(item, _file(path, config, item)) for item in _FILES if not item.endswith(".json")]
-    for item in _FILES:
-        index = _file(path, config, item) if item.endswith(".json") else None
-        if index is not None:
-            mapping = json.loads(Path(index).read_text(encoding="utf-8")).get("weight_map", {})
-            parts = sorted({file for key, file in mapping.items() if _ends(key, name)})
-            files += [(part, _file(path, config, part)) for part in parts]
-    for item, file in files:
-        if file is None:
-            continue
-        if item.endswith(".safetensors"):
-            with safe_open(file, "pt") as content:
-                key = next((key for key in content.keys() if _ends(key, name)), None)  # noqa: SIM118
-                if key is not None:
-                    return content.get_tensor(key)
-        else:
-            content = _unpickled(file)
-            key = next((key for key in content if _ends(key, name)), None)
-            if key is not None:
-                return content[key]
-    return None
+    return [stem for stem in (head, f"{head}.summary") if any(ends(key, f"{stem}.weight") for key in known)]
 
 
 def _put_head(model: PreTrainedModel, path: str, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -277,7 +204,7 @@ def _put_head(model: PreTrainedModel, path: str, name: str, weight: torch.Tensor
 
 def _normalise(model: PreTrainedModel, path: str, config: ModelConfig) -> None:
     """OpenRLHF's reward models may say the mean and deviation of their scores: (score - mean) / std, in the head."""
-    raw = _raw_config(path, config)
+    raw = raw_config(path, config)
     if not (raw.get("normalize_reward") and isinstance(raw.get("std"), int | float) and raw["std"] > 0):
         return
     head, mean, std = score_head(model), float(raw.get("mean", 0.0)), float(raw["std"])
@@ -295,7 +222,7 @@ def _what_is_missing(path: str, config: ModelConfig, lost: list[str], missing: l
             f"they would be random, and so would its scores."
         )
     known = weights_of(path, config)
-    kind = " It is a causal language model." if any(_ends(key, "lm_head.weight") for key in known) else ""
+    kind = " It is a causal language model." if any(ends(key, "lm_head.weight") for key in known) else ""
     return (
         f"{path} has no head to score with ({', '.join(lost[:2])} would be random).{kind} {_heads_there(known)} A "
         f"head is drawn only where it is trained."
@@ -307,6 +234,13 @@ def _heads_there(known: dict[str, tuple[int, ...]]) -> str:
     heads = [key for key in known if _HEADS.search(key) and key.endswith("weight")]
     for key in heads:
         for name, makers in (("v_head", "TRL and LLaMA-Factory"), ("value_head", "OpenRLHF")):
-            if name in key.split("."):
+            if name in key.split(".") and key.removesuffix(".weight").removesuffix(".summary").endswith(name):
                 return f"It has {key}, as {makers} write it: say head: {name}."
-    return f"It has {', '.join(heads[:3])}." if heads else "It has no other head either."
+    # A head that nobody here knows: one output, and no name that a transformer has.
+    odd = [key for key, shape in known.items() if len(shape) == 2 and shape[0] == 1 and key.endswith("weight")]
+    found = heads or odd
+    if not found:
+        return "It has no other head either."
+    stem = found[0].removesuffix(".weight").removesuffix(".summary")
+    one = known[found[0]][:1] in ((1,), ())
+    return f"It has {', '.join(found[:3])}{f': if that is it, say head: {stem}' if one else ''}."

@@ -15,7 +15,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.loading.adapters import merge
 from ppo_vs_dpo.models.loading.config import ModelConfig
+from ppo_vs_dpo.models.loading.files import copy_marks, restore_bias, revision_of
 from ppo_vs_dpo.models.loading.prepared import prepare, score_head
 
 
@@ -35,12 +37,29 @@ def _load(loader: Any, path: str, what: str, **kwargs: Any) -> Any:
     _check_local(path, what)
     try:
         return loader(path, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         first = str(error).strip().splitlines()[0]
+        advice = "Check the name, log in for a gated model (`hf auth login`), or give a local folder in model.path."
+        if "custom code" in first:
+            advice = "It runs only if you ask for it: read it, and set model.trust_remote_code=true."
+        elif isinstance(error, ImportError):
+            advice = "Install what it needs, or take the model in another form."
+        elif "Unrecognized configuration class" in first:
+            first, advice = _of_another_kind(path, kwargs), f"Give {what}."
+        raise UserError(f"could not load {what} from {path}: {first} {advice}") from error
+    except RuntimeError as error:
+        # What torch says about weights of other shapes: the first lines name them.
+        lines = [line.strip() for line in str(error).strip().splitlines()]
         raise UserError(
-            f"could not load {what} from {path}: {first} "
-            f"Check the name, log in for a gated model (`hf auth login`), or give a local folder in model.path."
+            f"could not load {what} from {path}: {' '.join(lines[:2])} The weights do not fit its configuration (an "
+            f"adapter of another base or vocabulary, a changed config.json)."
         ) from error
+
+
+def _of_another_kind(path: str, kwargs: dict[str, Any]) -> str:
+    config = AutoConfig.from_pretrained(path, trust_remote_code=kwargs.get("trust_remote_code", False))
+    kind = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "a model"
+    return f"it is {kind} of the type {config.model_type}, which transformers does not know as such."
 
 
 def _kwargs(config: ModelConfig, quantization: Any = None) -> dict[str, Any]:
@@ -50,11 +69,6 @@ def _kwargs(config: ModelConfig, quantization: Any = None) -> dict[str, Any]:
     if quantization is not None:
         kwargs["quantization_config"] = quantization
     return kwargs
-
-
-def revision_of(path: str, config: ModelConfig) -> str | None:
-    """The revision belongs to the configured model; later stages load folders, which have none."""
-    return config.revision if path == config.path else None
 
 
 def load_tokenizer(
@@ -205,8 +219,7 @@ def load_policy(
         refuse_adapter(path, quantization)
         from peft import AutoPeftModelForCausalLM
 
-        model = _load(AutoPeftModelForCausalLM.from_pretrained, path, "an adapter", **_kwargs(config))
-        model = model.merge_and_unload()
+        model = merge(_load(AutoPeftModelForCausalLM.from_pretrained, path, "an adapter", **_kwargs(config)), path)
     else:
         model = _load(
             AutoModelForCausalLM.from_pretrained,
@@ -247,12 +260,14 @@ def load_value_or_reward(
         model = _load(
             AutoPeftModelForSequenceClassification.from_pretrained, path, "an adapter", num_labels=1, **_kwargs(config)
         )
-        return prepare(model.merge_and_unload(), trainable)
+        merged = merge(model, path)
+        copy_marks(merged, path, config)
+        return prepare(restore_bias(merged, path, config), trainable)
     model, missing = load_scalar_model(path, config, "a reward or value model", quantization)
     head = score_head(model)
     if any(key.split(".")[0] in ("score", "classifier") for key in missing):
         torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
-    return prepare(model, trainable, quantization)
+    return prepare(restore_bias(model, path, config), trainable, quantization)
 
 
 def load_scalar_model(
@@ -292,6 +307,27 @@ def refuse_adapter(path: str, quantization: Any) -> None:
         )
 
 
+def check_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, what: str) -> None:
+    """Every token that the tokenizer can give must have an embedding.
+
+    Args:
+        model: reads what the tokenizer writes.
+        tokenizer: which.
+        what: names the model in the message.
+
+    Raises:
+        UserError: it has not.
+    """
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    size = getattr(embeddings, "num_embeddings", None)
+    if size is not None and len(tokenizer) > size:
+        raise UserError(
+            f"{what} has {size} tokens and the tokenizer that writes its input {len(tokenizer)}: the two do not "
+            f"belong together. Give the model's own tokenizer, or, where tokens were added to it, a model with as "
+            f"many (model.resize_token_embeddings, before it was trained on them)."
+        )
+
+
 def check_same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
     """Policy and reference must give probabilities to the same tokens.
 
@@ -310,12 +346,31 @@ def check_same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """The longest sequence the model takes, in tokens, where its config says."""
+    """The longest sequence the model takes, in tokens, where its config says.
+
+    With LongRoPE (Phi-3's 128k models) that is the length it was trained on first: beyond it the embedding of *all*
+    positions changes, so that what a token's probability is would depend on the longest row of its batch, and keys in
+    a cache would be of another embedding than those that follow.
+    """
+    config = model.config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        value = getattr(model.config, name, None)
+        value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
-            return value - _positions_before_the_first(model)
+            return min([value - _positions_before_the_first(model), *where_positions_change(config)])
     return None
+
+
+def where_positions_change(config: Any) -> list[int]:
+    """The lengths beyond which a rotary embedding is another one for all positions (transformers' ``longrope``)."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    # One for all layers, or one for each kind of layer.
+    kinds = [rope, *(one for one in rope.values() if isinstance(one, dict))]
+    found = [
+        kind.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        for kind in kinds
+        if (kind.get("rope_type") or kind.get("type")) in ("longrope", "su")
+    ]
+    return [int(length) for length in found if length]
 
 
 def _positions_before_the_first(model: torch.nn.Module) -> int:

@@ -1,12 +1,16 @@
-"""Whether a model still is the one that was given: by what it answers, not by what its settings say.
+"""Whether a model is what its role takes, and still the one that was given: by what it answers, not by its settings.
 
 Adapters are meant to leave their base alone, so that the base is the reference. Some initialisations rewrite it
 (PiSSA, OLoRA, CorDA, LoftQ put a part of each weight into the adapter), and a policy may come with trained adapters.
 """
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.loading.adapters import check_adapters
+from ppo_vs_dpo.models.loading.pretrained import check_tokens
+from ppo_vs_dpo.models.passes.padding import check_causal
 from ppo_vs_dpo.models.sharding.deepspeed import is_sharded
 
 # Largest difference of log-probabilities that is rounding; an initialisation by singular values has some.
@@ -14,6 +18,29 @@ ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
 ROUNDING_LOW = 0.05
 # Of `init_lora_weights`: these leave the base as it is.
 LEAVE_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+def check_language_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase | None, what: str) -> None:
+    """A policy or a reference: next-token logits of a decoder, for every token of its tokenizer.
+
+    Args:
+        model: as it was given.
+        tokenizer: that writes its input; ``None``: not known here.
+        what: names it in messages, as ``the policy``.
+
+    Raises:
+        UserError: it is something else; names what.
+    """
+    check_adapters(model, what)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kind = f"{type(inner).__name__} ({getattr(getattr(inner, 'config', None), 'model_type', 'no config')})"
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        raise UserError(f"{what} is a {kind}: an encoder-decoder. A decoder is needed, a causal language model.")
+    if not callable(getattr(inner, "get_output_embeddings", None)) or inner.get_output_embeddings() is None:
+        raise UserError(f"{what} is a {kind}, without a language-model head. Give a causal language model.")
+    if tokenizer is not None:
+        check_tokens(inner, tokenizer, what)
+    check_causal(model)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from ppo_vs_dpo.models.loading.prepared import ScalarHead, score_head
 from ppo_vs_dpo.models.passes.fused import packed_states
 from ppo_vs_dpo.models.passes.head import head_logprobs, logits_logprobs, rows_at_once
 from ppo_vs_dpo.models.passes.packed import Packing, can_pack, forward_packed, pack, upload
-from ppo_vs_dpo.models.passes.padding import check_reads_masks, without_router
+from ppo_vs_dpo.models.passes.padding import check_length, check_reads_masks, check_rows, without_router
 from ppo_vs_dpo.models.sharding.deepspeed import whole
 
 
@@ -136,6 +136,7 @@ def response_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor | None
     if not isinstance(owner, PreTrainedModel) or not can_pack(owner):
         return None
     places = batch.places
+    check_length(owner, places.packing.groups.longest)
     return packed_states(backbone(model), owner, places.packing, batch.input_ids, places.before)
 
 
@@ -149,7 +150,7 @@ def response_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         places = batch.places
         return forward_packed(model, model, places.packing, batch.input_ids, logits_to_keep=places.before).logits[0]
     length = batch.response_ids.shape[1]
-    check_reads_masks(model)
+    check_rows(model, batch.places.packing.groups.longest)
     logits = model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
@@ -276,6 +277,7 @@ def score_head_of(model: torch.nn.Module) -> torch.nn.Module:
 def response_values(value_model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Values ``(B, R)`` of the states before each response token, s_t = (prompt, response[:t]); 0 at padding."""
     places = batch.places
+    check_length(value_model, places.packing.groups.longest)
     if can_pack(value_model):
         inner = backbone(value_model)
         states = packed_states(inner, base(value_model), places.packing, batch.input_ids, places.before)

@@ -1,15 +1,20 @@
-"""What every padded pass takes for granted: a masked token changes nothing. Looked at once a model.
+"""What every padded pass takes for granted, looked at once a model: a masked token changes nothing, and no token sees
+those that follow it.
 
 Attention reads a mask by construction. A recurrent or convolutional state goes on over padding unless the model's code
-resets it, and not every model's does.
+resets it, and not every model's does. Encoders that have a language-model head (BERT's) read to both sides: what they
+say about the next token has seen it.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.loading.pretrained import where_positions_change
 from ppo_vs_dpo.models.passes.packed import can_pack
 from ppo_vs_dpo.models.sharding.deepspeed import is_sharded
 
@@ -31,6 +36,33 @@ def without_router(model: PreTrainedModel) -> dict[str, Any]:
     return {"output_router_logits": False} if asks else {}
 
 
+def check_length(model: torch.nn.Module, longest: int) -> None:
+    """No row may reach where a rotary embedding changes for all positions at once (LongRoPE).
+
+    Args:
+        model: a causal language model, or its backbone.
+        longest: tokens of the longest row of the batch.
+
+    Raises:
+        UserError: one does.
+    """
+    config = getattr(model, "config", None)
+    limits = [] if config is None else where_positions_change(config.get_text_config())
+    if limits and longest > min(limits):
+        raise UserError(
+            f"{type(model).__name__} has LongRoPE: beyond {min(limits)} tokens all its positions are embedded in "
+            f"another way, and a row of {longest} would change the probabilities of the others in its batch. Keep "
+            f"prompt and response within {min(limits)} tokens."
+        )
+
+
+def check_rows(model: torch.nn.Module, longest: int) -> None:
+    """Rows of different lengths, the longest of so many tokens, may share a batch: `check_length` and
+    `check_reads_masks`."""
+    check_length(model, longest)
+    check_reads_masks(model)
+
+
 def check_reads_masks(model: torch.nn.Module) -> None:
     """A left-padded row must give what the row gives alone.
 
@@ -38,8 +70,9 @@ def check_reads_masks(model: torch.nn.Module) -> None:
         model: a causal language model, or a transformer without its head; one that can be packed is not asked.
 
     Raises:
-        UserError: padding reaches the model's state.
+        UserError: padding reaches the model's state; it reads to both sides.
     """
+    check_causal(model)
     if not getattr(model, "_reads_masks", False):
         if not (isinstance(model, PreTrainedModel) and can_pack(model)) and not _reads_masks(model):
             kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
@@ -51,31 +84,75 @@ def check_reads_masks(model: torch.nn.Module) -> None:
         model._reads_masks = True
 
 
+def check_causal(model: torch.nn.Module) -> None:
+    """The states of a row's beginning must not depend on what follows.
+
+    Args:
+        model: a causal language model, or a transformer without its head; one that can be packed is not asked.
+
+    Raises:
+        UserError: they do.
+    """
+    if getattr(model, "_is_causal", False):
+        return
+    if not (isinstance(model, PreTrainedModel) and can_pack(model)) and not _is_causal(model):
+        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        raise UserError(
+            f"{type(model).__name__} ({kind}) reads to both sides: what it says about a token has seen those that "
+            f"follow, so that it is neither a policy nor a value model. Use a decoder."
+        )
+    model._is_causal = True
+
+
+@torch.no_grad()
+def _is_causal(model: torch.nn.Module) -> bool:
+    parameter = next(model.parameters())
+    if is_sharded(parameter):
+        return True  # as below
+    with _evaluating(model):
+        ids = _some_tokens(model, parameter.device)
+        whole, cut = (_read(model, part, torch.ones_like(part)) for part in (ids, ids[:, :2]))
+    return _agree(whole[:2], cut, parameter.dtype)
+
+
 @torch.no_grad()
 def _reads_masks(model: torch.nn.Module) -> bool:
     parameter = next(model.parameters())
     if is_sharded(parameter):
         # In pieces: the layers are gathered by hooks that count on passes that all ranks make.
         return True
-    was_training, device = model.training, parameter.device
+    with _evaluating(model):
+        ids = _some_tokens(model, parameter.device)
+        padded = torch.cat([ids.flip(1), ids], dim=1)
+        mask = torch.tensor([[0] * 4 + [1] * 4], device=parameter.device)
+        alone, beside = (
+            _read(model, some, attended)[-1] for some, attended in ((ids, torch.ones_like(ids)), (padded, mask))
+        )
+    return _agree(alone, beside, parameter.dtype)
+
+
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    was_training = model.training
     model.eval()
     try:
-        top = int(getattr(model.config.get_text_config(), "vocab_size", 8)) - 1
-        ids = torch.tensor([[top // 2, top // 3, top // 4, top // 5]], device=device)
-        padded = torch.cat([ids.flip(1), ids], dim=1)
-        mask = torch.tensor([[0] * 4 + [1] * 4], device=device)
-        alone, beside = (
-            _last(model, some, attended) for some, attended in ((ids, torch.ones_like(ids)), (padded, mask))
-        )
+        yield
     finally:
         model.train(was_training)
-    size = alone.abs().max().clamp_min(1e-6)
-    return bool((alone - beside).abs().max() <= TOLERANCE.get(parameter.dtype, LOW_PRECISION) * size)
 
 
-def _last(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """What the model gives at the last token."""
+def _some_tokens(model: torch.nn.Module, device: torch.device) -> torch.Tensor:
+    top = int(getattr(model.config.get_text_config(), "vocab_size", 8)) - 1
+    return torch.tensor([[top // 2, top // 3, top // 4, top // 5]], device=device)
+
+
+def _read(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """What the model gives at each token of a row, ``(L, d)``."""
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, **without_router(model))
-    value = out.logits if getattr(out, "logits", None) is not None else out.last_hidden_state
-    return value[0, -1].float()
+    return (out.logits if getattr(out, "logits", None) is not None else out.last_hidden_state)[0].float()
+
+
+def _agree(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> bool:
+    size = one.abs().max().clamp_min(1e-6)
+    return bool((one - other).abs().max() <= TOLERANCE.get(dtype, LOW_PRECISION) * size)

@@ -18,6 +18,7 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.pretrained import context_length
 from ppo_vs_dpo.models.passes.logprobs import backbone, score_head_of, sequence_scores
 from ppo_vs_dpo.models.passes.logprobs import base as inside
+from ppo_vs_dpo.models.sharding.deepspeed import whole
 
 # Largest difference that rounding makes, relative to 1 + |score|.
 TOLERANCE = 1e-4
@@ -177,14 +178,16 @@ def _head_that_speaks(model: torch.nn.Module) -> Iterator[None]:
     except UNKNOWN_SHAPE:
         yield
         return
-    silent = weight.numel() > 0 and not weight.any()
-    if silent:
-        weight.copy_(torch.linspace(-1, 1, weight.numel(), device=weight.device).view_as(weight).to(weight.dtype))
+    with whole([weight]):  # under ZeRO-3 a rank may hold nothing of it
+        silent = not weight.any()
+        if silent:
+            weight.copy_(torch.linspace(-1, 1, weight.numel(), device=weight.device).view_as(weight).to(weight.dtype))
     try:
         yield
     finally:
         if silent:
-            weight.zero_()
+            with whole([weight]):
+                weight.zero_()
 
 
 def is_encoder(model: torch.nn.Module) -> bool:

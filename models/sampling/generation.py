@@ -16,8 +16,8 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.passes.head import rows_logprobs
 from ppo_vs_dpo.models.passes.packed import can_pack
-from ppo_vs_dpo.models.passes.padding import LOW_PRECISION, TOLERANCE, check_reads_masks, without_router
-from ppo_vs_dpo.models.sampling.kv_cache import ReservedCache, rows_that_fit
+from ppo_vs_dpo.models.passes.padding import LOW_PRECISION, TOLERANCE, check_rows, without_router
+from ppo_vs_dpo.models.sampling.kv_cache import ReservedCache, close_gaps, rows_that_fit
 from ppo_vs_dpo.models.sharding.deepspeed import is_sharded
 
 # Prompts of similar length that are read together; each run is padded to its own longest.
@@ -58,6 +58,8 @@ class SamplingConfig:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}; a response needs at least 1 token.")
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise UserError("sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0.")
+        if not all(self.stop_strings):
+            raise UserError("stop_strings has an empty text, which ends every response at its first token. Remove it.")
 
     @property
     def changes_distribution(self) -> bool:
@@ -173,7 +175,7 @@ def generate(
 
     Raises:
         UserError: an empty prompt (names its number), stop strings without a tokenizer, log-probabilities at
-            temperature 0, a model that reads padding.
+            temperature 0, a model that reads padding, rows beyond where its positions change.
     """
     for number, ids in enumerate(prompt_ids):
         if not ids:
@@ -188,9 +190,9 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        check_reads_masks(model)
-        check_decodes(model)
         columns = max(map(len, prompt_ids), default=0) + sampling.max_new_tokens
+        check_rows(model, columns)
+        check_decodes(model)
         size = rows_that_fit(model, columns, sampling.batch_size)
         for start in range(0, len(order), size):
             rows = order[start : start + size]
@@ -261,7 +263,7 @@ def _generate_batch(
             finished[alive], lengths[alive] = over, length
             gone = [] if last else over.tolist()
             if any(gone):
-                rows = _close_gaps(gone)
+                rows = close_gaps(gone)
                 if not rows:
                     break
                 keep = cache.keep(rows, device)
@@ -305,13 +307,6 @@ def _stopped(tokens: torch.Tensor, tokenizer: PreTrainedTokenizerBase, stops: di
 def _look_every(device: torch.device, sampling: SamplingConfig) -> int:
     """Tokens between two looks: a text is looked at on the host anyway, and a CPU does not wait for itself."""
     return 1 if sampling.stop_strings or device.type == "cpu" else LOOK_EVERY
-
-
-def _close_gaps(gone: list[bool]) -> list[int]:
-    """Rows that stay: each in its place but for the last ones, which fill the gaps of those that are gone."""
-    left = [row for row, ended in enumerate(gone) if not ended]
-    late = iter(row for row in left if row >= len(left))
-    return [next(late) if gone[place] else place for place in range(len(left))]
 
 
 def _read_prompts(
@@ -374,11 +369,17 @@ def check_decodes(model: PreTrainedModel) -> None:
     top = int(model.config.get_text_config().vocab_size) - 1
     ids = torch.tensor([[top // 2, top // 3, top // 4, top // 5]], device=device)
     ones, positions = torch.ones_like(ids), torch.arange(4, device=device)[None]
-    cache = ReservedCache(model.config, capacity=4)
-    cut = _read_prompts(model, ids[:, :2], ones[:, :2], [2], cache)
-    for place in (2, 3):
-        mask = _step_mask(model, cache, ones[:, : place + 1], False)
-        cut = _read(model, ids[:, place : place + 1], mask, positions[:, place : place + 1], cache)
+    try:
+        cache = ReservedCache(model.config, capacity=4)
+        cut = _read_prompts(model, ids[:, :2], ones[:, :2], [2], cache)
+        for place in (2, 3):
+            mask = _step_mask(model, cache, ones[:, : place + 1], False)
+            cut = _read(model, ids[:, place : place + 1], mask, positions[:, place : place + 1], cache)
+    except (AttributeError, TypeError, ValueError, RuntimeError, LookupError) as error:
+        raise UserError(
+            f"{type(model).__name__} ({model.config.model_type}) cannot be sampled from token by token here: it has "
+            f"no cache of keys and values, or one of its own ({error}). Use another architecture, or another engine."
+        ) from error
     whole = model(input_ids=ids, attention_mask=ones, position_ids=positions, use_cache=False, **without_router(model))
     right = whole.logits[:, -1].float()
     if not (cut.float() - right).abs().max() <= TOLERANCE.get(dtype, LOW_PRECISION) * right.abs().max():

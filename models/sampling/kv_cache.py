@@ -135,6 +135,13 @@ class ReservedCache(DynamicCache):
             read.reset()
 
 
+def close_gaps(gone: list[bool]) -> list[int]:
+    """Rows that stay: each in its place but for the last ones, which fill the gaps of those that are gone."""
+    left = [row for row, ended in enumerate(gone) if not ended]
+    late = iter(row for row in left if row >= len(left))
+    return [next(late) if gone[place] else place for place in range(len(left))]
+
+
 def row_bytes(config: PreTrainedConfig, columns: int, dtype: torch.dtype) -> int:
     """Bytes that decoding takes for one row: keys and values of all layers, and one row of logits."""
     text = config.get_text_config()

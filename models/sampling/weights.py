@@ -11,6 +11,7 @@ import torch
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.resources import parameter_size
+from ppo_vs_dpo.models.loading.adapters import adapts_tied
 from ppo_vs_dpo.models.sharding.deepspeed import whole
 
 # Bytes of a bucket: enough to keep a network or a disk busy.
@@ -82,6 +83,7 @@ def check_mergeable(policy: torch.nn.Module) -> None:
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         features = ("use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices")
         odd = [feature for feature in features if getattr(config, feature, None)]
+        odd += ["an adapter on tied embeddings"] if adapts_tied(policy) else []
         if kind != "LORA" or odd:
             raise UserError(
                 f"ppo.generation_engine=vllm gets adapters merged into the weights, and adapter {name} is {kind}"

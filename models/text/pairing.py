@@ -65,6 +65,8 @@ def encode_sequences(
         UserError: an empty prompt, a conversation without a chat template where one is needed.
     """
     ends = [True] * len(prompts) if finished is None else list(finished)
+    if tokenizer.eos_token_id is None:
+        ends = [False] * len(prompts)  # it has no token that would say so
     if style == PAIRED:
         return [_pair(tokenizer, p, c) for p, c in zip(prompts, completions, strict=True)]
     whole = [row for row, end in enumerate(ends) if style == RENDERED and end and is_conversational(prompts[row])]

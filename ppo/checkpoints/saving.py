@@ -14,6 +14,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import as_the_umask_says
+from ppo_vs_dpo.models.loading.adapters import is_peft
 from ppo_vs_dpo.models.sharding.collectives import barrier
 from ppo_vs_dpo.models.sharding.deepspeed import whole_state
 from ppo_vs_dpo.models.sharding.state import INDEX, load_trained, save_trained
@@ -27,7 +28,6 @@ from ppo_vs_dpo.ppo.checkpoints.state import (
     save_state,
 )
 from ppo_vs_dpo.ppo.config import PPOConfig
-from ppo_vs_dpo.ppo.roles.reference import is_peft
 from ppo_vs_dpo.ppo.roles.roles import Roles
 
 

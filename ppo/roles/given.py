@@ -3,21 +3,65 @@
 import copy
 
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.loading.adapters import check_adapters, is_peft, kind_of, merge, train_active, virtual_tokens
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.prepared import disable_dropout, score_head
 from ppo_vs_dpo.models.loading.pretrained import load_policy, load_value_or_reward
+from ppo_vs_dpo.models.passes.answers import check_language_model
+from ppo_vs_dpo.models.passes.logprobs import backbone, base, score_head_of
+from ppo_vs_dpo.models.passes.padding import check_causal
 from ppo_vs_dpo.models.sharding.deepspeed import unsharded_loading, whole_copy, whole_state
 
 
-def as_policy(model: PreTrainedModel | str, config: ModelConfig | None = None) -> PreTrainedModel:
-    """A policy given as an object or a name, with dropout off (N+ detail 7)."""
+def as_policy(
+    model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None = None, what: str = "the policy"
+) -> PreTrainedModel:
+    """A policy or reference given as an object or a name, with dropout off (N+ detail 7).
+
+    Raises:
+        UserError: it is no causal language model, or none of this tokenizer.
+    """
     if isinstance(model, str):
-        model = load_policy(model, config, trainable=True)
+        model = load_policy(model, trainable=True)
+    check_language_model(model, tokenizer, what)
     disable_dropout(model)
     return model
+
+
+def check_trains(model: torch.nn.Module, what: str) -> None:
+    """Something of a policy or value model must train; adapters that were loaded for reading are let to.
+
+    Raises:
+        UserError: nothing does.
+    """
+    train_active(model)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(
+            f"no weight of {what} requires gradients: nothing of it would be trained. Load it with trainable=True, "
+            f"call requires_grad_(True), or pass peft_config to train adapters on it."
+        )
+
+
+def check_value_model(value_model: torch.nn.Module, policy: PreTrainedModel) -> None:
+    """A value model reads the policy's tokens from left to right and gives one number after each.
+
+    Raises:
+        UserError: it does something else; names what.
+    """
+    inner = base(value_model)
+    if not isinstance(inner, PreTrainedModel):
+        return  # a role on a shared base
+    check_adapters(value_model, "value_model")
+    outputs = getattr(score_head_of(inner), "out_features", 1)
+    if outputs != 1:
+        raise UserError(f"value_model has {outputs} labels; a value is one number (num_labels=1).")
+    sizes = [getattr(base(m).get_input_embeddings(), "num_embeddings", 0) for m in (policy, inner)]
+    if sizes[1] < sizes[0]:
+        raise UserError(f"value_model has {sizes[1]} tokens and the policy {sizes[0]}: it must read the same ones.")
+    check_causal(backbone(value_model))
 
 
 def as_value_or_reward(model: PreTrainedModel | str, trainable: bool, config: ModelConfig | None = None):
@@ -38,31 +82,40 @@ def value_model_from(reward_model: PreTrainedModel | None, policy: PreTrainedMod
         policy: its backbone serves where there is no such reward model.
     """
     if reward_model is not None:
-        return whole_copy(reward_model).requires_grad_(True)
+        copied = whole_copy(reward_model)
+        return (merge(copied, "the reward model") if is_peft(copied) else copied).requires_grad_(True)
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     try:
         with unsharded_loading():
             value_model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
     except ValueError as error:
-        raise UserError(
-            f"transformers has no model with a scalar head for {policy.config.model_type}, so none can be made from "
-            f"the policy: pass value_model (any architecture with the policy's vocabulary), or train a reward model "
-            f"of another architecture to start it from."
-        ) from error
+        raise _no_value_model(policy) from error
     # A policy that comes with adapters is what it answers with them.
-    inner = whole_copy(policy).merge_and_unload() if hasattr(policy, "merge_and_unload") else policy
+    inner = merge(whole_copy(policy), "the policy") if is_peft(policy) else policy
     theirs = whole_state(getattr(inner, inner.base_model_prefix), keep=True)
-    getattr(value_model, value_model.base_model_prefix).load_state_dict(theirs)
+    mine = getattr(value_model, value_model.base_model_prefix)
+    if mine.state_dict().keys() != theirs.keys():
+        raise _no_value_model(policy)  # another transformer under the same name (BART's with an encoder)
+    mine.load_state_dict(theirs)
     torch.nn.init.zeros_(score_head(value_model).weight)
     return value_model
+
+
+def _no_value_model(policy: PreTrainedModel) -> UserError:
+    return UserError(
+        f"transformers has no model with a scalar head for {policy.config.model_type}, so none can be made from the "
+        f"policy: pass value_model (any architecture with the policy's vocabulary), or train a reward model of "
+        f"another architecture to start it from."
+    )
 
 
 def add_adapters(policy: PreTrainedModel, value_model: PreTrainedModel | None, peft_config) -> tuple:
     """Wrap policy and value model (if there is one) with PEFT adapters; the value head trains in full.
 
     Raises:
-        UserError: the policy has adapters already, or the adapters are to have dropout.
+        UserError: the policy has adapters already, the adapters are to have dropout, or are of a kind that cannot be
+            trained here.
     """
     from peft import PeftModel, TaskType, get_peft_model
 
@@ -70,6 +123,19 @@ def add_adapters(policy: PreTrainedModel, value_model: PreTrainedModel | None, p
         raise UserError(
             "peft_config was given and the policy has adapters already. Merge them first (merge_and_unload), or drop "
             "peft_config to train the adapters it has."
+        )
+    if peft_config.is_prompt_learning:
+        raise virtual_tokens("peft_config", peft_config)
+    if kind_of(peft_config) == "ADALORA":
+        raise UserError(
+            "peft_config is ADALORA, which moves its ranks by a call after each step (update_and_allocate) that PPO's "
+            "loop does not make: its ranks would never move. Use LoRA."
+        )
+    if peft_config.task_type not in (None, TaskType.CAUSAL_LM):
+        raise UserError(
+            f"peft_config.task_type is {getattr(peft_config.task_type, 'value', peft_config.task_type)}, and the "
+            f"policy is a causal language model: its adapters could not be loaded again. Set it to CAUSAL_LM (the "
+            f"value model's are made from the same settings)."
         )
     if rates := {key: value for key, value in vars(peft_config).items() if "dropout" in key and value}:
         name, rate = next(iter(rates.items()))

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.loading.adapters import base_that_trains, is_peft
 from ppo_vs_dpo.models.loading.prepared import disable_dropout, halve_frozen
 from ppo_vs_dpo.models.loading.pretrained import check_same_vocabulary
 from ppo_vs_dpo.models.passes.answers import answers, rewriting_init, same_answers
@@ -19,13 +20,6 @@ from ppo_vs_dpo.models.sharding.deepspeed import gathered, is_sharded, whole, wh
 from ppo_vs_dpo.ppo.roles.shared import SharedRole
 
 logger = logging.get_logger(__name__)
-
-
-def is_peft(model: nn.Module) -> bool:
-    """Whether a model carries PEFT adapters."""
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)
 
 
 class WithoutAdapters(nn.Module):
@@ -177,34 +171,38 @@ class Reference:
 
 
 def base_is_given(policy: PreTrainedModel, given: torch.Tensor | None) -> bool:
-    """Whether a PEFT policy without its adapters is the model that was given; else a copy with them is.
+    """Whether a PEFT policy without its adapters is the model that was given, and stays it; else a copy with them is.
 
     Raises:
         UserError: neither is.
     """
     with_adapters, without = answers(policy), answers(WithoutAdapters(policy))
-    init = rewriting_init(policy)
+    init, moving = rewriting_init(policy), base_that_trains(policy)
     if without is None:
         if given is None or init is None:
-            return True
+            return not moving
         raise UserError(
             f"peft_config.init_lora_weights={init} rewrites the policy's base, which is in pieces here (ZeRO-3): the "
             f"reference would be lost. Use init_lora_weights=true, or pass ref_model."
         )
     dtype = next(policy.parameters()).dtype
     given = with_adapters if given is None else given
-    if same_answers(without, given, dtype):
+    if same_answers(without, given, dtype) and not moving:
         return True
-    if not same_answers(with_adapters, given, dtype):
+    if not moving and not same_answers(with_adapters, given, dtype):
+        cause = f" (init_lora_weights={init})" if init else ""
         raise UserError(
-            f"the policy with its new adapters is not the model that was given (init_lora_weights={init}): its "
-            f"log-probabilities are off by up to {(with_adapters - given).abs().max():.2g}. Use "
-            f"init_lora_weights=true, or pass the reference as ref_model."
+            f"the policy with its new adapters is not the model that was given{cause}: its log-probabilities are off "
+            f"by up to {(with_adapters - given).abs().max():.2g}. Use adapters that change nothing at first "
+            f"(init_lora_weights=true), or pass the reference as ref_model."
         )
+    why = f"init_lora_weights={init}" if init else "its adapters are trained"
+    if moving:
+        why = f"{moving[0]} and {len(moving) - 1} more of its own weights train, which no switch takes back"
     logger.warning(
-        "the policy without its adapters is not the model that was given (%s): the reference is a copy of the policy "
-        "as it is now, adapters included, with weights of its own.",
-        f"init_lora_weights={init}" if init else "its adapters are trained",
+        "the policy without its adapters is not the model that was given, or will not be (%s): the reference is a "
+        "copy of the policy as it is now, adapters included, with weights of its own.",
+        why,
     )
     return False
 

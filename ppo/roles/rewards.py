@@ -10,10 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_vs_dpo.artifacts.awaiting import wait_for
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.models.loading.pretrained import context_length
+from ppo_vs_dpo.models.loading.files import BIAS_KEY
+from ppo_vs_dpo.models.loading.pretrained import check_tokens, context_length
 from ppo_vs_dpo.ppo.roles.given import as_value_or_reward
 from ppo_vs_dpo.preferences.recipes.functions import ScoreError, as_scores, called
-from ppo_vs_dpo.reward_model.scorer import BIAS_KEY, RewardScorer
+from ppo_vs_dpo.reward_model.scorer import RewardScorer
 
 RewardFunction = Callable[..., Sequence[float]]
 
@@ -218,9 +219,11 @@ def make_rewards(
         reward_model = RewardScorer.load(reward_model, batch_size=batch_size)
         if own_tokenizer is not None:
             reward_model.tokenizer = own_tokenizer
+            check_tokens(reward_model.model, own_tokenizer, "the reward model")
     if isinstance(reward_model, torch.nn.Module):
         model = as_value_or_reward(reward_model, trainable=False)
         bias = float(getattr(model.config, BIAS_KEY, 0.0))
+        # As when it is given by name: what its config says about who trained it decides how it is read.
         reward_model = RewardScorer(model, own_tokenizer or tokenizer, bias, batch_size)
     if isinstance(reward_model, RewardScorer):
         parts.append(ModelReward(reward_model, tokenizer))

@@ -17,7 +17,14 @@ from ppo_vs_dpo.models.sampling.engine import Engine
 from ppo_vs_dpo.models.sharding.deepspeed import held_bytes
 from ppo_vs_dpo.models.sharding.state import state_bytes
 from ppo_vs_dpo.ppo.config import PPOConfig
-from ppo_vs_dpo.ppo.roles.given import add_adapters, as_policy, as_value_or_reward, value_model_from
+from ppo_vs_dpo.ppo.roles.given import (
+    add_adapters,
+    as_policy,
+    as_value_or_reward,
+    check_trains,
+    check_value_model,
+    value_model_from,
+)
 from ppo_vs_dpo.ppo.roles.reference import Reference, prepare_frozen
 from ppo_vs_dpo.ppo.roles.rewards import RewardFunction, Rewards, make_rewards
 from ppo_vs_dpo.ppo.roles.shared import POLICY, REWARD, VALUE, SharedRole
@@ -94,7 +101,7 @@ def make_roles(
     Raises:
         UserError: the models do not fit each other, or there is no reward.
     """
-    policy = as_policy(model)
+    policy = as_policy(model, tokenizer)
     rewards = make_rewards(
         reward_model,
         reward_funcs,
@@ -113,13 +120,16 @@ def make_roles(
     value = as_value_or_reward(value_model, trainable=True) if args.has_critic else None
     if value is not None and (value is reward_model or value is policy):
         raise UserError("value_model must be a model of its own: it is trained. Pass a copy, or nothing.")
-    reference = as_policy(ref_model) if ref_model is not None else None
+    if value is not None:
+        check_value_model(value, policy)
+    reference = as_policy(ref_model, tokenizer, "ref_model") if ref_model is not None else None
     given = None
     if peft_config is not None:
         given = answers(policy)
         policy, value = add_adapters(policy, value, peft_config)
-    for trained in (policy, value):
+    for trained, what in ((policy, "the policy"), (value, "value_model")):
         if trained is not None:
+            check_trains(trained, what)
             train_in_full(trained, sharded=getattr(args, "deepspeed_plugin", None) is not None)
     reference = Reference(reference, policy, given)
     return Roles(policy, value, reference, rewards, tokenizer, PolicyAndValue(policy, value))

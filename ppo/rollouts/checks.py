@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import write_jsonl
@@ -13,6 +14,8 @@ from ppo_vs_dpo.models.sharding.collectives import any_rank
 from ppo_vs_dpo.ppo.algorithm import masked_mean
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.rollouts.rollout import Rollout
+
+logger = logging.get_logger(__name__)
 
 
 class Unusable(UserError):
@@ -74,26 +77,38 @@ def rounding(dtype: torch.dtype) -> float:
     Batches of other shapes take other kernels, whose sums round otherwise. The mantissas: 24 bits in fp32, 11 in tf32
     and float16, 8 in bfloat16. Dropout of 0.1 gives more than each of these bounds.
     """
-    if dtype == torch.float32:
+    if dtype in (torch.float32, torch.float64):
         tf32 = torch.cuda.is_available() and torch.backends.cuda.matmul.allow_tf32
         return 5e-3 if tf32 else 1e-4
     return 3e-2 if dtype == torch.bfloat16 else 5e-3
 
 
-def check_first_kl(rollout: Rollout, dtype: torch.dtype) -> None:
+def check_first_kl(rollout: Rollout, dtype: torch.dtype, is_start: bool) -> None:
     """Stop when the reference is not what the policy starts from: before the first step their KL must be 0.
+
+    A reference that was passed may be another model on purpose (a run that goes on from a trained policy): then the
+    distance is said, once.
 
     Args:
         rollout: of the first update.
         dtype: of the policy's forward pass.
+        is_start: the reference was made from the policy.
 
     Raises:
-        Unusable: it is more than rounding.
+        Unusable: it is more than rounding, and the reference was made from the policy.
     """
     seen = float(masked_mean((rollout.logprobs - rollout.ref_logprobs).abs(), rollout.mask))
     allowed = rounding(dtype)
     # Written so that NaN stops, too.
     if seen <= allowed:
+        return
+    if not is_start:
+        kl = float(masked_mean(rollout.logprobs - rollout.ref_logprobs, rollout.mask))
+        logger.warning(
+            "ref_model is another model than the policy starts from: before the first step their log-probabilities "
+            f"differ by {seen:.2g} nats a token (KL {kl:.2g}; rounding: {allowed:g}), and the penalty pulls towards "
+            f"it from the first update on. If the policy itself was meant, leave ref_model out."
+        )
         return
     raise Unusable(
         rollout,
@@ -150,7 +165,7 @@ def check_agreement(rollout: Rollout, number: int, dtype: torch.dtype, device: t
     Raises:
         Unusable: it is more than rounding, on any rank.
     """
-    allowed = 1e-2 if dtype == torch.float32 else 0.2
+    allowed = 1e-2 if dtype in (torch.float32, torch.float64) else 0.2
     # Of this rank's share: a mean over all would dilute what one engine does wrong.
     distance = torch.where(rollout.mask, rollout.logprobs - rollout.engine_logprobs, 0).abs()
     seen = float(distance.sum() / rollout.mask.sum().clamp_min(1))

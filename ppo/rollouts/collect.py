@@ -90,6 +90,6 @@ def collect(
 
     # 6. advantages and returns
     rollout = estimate(rollout, args)
-    if number == 0 and args.check_first_ratio and roles.reference.is_start:
-        check_first_kl(rollout, compute_dtype(roles.policy, args))
+    if number == 0 and args.check_first_ratio:
+        check_first_kl(rollout, compute_dtype(roles.policy, args), roles.reference.is_start)
     return rollout

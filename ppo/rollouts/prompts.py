@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.pretrained import context_length
+from ppo_vs_dpo.models.passes.logprobs import base
 from ppo_vs_dpo.models.text.prompts import encode_prompt, truncate_prompt
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.roles.roles import Roles
@@ -31,6 +32,8 @@ def allowed_prompt_length(policy: PreTrainedModel, response_length: int, max_pro
     return min(given) if given else None
 
 
+# What a tokenizer makes of a prompt; for the policy, not for reward functions.
+ENCODED = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 # Names under which reward functions get what sampling found.
 TAKEN = ("prompts", "completions", "prompt_ids", "response_ids", "finished")
 
@@ -61,14 +64,16 @@ class PromptSet:
 
     Args:
         dataset: with a column ``prompt`` (text, or messages for the chat template), or ``input_ids`` as TRL <= 1.12
-            had, padded or not, with ``attention_mask`` or without.
+            had, padded or not, with ``attention_mask`` or without. Where there are both they must be the same tokens.
+            ``position_ids`` that count the real tokens from 0 say nothing new, and others are refused.
         tokenizer: the policy's.
         max_length: of a prompt, in tokens; ``None``: no limit.
         truncate: cut over-long prompts from the left instead of stopping.
         name: for messages.
 
     Raises:
-        UserError: no such column, one of a name in `TAKEN`, an empty prompt, or one that is too long; names the row.
+        UserError: no such column, one of a name in `TAKEN`, an empty prompt, one that is too long, or token ids that
+            are none; names the row.
     """
 
     def __init__(
@@ -83,11 +88,12 @@ class PromptSet:
         if dataset is None or len(dataset) == 0:
             raise UserError(f"{name} has no prompts.")
         columns = list(dataset.column_names)
+        written = _without_padding(dataset, tokenizer, name) if "input_ids" in columns else None
         given: list[list[int]] | None = None
         if "prompt" in columns:
             self.prompts = list(dataset["prompt"])
-        elif "input_ids" in columns:
-            given = _without_padding(dataset, tokenizer, name)
+        elif written is not None:
+            given = written
             self.prompts = tokenizer.batch_decode(given, skip_special_tokens=True)
         else:
             raise UserError(f"{name} has no column prompt (nor input_ids); it has {', '.join(columns)}.")
@@ -96,6 +102,11 @@ class PromptSet:
             if (given is None and not prompt) or (given is not None and not given[row]):
                 raise UserError(f"{name}, row {row}: the prompt is empty.")
             ids = encode_prompt(tokenizer, prompt) if given is None else given[row]
+            if given is None and written is not None and written[row] != ids:
+                raise UserError(
+                    f"{name}, row {row}: the columns prompt and input_ids are not the same tokens ({ids[:8]} ... and "
+                    f"{written[row][:8]} ...). Which is meant? Remove the other: {name}.remove_columns('input_ids')."
+                )
             if max_length is not None and len(ids) > max_length:
                 if not truncate:
                     raise UserError(
@@ -112,7 +123,7 @@ class PromptSet:
                 f"{name} has a column {taken[0]}, the name under which reward functions get what sampling found. "
                 f"Rename it: {name}.rename_column({taken[0]!r}, 'my_{taken[0]}')."
             )
-        other = [c for c in columns if c not in ("prompt", "input_ids", "attention_mask")]
+        other = [c for c in columns if c not in ("prompt", *ENCODED)]
         self.columns: dict[str, list[Any]] = {column: list(dataset[column]) for column in other}
 
     def __len__(self) -> int:
@@ -154,15 +165,24 @@ def _without_padding(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, name:
     Raises:
         UserError: a mask of another length; padding that could as well be text, since it is the end-of-sequence token.
     """
-    rows, pad, eos = [list(ids) for ids in dataset["input_ids"]], tokenizer.pad_token_id, tokenizer.eos_token_id
+    size, pad, eos = len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id
+    rows = []
+    for row, ids in enumerate(dataset["input_ids"]):
+        wrong = _not_ids(ids, size)
+        if wrong:
+            raise UserError(f"{name}, row {row}: input_ids {wrong}; it must be a list of ids of this tokenizer.")
+        rows.append([int(token) for token in ids])
     if "attention_mask" in dataset.column_names:
         for row, mask in enumerate(dataset["attention_mask"]):
-            if len(mask) != len(rows[row]):
+            if mask is None or len(mask) != len(rows[row]):
+                found = "none" if mask is None else len(mask)
                 raise UserError(
-                    f"{name}, row {row}: input_ids has {len(rows[row])} entries and attention_mask {len(mask)}."
+                    f"{name}, row {row}: input_ids has {len(rows[row])} entries and attention_mask {found}."
                 )
             rows[row] = [token for token, real in zip(rows[row], mask, strict=True) if real]
+        _check_positions(dataset, dataset["attention_mask"], name)
         return rows
+    _check_positions(dataset, [[1] * len(ids) for ids in rows], name)
     for row, ids in enumerate(rows):
         start, stop = 0, len(ids)
         while start < stop and ids[start] == pad:
@@ -178,6 +198,42 @@ def _without_padding(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, name:
         if pad != eos:
             rows[row] = ids[start:stop]
     return rows
+
+
+def _not_ids(ids: Any, size: int) -> str:
+    """What is wrong with a row of token ids; nothing: ``""``."""
+    if not isinstance(ids, list | tuple):
+        return f"is {ids!r}"
+    for place, token in enumerate(ids):
+        if isinstance(token, bool) or not isinstance(token, int | np.integer | float) or token != int(token):
+            what = f"{token!r}"
+            return f"has {what[:40]} at place {place}"
+        if not 0 <= token < size:
+            return f"has {int(token)} at place {place}, and the tokenizer has the ids 0 to {size - 1}"
+    return ""
+
+
+def _check_positions(dataset: Dataset, masks: Sequence[Sequence[int]], name: str) -> None:
+    """A column ``position_ids`` may count the real tokens from 0, as every pass here does; nothing else."""
+    if "position_ids" not in dataset.column_names:
+        return
+    for row, (positions, mask) in enumerate(zip(dataset["position_ids"], masks, strict=True)):
+        real = [int(p) for p, one in zip(positions or [], mask, strict=False) if one]
+        if real != list(range(sum(map(bool, mask)))):
+            raise UserError(
+                f"{name}, row {row}: position_ids are {list(positions or [])[:8]} ..., and positions here count the "
+                f"real tokens from 0. Remove the column, or leave such prompts out."
+            )
+
+
+def _check_value_context(roles: Roles, longest: int, budget: int) -> None:
+    limit = None if roles.value is None else context_length(base(roles.value))
+    if limit is not None and longest + budget > limit:
+        raise UserError(
+            f"value_model takes {limit} tokens, and the longest prompt ({longest}) with a response of {budget} "
+            f"(ppo.response_length) has {longest + budget}. Lower response_length or max_prompt_length, or take a "
+            f"value model with the policy's context."
+        )
 
 
 def prompt_sets(
@@ -200,4 +256,5 @@ def prompt_sets(
         sets.append(PromptSet(evaluation, roles.tokenizer, limit, args.truncate_prompts, "eval_dataset"))
     for one in sets:
         roles.rewards.check_context(one.prompts, one.longest, budget)
+        _check_value_context(roles, one.longest, budget)
     return sets[0], sets[1] if len(sets) > 1 else None

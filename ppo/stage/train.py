@@ -16,13 +16,13 @@ from ppo_vs_dpo.artifacts.files import atomic_folder, read_parquet
 from ppo_vs_dpo.artifacts.settings import split
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.models.callbacks import RunCallback
+from ppo_vs_dpo.models.loading.adapters import is_peft, merge
 from ppo_vs_dpo.models.loading.pretrained import load_policy, load_tokenizer
 from ppo_vs_dpo.models.loading.quantized import in_4bit
 from ppo_vs_dpo.models.resuming import readable, resume_point
 from ppo_vs_dpo.models.sharding.deepspeed import tell_held_bytes, unsharded_loading, whole_state
 from ppo_vs_dpo.models.training import model_settings, training_arguments
 from ppo_vs_dpo.ppo.config import PPOConfig
-from ppo_vs_dpo.ppo.roles.reference import is_peft
 from ppo_vs_dpo.ppo.stage.config import PPOStage
 from ppo_vs_dpo.ppo.stage.loading import load_roles
 from ppo_vs_dpo.ppo.trainer import PPOTrainer
@@ -163,7 +163,7 @@ def save_final(trainer: PPOTrainer, context: StageContext) -> None:
             with atomic_folder(context.dir / "adapter") as folder:
                 policy.save_pretrained(folder, state_dict=weights, selected_adapters=[policy.active_adapter])
             if weights is None and not in_4bit(policy):
-                policy = policy.merge_and_unload(adapter_names=[policy.active_adapter])
+                policy = merge(policy, names=[policy.active_adapter])
             else:
                 # Merged from the files, into the base as it was saved: in memory it is in pieces, or in 4 bits.
                 with unsharded_loading():

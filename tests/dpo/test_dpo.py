@@ -225,9 +225,11 @@ def test_a_reference_that_is_not_where_the_policy_starts_stops(tiny_llama, word_
     other = build(reference=tiny_llama(1))
     other.train()
     assert other.state.log_history[0]["loss"] != pytest.approx(math.log(2), abs=1e-3)
+    assert "the reference is another model than the policy starts from" in other.start_note
     same = build(reference=tiny_llama(), starts_from_reference=True)
     same.train()
     assert same.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert same.start_note is None
 
 
 def test_a_trained_adapter_is_a_part_of_the_reference(tiny_llama, word_tokenizer, tmp_path):
@@ -303,6 +305,8 @@ def test_another_reference_than_the_start(word_tokenizer, tiny_llama, tmp_path):
     )
     run_stage(context_of(run, "dpo"))
     assert abs(read_jsonl(run.path("dpo", "metrics.jsonl"))[0]["loss"] - math.log(2)) > 1e-3
+    (said,) = run.done("dpo")["figures"]["warnings"]
+    assert "another model than the policy starts from" in said
     tiny_llama(vocab_size=24).save_pretrained(tmp_path / "strange")
     run = make_run(tmp_path / "bad", word_tokenizer, tiny_llama(), dpo={"reference_path": str(tmp_path / "strange")})
     fails(run, run_stage, "Use a policy and a reference with the same tokenizer", "dpo")

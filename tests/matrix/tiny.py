@@ -80,6 +80,15 @@ ARCHITECTURES: dict[str, dict] = {
     "falcon_h1": {
         **WIDE, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16,
     },
+    # with images, which text does without
+    "gemma3": {
+        "text_config": {**WIDE, "sliding_window": 4, "model_type": "gemma3_text"},
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+            "image_size": 28, "patch_size": 14, "model_type": "siglip_vision_model",
+        },
+        "mm_tokens_per_image": 4, "image_token_index": 19, **ENDS,
+    },
     # others without a scalar head of their own in transformers
     "granite": GROUPED,
     "cohere": GROUPED,
@@ -97,12 +106,23 @@ REFUSED: dict[str, dict] = {
     },
 }  # fmt: skip
 
+# Without a cache of keys and values, or with one of their own.
+UNSAMPLED: dict[str, dict] = {
+    "openai-gpt": GPT,
+    "minimax": {**WIDE, "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+def settings_of(name: str) -> dict:
+    """What the configuration of an architecture is made from."""
+    return dict({**ARCHITECTURES, **REFUSED, **UNSAMPLED}[name])
+
 
 def tiny(name: str, seed: int = 0) -> PreTrainedModel:
     """A causal language model with weights large enough that every mistake shows."""
     torch.manual_seed(seed)
-    settings = dict({**ARCHITECTURES, **REFUSED}[name])
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings), dtype=torch.float32)
+    config = AutoConfig.for_model(name, **settings_of(name))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -19,7 +19,7 @@ from ppo_vs_dpo.models.passes.logprobs import pad_batch
 from ppo_vs_dpo.models.training import callbacks
 from ppo_vs_dpo.preferences.recipes.bradley_terry import accuracy_ceiling, label_entropy, preference_probability
 from ppo_vs_dpo.reward_model.data import reward_dataset
-from ppo_vs_dpo.reward_model.report import build_report, scored_pairs, warnings
+from ppo_vs_dpo.reward_model.report import build_report, scored_pairs, warnings, write_report
 from ppo_vs_dpo.reward_model.scorer import RewardScorer, read_bias, store_bias
 from ppo_vs_dpo.reward_model.train import build_trainer, initial_model, run_stage
 from tests.sft.test_sft import InterruptAt, fails, without_time
@@ -200,6 +200,29 @@ def test_stage(word_tokenizer, tiny_llama, tmp_path):
     test = read_parquet(run.path("pairs", "test.parquet"))
     delta = scored_pairs(scorer, test, None, None)["delta"]
     assert np.mean(delta > 0) == pytest.approx(report["accuracy"])
+
+
+def test_the_bias_is_of_the_scores_that_are_read(word_tokenizer, tiny_llama, tmp_path, monkeypatch):
+    """Where padding is the end of a sequence, transformers reads a token earlier: the report does not."""
+    tokenizer = copy.deepcopy(word_tokenizer)
+    tokenizer.pad_token, tokenizer.unk_token = tokenizer.eos_token, None
+    run = make_run(tmp_path, tokenizer, tiny_llama(pad_token_id=2), reward_model={"max_steps": 2, "samples": 8})
+    seen, rows = {}, [[6, 7, 9, 2], [6, 2]]
+
+    def spy(folder, scorer, **given):
+        seen.update(bias=scorer.bias, raw=[score + scorer.bias for score in scorer.score_sequences(rows)])
+        return write_report(folder, scorer, **given)
+
+    monkeypatch.setattr(reward_model_train, "write_report", spy)
+    run_stage(context_of(run, "reward_model"))
+    saved = RewardScorer.load(run.path("reward_model", "model"))
+    assert saved.tokenizer.pad_token_id == saved.tokenizer.eos_token_id == saved.model.config.pad_token_id
+    assert saved.bias == seen["bias"]
+    assert saved.score_sequences(rows) == pytest.approx([score - saved.bias for score in seen["raw"]], abs=1e-5)
+    # The two readings do differ here.
+    saved.foreign = True
+    del saved.reader
+    assert abs(saved.score_sequences(rows)[0] - (seen["raw"][0] - saved.bias)) > 1e-4
 
 
 def test_a_model_that_was_trained_elsewhere(word_tokenizer, tiny_llama, tmp_path):

@@ -163,6 +163,18 @@ def test_where_padding_is_the_end_of_sequence_a_foreign_model_is_read_as_transfo
     assert abs(ours.score_sequences(rows)[0] - own(model, rows[0])) > 1e-3
 
 
+def test_a_tokenizer_without_an_end_puts_none(word_tokenizer, tmp_path):
+    """There is no token that would say that a text has ended: the score is that of the text."""
+    model, tokenizer = scalar("llama"), copy.deepcopy(word_tokenizer)
+    tokenizer.eos_token = None
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    scorer = RewardScorer.load(tmp_path)
+    rows = [tokenizer(f"{p} {a}")["input_ids"] for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+    assert scorer.encode(PROMPTS, ANSWERS) == rows
+    assert scorer.score(PROMPTS, ANSWERS) == pytest.approx([own(model, row) for row in rows], abs=1e-5)
+
+
 # --- one sentence ----------------------------------------------------------------------------------------
 def test_a_vocabulary_that_is_too_small(word_tokenizer):
     with pytest.raises(UserError, match="the reward model has 12 tokens and the tokenizer that writes its input 20"):

@@ -136,6 +136,46 @@ def test_sharded_weights_and_names(causal, head):
     assert scorer.score_sequences(ROWS) == pytest.approx(by_hand(model, weight), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "reward_head",
+        "regression_layer",
+        "rm_head",
+        "score.summary",
+        "classifier",
+        "v_head.0",
+        "base_model.score",
+    ],
+)
+def test_a_head_of_any_name_is_named_and_loads_by_it(causal, head, name):
+    """Whatever a folder calls its one output: the refusal says what to say, and saying it works."""
+    folder, model = causal
+    add_to(folder, **{f"{name.replace('.', '__')}__weight": head[0]})
+    with pytest.raises(UserError, match="if that is it, say head: ") as raised:
+        RewardScorer.load(folder)
+    named = str(raised.value).split("say head: ")[1].split(". A head is drawn")[0]
+    scorer = RewardScorer.load(folder, head=named)
+    assert scorer.score_sequences(ROWS) == pytest.approx(by_hand(model, head[0]), abs=1e-5)
+
+
+def test_a_bias_that_transformers_would_drop(causal, head, tmp_path, word_tokenizer):
+    """LlamaForSequenceClassification has none; token classifiers (verl's value models) do, and it is a part of r."""
+    folder, model = causal
+    weight, bias = head
+    add_to(folder, score__weight=weight, score__bias=bias)
+    expected = by_hand(model, weight, bias)
+    assert RewardScorer.load(folder).score_sequences(ROWS) == pytest.approx(expected, abs=1e-5)
+    value = load_value_or_reward(folder, trainable=True)
+    assert value.score.bias.requires_grad
+    with torch.no_grad():
+        assert [value(torch.tensor([row])).logits.item() for row in ROWS] == pytest.approx(expected, abs=1e-5)
+    # Saved and loaded once more it is still there.
+    value.save_pretrained(tmp_path / "again")
+    word_tokenizer.save_pretrained(tmp_path / "again")
+    assert RewardScorer.load(tmp_path / "again").score_sequences(ROWS) == pytest.approx(expected, abs=1e-5)
+
+
 def test_what_cannot_be_a_reward(causal, head, tmp_path, word_tokenizer):
     folder, _ = causal
     with pytest.raises(UserError, match=r"has no head v_head. It has no other head either"):

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import read_json, write_json
 from ppo_vs_dpo.models.loading.config import LoraSettings, ModelConfig
 from ppo_vs_dpo.models.loading.prepared import disable_dropout
 from ppo_vs_dpo.models.loading.pretrained import (
@@ -122,6 +125,28 @@ def test_errors_name_the_cause(folder, tmp_path, word_tokenizer, tiny_llama):
         ModelConfig(dtype="fp32")
     with pytest.raises(UserError, match="neither a template nor a file"):
         load_tokenizer(folder, ModelConfig(chat_template="nowhere.jinja"))
+
+
+def test_what_stands_in_the_way_of_a_folder(folder, tmp_path):
+    """Code of its own, a quantisation whose package is missing, an adapter of another vocabulary: one sentence."""
+    ran = tmp_path / "ran"
+    config = read_json(folder / "config.json")
+    own = {"model_type": "mine", "auto_map": {"AutoConfig": "conf.Mine", "AutoModelForCausalLM": "conf.Mine"}}
+    write_json(folder / "config.json", {**config, **own})
+    (folder / "conf.py").write_text(f"open({str(ran)!r}, 'w')")
+    with pytest.raises(UserError, match=r"custom code .*only if you ask for it.*model.trust_remote_code=true"):
+        load_policy(folder)
+    assert not ran.exists()
+    write_json(folder / "config.json", {**config, "quantization_config": {"quant_method": "awq", "bits": 4}})
+    with pytest.raises(UserError, match=r"could not load a causal language model from .*gptqmodel"):
+        load_policy(folder)
+    write_json(folder / "config.json", config)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(24)
+    settings = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
+    get_peft_model(model, settings).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"could not load an adapter from .*size mismatch .*do not fit"):
+        load_policy(tmp_path / "adapter")
 
 
 def test_prompts(word_tokenizer):

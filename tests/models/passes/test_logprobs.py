@@ -4,7 +4,10 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.loading.pretrained import context_length
 from ppo_vs_dpo.models.passes.head import Logprobs
 from ppo_vs_dpo.models.passes.logprobs import (
     full_kl,
@@ -13,6 +16,7 @@ from ppo_vs_dpo.models.passes.logprobs import (
     response_values,
     sequence_scores,
 )
+from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate
 
 PROMPTS = [[1, 6, 7], [1, 9], [1, 10, 11, 12, 13]]
 RESPONSES = [[8, 9, 2], [7], [10, 11, 12, 13, 2]]
@@ -142,3 +146,25 @@ def test_scores_do_not_depend_on_padding(scorer, pad):
             ]
         )
         torch.testing.assert_close(sequence_scores(scorer, ids, mask), alone, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
+def test_longrope_stays_where_its_positions_stay(kind):
+    """Beyond the length of its first training LongRoPE embeds all positions anew: a long row would change others."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "short_factor": [1.0] * 4}
+    rope |= {"long_factor": [4.0] * 4, "original_max_position_embeddings": 12}
+    size = {"vocab_size": 20, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0, "initializer_range": 0.3}
+    config = AutoConfig.for_model(kind, **size, rope_parameters=rope, original_max_position_embeddings=12)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert context_length(model) == 12
+    short, long = ([3, 4, 5], [6, 7]), ([3] * 8, [4] * 5)
+    alone = response_logprobs(model, pad_batch([short[0]], [short[1]], 0))[0]
+    beside = pad_batch([short[0], long[0]], [short[1], long[1][:4]], 0)
+    torch.testing.assert_close(response_logprobs(model, beside)[0][:1, :2], alone, atol=1e-5, rtol=0)
+    with pytest.raises(UserError, match=r"has LongRoPE: beyond 12 tokens .* a row of 13 would change"):
+        response_logprobs(model, pad_batch([short[0], long[0]], [short[1], long[1]], 0))
+    with pytest.raises(UserError, match="LongRoPE"):
+        generate(model, [long[0]], SamplingConfig(5), eos_token_ids=[2], seeds=[0])
+    assert len(generate(model, [long[0]], SamplingConfig(4), eos_token_ids=[2], seeds=[0])) == 1

@@ -238,6 +238,11 @@ def test_stop_strings_end_a_row(tiny_llama, word_tokenizer):
     assert free[row].token_ids[: len(stopped.token_ids)] == stopped.token_ids
 
 
+def test_an_empty_stop_string_is_refused():
+    with pytest.raises(UserError, match="stop_strings has an empty text"):
+        SamplingConfig(8, stop_strings=["good", ""])
+
+
 def test_bad_input(tiny_llama):
     with pytest.raises(UserError, match="prompt 1 has no tokens"):
         draw(tiny_llama(), [[1], []], [0, 1], max_new_tokens=2)

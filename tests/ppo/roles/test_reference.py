@@ -2,9 +2,20 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.loading.pretrained import load_policy
 from ppo_vs_dpo.models.passes.answers import answers
 from tests.ppo.conftest import logs
 
@@ -90,9 +101,7 @@ def test_an_initialisation_that_changes_the_policy_is_refused(make_trainer, tiny
         return made
 
     monkeypatch.setattr(peft, "get_peft_model", rewriting)
-    with pytest.raises(
-        UserError, match=r"its new adapters is not the model that was given \(init_lora_weights=None\)"
-    ):
+    with pytest.raises(UserError, match=r"its new adapters is not the model that was given: its log-probabilities"):
         make_trainer({"model": tiny_llama(0), "peft_config": lora()})
 
 
@@ -100,3 +109,108 @@ def test_an_initialisation_that_changes_the_policy_is_refused(make_trainer, tiny
 def test_dropout_on_adapters_is_refused(make_trainer, key):
     with pytest.raises(UserError, match=rf"peft_config\.{key} is 0\.05, and PPO trains without dropout"):
         make_trainer({"peft_config": lora(**{key: 0.05})})
+
+
+def test_a_base_that_trains_is_no_reference(make_trainer, tiny_llama):
+    """``bias="all"``: no switch takes the base's own biases back, and the reference would move with the policy."""
+    model = tiny_llama(0, attention_bias=True)
+    given = answers(model)
+    trainer = make_trainer({"model": model, "peft_config": lora(bias="all")}, max_steps=2, learning_rate=1e-2)
+    trainer.train()
+    assert torch.equal(answers(trainer.roles.reference.module), given)
+    assert abs(logs(trainer)[0]["objective/kl"]) < 1e-5
+    with trainer.policy.disable_adapter():
+        assert (answers(trainer.policy) - given).abs().max() > 1e-3
+
+
+def test_corda_after_its_own_preparation(make_trainer, tiny_llama):
+    """It rewrites the base, as PiSSA does, and needs a look at data first; without it PEFT's words come out."""
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+
+    settings = {"init_lora_weights": "corda", "corda_config": CordaConfig(), "target_modules": ["q_proj"]}
+    with pytest.raises(UserError, match=r"peft_config: .*preprocess_corda"):
+        make_trainer({"model": tiny_llama(0), "peft_config": lora(**settings)})
+    model, rows = tiny_llama(0), torch.randint(3, 20, (8, 1, 32), generator=torch.Generator().manual_seed(0))
+    given, config = answers(model), lora(**settings)
+    preprocess_corda(model, config, run_model=lambda: [model(row) for row in rows])
+    trainer = make_trainer({"model": model, "peft_config": config}, **STILL)
+    assert trainer.roles.reference.model is not None
+    torch.testing.assert_close(answers(trainer.roles.reference.module), given, atol=1e-4, rtol=0)
+    trainer.train()
+    assert abs(logs(trainer)[0]["objective/kl"]) < 1e-3
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_another_reference_is_said_once(make_trainer, tiny_llama, caplog, apart):
+    """On purpose or by mistake: the run goes on, and its first rollout says how far the two are apart."""
+    trainer = make_trainer({"ref_model": tiny_llama(1) if apart else None}, max_steps=2)
+    if not apart:
+        copy = tiny_llama(0)
+        copy.load_state_dict(trainer.policy.state_dict())
+        trainer = make_trainer({"model": trainer.policy, "ref_model": copy}, max_steps=2)
+    with caplog.at_level("WARNING"):
+        trainer.train()
+    said = [one for one in caplog.messages if "ref_model is another model than the policy starts from" in one]
+    assert len(said) == apart
+    if apart:
+        assert "nats a token (KL " in said[0]
+        assert logs(trainer)[0]["objective/kl"] != pytest.approx(0, abs=1e-3)
+
+
+def test_a_reference_in_another_precision_is_another_model(make_trainer, tiny_llama, caplog):
+    with caplog.at_level("WARNING"):
+        make_trainer({"model": tiny_llama(0), "ref_model": tiny_llama(0).bfloat16()}, max_steps=1).train()
+    assert any("ref_model is another model" in one for one in caplog.messages)
+
+
+def test_adapters_loaded_for_reading_train(make_trainer, tiny_llama, tmp_path):
+    """``PeftModel.from_pretrained`` freezes them by default, and a run would train nothing."""
+    trained(tiny_llama(0)).save_pretrained(tmp_path / "adapter")
+    policy = PeftModel.from_pretrained(tiny_llama(0), tmp_path / "adapter")
+    assert not any(parameter.requires_grad for parameter in policy.parameters())
+    before = answers(policy)
+    trainer = make_trainer({"model": policy}, max_steps=1)
+    trainer.train()
+    assert (answers(policy) - before).abs().max() > 1e-3
+    assert torch.equal(answers(trainer.roles.reference.module), before)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (lambda: lora(task_type="SEQ_CLS"), r"peft_config\.task_type is SEQ_CLS.*Set it to CAUSAL_LM"),
+        (lambda: AdaLoraConfig(target_modules=["q_proj"], total_step=9, tinit=1, tfinal=1), "peft_config is ADALORA"),
+        (lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "peft_config is PROMPT_TUNING"),
+        (lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "peft_config is PREFIX_TUNING"),
+        (lambda: PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "peft_config is P_TUNING"),
+        (lambda: lora(layer_replication=[[0, 2], [1, 2]]), "with its new adapters is not the model that was given"),
+    ],
+)
+def test_adapters_that_cannot_be_carried(make_trainer, tiny_llama, config, said):
+    with pytest.raises(UserError, match=said):
+        make_trainer({"model": tiny_llama(0), "peft_config": config()})
+
+
+def test_a_model_of_which_nothing_trains(make_trainer, tiny_llama, tiny_reward, tmp_path):
+    """Loaded for reading, as `load_policy` does it: a run would go through and leave what it was given."""
+    tiny_llama(0).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"no weight of the policy requires gradients.*trainable=True"):
+        make_trainer({"model": load_policy(tmp_path / "model")})
+    with pytest.raises(UserError, match="no weight of value_model requires gradients"):
+        make_trainer({"value_model": tiny_reward(0).requires_grad_(False)})
+
+
+@pytest.mark.parametrize("kind", ["vera", "ia3", "rslora"])
+def test_other_adapters_keep_the_model_given(make_trainer, tiny_llama, kind):
+    configs = {
+        "vera": VeraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"]),
+        "ia3": IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]),
+        "rslora": lora(use_rslora=True, modules_to_save=["embed_tokens", "lm_head"]),
+    }
+    given = answers(tiny_llama(0))
+    trainer = make_trainer({"model": tiny_llama(0), "peft_config": configs[kind]}, max_steps=2, learning_rate=0.05)
+    trainer.train()
+    assert torch.equal(answers(trainer.roles.reference.module), given)
+    assert (answers(trainer.policy) - given).abs().max() > 1e-3
+    assert abs(logs(trainer)[0]["objective/kl"]) < 1e-5

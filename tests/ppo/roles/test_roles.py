@@ -1,14 +1,23 @@
 """The models and rewards that a trainer can be given: objects, names, functions, mixes, adapters."""
 
+import copy
 import json
 
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.loading.heads import load_reward
+from ppo_vs_dpo.models.loading.pretrained import load_value_or_reward
 from ppo_vs_dpo.models.passes.logprobs import sequence_scores
+from ppo_vs_dpo.models.text.encoding import encode_completions, encode_prompts
 from ppo_vs_dpo.ppo.checkpoints.saving import trained_tensors
+from ppo_vs_dpo.reward_model.scorer import RewardScorer, store_bias
+from tests.architectures import tiny
 from tests.ppo.conftest import PROMPTS, count_good, logs, same, untimed
 
 
@@ -196,3 +205,93 @@ def test_adapters(make_trainer, tiny_reward, tmp_path):
     config_file = json.loads((tmp_path / "out" / "checkpoint-3" / "adapter_config.json").read_text())
     assert config_file["r"] == 4
     assert AutoPeftModelForCausalLM is not None
+
+
+# --- what a value model must be, and a reward model that comes as an object -------------------------------
+@pytest.mark.parametrize(
+    ("kind", "more", "said"),
+    [
+        ("bert", {}, r"BertModel \(bert\) reads to both sides"),
+        ("llama", {"num_labels": 3}, "value_model has 3 labels"),
+        ("llama", {"vocabulary": 12}, "value_model has 12 tokens and the policy 20"),
+        ("gpt2", {"n_positions": 8}, r"value_model takes 8 tokens, and the longest prompt \(4\) with a response of 8"),
+        ("llama", {"max_position_embeddings": 8}, "value_model takes 8 tokens"),
+    ],
+)
+def test_a_value_model_that_cannot_give_values(make_trainer, kind, more, said):
+    model = tiny(kind, AutoModelForSequenceClassification, **{"num_labels": 1, **more})
+    with pytest.raises(UserError, match=said):
+        make_trainer({"value_model": model})
+
+
+def test_an_object_is_read_as_its_folder_is(make_trainer, word_tokenizer, tmp_path):
+    """Who trained a reward model its config says, not the way it was passed: one rule, also where reading differs."""
+    tokenizer = copy.deepcopy(word_tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.replace("</s> {%", "</s> and {%")
+    chats = [[{"role": "user", "content": text}] for text in ("the film", "a story was")]
+    answers = [[{"role": "assistant", "content": text}] for text in ("good bad", "dull")]
+    for pad, marked in ((0, False), (2, False), (2, True)):
+        model = tiny("llama", AutoModelForSequenceClassification, num_labels=1, pad_token_id=pad)
+        if marked:
+            model.config.score_bias = 0.5
+        folder = tmp_path / f"{pad}{marked}"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        found = []
+        for given in (model, str(folder)):
+            parts = {"reward_model": given, "processing_class": tokenizer, "reward_funcs": None}
+            (part,) = make_trainer(parts).roles.rewards.parts
+            assert part.scorer.foreign != marked
+            ids = [encode_prompts(tokenizer, chats), encode_completions(tokenizer, answers)]
+            found.append(part(chats, answers, *ids, [True, True]))
+            texts = [encode_prompts(tokenizer, ["the film"]), encode_completions(tokenizer, ["good"])]
+            found[-1] += part(["the film"], ["good"], *texts, [True])
+        assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+def test_a_named_head_as_an_object_and_after_saving(make_trainer, word_tokenizer, tmp_path):
+    """A value head is read at the last real token, also where that is padding to transformers, and in a new folder."""
+    model = tiny("llama", AutoModelForCausalLM, pad_token_id=2)
+    model.save_pretrained(tmp_path / "theirs")
+    word_tokenizer.save_pretrained(tmp_path / "theirs")
+    torch.manual_seed(5)
+    save_file({"v_head.summary.weight": torch.randn(1, 32)}, tmp_path / "theirs" / "value_head.safetensors")
+    rows = [[3, 9, 11, 2], [8, 7, 2]]
+    expected = RewardScorer.load(tmp_path / "theirs", head="v_head").score_sequences(rows)
+    loaded = load_reward(tmp_path / "theirs", head="v_head")
+    assert make_trainer({"reward_model": loaded}).roles.rewards.parts[0].scorer.score_sequences(rows) == expected
+    loaded.save_pretrained(tmp_path / "ours")
+    word_tokenizer.save_pretrained(tmp_path / "ours")
+    assert RewardScorer.load(tmp_path / "ours").score_sequences(rows) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_bias_beside_an_adapter_goes_with_the_object(make_trainer, word_tokenizer, tmp_path):
+    base = tiny("llama", AutoModelForSequenceClassification, num_labels=1)
+    base.save_pretrained(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    word_tokenizer.save_pretrained(tmp_path / "adapter")
+    store_bias(tmp_path / "adapter", 0.75)
+    expected = RewardScorer.load(tmp_path / "adapter")
+    assert (expected.bias, expected.foreign) == (0.75, False)
+    for load in (load_reward, load_value_or_reward):
+        scorer = make_trainer({"reward_model": load(tmp_path / "adapter")}).roles.rewards.parts[0].scorer
+        assert (scorer.bias, scorer.foreign) == (0.75, False)
+        assert scorer.score_sequences([[3, 9, 2]]) == pytest.approx(expected.score_sequences([[3, 9, 2]]), abs=1e-6)
+
+
+def test_adapters_on_a_reward_model_given_as_an_object(make_trainer):
+    """Its scores are those with adapters; the value model starts from the two merged."""
+    model = tiny("llama", AutoModelForSequenceClassification, num_labels=1)
+    model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+        ids = torch.tensor([[3, 9, 11, 2]])
+        expected = model(ids).logits.item()
+    trainer = make_trainer({"reward_model": model})
+    assert trainer.roles.rewards.parts[0].scorer.score_sequences(ids.tolist()) == pytest.approx([expected], abs=1e-5)
+    assert trainer.value_model(ids).logits.item() == pytest.approx(expected, abs=1e-5)
+    trainer.train()

@@ -44,6 +44,48 @@ def test_a_mask_of_another_length(word_tokenizer):
         PromptSet(data, word_tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        (
+            {"input_ids": [[6, 7], [8, 99]]},
+            "row 1: input_ids has 99 at place 1, and .* the ids 0 to 19",
+        ),
+        ({"input_ids": [[6, 7], [8, -100]]}, "row 1: input_ids has -100 at place 1"),
+        ({"input_ids": [[[6, 7]], [[8]]]}, r"row 0: input_ids has \[6, 7\] at place 0"),
+        ({"input_ids": ["6 7"]}, "row 0: input_ids is '6 7'"),
+        ({"input_ids": [[6.5]]}, r"row 0: input_ids has 6\.5 at place 0"),
+        ({"input_ids": [[6, 7], None]}, "row 1: input_ids is None"),
+        ({"input_ids": [[6, 7]], "attention_mask": [None]}, "row 0: input_ids has 2 entries and attention_mask none"),
+        ({"input_ids": [[6, 7]], "attention_mask": [[0, 0]]}, "row 0: the prompt is empty"),
+        ({"input_ids": [[6, 7]], "position_ids": [[4, 5]]}, r"row 0: position_ids are \[4, 5\]"),
+        (
+            {"prompt": ["the film"], "input_ids": [[1, 6, 7]]},
+            r"and input_ids are not the same tokens \(\[6, 7\]",
+        ),
+    ],
+)
+def test_ids_that_are_none(word_tokenizer, columns, said):
+    with pytest.raises(UserError, match=said):
+        PromptSet(Dataset.from_dict(columns), word_tokenizer)
+
+
+def test_what_says_nothing_new_is_taken(word_tokenizer):
+    """Holes in a mask, positions that count the real tokens, the same tokens twice; none of it goes to rewards."""
+    data = {
+        "input_ids": [[0, 0, 6, 7], [6, 0, 7, 8]],
+        "attention_mask": [[0, 0, 1, 1], [1, 0, 1, 1]],
+        "position_ids": [[1, 1, 0, 1], [0, 0, 1, 2]],
+        "token_type_ids": [[0, 0, 0, 0]] * 2,
+        "answer": ["a", "b"],
+    }
+    found = PromptSet(Dataset.from_dict(data), word_tokenizer)
+    assert found.ids == [[6, 7], [6, 7, 8]]
+    assert list(found.columns) == ["answer"]
+    both = PromptSet(Dataset.from_dict({"prompt": ["the film"], "input_ids": [[0, 6, 7]]}), word_tokenizer)
+    assert both.ids == [[6, 7]]
+
+
 def test_padding_that_could_be_text(word_tokenizer):
     tokenizer = copy.deepcopy(word_tokenizer)
     tokenizer.pad_token = tokenizer.eos_token

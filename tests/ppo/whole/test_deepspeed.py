@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_vs_dpo.pipeline.planning.memory import Sharding, held
@@ -50,8 +51,14 @@ def history(folder: Path, step: int) -> list[dict]:
 def train(make_trainer, prompts, tiny_reward, tmp_path):
     """``train(name, deepspeed=None, **settings)``: run a trainer to its end in ``tmp_path/name``."""
 
-    def run(name: str, deepspeed: str | None = None, resume: bool = False, settings: dict | None = None) -> dict:
-        parts = {"eval_dataset": prompts.select(range(5)), "reward_model": tiny_reward(1)}
+    def run(
+        name: str,
+        deepspeed: str | None = None,
+        resume: bool = False,
+        settings: dict | None = None,
+        more: dict | None = None,
+    ) -> dict:
+        parts = {"eval_dataset": prompts.select(range(5)), "reward_model": tiny_reward(1), **(more or {})}
         settings = {**SETTINGS, **(settings or {}), "deepspeed": settings_of(deepspeed) if deepspeed else None}
         trainer = make_trainer(parts, output_dir=str(tmp_path / name), **settings)
         trainer.train(resume_from_checkpoint=resume or None)
@@ -97,6 +104,24 @@ def test_two_ranks_give_the_run_of_one(train, tmp_path, deepspeed):
     for mine, theirs in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
     assert AutoTokenizer.from_pretrained(tmp_path / "two" / "checkpoint-4").eos_token == "</s>"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tied", "resized", "tied, adapters", "biases", "pissa"])
+def test_kinds_of_policies_under_zero3(train, tiny_llama, tmp_path, kind):
+    """Tied embeddings, an enlarged vocabulary, adapters: the reference is the model given, in pieces as whole."""
+    policy = tiny_llama(0, initializer_range=0.2, tie_word_embeddings="tied" in kind, attention_bias=kind == "biases")
+    if kind == "resized":
+        policy.resize_token_embeddings(27, mean_resizing=False)
+    more = {"model": policy}
+    if kind in ("tied, adapters", "biases", "pissa"):
+        settings = {"bias": "all"} if kind == "biases" else {"init_lora_weights": "pissa"} if kind == "pissa" else {}
+        more["peft_config"] = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], **settings)
+    on_ranks(1, train, "one", None, False, {}, more)
+    on_ranks(2, train, "two", "zero3", False, {}, more)
+    one, two = (history(tmp_path / name, 4) for name in ("one", "two"))
+    assert abs(two[0]["objective/kl"]) < 1e-4 < abs(two[-1]["objective/kl"])
+    agree(one, two, 4)
 
 
 @pytest.mark.slow

@@ -1,0 +1,139 @@
+"""What a folder or a model of the Hub holds, without loading it: configuration, names and shapes of weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from ppo_vs_dpo.models.loading.config import ModelConfig
+
+# What a folder's config.json may say of a scalar model, beside what transformers knows: the bias of its scores (this
+# project trained it), that others trained it all the same, and the name of its head where others named it.
+BIAS_KEY, FOREIGN_KEY, HEAD_KEY = "score_bias", "trained_elsewhere", "score_head"
+
+# Files that hold weights, the small ones with a head alone first.
+_FILES = (
+    "value_head.safetensors",
+    "value_head.bin",
+    "adapter_model.safetensors",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def revision_of(path: str, config: ModelConfig) -> str | None:
+    """The revision belongs to the configured model; later stages load folders, which have none."""
+    return config.revision if path == config.path else None
+
+
+def raw_config(path: str, config: ModelConfig) -> dict[str, Any]:
+    """``config.json`` as it stands, without transformers' defaults; ``{}`` where there is none."""
+    file = file_of(path, config, "config.json")
+    try:
+        found = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def copy_marks(model: PreTrainedModel, path: str, config: ModelConfig) -> None:
+    """What a folder says of a scalar model, into the model's own configuration: an adapter's is not a part of it."""
+    found = raw_config(path, config)
+    for key in (BIAS_KEY, FOREIGN_KEY):
+        if key in found:
+            setattr(model.config, key, found[key])
+
+
+def restore_bias(model: PreTrainedModel, path: str, config: ModelConfig) -> PreTrainedModel:
+    """The saved bias of a scalar head whose class has none: transformers would drop it, and with it a part of V or r.
+
+    Returns:
+        ``model``.
+    """
+    for name in ("score", "classifier"):
+        head = getattr(model, name, None)
+        if isinstance(head, torch.nn.Linear) and head.bias is None:
+            saved = tensor_of(path, config, f"{name}.bias")
+            if saved is not None and saved.numel() == head.out_features:
+                head.bias = torch.nn.Parameter(saved.reshape(-1).to(head.weight))
+    return model
+
+
+def file_of(path: str, config: ModelConfig, name: str) -> str | None:
+    """A file of a folder or of the Hub, ``None`` where it is not there."""
+    local = Path(path)
+    if local.is_dir():
+        return str(local / name) if (local / name).is_file() else None
+    try:
+        return cached_file(
+            path,
+            name,
+            revision=revision_of(path, config),
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # no folder and no name that the Hub can have: whoever loads it says so
+        return None
+
+
+def weights_of(path: str, config: ModelConfig | None = None) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights of a folder or a model of the Hub, without reading them.
+
+    Shapes are ``()`` where the format does not tell them apart from the weights.
+    """
+    config = config or ModelConfig()
+    found: dict[str, tuple[int, ...]] = {}
+    for name in _FILES:
+        file = file_of(path, config, name)
+        if file is None:
+            continue
+        if name.endswith(".safetensors"):
+            with safe_open(file, "pt") as content:
+                found |= {key: tuple(content.get_slice(key).get_shape()) for key in content.keys()}  # noqa: SIM118
+        elif name.endswith(".json"):
+            names = json.loads(Path(file).read_text(encoding="utf-8")).get("weight_map", {})
+            found |= {key: found.get(key, ()) for key in names}
+        else:
+            found |= {key: tuple(value.shape) for key, value in _unpickled(file).items()}
+    return found
+
+
+def tensor_of(path: str, config: ModelConfig, name: str) -> torch.Tensor | None:
+    """One tensor by the end of its name, ``None`` where no file has it."""
+    files = [(item, file_of(path, config, item)) for item in _FILES if not item.endswith(".json")]
+    for item in _FILES:
+        index = file_of(path, config, item) if item.endswith(".json") else None
+        if index is not None:
+            mapping = json.loads(Path(index).read_text(encoding="utf-8")).get("weight_map", {})
+            parts = sorted({file for key, file in mapping.items() if ends(key, name)})
+            files += [(part, file_of(path, config, part)) for part in parts]
+    for item, file in files:
+        if file is None:
+            continue
+        if item.endswith(".safetensors"):
+            with safe_open(file, "pt") as content:
+                key = next((key for key in content.keys() if ends(key, name)), None)  # noqa: SIM118
+                if key is not None:
+                    return content.get_tensor(key)
+        else:
+            content = _unpickled(file)
+            key = next((key for key in content if ends(key, name)), None)
+            if key is not None:
+                return content[key]
+    return None
+
+
+def ends(key: str, name: str) -> bool:
+    return key == name or key.endswith(f".{name}")
+
+
+def _unpickled(file: str) -> dict[str, torch.Tensor]:
+    """Weights of a ``.bin`` file: tensors alone, no code."""
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
