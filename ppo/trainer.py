@@ -85,7 +85,8 @@ class PPOTrainer(Trainer):
         processing_class: the policy's tokenizer.
         reward_funcs: functions ``f(prompts, completions, **columns) -> list[float]``; mixed with the reward model by
             ``args.reward_weights``.
-        reward_processing_class: the reward model's tokenizer, where it is not the policy's.
+        reward_processing_class: the reward model's tokenizer; by default the one that lies where the reward model was
+            loaded from, else the policy's.
         ptx_dataset: texts for the pretraining mix (``args.ptx_coef``).
         peft_config: train adapters on policy and value model.
         callbacks: as for any Trainer.

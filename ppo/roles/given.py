@@ -147,6 +147,9 @@ def add_adapters(policy: PreTrainedModel, value_model: PreTrainedModel | None, p
         return get_peft_model(policy, peft_config), None
     value_config = copy.deepcopy(peft_config)
     value_config.task_type = TaskType.SEQ_CLS
+    if getattr(value_config, "init_lora_weights", None) == "corda":
+        # Its directions were found on the policy; the value model's adapters start as they do by default.
+        value_config.init_lora_weights, value_config.corda_config = True, None
     # The adapter library adds the head to the modules that train in full, for this task type.
     try:
         return get_peft_model(policy, peft_config), get_peft_model(value_model, value_config)

@@ -7,14 +7,18 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ppo_vs_dpo.artifacts.awaiting import wait_for
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.files import BIAS_KEY
 from ppo_vs_dpo.models.loading.pretrained import check_tokens, context_length
+from ppo_vs_dpo.models.passes.logprobs import base
 from ppo_vs_dpo.ppo.roles.given import as_value_or_reward
 from ppo_vs_dpo.preferences.recipes.functions import ScoreError, as_scores, called
-from ppo_vs_dpo.reward_model.scorer import RewardScorer
+from ppo_vs_dpo.reward_model.scorer import RewardScorer, scoring_tokenizer
+
+logger = logging.get_logger(__name__)
 
 RewardFunction = Callable[..., Sequence[float]]
 
@@ -203,6 +207,7 @@ def make_rewards(
     own_tokenizer: PreTrainedTokenizerBase | None,
     weights: list[float] | None,
     batch_size: int,
+    policy: PreTrainedModel | None = None,
 ) -> Rewards:
     """Put the rewards of a trainer together.
 
@@ -210,9 +215,11 @@ def make_rewards(
         reward_model: a model, its name, a scorer, or ``None``.
         reward_funcs: a function or several.
         tokenizer: the policy's.
-        own_tokenizer: the reward model's; for a name it is loaded with the model.
+        own_tokenizer: the reward model's; by default the one that lies where the model was loaded from, by name or as
+            an object, else the policy's.
         weights: model first, then functions.
         batch_size: rows per forward pass of the model.
+        policy: whose tokens a reward model without a tokenizer is taken to read.
     """
     parts: list[Any] = []
     if isinstance(reward_model, str):
@@ -224,7 +231,8 @@ def make_rewards(
         model = as_value_or_reward(reward_model, trainable=False)
         bias = float(getattr(model.config, BIAS_KEY, 0.0))
         # As when it is given by name: what its config says about who trained it decides how it is read.
-        reward_model = RewardScorer(model, own_tokenizer or tokenizer, bias, batch_size)
+        own_tokenizer = own_tokenizer or _tokenizer_beside(model) or _policys_for(model, tokenizer, policy)
+        reward_model = RewardScorer(model, own_tokenizer, bias, batch_size)
     if isinstance(reward_model, RewardScorer):
         parts.append(ModelReward(reward_model, tokenizer))
     elif hasattr(reward_model, "score"):
@@ -238,6 +246,34 @@ def make_rewards(
     functions = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     parts.extend(FunctionReward(function) for function in functions if function is not None)
     return Rewards(parts, weights)
+
+
+def _tokenizer_beside(model: torch.nn.Module) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in the folder (or on the Hub) that a model was loaded from, ``None`` where there is none."""
+    path = str(getattr(model, "name_or_path", "") or "")
+    try:
+        return scoring_tokenizer(path) if path else None
+    except UserError:
+        return None
+
+
+def _policys_for(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, policy: torch.nn.Module | None
+) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer for a model of which nothing else is known; said where they may not belong together."""
+    sizes = [_tokens_of(one) for one in (model, policy)]
+    if None not in sizes and sizes[0] not in (sizes[1], len(tokenizer)):
+        logger.warning(
+            "reward_model came without a tokenizer, and the policy's writes its input: the one has %d tokens, the "
+            "policy %d. If it is not of that tokenizer, its scores mean nothing: pass reward_processing_class.",
+            *sizes,
+        )
+    return tokenizer
+
+
+def _tokens_of(model: torch.nn.Module | None) -> int | None:
+    embeddings = getattr(base(model), "get_input_embeddings", lambda: None)() if model is not None else None
+    return getattr(embeddings, "num_embeddings", None)
 
 
 def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:

@@ -109,6 +109,7 @@ def make_roles(
         reward_tokenizer,
         args.reward_weights,
         args.local_rollout_forward_batch_size,
+        policy,
     )
     if not args.has_critic and value_model is not None:
         raise UserError(f"a value_model was given, and advantage={args.advantage} trains none. Drop it, or use gae.")

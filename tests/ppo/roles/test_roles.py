@@ -8,7 +8,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.heads import load_reward
@@ -279,6 +280,38 @@ def test_the_bias_beside_an_adapter_goes_with_the_object(make_trainer, word_toke
         scorer = make_trainer({"reward_model": load(tmp_path / "adapter")}).roles.rewards.parts[0].scorer
         assert (scorer.bias, scorer.foreign) == (0.75, False)
         assert scorer.score_sequences([[3, 9, 2]]) == pytest.approx(expected.score_sequences([[3, 9, 2]]), abs=1e-6)
+
+
+def test_an_object_brings_the_tokenizer_of_its_folder(make_trainer, word_tokenizer, tmp_path, caplog):
+    """Token ids of the policy mean other words to it: it is asked about texts, as when it is given by name."""
+    pieces = {piece: number for number, piece in enumerate(reversed(word_tokenizer.get_vocab()))}
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=turned(pieces), pad_token="<pad>", eos_token="</s>", unk_token="<unk>", bos_token="<s>"
+    )
+    tiny("llama", AutoModelForSequenceClassification, num_labels=1).save_pretrained(tmp_path)
+    other.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    prompts, answers = ["the film", "a story was"], ["good bad", "dull"]
+    ids = [[word_tokenizer(text)["input_ids"] for text in texts] for texts in (prompts, answers)]
+    scores = []
+    for given in (loaded, str(tmp_path)):
+        (part,) = make_trainer({"reward_model": given}).roles.rewards.parts
+        assert not part.same_tokens
+        scores.append(part(prompts, answers, *ids, [True, True]))
+    assert scores[0] == scores[1]
+    # One of which nothing is known takes the policy's, and says so where the sizes differ.
+    with caplog.at_level("WARNING"):
+        make_trainer({"reward_model": tiny("llama", AutoModelForSequenceClassification, num_labels=1)})
+        assert not caplog.messages
+        make_trainer({"reward_model": tiny("llama", AutoModelForSequenceClassification, 24, num_labels=1)})
+    assert "reward_model came without a tokenizer" in caplog.text
+
+
+def turned(pieces: dict[str, int]) -> Tokenizer:
+    """A tokenizer of words with these ids."""
+    tokenizer = Tokenizer(models.WordLevel(pieces, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
 
 
 def test_adapters_on_a_reward_model_given_as_an_object(make_trainer):
