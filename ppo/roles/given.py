@@ -9,7 +9,7 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.adapters import check_adapters, is_peft, kind_of, merge, train_active, virtual_tokens
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.prepared import disable_dropout, score_head
-from ppo_vs_dpo.models.loading.pretrained import load_policy, load_value_or_reward
+from ppo_vs_dpo.models.loading.pretrained import check_tokens, load_policy, load_value_or_reward
 from ppo_vs_dpo.models.passes.answers import check_language_model
 from ppo_vs_dpo.models.passes.logprobs import backbone, base, score_head_of
 from ppo_vs_dpo.models.passes.padding import check_causal
@@ -45,8 +45,8 @@ def check_trains(model: torch.nn.Module, what: str) -> None:
         )
 
 
-def check_value_model(value_model: torch.nn.Module, policy: PreTrainedModel) -> None:
-    """A value model reads the policy's tokens from left to right and gives one number after each.
+def check_value_model(value_model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A value model reads the tokens of a tokenizer from left to right and gives one number after each.
 
     Raises:
         UserError: it does something else; names what.
@@ -58,9 +58,7 @@ def check_value_model(value_model: torch.nn.Module, policy: PreTrainedModel) -> 
     outputs = getattr(score_head_of(inner), "out_features", 1)
     if outputs != 1:
         raise UserError(f"value_model has {outputs} labels; a value is one number (num_labels=1).")
-    sizes = [getattr(base(m).get_input_embeddings(), "num_embeddings", 0) for m in (policy, inner)]
-    if sizes[1] < sizes[0]:
-        raise UserError(f"value_model has {sizes[1]} tokens and the policy {sizes[0]}: it must read the same ones.")
+    check_tokens(inner, tokenizer, "value_model")
     check_causal(backbone(value_model))
 
 

@@ -261,7 +261,7 @@ def _policys_for(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, policy: torch.nn.Module | None
 ) -> PreTrainedTokenizerBase:
     """The policy's tokenizer for a model of which nothing else is known; said where they may not belong together."""
-    sizes = [_tokens_of(one) for one in (model, policy)]
+    sizes = [tokens_of(one) for one in (model, policy)]
     if None not in sizes and sizes[0] not in (sizes[1], len(tokenizer)):
         logger.warning(
             "reward_model came without a tokenizer, and the policy's writes its input: the one has %d tokens, the "
@@ -271,7 +271,8 @@ def _policys_for(
     return tokenizer
 
 
-def _tokens_of(model: torch.nn.Module | None) -> int | None:
+def tokens_of(model: torch.nn.Module | None) -> int | None:
+    """How many tokens a model has an embedding for, ``None`` where it does not say."""
     embeddings = getattr(base(model), "get_input_embeddings", lambda: None)() if model is not None else None
     return getattr(embeddings, "num_embeddings", None)
 

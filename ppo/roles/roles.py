@@ -1,7 +1,7 @@
 """Who takes part in PPO: policy, value, reference, rewards, and the engine that samples."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from ppo_vs_dpo.ppo.roles.given import (
     value_model_from,
 )
 from ppo_vs_dpo.ppo.roles.reference import Reference, prepare_frozen
-from ppo_vs_dpo.ppo.roles.rewards import RewardFunction, Rewards, make_rewards
+from ppo_vs_dpo.ppo.roles.rewards import RewardError, RewardFunction, Rewards, make_rewards, tokens_of
 from ppo_vs_dpo.ppo.roles.shared import POLICY, REWARD, VALUE, SharedRole
 from ppo_vs_dpo.ppo.roles.trained import PolicyAndValue
 from ppo_vs_dpo.ppo.roles.value_head import rescale_values
@@ -70,6 +70,29 @@ class Roles:
     def eos_ids(self) -> list[int]:
         """Every token that ends a response."""
         return eos_token_ids(self.policy, self.tokenizer)
+
+    def check_known(self, responses: Sequence[Sequence[int]]) -> None:
+        """Who reads the policy's token ids must have an embedding for each.
+
+        Vocabularies are padded to different sizes, and what no tokenizer writes a policy may sample all the same.
+
+        Args:
+            responses: token ids.
+
+        Raises:
+            RewardError: value or reward model has fewer; names the token.
+        """
+        readers = [(part.name, part.model) for part in self.rewards.models() if part.same_tokens]
+        for who, model in [("value_model", self.value), *readers]:
+            size = tokens_of(model)
+            for row, ids in enumerate(responses if size is not None else ()):
+                if ids and max(ids) >= size:
+                    raise RewardError(
+                        f"the policy sampled token {max(ids)}, of which the {who.removeprefix('the ')} knows nothing: "
+                        f"it has {size} tokens, and the policy {tokens_of(self.policy)}. Take one with the policy's "
+                        f"vocabulary.",
+                        row,
+                    )
 
     def place(self, accelerator: Accelerator, reference_moves: bool = False) -> None:
         """Put what is frozen on the device, or under DeepSpeed's ZeRO-3 into inference engines."""
@@ -122,7 +145,7 @@ def make_roles(
     if value is not None and (value is reward_model or value is policy):
         raise UserError("value_model must be a model of its own: it is trained. Pass a copy, or nothing.")
     if value is not None:
-        check_value_model(value, policy)
+        check_value_model(value, tokenizer)
     reference = as_policy(ref_model, tokenizer, "ref_model") if ref_model is not None else None
     given = None
     if peft_config is not None:

@@ -66,6 +66,7 @@ def score(
     """
     error, scores = None, [0.0] * len(rows)
     try:
+        roles.check_known([g.token_ids for g in generated])
         scores = roles.rewards(
             [prompts.prompts[row] for row in rows],
             [decode_completion(roles.tokenizer, g.token_ids) for g in generated],

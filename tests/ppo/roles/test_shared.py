@@ -57,6 +57,7 @@ def separate_roles(folders):
     policy = get_peft_model(copy.deepcopy(base), LORA.peft_config("CAUSAL_LM"))
     value_model = AutoPeftModelForSequenceClassification.from_pretrained(folders[1], num_labels=1, is_trainable=True)
     reward = AutoPeftModelForSequenceClassification.from_pretrained(folders[1], num_labels=1)
+    reward.config.score_bias = 0.0  # the mark of what this project's stage has trained, as the shared one is
     return {"model": policy, "value_model": value_model, "reward_model": reward, "ref_model": base}
 
 

@@ -14,6 +14,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_vs_dpo.pipeline.planning.memory import Sharding, held
+from tests.ppo.conftest import count_good
 from tests.ranks import on_ranks, settings_of
 
 SETTINGS = {
@@ -114,6 +115,8 @@ def test_kinds_of_policies_under_zero3(train, tiny_llama, tmp_path, kind):
     if kind == "resized":
         policy.resize_token_embeddings(27, mean_resizing=False)
     more = {"model": policy}
+    if kind == "resized":
+        more |= {"reward_model": None, "reward_funcs": count_good}  # the reward model has 20 tokens
     if kind in ("tied, adapters", "biases", "pissa"):
         settings = {"bias": "all"} if kind == "biases" else {"init_lora_weights": "pissa"} if kind == "pissa" else {}
         more["peft_config"] = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], **settings)
