@@ -76,7 +76,8 @@ def points_of(config: DictConfig, stage: str) -> list[dict[str, Any]]:
     """
     section = config.get(stage)
     sweep = OmegaConf.to_container(section.get("sweep"), resolve=True) if section and section.get("sweep") else {}
-    return [{key: value} for key, values in sweep.items() for value in values if value != section.get(key)]
+    lists = {key: values for key, values in sweep.items() if isinstance(values, list)}  # others are refused elsewhere
+    return [{key: value} for key, values in lists.items() for value in values if value != section.get(key)]
 
 
 def needs_of(config: DictConfig, stage: str) -> tuple[str, ...]:

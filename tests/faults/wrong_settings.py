@@ -1,11 +1,14 @@
 """Wrong settings by the hundred: each must be refused before a stage starts."""
 
+import re
+
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.settings.values import LIMITS
 from ppo_vs_dpo.pipeline.checking.inputs import problems
-from ppo_vs_dpo.pipeline.composing.compose import load
+from ppo_vs_dpo.pipeline.composing.compose import Complaint, load
 from ppo_vs_dpo.pipeline.composing.schema import SECTIONS, section_keys
 from tests.faults.small import STAGES
 
@@ -55,25 +58,47 @@ def cases() -> list[str]:
     return [*found, *NONSENSE]
 
 
-def refused(override: str) -> str | None:
-    """The first sentence that refuses an override, or ``None`` where nothing does."""
+def complaints(overrides: list[str]) -> list[str]:
+    """Every sentence that refuses something, when the configuration is composed and when it is looked at."""
+    found: list[str] = []
     try:
-        config = load(["experiment=quickstart", override])
+        config = load(["experiment=quickstart", *overrides])
+    except Complaint as error:
+        found, config = error.problems, error.config
     except UserError as error:
-        return str(error)
-    section = override.partition(".")[0]
+        return [str(error)]
+    if config is None:
+        return found
+    try:
+        settings = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException:
+        return found
+    sections = {one.partition(".")[0] for one in overrides}
     # What is said of one stage's section is said by looking at that stage.
-    stages = [section] if section in STAGES else list(STAGES)
-    found = problems(OmegaConf.to_container(config, resolve=True), stages)
-    return found[0] if found else None
+    stages = [name for name in STAGES if name in sections] if sections <= set(STAGES) else list(STAGES)
+    return found + problems(settings, stages)
 
 
 def campaign(some: int | None = None, say=print) -> dict[str, list[str]]:
-    """Try every one (or every so many-th): ``refused`` and ``taken``."""
-    found: dict[str, list[str]] = {"refused": [], "taken": []}
-    for override in cases()[:: some or 1]:
-        why = refused(override)
-        found["taken" if why is None else "refused"].append(override)
-        if why is None:
-            say(f"taken: {override}")
-    return found
+    """Try every one (or every so many-th): ``refused`` and ``taken``.
+
+    Those that are wrong by themselves are tried together, one of a key: all of them must be named in one round. What
+    is not named there, and every choice that is none, is tried alone.
+    """
+    chosen = cases()[:: some or 1]
+    waiting, refused = [one for one in chosen if one not in NONSENSE], []
+    alone = [one for one in chosen if one in NONSENSE]
+    while waiting:
+        together = list({one.partition("=")[0]: one for one in waiting}.values())
+        waiting = [one for one in waiting if one not in together]
+        found = complaints(together)
+        for one in together:
+            key = re.escape(one.partition("=")[0])
+            (refused if any(re.search(rf"{key}\b", line) for line in found) else alone).append(one)
+    for override in alone:
+        if complaints([override]):
+            refused.append(override)
+    taken = [one for one in chosen if one not in refused]
+    for override in taken:
+        say(f"taken: {override}")
+    return {"refused": refused, "taken": taken}
