@@ -1,4 +1,4 @@
-"""PPO and DPO against the exact optimum, on a space small enough to enumerate.
+"""PPO, its neighbours without a value model, and DPO against the exact optimum, on a space small enough to enumerate.
 
     python benchmarks/convergence.py                 # all cases, one after the other; writes docs/verification.md
     python benchmarks/convergence.py --methods ppo-1x1 --seeds 0 --betas 0.5
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -32,8 +33,9 @@ from benchmarks.enumerable import BUDGET, Space, bradley_terry_pairs  # noqa: E4
 from ppo_vs_dpo.artifacts.files import append_jsonl, read_jsonl, write_text  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "convergence.jsonl"
-# Largest (J* - J) / (J* - J_ref) for PPO, largest KL(pi || pi*) for DPO at beta 0.5.
-BARS = {"ppo-1x1": 0.01, "ppo-4x4": 0.05, "dpo-1e5": 0.01, "dpo-1e6": 0.002}
+# Largest (J* - J) / (J* - J_ref) for what learns online, largest KL(pi || pi*) for DPO at beta 0.5.
+BARS = {"ppo-1x1": 0.01, "ppo-4x4": 0.05, "rloo": 0.05, "grpo": 0.05, "reinforce_pp": 0.05}
+BARS |= {"online_dpo": 0.05, "dpo-1e5": 0.01, "dpo-1e6": 0.002}
 
 
 class Annealing(TrainerCallback):
@@ -68,6 +70,7 @@ def run_ppo(
     batch: int,
     lr: float,
     anneal: float = 0.0,
+    **method: Any,
 ):
     """Train with the real trainer; returns the policy.
 
@@ -81,17 +84,23 @@ def run_ppo(
         batch: responses a rollout.
         lr: learning rate of policy and value model at first; it falls linearly to 0.
         anneal: share of the updates in which the coefficient falls from 1 to ``beta``.
+        method: further settings: the estimator of the advantages, responses to a prompt.
     """
     from ppo_vs_dpo.ppo.config import PPOConfig
     from ppo_vs_dpo.ppo.trainer import PPOTrainer
 
+    if method:
+        rows = batch // len(space.prompts) // method["samples_per_prompt"]
+    else:
+        rows = batch // len(space.prompts)
+        method = {"value_learning_rate": max(lr, 3e-3), "value_warmup_updates": min(5, updates // 10), "vf_coef": 0.5}
     annealing = [Annealing(1.0, beta, anneal * updates)] if anneal else []
     with tempfile.TemporaryDirectory() as folder:
         trainer = PPOTrainer(
             model=space.policy(),
             reward_funcs=space.reward,
             # As many rows as a rollout: every prompt comes equally often in each.
-            train_dataset=Dataset.from_dict({"input_ids": space.prompts * (batch // len(space.prompts))}),
+            train_dataset=Dataset.from_dict({"input_ids": space.prompts * rows}),
             processing_class=space.tokenizer,
             callbacks=annealing,
             args=PPOConfig(
@@ -109,9 +118,6 @@ def run_ppo(
                 kl_coef=beta,
                 lam=1.0,
                 learning_rate=lr,
-                value_learning_rate=max(lr, 3e-3),
-                value_warmup_updates=min(5, updates // 10),
-                vf_coef=0.5,
                 cliprange_value=None,
                 max_grad_norm=1.0,
                 logging_steps=10**6,
@@ -120,6 +126,7 @@ def run_ppo(
                 disable_tqdm=True,
                 use_cpu=True,
                 diagnose=False,
+                **method,
             ),
         )
         for callback in annealing:
@@ -167,6 +174,13 @@ PPO_SETTINGS = {
     "ppo-1x1": {"epochs": 1, "minibatches": 1, "updates": 400, "batch": 510, "lr": 2e-3, "anneal": 0.5},
     "ppo-4x4": {"epochs": 4, "minibatches": 4, "updates": 40, "batch": 516, "lr": 1e-3, "anneal": 0.4},
 }
+_ONCE = {"epochs": 1, "minibatches": 1, "updates": 300, "batch": 516, "lr": 2e-3, "anneal": 0.5}
+PPO_SETTINGS |= {
+    "rloo": {**_ONCE, "advantage": "rloo", "samples_per_prompt": 4},
+    "grpo": {**_ONCE, "advantage": "grpo", "samples_per_prompt": 4},
+    "reinforce_pp": {**_ONCE, "advantage": "reinforce_pp", "samples_per_prompt": 1},
+    "online_dpo": {**_ONCE, "loss": "dpo", "preference_labels": "bradley_terry", "samples_per_prompt": 2},
+}
 DPO_SETTINGS = {
     "dpo-1e5": {"pairs": 10**5, "batch": 1000, "epochs": 15, "lr": 1e-2},
     "dpo-1e6": {"pairs": 10**6, "batch": 2000, "epochs": 3, "lr": 1e-2},
@@ -190,12 +204,13 @@ def run_case(method: str, seed: int, beta: float) -> dict:
 
 def figure_of(method: str) -> str:
     """Which figure a method's bar is for."""
-    return "gap" if method.startswith("ppo") else "kl"
+    return "gap" if method in PPO_SETTINGS else "kl"
 
 
 def report(rows: list[dict]) -> str:
     """docs/verification.md."""
     ppo = [row for row in rows if row["method"].startswith("ppo")]
+    others = [row for row in rows if row["method"] in PPO_SETTINGS and not row["method"].startswith("ppo")]
     dpo = [row for row in rows if row["method"].startswith("dpo")]
     order = {method: number for number, method in enumerate(BARS)}
 
@@ -213,7 +228,10 @@ def report(rows: list[dict]) -> str:
         return f"{max(values):.1e} over {len(values)} cases" if values else "not run"
 
     def settings(method):
-        return ", ".join(f"{name} {value:g}" for name, value in PPO_SETTINGS[method].items())
+        chosen = PPO_SETTINGS[method].items()
+        return ", ".join(
+            f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}" for name, value in chosen
+        )
 
     machines = "; ".join(sorted({row["machine"] for row in rows})) or "no case has been run yet"
     todo: dict[str, list[str]] = {}
@@ -241,6 +259,10 @@ padding equal to EOS.
 |---|---|---|
 | PPO, 1 epoch x 1 minibatch: gap | {worst("ppo-1x1", "gap")} | {BARS["ppo-1x1"]} |
 | PPO, 4 epochs x 4 minibatches: gap | {worst("ppo-4x4", "gap")} | {BARS["ppo-4x4"]} |
+| RLOO, k = 4: gap | {worst("rloo", "gap")} | {BARS["rloo"]} |
+| GRPO, k = 4: gap | {worst("grpo", "gap")} | {BARS["grpo"]} |
+| REINFORCE++, k = 1: gap | {worst("reinforce_pp", "gap")} | {BARS["reinforce_pp"]} |
+| online DPO, k = 2, Bradley-Terry labels: gap | {worst("online_dpo", "gap")} | {BARS["online_dpo"]} |
 | DPO, 100,000 pairs, beta 0.5: KL(pi, pi*) | {worst("dpo-1e5", "kl")} | {BARS["dpo-1e5"]} |
 | DPO, 1,000,000 pairs, beta 0.5: KL(pi, pi*) | {worst("dpo-1e6", "kl")} | {BARS["dpo-1e6"]} |
 
@@ -268,6 +290,25 @@ runs into the first good response and hardly samples the others again. On seed 0
 at a gap of 0.020 without annealing and 0.010 with it; on a reference with larger initial weights (0.15 instead of 0.1)
 at 0.16 and 0.008; on one with 0.3, where good responses have probabilities of 1e-4 and less, at 0.25 to 0.28 without.
 Settings were chosen on seed 0; the other seeds are run once with them.
+
+## Without a value model, and online DPO
+
+{
+        table(
+            others,
+            ["method", "seed", "beta", "gap", "KL(pi, pi*)", "KL(pi*, pi)", "KL(ref, pi*)", "CPU s"],
+            lambda r: [r["method"], str(r["seed"]), f"{r['beta']}", f"{r['gap']:.1e}", *shared(r)],
+        )
+    }
+
+Settings of RLOO: {settings("rloo")}.
+Of GRPO: {settings("grpo")}.
+Of REINFORCE++: {settings("reinforce_pp")}.
+Of online DPO: {settings("online_dpo")}.
+
+The KL penalty is in the reward (k1), also for GRPO: with k3 in the loss its fixed point is another. At pi* all
+responses to a prompt have one and the same reward less penalty, beta log Z, so that RLOO's advantages, GRPO's (divided
+by their spread or not) and online DPO's gradients are 0 there for every sample.
 
 ## DPO
 
@@ -302,7 +343,7 @@ def cases(methods: list[str], seeds: list[int], betas: list[float]) -> list[tupl
         (method, seed, beta)
         for method in methods
         for seed, beta in itertools.product(seeds, betas)
-        if method.startswith("ppo") or (beta == 0.5 and (method == "dpo-1e5" or seed == 0))
+        if method in PPO_SETTINGS or (beta == 0.5 and (method == "dpo-1e5" or seed == 0))
     ]
 
 

@@ -27,7 +27,6 @@ from ppo_vs_dpo.compare.estimates.length_control import support_notes
 from ppo_vs_dpo.compare.estimates.win_rates import Settings, judge_pairs
 from ppo_vs_dpo.compare.frontier.cross import cross_logprobs
 from ppo_vs_dpo.compare.frontier.gaps import Enumerated, enumerate_policies, optimal_figures
-from ppo_vs_dpo.compare.judges.llm import Comparison, Judgement, LLMJudge
 from ppo_vs_dpo.compare.judges.noise import add_corrections, self_disagreement
 from ppo_vs_dpo.compare.report.assemble import best_of_n_logprobs, figures
 from ppo_vs_dpo.compare.report.cost import cost
@@ -52,6 +51,7 @@ from ppo_vs_dpo.compare.sampling.policies import (
 )
 from ppo_vs_dpo.models.passes.inference import Ranks
 from ppo_vs_dpo.models.sharding.deepspeed import held_bytes, named_step, tell_held_bytes
+from ppo_vs_dpo.preferences.judging.llm import Comparison, Judgement, LLMJudge
 
 # Version of report.json; docs/compare.md describes the fields.
 SCHEMA_VERSION = 2
@@ -349,7 +349,7 @@ def reading_notes(judge: LLMJudge, known: dict[str, Any], stopped: str | None) -
 TOLD = {
     "sft": (("learning_rate",), ("steps",)),
     "reward_model": (("path", "learning_rate"), ("steps",)),
-    "ppo": (("advantage", "kl_coef", "learning_rate", "reward"), ("updates", "episodes")),
+    "ppo": (("loss", "advantage", "kl_coef", "learning_rate", "reward"), ("updates", "episodes")),
     "dpo": (("beta", "loss_type", "learning_rate"), ("steps",)),
 }
 
@@ -368,7 +368,7 @@ def trained(context: StageContext) -> dict[str, Any] | None:
     }
     for stage, (keys, counts) in TOLD.items():
         section, done = config.get(stage) or {}, (run.done(stage) or {}).get("figures") or {}
-        usual = (None, [], "gae", "reward_model", ["sigmoid"], "sigmoid")
+        usual = (None, [], "gae", "ppo", "reward_model", ["sigmoid"], "sigmoid")
         told = {key: _told(section[key]) for key in keys if section.get(key) not in usual}
         told |= {key: done[key] for key in counts if isinstance(done.get(key), int)}
         if done and any(key in told for key in counts):

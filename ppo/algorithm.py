@@ -133,7 +133,7 @@ def token_rewards(
 
 
 def gae(
-    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16) along the real tokens of each row.
 
@@ -145,7 +145,7 @@ def gae(
         values: ``(B, T)``, V of the state before each token.
         mask: ``(B, T)``.
         gamma: discount, in [0, 1].
-        lam: lambda, in [0, 1].
+        lam: lambda, in [0, 1]; or ``(B,)``, one a row.
 
     Returns:
         ``(advantages, returns)``, each ``(B, T)``; ``returns = advantages + values``. 0 at masked positions.
@@ -168,19 +168,21 @@ def gae(
 # ------------------------------------------------------------------------------------------------ losses
 
 
-def truncated_importance_weights(
-    old_logprobs: torch.Tensor, engine_logprobs: torch.Tensor, mask: torch.Tensor, cap: float | None
+def importance_weights(
+    old_logprobs: torch.Tensor, engine_logprobs: torch.Tensor, mask: torch.Tensor, cap: float | None, kind: str
 ) -> torch.Tensor:
     """Per-token weights that correct for an engine that samples with other probabilities than the trainer computes.
 
     ``min(pi_trainer(y) / pi_engine(y), C)`` (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You
-    Off-Policy RL Training", truncated importance sampling). The cap bounds the variance; it lets a little bias in.
+    Off-Policy RL Training", truncated importance sampling), of tokens or of whole responses (a product over tokens);
+    ``mask`` drops what is above C instead (Liu et al. 2025, "When Speed Kills Stability": masked). Both let bias in.
 
     Args:
         old_logprobs: ``(B, T)``, of the policy before the update, as the trainer computes them.
         engine_logprobs: ``(B, T)``, of the same tokens, as the engine sampled them.
         mask: ``(B, T)``.
         cap: C, >= 1; ``None`` corrects nothing.
+        kind: one of `ppo.config.tables.IMPORTANCE_SAMPLING`; TRL's names.
 
     Returns:
         ``(B, T)``, without gradients; exactly 1 where the two agree, at masked positions, and without a cap.
@@ -188,7 +190,10 @@ def truncated_importance_weights(
     if cap is None:
         return torch.ones_like(old_logprobs)
     log_weights = torch.where(mask.bool(), (old_logprobs - engine_logprobs).detach(), 0)
-    return log_weights.exp().clamp_max(cap)
+    if kind.startswith("sequence"):
+        log_weights = log_weights.sum(1, keepdim=True).expand_as(log_weights)
+    weights = log_weights.exp()
+    return weights.clamp_max(cap) if kind.endswith("truncate") else torch.where(weights > cap, 0, weights)
 
 
 def policy_loss(
@@ -211,7 +216,7 @@ def policy_loss(
         mask: ``(B, T)``.
         clip_range: eps.
         count: number of real tokens to average over; see `masked_mean`.
-        weights: ``(B, T)``, w: see `truncated_importance_weights`; 1 by default.
+        weights: ``(B, T)``, w: see `importance_weights`; 1 by default.
 
     Returns:
         The loss, and detached statistics over the real tokens given: ``ratio_mean``, ``ratio_max``, ``approx_kl``

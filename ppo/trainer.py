@@ -229,7 +229,8 @@ class PPOTrainer(Trainer):
             rates = {group.get("role", "policy"): group["lr"] for group in self.optimizer.param_groups}
             metrics = update_metrics(rollout, done, args, loop.kl.coef, rates, self.roles.engine.keeps_weights)
             metrics = {**metrics, "episode": (number + 1) * self.rollout_size, **clock.seconds}
-            count_update(loop.progress, self.sizes, rollout, done.steps / args.num_mini_batches, done.value_only)
+            passes = done.share * done.steps / args.num_mini_batches
+            count_update(loop.progress, self.sizes, rollout, passes, done.value_only)
 
             # 8. KL coefficient and reference
             loop.kl.update(metrics["objective/kl"], len(rollout))

@@ -15,6 +15,9 @@ class RewardModelStage:
         use_margin: train with the pairs' ``margin`` in the loss, -log sigma(delta - margin) (Llama 2, eq. 2).
         use_soft_labels: where the pairs have ``soft_label``, the probability that chosen is better, train with the
             cross-entropy to it (Bai et al. 2022b); else every pair counts as certain.
+        ensemble: so many reward models, of other seeds (data order, and the head where it is drawn); PPO's reward is
+            what ``ppo.reward_ensemble`` makes of their scores.
+        average_weights: the ensemble's weights are averaged into one model instead (WARM); all start from one head.
         path: a reward model that is trained already, a folder or a name on the Hub: it takes the place of training one
             (its scores are centred and judged on the run's held-out pairs like any other's).
         head: the name of that model's head, where another project made it (`models.loading.heads`).
@@ -39,13 +42,23 @@ class RewardModelStage:
     scoring_batch_size: int = 128
     test_pairs: int | None = None
     label_noise: float | None = None
+    ensemble: int = 1
+    average_weights: bool = False
 
     def __post_init__(self):
         if self.head_init not in ("zero", "normal"):
             raise UserError(f"reward_model.head_init is {self.head_init!r}; it must be zero or normal.")
         if self.label_noise is not None and not 0 <= self.label_noise < 0.5:
             raise UserError(f"reward_model.label_noise is {self.label_noise}; it must be in [0, 0.5).")
-        for name in ("samples", "sample_max_new_tokens", "scoring_batch_size"):
+        if self.average_weights and self.ensemble < 2:
+            raise UserError(
+                "reward_model.average_weights averages an ensemble: set reward_model.ensemble to 2 or more."
+            )
+        if self.ensemble > 1 and self.path is not None:
+            raise UserError("reward_model.ensemble trains several, and reward_model.path takes one that is trained.")
+        if self.ensemble > 1 and self.lora and not self.merge_lora:
+            raise UserError("reward_model.ensemble with adapters needs them merged: set reward_model.merge_lora=true.")
+        for name in ("samples", "sample_max_new_tokens", "scoring_batch_size", "ensemble"):
             if getattr(self, name) < 1:
                 raise UserError(f"reward_model.{name} is {getattr(self, name)}; it must be at least 1.")
         if self.head and not self.path:

@@ -210,11 +210,13 @@ def write_report(
     label_noise: float | None,
     limit: int | None,
     max_length: int | None,
+    more: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Score, measure, write ``report.json`` and ``reliability.png`` into ``folder``, and return the figures."""
     scored = scored_pairs(scorer, test, limit, max_length)
     seen = scored_pairs(scorer, train, len(scored["delta"]), max_length)
     report = build_report(scored, seen["delta"], samples, labels_from_gold, label_noise)
+    report |= more or {}
     write_json(folder / "report.json", report)
     plot(report, np.array(samples["scores"]), folder / "reliability.png")
     return report

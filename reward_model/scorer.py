@@ -22,6 +22,9 @@ from ppo_vs_dpo.models.sharding.deepspeed import is_sharded
 from ppo_vs_dpo.models.text.pairing import CONTINUED, encode_sequences, style_of
 from ppo_vs_dpo.models.text.prompts import Prompt
 
+# In the saved model's config.json, beside the bias: what one more token is worth to it, among SFT samples.
+SLOPE_KEY = "length_slope"
+
 
 def read_bias(path: str | Path) -> float:
     """The bias stored in a model folder, 0 where there is none (a reward model trained elsewhere)."""
@@ -31,9 +34,24 @@ def read_bias(path: str | Path) -> float:
 
 def store_bias(path: str | Path, bias: float) -> None:
     """Put the bias into a model folder's ``config.json`` (beside an adapter, too)."""
+    _store(path, BIAS_KEY, bias)
+
+
+def read_length_slope(path: str | Path) -> float | None:
+    """The score that one more token is worth to a model, where its stage has measured it."""
+    config = Path(path) / "config.json"
+    return read_json(config).get(SLOPE_KEY) if config.is_file() else None
+
+
+def store_length_slope(path: str | Path, slope: float) -> None:
+    """Put it beside the bias."""
+    _store(path, SLOPE_KEY, slope)
+
+
+def _store(path: str | Path, key: str, value: float) -> None:
     config = Path(path) / "config.json"
     content = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    write_json(config, {**content, BIAS_KEY: bias})
+    write_json(config, {**content, key: value})
 
 
 class RewardScorer:
@@ -74,6 +92,7 @@ class RewardScorer:
     ):
         self.model, self.tokenizer, self.bias, self.batch_size = model.eval(), tokenizer, bias, batch_size
         self.foreign = is_foreign(model) if foreign is None else foreign
+        self.length_slope: float | None = None
         check_adapters(model, "the reward model")
         if isinstance(base(model), PreTrainedModel):
             check_tokens(base(model), tokenizer, "the reward model")
@@ -140,7 +159,9 @@ class RewardScorer:
         tokenizer = scoring_tokenizer(path, model_config)
         # A head of that kind is read at the last real token by those who made it, too.
         foreign = head is None and is_foreign(path) and named_head(path, model_config) is None
-        return cls(model, tokenizer, read_bias(path), batch_size, foreign)
+        scorer = cls(model, tokenizer, read_bias(path), batch_size, foreign)
+        scorer.length_slope = read_length_slope(path)
+        return scorer
 
     def encode(
         self, prompts: Sequence[Prompt], completions: Sequence[Prompt], finished: Iterable[bool] | None = None

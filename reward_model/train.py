@@ -5,8 +5,10 @@ centres scores on SFT samples) and ``reward_model/report.json``.
 """
 
 import itertools
+import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 from huggingface_hub import snapshot_download
@@ -18,7 +20,7 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import atomic_folder, read_json, read_parquet, write_json
 from ppo_vs_dpo.artifacts.settings import split
 from ppo_vs_dpo.artifacts.stage import StageContext
-from ppo_vs_dpo.models.loading.config import LoraSettings
+from ppo_vs_dpo.models.loading.config import LoraSettings, ModelConfig
 from ppo_vs_dpo.models.loading.files import BIAS_KEY, FOREIGN_KEY, HEAD_KEY
 from ppo_vs_dpo.models.loading.prepared import score_head, train_in_full
 from ppo_vs_dpo.models.loading.pretrained import (
@@ -34,7 +36,7 @@ from ppo_vs_dpo.models.passes.logprobs import backbone, base
 from ppo_vs_dpo.models.passes.padding import check_causal
 from ppo_vs_dpo.models.passes.unpadded import score_at_last_token
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate, row_seed
-from ppo_vs_dpo.models.sharding.deepspeed import is_sharded, unsharded_loading, whole
+from ppo_vs_dpo.models.sharding.deepspeed import deepspeed_settings, is_sharded, unsharded_loading, whole
 from ppo_vs_dpo.models.text.encoding import count_rows, encode_prompts, left_out
 from ppo_vs_dpo.models.text.prompts import decode_completion
 from ppo_vs_dpo.models.text.trained_on import trained_on
@@ -42,8 +44,9 @@ from ppo_vs_dpo.models.training import callbacks, model_settings, save_model, tr
 from ppo_vs_dpo.preferences.reading.tables import read_rows
 from ppo_vs_dpo.reward_model.config import RewardModelStage
 from ppo_vs_dpo.reward_model.data import reward_dataset, without_margin
+from ppo_vs_dpo.reward_model.ensemble import MEMBERS, average, member_context, members_of
 from ppo_vs_dpo.reward_model.report import write_report
-from ppo_vs_dpo.reward_model.scorer import RewardScorer, store_bias
+from ppo_vs_dpo.reward_model.scorer import RewardScorer, store_bias, store_length_slope
 from ppo_vs_dpo.reward_model.trainer import PairRewardTrainer
 
 PAIR_COLUMNS = ["prompt", "chosen", "rejected"]
@@ -125,6 +128,7 @@ def sft_samples(context: StageContext, settings: RewardModelStage) -> dict[str, 
         "prompts": [prompts[row] for row in kept],
         "completions": [decode_completion(tokenizer, sample.token_ids) for sample in drawn],
         "finished": [sample.finished for sample in drawn],
+        "tokens": [len(sample.token_ids) for sample in drawn],
     }
 
 
@@ -147,9 +151,11 @@ def centre_and_report(
     scorer = RewardScorer.load(saved, model_settings(context), settings.scoring_batch_size)
     raw = scorer.score(samples["prompts"], samples["completions"], samples["finished"])
     scorer.bias = sum(raw) / len(raw)
-    store_bias(saved, scorer.bias)
-    if settings.lora and settings.merge_lora:
-        store_bias(context.dir / "adapter", scorer.bias)
+    slope = length_slope(raw, samples["tokens"])
+    for folder in (saved, *([context.dir / "adapter"] if settings.lora and settings.merge_lora else [])):
+        store_bias(folder, scorer.bias)
+        store_length_slope(folder, slope)
+    others = [centre(member, model_settings(context), settings, samples) for member in members_of(context.dir)[1:]]
 
     # 2. Say how good it is, before PPO trusts it.
     report = write_report(
@@ -162,8 +168,34 @@ def centre_and_report(
         label_noise=settings.label_noise,
         limit=settings.test_pairs,
         max_length=max_length,
+        more={"length_slope": slope, **disagreement([raw, *others])},
     )
     return {**report, "score_bias": scorer.bias}
+
+
+def centre(saved: Path, config: ModelConfig, settings: RewardModelStage, samples: dict[str, list]) -> list[float]:
+    """Centre one more member of an ensemble on the same samples; gives their raw scores."""
+    store_bias(saved, 0.0)
+    scorer = RewardScorer.load(saved, config, settings.scoring_batch_size)
+    raw = scorer.score(samples["prompts"], samples["completions"], samples["finished"])
+    store_bias(saved, sum(raw) / len(raw))
+    store_length_slope(saved, length_slope(raw, samples["tokens"]))
+    return raw
+
+
+def length_slope(scores: list[float], tokens: list[int]) -> float:
+    """What one token more is worth: the slope of scores on lengths by least squares; 0 where lengths do not differ."""
+    lengths, values = np.asarray(tokens, dtype=float), np.asarray(scores, dtype=float)
+    spread = ((lengths - lengths.mean()) ** 2).sum()
+    return float(((lengths - lengths.mean()) * values).sum() / spread) if spread > 0 else 0.0
+
+
+def disagreement(raw: list[list[float]]) -> dict[str, float]:
+    """Of an ensemble: how many, and the mean over samples of the spread of their centred scores."""
+    if len(raw) < 2:
+        return {}
+    scores = np.asarray(raw)
+    return {"ensemble": len(raw), "ensemble_spread": float((scores - scores.mean(1, keepdims=True)).std(0).mean())}
 
 
 def take_given(
@@ -206,6 +238,42 @@ def take_given(
     )
 
 
+def fit(
+    context: StageContext, settings: RewardModelStage, args: RewardConfig, head_seed: int
+) -> tuple[PairRewardTrainer, Dataset, dict]:
+    """Train one model and save it; a member of an ensemble has a context of its own.
+
+    Args:
+        context: whose folder the model goes to.
+        settings: the stage's.
+        args: the trainer's, of that context.
+        head_seed: of a head that is drawn.
+
+    Returns:
+        The trainer, the pairs it trained on, TRL's summary.
+    """
+    # 1. Where it starts: the SFT policy's weights, a head that knows nothing.
+    folder, model_config = context.run.path("sft", "model"), model_settings(context)
+    tokenizer = load_tokenizer(folder)
+    base = quantization(settings.lora, model_config, context)
+    model = initial_model(folder, model_config, settings.head_init, head_seed, base)
+
+    # 2. Train on the pair set.
+    dataset = reward_dataset(
+        context.run.path("pairs", "train.parquet"),
+        tokenizer,
+        args.max_length,
+        context_length(model),
+        settings.use_margin,
+        settings.use_soft_labels,
+        cache=context.run.path("pairs", "tokens"),
+    )
+    trainer = build_trainer(model, tokenizer, dataset, args, settings.lora, callbacks(context))
+    summary = train(trainer, context)
+    save_model(trainer, context, tokenizer, settings.merge_lora)
+    return trainer, dataset, summary
+
+
 def run_stage(context: StageContext) -> None:
     """Run the stage."""
     settings, passed = split(context.config, RewardModelStage, RewardConfig, where="reward_model")
@@ -225,31 +293,30 @@ def run_stage(context: StageContext) -> None:
         take_given(context, settings, settings.path, test, "label_ceiling" in pair_figures)
         return
 
-    # 1. Where it starts: the SFT policy's weights, a head that knows nothing.
-    folder = context.run.path("sft", "model")
-    tokenizer = load_tokenizer(folder)
-    base = quantization(settings.lora, model_config, context)
-    model = initial_model(folder, model_config, settings.head_init, context.seed, base)
+    if settings.ensemble > 1 and deepspeed_settings(context) is not None:
+        raise UserError(
+            "reward_model.ensemble trains one model after the other in a process, and DeepSpeed's engine is made once "
+            "a process: set deepspeed=none (a reward model of the size that fits), or ensemble=1."
+        )
 
-    # 2. Train on the pair set.
+    # 1. and 2. The SFT policy's weights under a head that knows nothing, trained on the pair set; and so each member.
     path = context.run.path("pairs", "train.parquet")
-    dataset = reward_dataset(
-        path,
-        tokenizer,
-        args.max_length,
-        context_length(model),
-        settings.use_margin,
-        settings.use_soft_labels,
-        cache=context.run.path("pairs", "tokens"),
-    )
-    margins = without_margin(dataset)
-    trainer = build_trainer(model, tokenizer, dataset, args, settings.lora, callbacks(context))
-    summary = train(trainer, context)
-    saved = save_model(trainer, context, tokenizer, settings.merge_lora)
+    trainer, dataset, summary = fit(context, settings, args, context.seed)
+    saved, margins = context.dir / "model", without_margin(dataset)
+    for number in range(1, settings.ensemble):
+        member = member_context(context, number)
+        if not (member.dir / "model").is_dir():
+            head = context.seed if settings.average_weights else member.seed
+            fit(member, settings, training_arguments(RewardConfig, member, passed), head)
     if not context.is_main_process:
         return
     # An adapter alone has no config.json to carry the mark: it is read where it was trained, before the bias is known.
     store_bias(saved, 0.0)
+    if settings.average_weights:
+        first = member_context(context, 0).dir / "model"
+        with atomic_folder(first) as target:
+            shutil.copytree(saved, target, dirs_exist_ok=True)
+        average([first, *(context.dir.glob(f"{MEMBERS}/[1-9]*/model"))], saved, model_config)
 
     # 3. Centre its scores, and say how good it is.
     from_gold = "label_ceiling" in pair_figures

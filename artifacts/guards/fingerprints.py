@@ -54,6 +54,8 @@ NAMES = frozenset(
         "dimension",
     }
     | {"logging_strategy", "head_init", "value_from", "loss_type", "target_modules", "base_url", "api_key_env"}
+    | {"loss", "loss_average", "advantage", "preference_labels", "importance_sampling"}
+    | {"reward_shaping", "reward_ensemble", "reward_aggregation"}
 )
 # A word with neither a slash nor a dot is a name, but for keys that hold a place, and there but for these words.
 BARE, PLACES, WORDS = re.compile(r"[\w-]+\Z"), ("path", "completions", "few_shot", "reward_model"), ("testbed",)

@@ -14,13 +14,13 @@ from ppo_vs_dpo.artifacts.settings import nearest, split
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.compare.estimates.win_rates import PairTable
 from ppo_vs_dpo.compare.judges.agreement import position_bias
-from ppo_vs_dpo.compare.judges.cache import Cache
-from ppo_vs_dpo.compare.judges.llm import ORDERS, Comparison, Judgement, LLMJudge, LLMJudgeConfig
 from ppo_vs_dpo.compare.judges.scores import FunctionJudge, RewardModelJudge
-from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender, shown_columns
+from ppo_vs_dpo.compare.sampling.contenders import Contender, shown_columns
 from ppo_vs_dpo.compare.sampling.gather import model_config_of
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Prompts
 from ppo_vs_dpo.models.passes.inference import Ranks
+from ppo_vs_dpo.preferences.judging.cache import Cache
+from ppo_vs_dpo.preferences.judging.llm import ORDERS, Comparison, Judgement, LLMJudge, LLMJudgeConfig
 from ppo_vs_dpo.preferences.schema import text_of
 
 KINDS = ("function", "reward_model", "llm")
@@ -42,7 +42,7 @@ def own_rewards(context: StageContext) -> list[str]:
     """The functions that PPO of this run was rewarded by (``ppo.reward``)."""
     reward = (context.run.config.get("ppo") or {}).get("reward") or []
     parts = [reward] if isinstance(reward, str) else list(reward)
-    return [one for one in parts if one != PROXY] if context.run.done("ppo") is not None else []
+    return [one for one in parts if ":" in one] if context.run.done("ppo") is not None else []
 
 
 def make_judges(

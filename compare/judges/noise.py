@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from ppo_vs_dpo.compare.judges.llm import Judgement
 from ppo_vs_dpo.compare.statistics.intervals import mean_interval
 from ppo_vs_dpo.compare.statistics.rates import rate_over
+from ppo_vs_dpo.preferences.judging.llm import Judgement
 
 
 def rogan_gladen(p: np.ndarray | float, sensitivity: float, specificity: float) -> np.ndarray | float:

@@ -13,7 +13,6 @@ from ppo_vs_dpo.compare.estimates.controls import null_control
 from ppo_vs_dpo.compare.estimates.ranking import ranking
 from ppo_vs_dpo.compare.estimates.reweighted import reweighted
 from ppo_vs_dpo.compare.estimates.win_rates import PairTable, Settings, reverse
-from ppo_vs_dpo.compare.judges.llm import Judgement
 from ppo_vs_dpo.compare.judges.scores import preference_by_score
 from ppo_vs_dpo.compare.sampling.completions import Draws
 from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender, uniform
@@ -22,6 +21,7 @@ from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Prompts
 from ppo_vs_dpo.compare.statistics.intervals import LEAST_SHARE, Interval, Spread, spread
 from ppo_vs_dpo.compare.statistics.rates import rate_over
 from ppo_vs_dpo.compare.statistics.significance import detectable_gap, holm, label_permutation_p
+from ppo_vs_dpo.preferences.judging.llm import Judgement
 
 
 @dataclass

@@ -12,7 +12,6 @@ from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.compare.config import CompareStage
 from ppo_vs_dpo.compare.estimates.judgements import table_of
 from ppo_vs_dpo.compare.estimates.win_rates import judge_pairs
-from ppo_vs_dpo.compare.judges.llm import Judgement
 from ppo_vs_dpo.compare.pooled.figures import Run
 from ppo_vs_dpo.compare.report.tables import UNDER
 from ppo_vs_dpo.compare.sampling.completions import MEASURES, Draws
@@ -20,6 +19,7 @@ from ppo_vs_dpo.compare.sampling.contenders import along_training, contenders_of
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Policy, Prompts
 from ppo_vs_dpo.compare.stage import SCHEMA_VERSION
 from ppo_vs_dpo.compare.statistics.clusters import clusters_of
+from ppo_vs_dpo.preferences.judging.llm import Judgement
 
 
 def load_all(roots: list[str]) -> tuple[list[Run], list[str]]:

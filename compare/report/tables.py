@@ -8,9 +8,9 @@ from datasets import Dataset
 
 from ppo_vs_dpo.artifacts.files import write_parquet
 from ppo_vs_dpo.compare.estimates.win_rates import PairTable
-from ppo_vs_dpo.compare.judges.llm import Judgement
 from ppo_vs_dpo.compare.sampling.completions import Draws
 from ppo_vs_dpo.compare.sampling.policies import Prompts
+from ppo_vs_dpo.preferences.judging.llm import Judgement
 
 # Column of a completion's log-probability under another policy; NaN where it was not wanted.
 UNDER = "logprob under "

@@ -131,8 +131,12 @@ def _arguments(context: StageContext, values: dict[str, Any], own: Any, argument
     if stage == "ppo":
         if settings.value_from not in ("reward_model", "policy"):
             raise UserError(f"ppo.value_from is {settings.value_from!r}; it must be reward_model or policy.")
+        from ppo_vs_dpo.ppo.roles.judge import judge_settings
         from ppo_vs_dpo.ppo.stage.train import can_choose_best
+        from ppo_vs_dpo.preferences.judging.template import load_template
 
+        if not settings.gold_reward and "judge" in settings.rewards:
+            load_template(judge_settings(settings.judge).template)
         if settings.validation_prompts <= 0:
             passed["eval_strategy"] = "no"
         if passed.get("load_best_model_at_end") is None:
@@ -263,8 +267,8 @@ def _is_a_place(text: str) -> bool:
 
 def judges(config: dict[str, Any]) -> list[str]:
     """Refuse entries of ``compare.judges`` that no judge can be made of."""
-    from ppo_vs_dpo.compare.judges.llm import LLMJudgeConfig
-    from ppo_vs_dpo.compare.judges.template import load_template
+    from ppo_vs_dpo.preferences.judging.llm import LLMJudgeConfig
+    from ppo_vs_dpo.preferences.judging.template import load_template
 
     found = []
     for number, entry in enumerate((config.get("compare") or {}).get("judges") or []):

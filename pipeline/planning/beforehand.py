@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ppo_vs_dpo.artifacts.files import read_json, write_json
+from ppo_vs_dpo.artifacts.guards.fingerprints import point_name, points_of
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.pipeline.planning.measured import ask
+from ppo_vs_dpo.ppo.stage.config import reward_models, trained_share, trains_values
 
 # trl's and transformers' defaults where a section says nothing.
 BATCH, EPOCHS = 8, 3
@@ -119,6 +121,8 @@ def work_of(run: RunFolder, name: str) -> Work:
     # DPO reads every pair once under the reference; the reward model's report scores test pairs and samples.
     read = (rows or steps * batch) * sides * length if stage == "dpo" else 0.0
     read += 2 * min(int(section.get("test_pairs") or 1000), rows or 1000) * length if stage != "sft" else 0.0
+    if stage == "reward_model":
+        steps, trained = (int(section.get("ensemble") or 1) * one for one in (steps, trained))
     responses = int(section.get("samples") or 0) if stage == "reward_model" else 0
     sampled = responses * int(section.get("sample_max_new_tokens") or 64)
     adapters = bool(section.get("lora"))
@@ -134,6 +138,8 @@ def _made(run: RunFolder, stage: str) -> Work:
 
 
 def _ppo(run: RunFolder, name: str, section: Any) -> Work:
+    point = next((one for one in points_of(run.config, "ppo") if point_name("ppo", one) == name), {})
+    section = {**section, **point}
     batch = int(section.get("per_device_train_batch_size") or BATCH)
     rollout = section.get("rollout_batch_size") or batch * int(section.get("gradient_accumulation_steps") or 1)
     rollout = int(rollout) if section.get("rollout_batch_size") else int(rollout) * ranks(run)
@@ -150,9 +156,11 @@ def _ppo(run: RunFolder, name: str, section: Any) -> Work:
     if section.get("eval_strategy") not in (None, "no", False):
         every = int(section.get("eval_steps") or 1)
         responses += math.ceil(updates / max(every, 1)) * int(section.get("validation_prompts") or 0)
-    # Policy and value model are trained on each pass; policy, reference, value and reward read the rollout once.
-    trained = 2.0 * tokens * int(section.get("num_ppo_epochs") or 4)
-    return Work(name, updates, trained, 4.0 * tokens, responses * response, responses, bool(section.get("lora")))
+    # Policy and value model (where there is one) are trained on each pass; they, reference and reward read once.
+    values = trains_values(section)
+    trained = (1.0 + values) * trained_share(section) * tokens * int(section.get("num_ppo_epochs") or 4)
+    read = (2.0 + values + reward_models(run.config)) * tokens
+    return Work(name, updates, trained, read, responses * response, responses, bool(section.get("lora")))
 
 
 def _compare(run: RunFolder, section: Any) -> Work:
@@ -259,7 +267,7 @@ def space(run: RunFolder, works: list[Work], speed: dict[str, Any] | None) -> st
         merged = section.get("merge_lora", True) or not work.adapters
         total += size if merged else 0.02 * size
         kept = int(section.get("save_total_limit") or 1) + 1
-        models = 2 if stage == "ppo" else 1
+        models = 2 if stage == "ppo" and trains_values(section) else int(section.get("ensemble") or 1)
         # Weights, and AdamW's two moments in fp32.
         total += kept * models * (0.05 * size if work.adapters else 3 * size)
     disk = f"{total / 1e9:.1f} GB" if total > 1e8 else f"{total / 1e6:.0f} MB"

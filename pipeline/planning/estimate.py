@@ -27,9 +27,11 @@ class Job:
         epochs: PPO's passes over a rollout.
         forward_rows: PPO's rows of a forward pass without gradients.
         reference: whether a frozen reference is in memory beside the model.
-        reward: whether a reward model is.
+        reward: how many reward models are.
         shared: PPO's roles are adapters on one base (``ppo.shared_base``).
         server: a vLLM server on other GPUs samples (``ppo.vllm_mode``).
+        critic: PPO trains a value model beside the policy.
+        trained: share of PPO's responses that the update trains on (online DPO: two of a prompt's k).
     """
 
     stage: str
@@ -42,9 +44,11 @@ class Job:
     epochs: int = 1
     forward_rows: int = 64
     reference: bool = False
-    reward: bool = False
+    reward: int = 0
     shared: bool = False
     server: bool = False
+    critic: bool = True
+    trained: float = 1.0
 
     @property
     def length(self) -> int:
@@ -122,15 +126,17 @@ def estimate(shape: Shape, job: Job, sharding: Sharding, gpu: Gpu) -> Estimate:
 
 
 def _ppo(shape: Shape, job: Job, sharding: Sharding, gpu: Gpu, part: Callable[[str, int, bool], Part]) -> Estimate:
-    both = shape.parameters + shape.scalar_parameters
+    both = shape.parameters + job.critic * shape.scalar_parameters
     if job.shared:
         parts = _on_one_base(shape, job, sharding)
     else:
-        parts = [part("policy", shape.parameters, True), part("value", shape.scalar_parameters, True)]
+        parts = [part("policy", shape.parameters, True)]
+        if job.critic:
+            parts.append(part("value", shape.scalar_parameters, True))
         if job.reference:
             parts.append(part("reference", shape.parameters, False))
         if job.reward:
-            parts.append(part("reward", shape.scalar_parameters, False))
+            parts.append(part("reward", job.reward * shape.scalar_parameters, False))
     result = Estimate(parts)
     half, width = sharding.half, sharding.width
     mine = math.ceil(job.updates_rows / sharding.ranks)
@@ -158,7 +164,7 @@ def _ppo(shape: Shape, job: Job, sharding: Sharding, gpu: Gpu, part: Callable[[s
         "update": {
             "gathered weights": live,
             # The graphs of policy and value model are there at once.
-            "activations": 2 * memory.activations(shape, tokens, job.checkpointing, half),
+            "activations": (1 + job.critic) * memory.activations(shape, tokens, job.checkpointing, half),
             "logits": memory.logits_bytes(shape, job.rows * job.response, half),
             "message": memory.message_bytes(both, sharding),
         },
@@ -168,8 +174,8 @@ def _ppo(shape: Shape, job: Job, sharding: Sharding, gpu: Gpu, part: Callable[[s
     result.flops = {
         "generate": one,
         # Policy and reference (with adapters the same weights twice), value and reward model.
-        "forward": 2 * one + (2 if job.reward else 1) * scalar,
-        "update": job.epochs * (3 + job.checkpointing) * (one + scalar),
+        "forward": 2 * one + (job.critic + job.reward) * scalar,
+        "update": job.trained * job.epochs * (3 + job.checkpointing) * (one + job.critic * scalar),
     }
     result.seconds = {name: flops / (sharding.ranks * gpu.flops) for name, flops in result.flops.items()}
     # Each decoding step reads all weights of the policy once (POPE, section 3.1).
@@ -183,7 +189,8 @@ def _on_one_base(shape: Shape, job: Job, sharding: Sharding) -> list[Part]:
     rank, targets = job.adapters
     adapter = shape.adapters(rank, list(targets))
     roles = {"base": (shape.parameters, 0), "policy": (adapter, adapter)}
-    roles["value"] = (adapter + shape.hidden, adapter + shape.hidden)
+    if job.critic:
+        roles["value"] = (adapter + shape.hidden, adapter + shape.hidden)
     if job.reward:
         roles["reward"] = (adapter + shape.hidden, 0)
     return [memory.held(role, parameters, trained, sharding) for role, (parameters, trained) in roles.items()]

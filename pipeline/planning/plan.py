@@ -17,6 +17,7 @@ from ppo_vs_dpo.pipeline.planning.estimate import Job, estimate
 from ppo_vs_dpo.pipeline.planning.known import published_sizes
 from ppo_vs_dpo.pipeline.planning.memory import GB, GPUS, Gpu, Shape, Sharding
 from ppo_vs_dpo.pipeline.planning.scaling import write_table
+from ppo_vs_dpo.ppo.stage.config import reward_models, trained_share, trains_values
 
 STAGES = ("sft", "reward_model", "dpo", "ppo")
 # TRL's defaults where the configuration says nothing: trl.SFTConfig, RewardConfig, DPOConfig (max_length).
@@ -63,9 +64,11 @@ def job_of(config: Any, stage: str, ranks: int, prompt: int, architecture: Any) 
             epochs=key("num_ppo_epochs", 4),
             forward_rows=key("local_rollout_forward_batch_size", 64),
             reference=adapters is None,
-            reward=not key("gold_reward", False),
+            reward=reward_models(config),
             shared=adapters is not None and bool(key("shared_base", False)),
             server=key("generation_engine", "transformers") == "vllm" and key("vllm_mode", "") == "server",
+            critic=trains_values(section),
+            trained=trained_share(section),
             **common,
         )
     sequences = 1 if stage == "sft" else 2

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from transformers import TrainingArguments
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.ppo.config.tables import ESTIMATORS, UNUSED
+from ppo_vs_dpo.ppo.config.tables import ENSEMBLES, ESTIMATORS, IMPORTANCE_SAMPLING, UNUSED
 
 
 def problems(args) -> Iterator[str]:
@@ -48,6 +48,7 @@ def problems(args) -> Iterator[str]:
         "num_mini_batches",
         "local_rollout_forward_batch_size",
         "ref_model_sync_steps",
+        "par_references",
     )
     optional = (
         "micro_batch_tokens",
@@ -63,11 +64,17 @@ def problems(args) -> Iterator[str]:
     for name in ("gamma", "lam", "ref_model_mixup_alpha", "top_p"):
         if not 0 <= getattr(args, name) <= 1:
             yield f"ppo.{name} is {getattr(args, name)}; it must lie in [0, 1]."
-    for name in ("kl_coef", "ptx_coef", "vf_coef", "value_warmup_updates"):
+    for name in ("kl_coef", "ptx_coef", "vf_coef", "value_warmup_updates", "reward_ensemble_coef"):
         if getattr(args, name) < 0:
             yield f"ppo.{name} is {getattr(args, name)}; it must not be negative."
     choices = {
         "advantage": tuple(ESTIMATORS),
+        "loss": ("ppo", "dpo", "ipo"),
+        "importance_sampling": IMPORTANCE_SAMPLING,
+        "reward_aggregation": ("sum", "normalize_then_sum"),
+        "reward_ensemble": ENSEMBLES,
+        "reward_shaping": ("none", "par"),
+        "preference_labels": ("certain", "bradley_terry"),
         "loss_average": ("tokens", "responses", "budget"),
         "kl_estimator": ("k1", "k2", "k3"),
         "kl_in": ("reward", "loss"),
@@ -88,11 +95,21 @@ def problems(args) -> Iterator[str]:
                 f"samples_per_prompt to at least {least} (it is {args.samples_per_prompt})."
             )
         if not args.has_critic and args.value_warmup_updates:
-            yield f"ppo.value_warmup_updates with advantage={args.advantage}: it has no values. Set it to 0."
+            method = f"advantage={args.advantage}, loss={args.loss}"
+            yield f"ppo.value_warmup_updates with {method}: it has no values. Set it to 0."
         if args.advantage in ("rloo", "grpo") and args.gamma != 1:
             yield f"ppo.gamma={args.gamma} with advantage={args.advantage}: whole responses count. Set it to 1."
+        for name in ("value_lam", "lam_alpha"):
+            if not args.has_critic and getattr(args, name) is not None:
+                yield f"ppo.{name} is of GAE, and there are no values (advantage, loss). Leave it out."
         if not args.has_critic and args.conventions.score_after_last:
             yield f"ppo.parity={args.parity} is of PPO with values; drop it with advantage={args.advantage}."
+    if args.loss in ("dpo", "ipo"):
+        yield from _of_pairs(args)
+    if args.value_lam is not None and not 0 <= args.value_lam <= 1:
+        yield f"ppo.value_lam is {args.value_lam}; it must lie in [0, 1]."
+    if args.lam_alpha is not None and args.lam_alpha <= 0:
+        yield f"ppo.lam_alpha is {args.lam_alpha}; it must be above 0."
     if not 0 < args.vllm_gpu_memory_utilization <= 1:
         yield (
             f"ppo.vllm_gpu_memory_utilization is {args.vllm_gpu_memory_utilization}; it is a share of memory, "
@@ -122,5 +139,41 @@ def problems(args) -> Iterator[str]:
         )
     if args.load_best_model_at_end and args.save_only_model:
         yield "ppo.load_best_model_at_end reads a checkpoint's whole state: set save_only_model=false."
-    if not isinstance(args.score_bias, int | float) and args.score_bias != "auto":
-        yield f"ppo.score_bias is {args.score_bias!r}; it must be a number or 'auto'."
+    for name in ("score_bias", "score_length_coef"):
+        if not isinstance(getattr(args, name), int | float) and getattr(args, name) != "auto":
+            yield f"ppo.{name} is {getattr(args, name)!r}; it must be a number or 'auto'."
+    if args.reward_aggregation == "normalize_then_sum" and args.samples_per_prompt < 2:
+        yield (
+            "ppo.reward_aggregation=normalize_then_sum compares the responses to a prompt: set samples_per_prompt to "
+            "at least 2."
+        )
+    if args.reward_shaping == "par":
+        if args.sync_ref_model:
+            yield "ppo.reward_shaping=par compares with the reference's responses, and sync_ref_model moves it."
+        if args.score_bias != 0:
+            yield "ppo.score_bias with reward_shaping=par: a bias cancels in it. Set it to 0."
+        if args.reward_aggregation != "sum":
+            yield "ppo.reward_shaping=par with reward_aggregation=normalize_then_sum: both give the score its scale."
+
+
+def _of_pairs(args) -> Iterator[str]:
+    """What online DPO cannot do, or has no use for."""
+    loss = f"ppo.loss={args.loss}"
+    if args.samples_per_prompt < 2:
+        yield f"{loss} makes pairs of the responses to a prompt: set samples_per_prompt to at least 2 (it is 1)."
+    if args.per_device_train_batch_size < 2:
+        yield f"{loss} needs both responses of a pair in one pass: set per_device_train_batch_size to at least 2."
+    if args.kl_coef <= 0:
+        yield f"{loss} has kl_coef as beta, and it is {args.kl_coef}; it must be positive."
+    unused = {
+        "advantage": "gae",
+        "kl_in": "reward",
+        "whiten_rewards": False,
+        "value_warmup_updates": 0,
+        "entropy_coef": 0.0,
+        "loss_average": "tokens",
+        "parity": None,
+    }
+    for name, default in unused.items():
+        if getattr(args, name) != default:
+            yield f"ppo.{name}={getattr(args, name)} with loss={args.loss}: it has no part in that loss. Leave it out."

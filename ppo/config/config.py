@@ -131,12 +131,39 @@ class PPOConfig(TrainingArguments):
         "min(exp(logprob of the trainer - logprob of the engine), C). All 1 with generation_engine=transformers. "
         "None: no correction.",
     )
+    importance_sampling: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = _option(
+        "token_truncate",
+        "Of each token, or of whole responses (their product: unbiased without a cap, of higher variance); above C "
+        "cut to C, or left out. TRL's names; its default is sequence_mask.",
+    )
     ds3_gather_for_generation: bool = _option(True, "ZeRO-3: gather the weights once per rollout (TRL).")
 
     # -- the reward
     reward_weights: list[float] | None = field(
         default=None,
         metadata=_help("One per reward (model first, then functions). Default: 1 each, a plain sum (TRL's GRPO)."),
+    )
+    reward_aggregation: Literal["sum", "normalize_then_sum"] = _option(
+        "sum",
+        "Of several rewards: their weighted sum, or each first normalised over a prompt's responses (GDPO: Liu et al. "
+        "2026; TRL's names), so that none drowns the others.",
+    )
+    reward_ensemble: Literal["mean", "worst", "uncertainty"] = _option(
+        "mean",
+        "Of several reward models as one: mean, worst case, or mean - reward_ensemble_coef x variance (Coste et al. "
+        "2023).",
+    )
+    reward_ensemble_coef: float = _option(0.1, "lambda of uncertainty. Coste: 0.1 for PPO, 0.5 for best-of-n.")
+    reward_shaping: Literal["none", "par"] = _option(
+        "none", "par: the score becomes mean sigma(score - score of a response of the reference) (Fu et al. 2025)."
+    )
+    par_references: int = _option(
+        1, "Responses of the reference to each prompt that par compares with, drawn once. Fu et al.: 10; 1 suffices."
+    )
+    score_length_coef: float | str = _option(
+        0.0,
+        "Subtracted from the score for each token of a response. 'auto': what a token more is worth to the reward "
+        "model among responses of the SFT policy, so that length alone pays nothing (its report's length_slope).",
     )
     kl_coef: float = _option(0.05, "beta. N+ table and Stiennon: 0.05.")
     kl_estimator: Literal["k1", "k2", "k3"] = _option(
@@ -173,6 +200,14 @@ class PPOConfig(TrainingArguments):
     # -- advantages
     gamma: float = _option(1.0, "N+, Ziegler, Stiennon, Xu: 1.")
     lam: float = _option(0.95, "N+, Ziegler, Stiennon: 0.95.")
+    value_lam: float | None = _option(
+        None, "lambda of the values' targets. None: lam. VAPO (Yue et al. 2025) has 1.0 beside an adaptive one."
+    )
+    lam_alpha: float | None = _option(
+        None,
+        "Lambda of the advantages by length instead of lam: 1 - 1/(alpha x tokens of the response). VAPO: 0.05. None: "
+        "lam for all.",
+    )
     whiten_advantages: bool | None = _option(
         None,
         "Xu Table 3: APPS pass@5 18.0 -> 38.1 by this alone; N+ detail 25. Default: with gae and reinforce_pp; rloo "
@@ -196,6 +231,17 @@ class PPOConfig(TrainingArguments):
     )
 
     # -- the update
+    loss: Literal["ppo", "dpo", "ipo"] = _option(
+        "ppo",
+        "dpo and ipo: online DPO (Guo et al. 2024) and IPO; the best and the worst of a prompt's samples_per_prompt "
+        "responses by the reward are a pair, kl_coef is beta, and there are no values, advantages or ratios. "
+        "num_mini_batches steps on one rollout: its staleness (Noukhovitch et al. 2024).",
+    )
+    preference_labels: Literal["certain", "bradley_terry"] = _option(
+        "certain",
+        "With loss=dpo or ipo: the better of a pair counts as chosen for certain, or with the probability "
+        "sigma(difference of the scores), under which DPO's optimum is that of the KL-regularised reward.",
+    )
     num_ppo_epochs: int = _option(4, "Passes over a rollout. Ziegler, Stiennon, N+: 4 (InstructGPT: 1).")
     num_mini_batches: int = _option(1, "Optimizer steps per pass. N+: 1; Xu: 4; InstructGPT and Llama 2: 8.")
     cliprange: float = _option(0.2, "Schulman 2017; every paper above.")
@@ -279,6 +325,14 @@ class PPOConfig(TrainingArguments):
                 f"cannot hold whole groups of {self.samples_per_prompt} (ppo.samples_per_prompt). Make it a multiple "
                 f"of {self.num_mini_batches * self.samples_per_prompt}."
             )
+        # A pair stays on one rank.
+        whole = self.num_mini_batches * self.samples_per_prompt * ranks
+        if self.loss != "ppo" and size % whole:
+            raise UserError(
+                f"a rollout of {size} responses (ppo.rollout_batch_size) in {self.num_mini_batches} minibatches "
+                f"gives {ranks} ranks no equal number of pairs, one of each {self.samples_per_prompt} responses. Make "
+                f"it a multiple of {whole}."
+            )
         if size % (self.num_mini_batches * ranks):
             raise UserError(
                 f"a rollout of {size} responses (ppo.rollout_batch_size) cannot be cut into {self.num_mini_batches} "
@@ -296,7 +350,12 @@ class PPOConfig(TrainingArguments):
     @property
     def has_critic(self) -> bool:
         """Whether a value model is trained."""
-        return ESTIMATORS[self.advantage].critic
+        return self.loss == "ppo" and ESTIMATORS[self.advantage].critic
+
+    @property
+    def penalty_in_reward(self) -> bool:
+        """Whether the KL penalty is a part of the rewards; DPO's loss has it in itself."""
+        return self.loss == "ppo" and self.kl_in == "reward"
 
     @property
     def whitens_advantages(self) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from ppo_vs_dpo.models.loading.files import BIAS_KEY
 from ppo_vs_dpo.models.loading.pretrained import check_tokens, context_length
 from ppo_vs_dpo.models.passes.logprobs import base
 from ppo_vs_dpo.ppo.roles.given import as_value_or_reward
-from ppo_vs_dpo.preferences.recipes.functions import ScoreError, as_scores, called
+from ppo_vs_dpo.ppo.roles.shaping import combined
+from ppo_vs_dpo.preferences.recipes.functions import ScoreError, as_scores, called, sums_of_dense
 from ppo_vs_dpo.reward_model.scorer import RewardScorer, scoring_tokenizer
 
 logger = logging.get_logger(__name__)
@@ -76,6 +78,34 @@ class ModelReward:
             return self.scorer.score(prompts, completions, finished)
 
 
+class EnsembleReward:
+    """Several reward models as one: their mean, the worst, or the mean less their disagreement (`shaping.combined`).
+
+    Args:
+        members: at least two, of one tokenizer.
+        kind: one of `ppo.config.tables.ENSEMBLES`.
+        coef: of ``uncertainty``.
+
+    Raises:
+        UserError: members of other vocabularies than the first.
+    """
+
+    def __init__(self, members: list[ModelReward], kind: str, coef: float):
+        for number, member in enumerate(members):
+            if not same_tokenizer(member.scorer.tokenizer, members[0].scorer.tokenizer):
+                raise UserError(
+                    f"reward_model is an ensemble, and member {number} ({member.name}) has another vocabulary or chat "
+                    f"template than member 0 ({members[0].name}): their scores are of other texts. Train all from one "
+                    f"policy (reward_model.ensemble), or give them as rewards of their own."
+                )
+        self.members, self.kind, self.coef = members, kind, coef
+        self.name = f"ensemble of {len(members)} reward models ({kind})"
+
+    def __call__(self, *asked, **columns) -> list[float]:
+        scores = [as_scores(one.name, one(*asked, **columns), asked[0], asked[1]) for one in self.members]
+        return combined(torch.tensor(scores, dtype=torch.float64).T, self.kind, self.coef).tolist()
+
+
 class ScorerReward:
     """Any other object with ``score(prompts, completions, finished) -> list[float]``."""
 
@@ -91,8 +121,9 @@ class ScorerReward:
 class FunctionReward:
     """A Python function ``f(prompts, completions, **columns) -> list[float]``; a coroutine is awaited.
 
-    Columns are those of the data set, and ``finished`` (list of bool); a function without ``**kwargs`` gets the ones
-    it names.
+    Columns are those of the data set, ``finished`` (list of bool), ``prompt_ids`` and ``response_ids`` (lists of token
+    ids); a function without ``**kwargs`` gets the ones it names. For a response it may also return a list with one
+    number a token of ``response_ids``: dense rewards, whose sum is the score.
     """
 
     def __init__(self, function: RewardFunction):
@@ -103,7 +134,7 @@ class FunctionReward:
         self.names = {p.name for p in parameters}
 
     def __call__(self, prompts, completions, prompt_ids, response_ids, finished, **columns) -> list[float]:
-        columns = {"finished": finished, **columns}
+        columns = {"finished": finished, "prompt_ids": prompt_ids, "response_ids": response_ids, **columns}
         if not self.takes_all:
             columns = {k: v for k, v in columns.items() if k in self.names}
         try:
@@ -157,8 +188,23 @@ class Rewards:
         self.parts, self.weights = parts, weights
 
     def models(self) -> list[ModelReward]:
-        """The parts that are models of ours, for the trainer to place or shard."""
-        return [part for part in self.parts if isinstance(part, ModelReward)]
+        """The parts that are models of ours, members of an ensemble one by one, for the trainer to place or shard."""
+        members = [one for part in self.parts for one in getattr(part, "members", [part])]
+        return [one for one in members if isinstance(one, ModelReward)]
+
+    @property
+    def length_slope(self) -> float | None:
+        """What a token more is worth to the weighted reward models, by their reports; ``None`` where none says."""
+        slopes = [
+            (weight / len(members), one.scorer.length_slope)
+            for part, weight in zip(self.parts, self.weights, strict=True)
+            for members in (getattr(part, "members", [part]),)
+            for one in members
+            if isinstance(one, ModelReward)
+        ]
+        if not slopes or any(slope is None for _, slope in slopes):
+            return None
+        return sum(weight * slope for weight, slope in slopes)
 
     def check_context(self, prompts: Sequence, longest: int, response_length: int) -> None:
         """Prompt and response must fit into every reward model, before anything is sampled.
@@ -171,9 +217,8 @@ class Rewards:
         Raises:
             UserError: they do not.
         """
-        for part in self.parts:
-            if isinstance(part, ModelReward):
-                part.check_context(prompts, longest, response_length)
+        for part in self.models():
+            part.check_context(prompts, longest, response_length)
 
     def shared(self) -> tuple[PreTrainedModel, float, float] | None:
         """The first reward model that reads the policy's own tokens: what a value model can start from.
@@ -182,22 +227,54 @@ class Rewards:
             The model, its weight in the mix, and the bias that is subtracted from its scores; ``None`` without one.
         """
         for part, weight in zip(self.parts, self.weights, strict=True):
-            if isinstance(part, ModelReward) and part.same_tokens:
-                return part.model, weight, part.scorer.bias
+            one = getattr(part, "members", [part])[0]
+            if isinstance(one, ModelReward) and one.same_tokens:
+                return one.model, weight, one.scorer.bias
         return None
 
-    def __call__(self, prompts, completions, prompt_ids, response_ids, finished, **columns) -> list[float]:
+    @property
+    def wants_references(self) -> bool:
+        """Whether a part compares with the reference's answers (a judge)."""
+        return any(getattr(part, "wants_references", False) for part in self.parts)
+
+    def __call__(self, prompts, completions, prompt_ids, response_ids, finished, **columns) -> "Scored":
         """Scores of ``N`` completions.
+
+        Args:
+            columns: of the data set; ``reference_answers`` where a part wants them.
 
         Raises:
             RewardError: a part raised, or gave what `preferences.recipes.functions.as_scores` does not take.
         """
-        total = [0.0] * len(prompts)
+        out, answers = Scored([0.0] * len(prompts), [], None), columns.pop("reference_answers", None)
         for part, weight in zip(self.parts, self.weights, strict=True):
-            scores = part(prompts, completions, prompt_ids, response_ids, finished, **columns)
-            for row, score in enumerate(as_scores(part.name, scores, prompts, completions)):
-                total[row] += weight * score
-        return total
+            more = {"reference_answers": answers} if getattr(part, "wants_references", False) else {}
+            found = part(prompts, completions, prompt_ids, response_ids, finished, **columns, **more)
+            found, dense = sums_of_dense(part.name, found, [len(ids) for ids in response_ids])
+            scores = as_scores(part.name, found, prompts, completions)
+            out.parts.append(scores)
+            for row, score in enumerate(scores):
+                out.total[row] += weight * score
+            if dense is not None:
+                weighted = [[weight * value for value in row] for row in dense]
+                rows = zip(out.dense or [[0.0] * len(row) for row in dense], weighted, strict=True)
+                out.dense = [[a + b for a, b in zip(*pair, strict=True)] for pair in rows]
+        return out
+
+
+@dataclass
+class Scored:
+    """What the rewards say of ``N`` responses.
+
+    Attributes:
+        total: the weighted sum, dense rewards included.
+        parts: each part's scores, without its weight.
+        dense: of each response the weighted rewards of its tokens; ``None`` where no part has any.
+    """
+
+    total: list[float]
+    parts: list[list[float]]
+    dense: list[list[float]] | None
 
 
 def make_rewards(
@@ -208,11 +285,13 @@ def make_rewards(
     weights: list[float] | None,
     batch_size: int,
     policy: PreTrainedModel | None = None,
+    ensemble: str = "mean",
+    ensemble_coef: float = 0.0,
 ) -> Rewards:
     """Put the rewards of a trainer together.
 
     Args:
-        reward_model: a model, its name, a scorer, or ``None``.
+        reward_model: a model, its name, a scorer, ``None``; a list of the first three is an ensemble.
         reward_funcs: a function or several.
         tokenizer: the policy's.
         own_tokenizer: the reward model's; by default the one that lies where the model was loaded from, by name or as
@@ -220,8 +299,19 @@ def make_rewards(
         weights: model first, then functions.
         batch_size: rows per forward pass of the model.
         policy: whose tokens a reward model without a tokenizer is taken to read.
+        ensemble: how the models of a list are one reward.
+        ensemble_coef: of ``uncertainty``.
     """
     parts: list[Any] = []
+    if isinstance(reward_model, list | tuple):
+        alike = (tokenizer, own_tokenizer, None, batch_size, policy)
+        each = [make_rewards(one, None, *alike).parts[0] for one in reward_model]
+        if len(each) < 2 or not all(isinstance(one, ModelReward) for one in each):
+            raise UserError(
+                f"reward_model is a list of {len(each)}: an ensemble is of two or more reward models (models, names "
+                f"or RewardScorers). Functions go into reward_funcs."
+            )
+        parts, reward_model = [EnsembleReward(each, ensemble, ensemble_coef)], None
     if isinstance(reward_model, str):
         reward_model = RewardScorer.load(reward_model, batch_size=batch_size)
         if own_tokenizer is not None:
@@ -244,7 +334,9 @@ def make_rewards(
             f"reward_model is a {type(reward_model).__name__}; give a model, a name, a scorer or a function."
         )
     functions = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-    parts.extend(FunctionReward(function) for function in functions if function is not None)
+    # A judge is a part already.
+    given = [one for one in functions if one is not None]
+    parts.extend(one if getattr(one, "wants_references", False) else FunctionReward(one) for one in given)
     return Rewards(parts, weights)
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import Accelerator
@@ -46,6 +46,9 @@ class Roles:
         engine: what samples the rollouts; there when the trainer is.
         version: how often the policy's weights have changed.
         sent: whose weights an engine with a copy of its own has, and which version of them.
+        length_coef: subtracted from a score for each token of the response.
+        reference_scores: prompt's row -> scores of the reference's responses to it, where a score is shaped by them.
+        reference_answers: set of prompts -> row -> the reference's answer, where a judge compares with it.
         computing: the run's arithmetic as a context: what is not called through ``trained`` runs within it, so that
             all roles and phases round alike.
     """
@@ -59,6 +62,9 @@ class Roles:
     engine: Engine | None = None
     version: int = 0
     sent: tuple[str, int] | None = None
+    length_coef: float = 0.0
+    reference_scores: dict[int, list[float]] = field(default_factory=dict)
+    reference_answers: dict[str, dict[int, str]] = field(default_factory=dict)
     computing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     @property
@@ -103,7 +109,8 @@ class Roles:
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes that this rank holds of each role's weights and, sharded, of the optimizer and its fp32 weights."""
-        reward = next((part.model for part in self.rewards.models()), None)
+        models = [part.model for part in self.rewards.models()]
+        reward = nn.ModuleList(models) if len(models) > 1 else next(iter(models), None)
         held = held_by_role(self.policy, self.value, self.reference.model, reward)
         return {**held, **state_bytes(self.trained)} if hasattr(self.trained, "get_global_grad_norm") else held
 
@@ -133,7 +140,28 @@ def make_roles(
         args.reward_weights,
         args.local_rollout_forward_batch_size,
         policy,
+        args.reward_ensemble,
+        args.reward_ensemble_coef,
     )
+    length_coef = args.score_length_coef
+    if length_coef == "auto":
+        length_coef = rewards.length_slope
+        if length_coef is None:
+            raise UserError(
+                "ppo.score_length_coef=auto takes what the reward model's stage measured, and this reward has no "
+                "model that says so. Give a number, in units of the score a token."
+            )
+    if rewards.wants_references and (args.reward_shaping == "par" or args.sync_ref_model):
+        other = "reward_shaping=par" if args.reward_shaping == "par" else "sync_ref_model"
+        raise UserError(
+            f"a judge compares with the answers of the reference that the run starts from: ppo.{other} does not go "
+            f"with it. Leave it out."
+        )
+    if args.reward_aggregation == "normalize_then_sum" and len(rewards.parts) < 2:
+        raise UserError(
+            f"ppo.reward_aggregation=normalize_then_sum weighs several rewards, and there is one: "
+            f"{rewards.parts[0].name}. Give two or more, or reward_aggregation=sum."
+        )
     if not args.has_critic and value_model is not None:
         raise UserError(f"a value_model was given, and advantage={args.advantage} trains none. Drop it, or use gae.")
     if args.has_critic and value_model is None:
@@ -156,7 +184,8 @@ def make_roles(
             check_trains(trained, what)
             train_in_full(trained, sharded=getattr(args, "deepspeed_plugin", None) is not None)
     reference = Reference(reference, policy, given)
-    return Roles(policy, value, reference, rewards, tokenizer, PolicyAndValue(policy, value))
+    trained = PolicyAndValue(policy, value)
+    return Roles(policy, value, reference, rewards, tokenizer, trained, length_coef=float(length_coef))
 
 
 def held_by_role(

@@ -65,6 +65,28 @@ def reinforce_pp(rollout: Rollout, k: int, gamma: float) -> torch.Tensor:
     return returns
 
 
+def adaptive_lambda(mask: torch.Tensor, alpha: float) -> torch.Tensor:
+    """``(N,)`` lambda by length: ``1 - 1/(alpha l)`` for a response of ``l`` tokens, not below 0 (VAPO: Yue et al.
+    2025, 2504.05118, length-adaptive GAE). The weights of GAE, lambda^t, then reach as far as the response does.
+
+    Args:
+        mask: ``(N, R)``.
+        alpha: 0.05 there.
+    """
+    return (1 - 1 / (alpha * mask.sum(1).clamp_min(1))).clamp_min(0)
+
+
+def with_values(rollout: Rollout, args: PPOConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantages by GAE and the values' targets, which may have a lambda of their own (VAPO: decoupled GAE).
+
+    A target with ``value_lam=1`` is the sum of rewards, without the values' own bias.
+    """
+    inputs = (rollout.rewards, rollout.values, rollout.value_mask, args.gamma)
+    lam = args.lam if args.lam_alpha is None else adaptive_lambda(rollout.value_mask, args.lam_alpha)
+    advantages, returns = gae(*inputs, lam)
+    return advantages, returns if args.value_lam is None else gae(*inputs, args.value_lam)[1]
+
+
 def estimate(rollout: Rollout, args: PPOConfig) -> Rollout:
     """Fill in advantages and returns by ``args.advantage``; gives the rollout of all ranks.
 
@@ -73,10 +95,10 @@ def estimate(rollout: Rollout, args: PPOConfig) -> Rollout:
         args: the settings.
     """
     k, unbiased = args.samples_per_prompt, args.conventions.unbiased
+    if args.loss != "ppo":  # It compares scores; there is nothing to estimate.
+        return rollout.gather()
     if args.advantage == "gae":
-        rollout.advantages, rollout.returns = gae(
-            rollout.rewards, rollout.values, rollout.value_mask, args.gamma, args.lam
-        )
+        rollout.advantages, rollout.returns = with_values(rollout, args)
         if args.whitens_advantages:
             rollout.advantages = whiten(rollout.advantages, rollout.mask, unbiased=unbiased)
         return rollout.gather()

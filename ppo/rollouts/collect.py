@@ -11,7 +11,7 @@ from ppo_vs_dpo.ppo.rollouts.checks import check_agreement, check_first_kl
 from ppo_vs_dpo.ppo.rollouts.clock import Clock
 from ppo_vs_dpo.ppo.rollouts.engines import compute_dtype
 from ppo_vs_dpo.ppo.rollouts.prompts import PromptSet
-from ppo_vs_dpo.ppo.rollouts.responses import final_scores, forward, sample, score
+from ppo_vs_dpo.ppo.rollouts.responses import forward, sample, score_rollout
 from ppo_vs_dpo.ppo.rollouts.rollout import Rollout
 
 
@@ -62,8 +62,7 @@ def collect(
 
     # 3. score them
     with clock("time/score"):
-        rollout.scores = score(roles, prompts, rows, generated, accelerator, rollout)
-        rollout.final_scores = final_scores(rollout.scores, rollout.finished, args, score_bias)
+        score_rollout(roles, prompts, rows, generated, accelerator, rollout, args, score_bias)
 
     # 4. log-probabilities and values
     with clock("time/forward"):
@@ -74,13 +73,13 @@ def collect(
     # What follows may be summed over ranks, and some backends do so on the device only.
     rollout = rollout.to(accelerator.device)
 
-    # 5. rewards: the score on the last token, the KL penalty on each
-    rollout.rewards = token_rewards(
-        rollout.final_scores,
+    # 5. rewards: the score on the last token (less what is dense), the KL penalty on each
+    rollout.rewards = rollout.dense_rewards + token_rewards(
+        rollout.final_scores - rollout.dense_rewards.sum(1),
         rollout.logprobs,
         rollout.ref_logprobs,
         rollout.mask,
-        kl_coef if args.kl_in == "reward" else 0.0,
+        kl_coef if args.penalty_in_reward else 0.0,
         args.kl_estimator,
         rollout.value_mask,
     )

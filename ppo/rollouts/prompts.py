@@ -35,7 +35,7 @@ def allowed_prompt_length(policy: PreTrainedModel, response_length: int, max_pro
 # What a tokenizer makes of a prompt; for the policy, not for reward functions.
 ENCODED = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 # Names under which reward functions get what sampling found.
-TAKEN = ("prompts", "completions", "prompt_ids", "response_ids", "finished")
+TAKEN = ("prompts", "completions", "prompt_ids", "response_ids", "finished", "reference_answers")
 
 
 def as_dataset(rows: Any, name: str) -> Dataset | None:
@@ -124,6 +124,7 @@ class PromptSet:
                 f"Rename it: {name}.rename_column({taken[0]!r}, 'my_{taken[0]}')."
             )
         other = [c for c in columns if c not in ("prompt", *ENCODED)]
+        self.name = name
         self.columns: dict[str, list[Any]] = {column: list(dataset[column]) for column in other}
 
     def __len__(self) -> int:

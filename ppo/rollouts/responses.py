@@ -7,13 +7,14 @@ from accelerate import Accelerator
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.sampling.engine import TransformersEngine
-from ppo_vs_dpo.models.sampling.generation import Generated
+from ppo_vs_dpo.models.sampling.generation import Generated, row_seed
 from ppo_vs_dpo.models.sharding.collectives import any_rank, global_max
 from ppo_vs_dpo.models.sharding.deepspeed import gathered
 from ppo_vs_dpo.models.text.prompts import decode_completion
 from ppo_vs_dpo.ppo.config import PPOConfig
-from ppo_vs_dpo.ppo.roles.rewards import RewardError
+from ppo_vs_dpo.ppo.roles.rewards import RewardError, Scored
 from ppo_vs_dpo.ppo.roles.roles import Roles
+from ppo_vs_dpo.ppo.roles.shaping import normalised_apart, par
 from ppo_vs_dpo.ppo.rollouts.checks import Unusable
 from ppo_vs_dpo.ppo.rollouts.cutting import micro_batches
 from ppo_vs_dpo.ppo.rollouts.prompts import PromptSet
@@ -56,24 +57,27 @@ def score(
     rows: list[int],
     generated: list[Generated],
     accelerator: Accelerator,
+    args: PPOConfig,
     rollout: Rollout | None = None,
-) -> torch.Tensor:
-    """Scores ``(N,)`` of responses to the prompts ``rows``.
+) -> Scored:
+    """What the rewards say of responses to the prompts ``rows``.
 
     Raises:
         UserError: the reward gave something that cannot be used.
         Unusable: the same, for the responses of a rollout.
     """
-    error, scores = None, [0.0] * len(rows)
+    error, found, columns = None, None, prompts.columns_of(rows)
+    if roles.rewards.wants_references:
+        columns["reference_answers"] = reference_answers(roles, prompts, rows, accelerator, args)
     try:
         roles.check_known([g.token_ids for g in generated])
-        scores = roles.rewards(
+        found = roles.rewards(
             [prompts.prompts[row] for row in rows],
             [decode_completion(roles.tokenizer, g.token_ids) for g in generated],
             [prompts.ids[row] for row in rows],
             [g.token_ids for g in generated],
             [g.finished for g in generated],
-            **prompts.columns_of(rows),
+            **columns,
         )
     except RewardError as raised:
         error = raised
@@ -83,11 +87,113 @@ def score(
         if rollout is None:
             raise UserError(message) from error
         raise Unusable(rollout, "reward", lambda where: f"{message} The rollout is in {where}.") from error
-    return torch.tensor(scores, dtype=torch.float32)
+    return found
 
 
-def final_scores(scores: torch.Tensor, finished: torch.Tensor, args: PPOConfig, bias: float) -> torch.Tensor:
-    """Scores after bias (N+ detail 15), clip (Xu et al. 2024) and the penalty for a missing EOS (detail 23)."""
+def score_rollout(
+    roles: Roles,
+    prompts: PromptSet,
+    rows: list[int],
+    generated: list[Generated],
+    accelerator: Accelerator,
+    rollout: Rollout,
+    args: PPOConfig,
+    bias: float,
+) -> None:
+    """Step 3: fill in scores, dense rewards and final scores.
+
+    Args:
+        roles: of the run.
+        prompts: of the run.
+        rows: of the prompts, this rank's.
+        generated: the responses.
+        accelerator: of the trainer.
+        rollout: with everything sampled in place.
+        args: the settings.
+        bias: subtracted from scores.
+
+    Raises:
+        Unusable: the reward gave something that cannot be used.
+    """
+    found = score(roles, prompts, rows, generated, accelerator, args, rollout)
+    rollout.scores = torch.tensor(found.total, dtype=torch.float32)
+    for row, values in enumerate(found.dense or []):
+        rollout.dense_rewards[row, : len(values)] = torch.tensor(values, dtype=torch.float32)
+    scores, references = rollout.scores, None
+    if args.reward_aggregation == "normalize_then_sum":
+        # Groups lie on several ranks: the scores of all, in the order of the list; of the result this rank's share.
+        parts = torch.tensor(found.parts, dtype=torch.float32).T.contiguous().to(accelerator.device)
+        ranks, rank = accelerator.num_processes, accelerator.process_index
+        whole = accelerator.gather(parts).unflatten(0, (ranks, -1)).transpose(0, 1).flatten(0, 1)
+        weights = torch.tensor(roles.rewards.weights, device=whole.device)
+        scores = normalised_apart(whole, weights, args.samples_per_prompt)[rank::ranks].cpu()
+    if args.reward_shaping == "par":
+        references = reference_scores(roles, prompts, rows, accelerator, args)
+    rollout.final_scores = final_scores(
+        scores, rollout.finished, args, bias, rollout.lengths(), roles.length_coef, references
+    )
+
+
+def reference_scores(
+    roles: Roles, prompts: PromptSet, rows: list[int], accelerator: Accelerator, args: PPOConfig
+) -> torch.Tensor:
+    """``(N, m)`` scores of ``args.par_references`` responses of the reference to the prompts ``rows``.
+
+    Drawn and scored once a prompt; the seeds are the prompt's, so that any rank, and a resumed run, draws the same.
+    """
+    known, m = roles.reference_scores, args.par_references
+    missing = [row for row in dict.fromkeys(rows) if row not in known]
+    # Sharded weights are gathered to sample: all ranks do, or none.
+    if any_rank(bool(missing), accelerator.device):
+        some = missing or rows[:1]
+        asked = [row for row in some for _ in range(m)]
+        seeds = [row_seed(args.seed, "reference", row, place) for row in some for place in range(m)]
+        drawn = sample(roles, [prompts.ids[row] for row in asked], seeds, args, reference=True)
+        totals = score(roles, prompts, asked, drawn, accelerator, args).total
+        known.update((row, totals[place * m : (place + 1) * m]) for place, row in enumerate(some))
+    return torch.tensor([known[row] for row in rows], dtype=torch.float32)
+
+
+def reference_answers(
+    roles: Roles, prompts: PromptSet, rows: list[int], accelerator: Accelerator, args: PPOConfig
+) -> list[str]:
+    """The reference's answer to each of the prompts ``rows``, drawn once a prompt by the prompt's own seed."""
+    known = roles.reference_answers.setdefault(prompts.name, {})
+    missing = [row for row in dict.fromkeys(rows) if row not in known]
+    # As in `reference_scores`: all ranks sample, or none.
+    if any_rank(bool(missing), accelerator.device):
+        some = missing or rows[:1]
+        seeds = [row_seed(args.seed, "answer", prompts.name, row) for row in some]
+        drawn = sample(roles, [prompts.ids[row] for row in some], seeds, args, reference=True)
+        texts = (decode_completion(roles.tokenizer, one.token_ids) for one in drawn)
+        known.update(zip(some, texts, strict=True))
+    return [known[row] for row in rows]
+
+
+def final_scores(
+    scores: torch.Tensor,
+    finished: torch.Tensor,
+    args: PPOConfig,
+    bias: float,
+    lengths: torch.Tensor | None = None,
+    length_coef: float = 0.0,
+    references: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Scores after length, shaping, bias (N+ detail 15), clip (Xu et al. 2024) and the penalty for a missing EOS (23).
+
+    Args:
+        scores: ``(N,)`` of the rewards.
+        finished: ``(N,)`` bool.
+        args: the settings.
+        bias: subtracted.
+        lengths: ``(N,)`` tokens of the responses, where ``length_coef`` is not 0.
+        length_coef: subtracted for each of them.
+        references: ``(N, m)`` scores of the reference's responses, where the score is shaped by them (PAR).
+    """
+    if length_coef:
+        scores = scores - length_coef * lengths.to(scores.dtype)
+    if references is not None:
+        scores = par(scores, references)
     final = scores - bias
     if args.score_clip is not None:
         final = final.clamp(-args.score_clip, args.score_clip)

@@ -72,6 +72,7 @@ class Rollout:
         values: ``(N, R)`` of the states before each token.
         scores: ``(N,)`` as the reward gave them.
         final_scores: ``(N,)`` after bias, clip and the penalty for a missing EOS: what the token rewards carry.
+        dense_rewards: ``(N, R)`` what reward functions gave for each token; a part of the scores.
         rewards: ``(N, R)`` KL penalty and final score.
         advantages: ``(N, R)`` whitened where the configuration says so.
         returns: ``(N, R)`` targets of the value model.
@@ -88,6 +89,7 @@ class Rollout:
     entropy: torch.Tensor
     ref_logprobs: torch.Tensor
     values: torch.Tensor
+    dense_rewards: torch.Tensor
     scores: torch.Tensor
     final_scores: torch.Tensor
     rewards: torch.Tensor
@@ -223,6 +225,7 @@ TOKEN_FLOATS = (
     "entropy",
     "ref_logprobs",
     "values",
+    "dense_rewards",
     "rewards",
     "advantages",
     "returns",

@@ -1,13 +1,34 @@
 """The stage's own keys. Apart from `ppo.config`, so that the pipeline can read them without importing transformers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.config import LoraSettings
 
-# The part of the reward that is the run's own reward model.
-MODEL = "reward_model"
+# The parts of the reward that are no functions: the run's own reward model, and ``ppo.judge``.
+MODEL, JUDGE = "reward_model", "judge"
+
+
+def trains_values(section: Mapping[str, Any]) -> bool:
+    """Whether a ``ppo`` section trains a value model: `ppo.config.PPOConfig.has_critic`, for who cannot import it."""
+    return section.get("advantage") in (None, "gae") and section.get("loss") in (None, "ppo")
+
+
+def trained_share(section: Mapping[str, Any]) -> float:
+    """Share of a rollout's responses that an update trains on: online DPO takes two of each prompt's."""
+    return 1.0 if section.get("loss") in (None, "ppo") else 2.0 / max(2, int(section.get("samples_per_prompt") or 2))
+
+
+def reward_models(config: Mapping[str, Any]) -> int:
+    """How many reward models PPO holds, by a run's configuration: none, one, or an ensemble's."""
+    section, model = config.get("ppo") or {}, config.get("reward_model") or {}
+    parts = section.get("reward") or MODEL
+    parts = [parts] if isinstance(parts, str) else list(parts)
+    if section.get("gold_reward") or MODEL not in parts:
+        return 0
+    return 1 if model.get("average_weights") else int(model.get("ensemble") or 1)
 
 
 @dataclass
@@ -21,8 +42,12 @@ class PPOStage:
         validation_prompts: training prompts set aside for the evaluation during training; the held-out prompts of the
             verdict are never seen here.
         value_from: ``reward_model`` (N+ detail 22) or ``policy``: what the value model starts from.
-        reward: what is optimised: ``reward_model`` (of the run), a function ``my_file.py:function``, or a list whose
-            sum is weighted by ``reward_weights``.
+        value_path: a value model's own checkpoint, a folder or a name on the Hub, in place of both: a
+            sequence-classification model with one label that reads the policy's tokens.
+        reward: what is optimised: ``reward_model`` (of the run), ``judge``, a function ``my_file.py:function``, or a
+            list whose sum is weighted by ``reward_weights``.
+        judge: who judges, where ``reward`` names ``judge``: the keys of a judge of kind llm in ``compare.judges``. Its
+            ``max_cost`` is that of the whole stage.
         gold_reward: optimise the run's known gold reward (``data.gold``) instead of the reward model (DPO paper's
             PPO-GT).
     """
@@ -31,7 +56,9 @@ class PPOStage:
     shared_base: bool = False
     validation_prompts: int = 128
     value_from: str = "reward_model"
+    value_path: str | None = None
     reward: Any = "reward_model"
+    judge: dict[str, Any] | None = None
     gold_reward: bool = False
 
     @property
@@ -42,9 +69,9 @@ class PPOStage:
             UserError: something that is neither.
         """
         parts = self.reward if isinstance(self.reward, list) else [self.reward]
-        if not parts or not all(isinstance(one, str) and (one == MODEL or ":" in one) for one in parts):
+        if not parts or not all(isinstance(one, str) and (one in (MODEL, JUDGE) or ":" in one) for one in parts):
             raise UserError(
-                f"ppo.reward is {self.reward!r}; it must be {MODEL}, my_file.py:function, or a list of these, "
+                f"ppo.reward is {self.reward!r}; it must be {MODEL}, {JUDGE}, my_file.py:function, or a list of them, "
                 f"[{MODEL}, my_file.py:function]."
             )
         if len(set(parts)) < len(parts):
@@ -60,7 +87,7 @@ class PPOStage:
 
     @property
     def functions(self) -> list[str]:
-        """The functions among the parts, in their order."""
+        """The functions (and the judge) among the parts, in their order."""
         return [one for one in self.rewards if one != MODEL]
 
     def problems(self) -> list[str]:
@@ -71,6 +98,8 @@ class PPOStage:
                 f"ppo.lora.dropout is {lora['dropout']}, and PPO trains without dropout: with it the policy that "
                 f"trains is not the one that sampled (the ratio of the first pass must be 1). Set it to 0."
             ]
+        if self.value_path is not None and self.shared_base:
+            return ["ppo.value_path is a model of its own, and ppo.shared_base holds all four on one base: drop one."]
         try:
             self.rewards  # noqa: B018
         except UserError as error:

@@ -20,7 +20,8 @@ from ppo_vs_dpo.ppo.roles.rewards import same_tokenizer
 from ppo_vs_dpo.ppo.roles.shared import reward_adapter, share_base
 from ppo_vs_dpo.ppo.roles.value_head import rescale_values
 from ppo_vs_dpo.ppo.stage.config import PPOStage
-from ppo_vs_dpo.reward_model.scorer import RewardScorer, read_bias
+from ppo_vs_dpo.reward_model.ensemble import members_of
+from ppo_vs_dpo.reward_model.scorer import RewardScorer, read_bias, read_length_slope
 
 
 def load_roles(context: StageContext, own: PPOStage, config: ModelConfig, args: PPOConfig) -> dict[str, Any]:
@@ -47,13 +48,17 @@ def _separate(context: StageContext, own: PPOStage, config: ModelConfig, args: P
     elif any(is_sharded(parameter) for parameter in policy.parameters()):
         # ZeRO-3 splits what it loads as it is read; the trainer's copy of the policy would be whole for a moment.
         roles["ref_model"] = load_policy(sft, config)
+    if own.value_path is not None:
+        roles["value_model"] = _given_values(own.value_path, sft, config, args, base)
     if not own.uses_model:
-        if base is not None and args.has_critic:
+        if base is not None and args.has_critic and own.value_path is None:
             roles["value_model"] = _backbone_of(sft, config, base)
         return roles
-    reward = RewardScorer.load(folder, config, batch_size=args.local_rollout_forward_batch_size)
-    roles["reward_model"] = reward
-    if not args.has_critic:
+    rows = args.local_rollout_forward_batch_size
+    members = [RewardScorer.load(one, config, batch_size=rows) for one in members_of(folder.parent)]
+    reward = members[0]
+    roles["reward_model"] = members if len(members) > 1 else reward
+    if not args.has_critic or own.value_path is not None:
         return roles
     if starts_from_reward_model(own, reward, sft, config):
         roles["value_model"] = load_reward(folder, config, trainable=True, quantization=base)
@@ -75,6 +80,22 @@ def starts_from_reward_model(own: PPOStage, reward: RewardScorer, sft: Path, con
     return reward.is_decoder and same_tokenizer(reward.tokenizer, load_tokenizer(sft, config))
 
 
+def _given_values(path: str, sft: Path, config: ModelConfig, args: PPOConfig, base: Any) -> PreTrainedModel:
+    """A value model from its own checkpoint; its values are taken to be on the scale of the final scores.
+
+    Raises:
+        UserError: there are no values to train, or it reads other tokens than the policy writes.
+    """
+    if not args.has_critic:
+        raise UserError(f"ppo.value_path={path} with advantage={args.advantage}, loss={args.loss}: no values there.")
+    if not same_tokenizer(load_tokenizer(path, config), load_tokenizer(sft, config)):
+        raise UserError(
+            f"ppo.value_path={path} has another vocabulary or chat template than the policy, and a value model reads "
+            f"the policy's own tokens. Take one that was trained on them, or leave it out."
+        )
+    return load_reward(path, config, trainable=True, quantization=base)
+
+
 def _backbone_of(sft: Path, config: ModelConfig, base: Any) -> PreTrainedModel:
     """What `value_model_from` gives without a reward model, on a quantised backbone, which cannot be copied."""
     value_model = load_value_or_reward(sft, config, trainable=True, quantization=base)
@@ -89,6 +110,11 @@ def _on_one_base(context: StageContext, own: PPOStage, config: ModelConfig, args
         )
     if args.sync_ref_model:
         raise UserError("ppo.sync_ref_model moves the reference, and with ppo.shared_base it is the frozen base.")
+    if own.uses_model and len(members_of(context.run.path("reward_model"))) > 1:
+        raise UserError(
+            "ppo.shared_base holds one reward adapter, and reward_model.ensemble trained several whole models: set "
+            "shared_base=false, or reward_model.average_weights=true with shared_base=false."
+        )
     sft = context.run.path("sft", "model")
     folder = None if not own.uses_model else reward_adapter(context.run.path("reward_model"), sft)
     policy, value_model, reward = share_base(
@@ -102,6 +128,7 @@ def _on_one_base(context: StageContext, own: PPOStage, config: ModelConfig, args
         bias = read_bias(folder)
         tokenizer = load_tokenizer(folder, config)
         roles["reward_model"] = RewardScorer(reward, tokenizer, bias, args.local_rollout_forward_batch_size)
+        roles["reward_model"].length_slope = read_length_slope(folder)
         if value_model is not None and own.value_from == "reward_model":
             rescale_values(value_model, 1.0, bias + args.fixed_score_bias)
     return roles

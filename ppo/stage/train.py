@@ -3,6 +3,7 @@
 Reads ``sft/model``, ``reward_model/model`` and ``data/prompts_train.parquet``; writes ``ppo/model``.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -23,9 +24,12 @@ from ppo_vs_dpo.models.resuming import readable, resume_point
 from ppo_vs_dpo.models.sharding.deepspeed import tell_held_bytes, unsharded_loading, whole_state
 from ppo_vs_dpo.models.training import model_settings, training_arguments
 from ppo_vs_dpo.ppo.config import PPOConfig
-from ppo_vs_dpo.ppo.stage.config import PPOStage
+from ppo_vs_dpo.ppo.roles.judge import JudgeReward, judge_settings
+from ppo_vs_dpo.ppo.stage.config import JUDGE, PPOStage
 from ppo_vs_dpo.ppo.stage.loading import load_roles
 from ppo_vs_dpo.ppo.trainer import PPOTrainer
+from ppo_vs_dpo.preferences.judging.cache import Cache
+from ppo_vs_dpo.preferences.judging.llm import LLMJudge
 from ppo_vs_dpo.preferences.recipes.gold import load_gold
 
 
@@ -83,11 +87,17 @@ def reward_functions(context: StageContext, own: PPOStage) -> list:
         UserError: there is no gold reward, or a function cannot be imported.
     """
     if not own.gold_reward:
-        return [load_gold(name, "ppo.reward") for name in own.functions]
+        return [_judge(context, own) if name == JUDGE else load_gold(name, "ppo.reward") for name in own.functions]
     name = OmegaConf.select(context.run.config, "data.gold")
     if not name:
         raise UserError("ppo.gold_reward is set, and the data of this run has no gold reward (data.gold).")
     return [load_gold(name)]
+
+
+def _judge(context: StageContext, own: PPOStage) -> JudgeReward:
+    """The judge of ``ppo.judge``; each rank keeps the replies that it paid for."""
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    return JudgeReward(LLMJudge(judge_settings(own.judge), cache=Cache(context.dir / f"judge-{rank}.jsonl")), ranks)
 
 
 def run_stage(context: StageContext) -> None:

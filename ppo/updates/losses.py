@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ppo_vs_dpo.models.sharding.collectives import global_max, global_sum, union
-from ppo_vs_dpo.ppo.algorithm import kl_estimate, masked_mean, policy_loss, truncated_importance_weights, value_loss
+from ppo_vs_dpo.ppo.algorithm import importance_weights, kl_estimate, masked_mean, policy_loss, value_loss
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.rollouts.rollout import Rollout
 
@@ -59,12 +59,16 @@ class LossSettings:
     ptx_coef: float = 0.0
     loss_average: str = "tokens"
     response_length: int = 1
+    loss: str = "ppo"
+    preference_labels: str = "certain"
+    beta: float = 0.0
+    importance_sampling: str = "token_truncate"
 
     @classmethod
     def of(cls, args: PPOConfig, kl_coef: float) -> "LossSettings":
-        """Those of a run, with the KL coefficient of the moment."""
-        mine = {name: getattr(args, name) for name in cls.__dataclass_fields__ if name != "kl_coef"}
-        return cls(**mine, kl_coef=kl_coef if args.kl_in == "loss" else 0.0)
+        """Those of a run, with the KL coefficient of the moment (``beta``, where the loss is DPO's)."""
+        mine = {name: getattr(args, name) for name in cls.__dataclass_fields__ if name not in ("kl_coef", "beta")}
+        return cls(**mine, kl_coef=kl_coef if args.kl_in == "loss" else 0.0, beta=kl_coef)
 
 
 @dataclass(frozen=True)
@@ -96,15 +100,15 @@ def ppo_loss(inputs: LossInputs, settings: LossSettings) -> LossOutputs:
         share, stats = value_loss(
             inputs.values, old.values, old.returns, old.value_mask, settings.cliprange_value, inputs.value_tokens
         )
-        sums |= _sums(here, {"val/clipfrac_avg": stats["clip_fraction"], "val/error": stats["error"]})
-        sums |= _sums(here, {"loss/value_avg": _mean_of(share, inputs.value_tokens, here)})
+        sums |= figures_of(here, {"val/clipfrac_avg": stats["clip_fraction"], "val/error": stats["error"]})
+        sums |= figures_of(here, {"loss/value_avg": _mean_of(share, inputs.value_tokens, here)})
         loss = loss + settings.vf_coef * share
 
     if inputs.logprobs is not None:
         mask, here = old.mask, old.mask.sum()
         # All 1 where the trainer's own loop sampled.
-        weights = truncated_importance_weights(
-            old.logprobs, old.engine_logprobs, mask, settings.importance_sampling_cap
+        weights = importance_weights(
+            old.logprobs, old.engine_logprobs, mask, settings.importance_sampling_cap, settings.importance_sampling
         )
         share_of = _token_weights(inputs, settings)
         if share_of is not None:
@@ -129,15 +133,22 @@ def ppo_loss(inputs: LossInputs, settings: LossSettings) -> LossOutputs:
             loss = loss + settings.kl_coef * share
         if settings.entropy_coef:
             loss = loss - settings.entropy_coef * masked_mean(inputs.entropy, mask, inputs.tokens)
-        sums |= _sums(here, means)
+        sums |= figures_of(here, means)
 
-    if inputs.ptx_logprobs is not None:
-        here = inputs.text_mask.sum()
-        # InstructGPT eq. 2: + gamma E_x~pretrain log pi(x), as a mean over the minibatch's pretraining tokens.
-        share = -masked_mean(inputs.ptx_logprobs, inputs.text_mask, inputs.text_tokens)
-        sums |= _sums(here, {"loss/ptx_avg": _mean_of(share, inputs.text_tokens, here)})
-        loss = loss + settings.ptx_coef * share
-    return LossOutputs(loss, sums, maxima)
+    return with_pretraining(LossOutputs(loss, sums, maxima), inputs, settings)
+
+
+def with_pretraining(out: LossOutputs, inputs: LossInputs, settings: LossSettings) -> LossOutputs:
+    """``out``, and the pretraining texts' share where some came along.
+
+    InstructGPT eq. 2: + gamma E_x~pretrain log pi(x), as a mean over the minibatch's pretraining tokens.
+    """
+    if inputs.ptx_logprobs is None:
+        return out
+    here = inputs.text_mask.sum()
+    share = -masked_mean(inputs.ptx_logprobs, inputs.text_mask, inputs.text_tokens)
+    figures = figures_of(here, {"loss/ptx_avg": _mean_of(share, inputs.text_tokens, here)})
+    return LossOutputs(out.loss + settings.ptx_coef * share, out.sums | figures, out.maxima)
 
 
 def _token_weights(inputs: LossInputs, settings: LossSettings) -> torch.Tensor | None:
@@ -158,7 +169,7 @@ def log_ratio_from_0(inputs: LossInputs) -> tuple[dict[str, torch.Tensor], dict[
     """|log ratio| of a micro-batch as ``sums`` and ``maxima``: how far the policy is from the one that sampled."""
     old = inputs.rollout
     distance = torch.where(old.mask, inputs.logprobs.detach() - old.logprobs, 0).abs()
-    return _sums(old.mask.sum(), {"mean": masked_mean(distance, old.mask)}), {"max": distance.max().double()}
+    return figures_of(old.mask.sum(), {"mean": masked_mean(distance, old.mask)}), {"max": distance.max().double()}
 
 
 def _mean_of(share: torch.Tensor, whole: torch.Tensor | int, here: torch.Tensor) -> torch.Tensor:
@@ -166,7 +177,7 @@ def _mean_of(share: torch.Tensor, whole: torch.Tensor | int, here: torch.Tensor)
     return share * whole / here.clamp_min(1)
 
 
-def _sums(tokens: torch.Tensor, means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def figures_of(tokens: torch.Tensor, means: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Means over some tokens as entries of `LossOutputs.sums`."""
     weight = tokens.double()
     return {name: torch.stack([mean.detach().double() * weight, weight]) for name, mean in means.items()}

@@ -5,7 +5,6 @@ All losses are averaged over the real tokens of the *minibatch*, whatever its cu
 """
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +16,13 @@ from ppo_vs_dpo.models.passes.logprobs import Batch
 from ppo_vs_dpo.models.sharding.collectives import any_rank, global_sum
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.rollouts.checks import non_finite
-from ppo_vs_dpo.ppo.rollouts.cutting import micro_batches, minibatches
+from ppo_vs_dpo.ppo.rollouts.cutting import passes, share_of
 from ppo_vs_dpo.ppo.rollouts.rollout import Rollout
 from ppo_vs_dpo.ppo.updates.losses import Loss, LossInputs, LossSettings, Totals, log_ratio_from_0, ppo_loss
+from ppo_vs_dpo.ppo.updates.online_dpo import chosen_and_rejected, dpo_loss
 from ppo_vs_dpo.ppo.updates.pretraining import PretrainingText
+
+LOSSES: dict[str, Loss] = {"ppo": ppo_loss, "dpo": dpo_loss, "ipo": dpo_loss}
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Update:
         deviation: ``mean`` and ``max`` over tokens of |log ratio| on the first minibatch, before any step: 0 but for
             rounding. Empty where the policy was not trained.
         steps: optimizer steps taken.
+        share: of the rollout's tokens that they trained on.
         value_only: the policy was not trained.
         stopped_early: ``early_stop_kl`` was exceeded.
     """
@@ -41,6 +44,7 @@ class Update:
     steps: int
     value_only: bool
     stopped_early: bool
+    share: float = 1.0
 
 
 def update(
@@ -53,7 +57,6 @@ def update(
     number: int,
     kl_coef: float,
     ptx: PretrainingText | None = None,
-    loss: Loss = ppo_loss,
 ) -> Update:
     """Train policy and value model on one gathered rollout.
 
@@ -66,7 +69,6 @@ def update(
         number: of the update, from 0. The first ``args.value_warmup_updates`` leave the policy as it is.
         kl_coef: the coefficient of the moment; a loss term under ``kl_in="loss"``.
         ptx: pretraining texts, or ``None``.
-        loss: of a micro-batch.
 
     Raises:
         Unusable: a loss or a gradient is not finite, on any rank; the weights have not been touched by it.
@@ -77,11 +79,14 @@ def update(
             if group.get("role") == "policy":
                 group["lr"] = 0.0
     totals, deviation, steps, stopped = Totals(), Totals(), 0, False
-    for epoch, index, rows in _minibatches(rollout, args, number):
+    loss, whole, together = LOSSES[args.loss], rollout, 1
+    if args.loss != "ppo":
+        rollout, together = chosen_and_rejected(rollout, args.samples_per_prompt), 2
+    for epoch, index, rows in passes(rollout, args, number, together):
         name = f"update {number + 1}, pass {epoch + 1}, minibatch {index + 1}"
         sizes = {"tokens": rollout.mask[rows].sum(), "value_tokens": rollout.value_mask[rows].sum()}
         sizes["responses"] = len(rows)
-        mine, micro_batches = _share(rollout, rows, args, accelerator)
+        mine, micro_batches = share_of(rollout, rows, args, accelerator, together)
         texts: list[Batch | None] = [None] * len(micro_batches)
         if ptx is not None and not value_only:
             # The draw of pretraining texts is numbered through, so that no text comes twice before all came once.
@@ -117,32 +122,8 @@ def update(
             if stopped:
                 break
     metrics = {**totals.over_ranks(), "policy/optimizer_steps": steps}
-    return Update(metrics, deviation.over_ranks(), steps, value_only, stopped)
-
-
-def _minibatches(rollout: Rollout, args: PPOConfig, number: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """All minibatches of an update: number of the pass, number in the pass, rows."""
-    for epoch in range(args.num_ppo_epochs):
-        for index, rows in enumerate(
-            minibatches(len(rollout), args.num_mini_batches, args.seed, number, epoch, args.samples_per_prompt)
-        ):
-            yield epoch, index, rows
-
-
-def _share(
-    rollout: Rollout, rows: torch.Tensor, args: PPOConfig, accelerator: Accelerator
-) -> tuple[Rollout, list[torch.Tensor]]:
-    """This rank's rows of a minibatch and their cut into micro-batches: as many as on any rank, which all can tell.
-
-    Sharded weights are gathered in each pass, by all ranks together.
-    """
-    ranks, rank = accelerator.num_processes, accelerator.process_index
-    size, tokens = args.per_device_train_batch_size, args.micro_batch_tokens
-    mine, most = rollout.select(rows[rank::ranks]), 1
-    if tokens is not None and ranks > 1:
-        total = rollout.extents.total[rows]
-        most = max(len(micro_batches(total[other::ranks], size, tokens)) for other in range(ranks))
-    return mine, micro_batches(mine.extents.total, size, tokens, most)
+    share = float(rollout.mask.sum() / whole.mask.sum().clamp_min(1)) if rollout is not whole else 1.0
+    return Update(metrics, deviation.over_ranks(), steps, value_only, stopped, share)
 
 
 def _forward(model: nn.Module, part: Rollout, text: Batch | None, sizes: dict, args: PPOConfig, value_only: bool):

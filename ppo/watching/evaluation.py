@@ -48,7 +48,7 @@ class Evaluator:
         """Responses to some prompts, and their scores."""
         seeds = [row_seed(self.args.seed, what, row) for row in rows]
         generated = sample(self.roles, [prompts.ids[row] for row in rows], seeds, self.args, reference)
-        return generated, score(self.roles, prompts, rows, generated, self.accelerator)
+        return generated, torch.tensor(score(self.roles, prompts, rows, generated, self.accelerator, self.args).total)
 
     def _of_reference(self, prompts: PromptSet):
         """The reference's responses and scores; drawn once, but for a reference that moves (``sync_ref_model``)."""
@@ -74,10 +74,12 @@ class Evaluator:
         rows = self._share(len(prompts))
         generated, scores = self._draw(prompts, rows, "evaluation")
         finished = torch.tensor([g.finished for g in generated])
-        final = final_scores(scores, finished, self.args, score_bias)
         kl = self._kl([prompts.ids[row] for row in rows], [g.token_ids for g in generated])
         lengths = torch.tensor([float(len(g.token_ids)) for g in generated])
         ref_generated, ref_scores = self._of_reference(prompts)
+        shaped_by = ref_scores[:, None] if self.args.reward_shaping == "par" else None
+        coef = self.roles.length_coef
+        final = final_scores(scores, finished, self.args, score_bias, lengths, coef, shaped_by)
         table = torch.stack([final, scores, kl, lengths, finished.float(), ref_scores], dim=1)
         table = self._gather(table, len(prompts))
         n = len(table)
@@ -173,7 +175,7 @@ class Evaluator:
         if "completion" in prompts.columns:
             texts = [prompts.columns["completion"][row] for row in rows]
             generated = [Generated(encode_completion(self.roles.tokenizer, text), True) for text in texts]
-            scores = score(self.roles, prompts, rows, generated, self.accelerator)
+            scores = torch.tensor(score(self.roles, prompts, rows, generated, self.accelerator, self.args).total)
         else:
             scores = self._draw(prompts, rows, "score_bias", reference=True)[1]
         return float(self._gather(scores[:, None], total).double().mean())

@@ -24,7 +24,7 @@ def update_metrics(
     """
     metrics = {**rollout_metrics(rollout, kl_coef), **done.metrics}
     if other_engine:
-        metrics.update(engine_metrics(rollout, args.importance_sampling_cap))
+        metrics.update(engine_metrics(rollout, args.importance_sampling_cap, args.importance_sampling))
     metrics["val/first_ratio_deviation"] = done.deviation.get("max", 0.0)
     metrics["policy/stopped_early"] = float(done.stopped_early)
     metrics["lr"], metrics["lr_value"] = rates.get("policy", 0.0), rates.get("value_model", 0.0)
@@ -82,21 +82,30 @@ def groups_without_signal(rollout: Rollout, k: int) -> float:
     return float(((groups.amax(1) - groups.amin(1)) == 0).float().mean())
 
 
-def engine_metrics(rollout: Rollout, cap: float | None) -> dict[str, float]:
+def engine_metrics(rollout: Rollout, cap: float | None, kind: str = "token_truncate") -> dict[str, float]:
     """How far an engine's log-probabilities are from the trainer's, over the real tokens of a whole, gathered rollout.
 
-    Without rounding the differences are 0 and the importance ratios 1. Without a cap the share above it is 0.
+    All before anything is cut or left out. Without rounding the differences are 0 and the importance ratios 1. Without
+    a cap the share above it is 0; it is that of tokens or of responses, as the correction counts them.
     """
     mask = rollout.mask
     log_ratio = torch.where(mask, rollout.logprobs - rollout.engine_logprobs, 0)
     ratio = log_ratio.exp()
-    above = ratio > cap if cap is not None else torch.zeros_like(mask)
+    of_response = log_ratio.sum(1).exp()
+    above = (ratio > cap) if cap is not None else torch.zeros_like(mask)
+    share = masked_mean(above.float(), mask)
+    if cap is not None and kind.startswith("sequence"):
+        share = (of_response > cap).float().mean()
     figures = {
         "engine/logprob_difference_mean": masked_mean(log_ratio.abs(), mask),
         "engine/logprob_difference_max": log_ratio.abs().max(),
         "engine/importance_ratio_mean": masked_mean(ratio, mask),
         "engine/importance_ratio_max": torch.where(mask, ratio, 0).max(),
-        "engine/importance_ratio_capped": masked_mean(above.float(), mask),
+        "engine/sequence_ratio_mean": of_response.mean(),
+        "engine/sequence_ratio_max": of_response.max(),
+        # Tokens are the engine's, so this is KL(engine || trainer) a token.
+        "engine/kl": -masked_mean(log_ratio, mask),
+        "engine/importance_ratio_capped": share,
     }
     return {name: float(value) for name, value in figures.items()}
 

@@ -117,3 +117,48 @@ def _hint(value: Any) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 120 else text[:117] + "..."
+
+
+def sums_of_dense(name: str, found: Any, tokens: list[int]) -> tuple[Any, list[list[float]] | None]:
+    """Dense rewards, one number a token, as scores (their sums), and themselves; a plain score has none.
+
+    Args:
+        name: of the function.
+        found: what it returned; untouched where nothing in it is dense.
+        tokens: of each response.
+
+    Raises:
+        ScoreError: another number of them than there are tokens, or one that is not finite; names the sample.
+    """
+    if not isinstance(found, list | tuple) or not any(_is_row(one) for one in found):
+        return found, None
+    sums, dense = [], []
+    for row, one in enumerate(found):
+        if row >= len(tokens) or not _is_row(one):
+            sums.append(one)
+            dense.append([0.0] * tokens[row] if row < len(tokens) else [])
+            continue
+        values = one.tolist() if hasattr(one, "tolist") else list(one)
+        if len(values) != tokens[row]:
+            raise ScoreError(
+                f"{name} returned {len(values)} rewards for sample {row}, whose response has {tokens[row]} tokens: "
+                f"dense rewards are one a token of response_ids (or one number for the whole).",
+                row,
+            )
+        wrong = next((n for n, value in enumerate(values) if not _is_finite(value)), None)
+        if wrong is not None:
+            raise ScoreError(
+                f"{name} returned {values[wrong]!r} for token {wrong} of sample {row}; it must be a finite number.",
+                row,
+            )
+        sums.append(float(sum(values)))
+        dense.append(values)
+    return sums, dense[: len(tokens)]
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 1

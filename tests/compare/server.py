@@ -4,7 +4,7 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from ppo_vs_dpo.compare.judges.llm import Cache, Comparison, LLMJudge, LLMJudgeConfig
+from ppo_vs_dpo.preferences.judging.llm import Cache, Comparison, LLMJudge, LLMJudgeConfig
 
 KEY = "sk-very-secret-key"
 

@@ -13,8 +13,8 @@ import pytest
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, read_jsonl, read_parquet
 from ppo_vs_dpo.compare.estimates.judgements import pair_comparisons, split_pairs
-from ppo_vs_dpo.compare.judges.backends import OpenAIBackend
-from ppo_vs_dpo.compare.judges.llm import Comparison, Judgement, LLMJudge, LLMJudgeConfig
+from ppo_vs_dpo.preferences.judging.backends import OpenAIBackend
+from ppo_vs_dpo.preferences.judging.llm import Comparison, Judgement, LLMJudge, LLMJudgeConfig
 from tests.compare.helpers import make_run, set_config
 from tests.compare.server import Server, prefers_longer
 from tests.compare.test_stage import compare, figures

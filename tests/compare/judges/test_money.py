@@ -7,11 +7,11 @@ import pytest
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.compare.estimates.judgements import table_of
-from ppo_vs_dpo.compare.judges.backends import Reply
-from ppo_vs_dpo.compare.judges.cache import Cache
-from ppo_vs_dpo.compare.judges.llm import LLMJudgeConfig
-from ppo_vs_dpo.compare.judges.template import after_thinking, load_template
 from ppo_vs_dpo.compare.sampling.policies import Prompts
+from ppo_vs_dpo.preferences.judging.backends import Reply
+from ppo_vs_dpo.preferences.judging.cache import Cache
+from ppo_vs_dpo.preferences.judging.llm import LLMJudgeConfig
+from ppo_vs_dpo.preferences.judging.template import after_thinking, load_template
 from tests.compare.server import KEY, comparisons, judge_at, prefers_longer
 
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from ppo_vs_dpo.compare.estimates.judgements import table_of
-from ppo_vs_dpo.compare.judges.llm import Judgement
 from ppo_vs_dpo.compare.judges.noise import add_corrections, corrected, flip_rate, repeated, rogan_gladen
 from ppo_vs_dpo.compare.judges.noise import self_disagreement as disagreement
 from ppo_vs_dpo.compare.sampling.policies import Prompts
+from ppo_vs_dpo.preferences.judging.llm import Judgement
 from tests.compare.server import comparisons, judge_at, prefers_longer
 
 HOW = {"confidence": 0.95}
@@ -136,7 +136,7 @@ def test_several_runs_are_corrected_together():
 
 
 def test_each_repeat_is_asked_and_kept(serve, tmp_path):
-    from ppo_vs_dpo.compare.judges.cache import Cache
+    from ppo_vs_dpo.preferences.judging.cache import Cache
 
     def wavers(question, number):
         first = server.requests[-1]["seed"] < 1000

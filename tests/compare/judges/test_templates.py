@@ -3,7 +3,7 @@
 import pytest
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.compare.judges.template import TEMPLATES, load_template
+from ppo_vs_dpo.preferences.judging.template import TEMPLATES, load_template
 
 
 @pytest.mark.parametrize("path", sorted(TEMPLATES.glob("*.yaml")), ids=lambda path: path.stem)

@@ -15,6 +15,7 @@ STAGES = ("data", "sft", "pairs", "reward_model", "dpo", "ppo", "compare")
 
 
 def run_of(folder, *overrides):
+    folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(load(list(overrides))))
     return RunFolder(folder)
 
@@ -36,6 +37,21 @@ def test_responses_and_updates_are_those_of_the_configuration(hh):
     assert beforehand.work_of(hh, "sft").updates == 0  # skip_training
     compare = beforehand.work_of(hh, "compare")
     assert compare.responses == 256 * (4 + 20 + 2 * 1)
+
+
+def test_a_value_model_costs_what_it_trains_on(tmp_path):
+    """Without one (a point of a sweep, too) half the trained tokens, a pass and a checkpoint less."""
+    run = run_of(tmp_path, "experiment=quickstart", "ppo.samples_per_prompt=4", "ppo.sweep={advantage:[rloo]}")
+    gae, rloo = (beforehand.work_of(run, name) for name in ("ppo", "ppo,advantage=rloo"))
+    assert rloo.updates == gae.updates
+    assert rloo.trained == gae.trained / 2
+    assert rloo.read == gae.read * 3 / 4
+    speed = {"parameters": 10**9, "device": "cpu"}
+    alone = run_of(tmp_path / "rloo", "experiment=quickstart", "ppo.samples_per_prompt=4", "ppo.advantage=rloo")
+    disk = [float(beforehand.space(r, [w], speed).split()[2]) for r, w in ((run, gae), (alone, rloo))]
+    kept = run.config.ppo.save_total_limit + 1
+    # fp32 with AdamW's moments, for each checkpoint that is kept.
+    assert disk[0] - disk[1] == pytest.approx(kept * 3 * 4, abs=0.2)
 
 
 def test_once_the_pairs_are_there_they_are_counted(hh):

@@ -13,6 +13,7 @@ from ppo_vs_dpo.pipeline.planning.advice import changed, fitting
 from ppo_vs_dpo.pipeline.planning.estimate import estimate
 from ppo_vs_dpo.pipeline.planning.memory import GB, GPUS, Shape, Sharding
 from ppo_vs_dpo.pipeline.planning.scaling import MODELS, job, markdown, rows, shape_of, write_table
+from ppo_vs_dpo.ppo.config import PPOConfig
 
 # As their model cards state them (total parameters).
 PUBLISHED = {
@@ -124,6 +125,31 @@ def test_one_base_is_planned_once():
     assert parts["policy"].gpu == (2 + 2 + 12) * adapter
     assert parts["reward"].gpu == 2 * (adapter + shape.hidden)
     assert "reference" not in parts
+
+
+def test_without_a_value_model_none_is_planned():
+    """Neither its weights nor its states, nor its part of the arithmetic; on one base neither."""
+    shape, sharding, gpu = shape_of("Llama-3-8B"), Sharding(8, stage=3), GPUS["h100-80gb"]
+    whole = estimate(shape, job("ppo"), sharding, gpu)
+    without = estimate(shape, dataclasses.replace(job("ppo"), critic=False), sharding, gpu)
+    value = next(part for part in whole.parts if part.role == "value")
+    assert [part.role for part in without.parts] == ["policy", "reference", "reward"]
+    assert whole.held - without.held == pytest.approx(value.gpu)
+    scalar = memory.forward_flops(shape, job("ppo").updates_rows, job("ppo").length)
+    assert whole.flops["forward"] - without.flops["forward"] == pytest.approx(scalar)
+    assert whole.phases["update"]["activations"] == 2 * without.phases["update"]["activations"]
+    one_base = {"adapters": (16, ("q_proj",)), "reference": False, "shared": True, "critic": False}
+    parts = estimate(shape, dataclasses.replace(job("ppo"), **one_base), sharding, gpu).parts
+    assert [part.role for part in parts] == ["base", "policy", "reward"]
+
+
+@pytest.mark.parametrize("setting", ["advantage=rloo", "advantage=grpo", "advantage=reinforce_pp", "advantage=gae"])
+def test_the_command_knows_who_trains_values(setting, capsys):
+    """As `PPOConfig.has_critic` says, which the planner cannot import."""
+    assert dispatch(["plan", "experiment=quickstart", f"ppo.{setting}", "ppo.samples_per_prompt=4"]) == 0
+    has_values = PPOConfig(report_to="none", samples_per_prompt=4, **dict([setting.split("=")])).has_critic
+    text = capsys.readouterr().out
+    assert ("value" in text[text.index("ppo:") :]) == has_values
 
 
 def test_the_command(capsys):

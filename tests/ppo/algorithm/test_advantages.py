@@ -1,5 +1,6 @@
 """Token rewards, GAE and whitening against their definitions and closed forms, in float64."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -7,6 +8,9 @@ import pytest
 import torch
 
 from ppo_vs_dpo.ppo.algorithm import gae, token_rewards, whiten
+from ppo_vs_dpo.ppo.config import PPOConfig
+from ppo_vs_dpo.ppo.rollouts.advantages import with_values
+from ppo_vs_dpo.ppo.rollouts.rollout import Rollout
 from tests.ppo.conftest import GAPS, T, ones
 
 
@@ -168,3 +172,20 @@ def test_whitening_of_nothing_and_of_one():
     assert not nothing.any()
     one = whiten(torch.tensor([[5.0, 1.0]]), torch.tensor([[1, 0]]), unbiased=True)
     assert one.tolist() == [[0, 0]]
+
+
+def test_decoupled_and_adaptive_lambda(draw):
+    """VAPO: a row's lambda goes by its length, 1 - 1/(alpha l); targets have their own, 1 giving sums of rewards."""
+    rewards, values = draw(5, T), draw(5, T)
+    empty = Rollout.empty([[1]] * 5, [[1] * T] * 5, [True] * 5, 0)
+    rollout = dataclasses.replace(empty, rewards=rewards, values=values, mask=GAPS, value_mask=GAPS)
+    args = PPOConfig(report_to="none", gamma=1.0, lam_alpha=0.5, value_lam=1.0)
+    advantages, returns = with_values(rollout, args)
+    lengths = GAPS.sum(1)
+    for row, lam in enumerate((1 - 2 / lengths.clamp_min(1)).clamp_min(0).tolist()):
+        alone, _ = gae(rewards[row : row + 1], values[row : row + 1], GAPS[row : row + 1], 1.0, lam)
+        torch.testing.assert_close(advantages[row], alone[0], atol=1e-12, rtol=0)
+    to_go = torch.where(GAPS, rewards, 0).flip(1).cumsum(1).flip(1)
+    torch.testing.assert_close(returns, torch.where(GAPS, to_go, 0), atol=1e-12, rtol=0)
+    plain = with_values(rollout, PPOConfig(report_to="none", gamma=1.0, lam=0.9))
+    assert all(torch.equal(a, b) for a, b in zip(plain, gae(rewards, values, GAPS, 1.0, 0.9), strict=True))

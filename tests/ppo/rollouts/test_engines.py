@@ -1,6 +1,7 @@
 """Generation engines: the interface, the correction of another engine's rounding, and what is refused."""
 
 import copy
+import math
 import sys
 
 import pytest
@@ -14,10 +15,12 @@ from ppo_vs_dpo.models.sampling.engine import TransformersEngine
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig
 from ppo_vs_dpo.models.sampling.vllm_colocated import VLLMEngine
 from ppo_vs_dpo.models.sampling.weights import named_weights
-from ppo_vs_dpo.ppo.algorithm import policy_loss, truncated_importance_weights
+from ppo_vs_dpo.ppo.algorithm import importance_weights, policy_loss
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.rollouts import collect
 from ppo_vs_dpo.ppo.rollouts.engines import check_colocated, check_whole, engine_dtype
+from ppo_vs_dpo.ppo.rollouts.rollout import Rollout
+from ppo_vs_dpo.ppo.watching.metrics import engine_metrics
 from tests.ppo.conftest import GAPS, T, logs, same, untimed
 
 
@@ -50,11 +53,59 @@ def test_weights_by_hand():
     engine[0, 3] = float("nan")
     mask = torch.tensor([[True, True, True, False]])
     expected = torch.tensor([[1.0, 0.5, 2.0, 1.0]], dtype=torch.float64)  # 0.3 / 0.1 = 3 is cut
-    torch.testing.assert_close(truncated_importance_weights(old, engine, mask, 2.0), expected, atol=1e-12, rtol=0)
-    uncut = truncated_importance_weights(old, engine, mask, 10.0)
+    torch.testing.assert_close(
+        importance_weights(old, engine, mask, 2.0, "token_truncate"), expected, atol=1e-12, rtol=0
+    )
+    uncut = importance_weights(old, engine, mask, 10.0, "token_truncate")
     assert uncut[0, 2].item() == pytest.approx(3, abs=1e-12)
-    assert torch.equal(truncated_importance_weights(old, engine, mask, None), torch.ones_like(old))
-    assert torch.equal(truncated_importance_weights(old, old, mask, 2.0), torch.ones_like(old))
+    assert torch.equal(importance_weights(old, engine, mask, None, "token_truncate"), torch.ones_like(old))
+    assert torch.equal(importance_weights(old, old, mask, 2.0, "sequence_mask"), torch.ones_like(old))
+
+
+def test_weights_of_responses_and_what_is_left_out():
+    """Ratios 2, 1/2 and 3 of tokens are 3 of the response; above the cap cut to it, or left out."""
+    engine = torch.log(torch.tensor([[0.2, 0.4, 0.1, 0.9], [0.3, 0.3, 0.3, 0.3]], dtype=torch.float64))
+    old = torch.log(torch.tensor([[0.4, 0.2, 0.3, 0.1], [0.3, 0.3, 0.3, 0.3]], dtype=torch.float64))
+    mask = torch.tensor([[True, True, True, False], [True] * 4])
+
+    def weights(kind, cap):
+        return importance_weights(old, engine, mask, cap, kind)[0].tolist()
+
+    assert weights("token_mask", 2.5) == pytest.approx([2, 0.5, 0, 1])
+    assert weights("sequence_truncate", 10.0) == pytest.approx([3] * 4)
+    assert weights("sequence_truncate", 2.5) == pytest.approx([2.5] * 4)
+    assert weights("sequence_mask", 2.5) == [0] * 4
+    assert (importance_weights(old, engine, mask, 2.5, "sequence_mask")[1] == 1).all()
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_weights_of_responses_are_unbiased(k):
+    """Summed over all responses of ``k`` tokens: E_engine[w r] = E_trainer[r]; with tokens' weights not for k = 2."""
+    trainer, engine = torch.tensor([0.7, 0.2, 0.1]).double(), torch.tensor([0.2, 0.5, 0.3]).double()
+    responses = torch.cartesian_prod(*[torch.arange(3)] * k).view(-1, k)
+    reward = torch.randn(len(responses), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    p, q = trainer[responses], engine[responses]
+    exact = (p.prod(1) * reward).sum()
+    found = {}
+    for kind in ("token_truncate", "sequence_truncate"):
+        weights = importance_weights(p.log(), q.log(), torch.ones_like(p), 1e9, kind)
+        found[kind] = (q.prod(1) * weights[:, 0] * reward).sum()
+    assert abs(found["sequence_truncate"] - exact) < 1e-12
+    assert (abs(found["token_truncate"] - exact) < 1e-12) == (k == 1)
+
+
+def test_the_figures_are_from_before_the_correction():
+    rollout = Rollout.empty([[1], [1]], [[2, 3], [2]], [True, True], 0)
+    rollout.engine_logprobs = torch.tensor([[-1.0, -2.0], [-1.0, 0.0]])
+    rollout.logprobs = torch.tensor([[-0.5, -1.5], [-1.5, 7.0]])
+    found = {kind: engine_metrics(rollout, 1.5, kind) for kind in ("token_mask", "sequence_mask")}
+    for figures in found.values():
+        assert figures["engine/importance_ratio_max"] == pytest.approx(math.exp(0.5))
+        assert figures["engine/sequence_ratio_max"] == pytest.approx(math.exp(1.0))
+        assert figures["engine/sequence_ratio_mean"] == pytest.approx((math.exp(1.0) + math.exp(-0.5)) / 2)
+        assert figures["engine/kl"] == pytest.approx(-0.5 / 3)
+    assert found["token_mask"]["engine/importance_ratio_capped"] == pytest.approx(2 / 3)
+    assert found["sequence_mask"]["engine/importance_ratio_capped"] == pytest.approx(1 / 2)
 
 
 def test_weighted_loss_by_hand():
@@ -71,7 +122,7 @@ def test_weighted_loss_by_hand():
 def test_weights_of_one_change_no_bit(draw):
     logprobs, old, advantages = draw(5, T).requires_grad_(), draw(5, T), draw(5, T)
     plain, stats = policy_loss(logprobs, old, advantages, GAPS, 0.2)
-    ones = truncated_importance_weights(old, old, GAPS, 2.0)
+    ones = importance_weights(old, old, GAPS, 2.0, "token_truncate")
     ones[~GAPS] = float("nan")  # garbage where nothing is real reaches neither loss nor gradient
     weighted, weighted_stats = policy_loss(logprobs, old, advantages, GAPS, 0.2, weights=ones)
     assert torch.equal(plain, weighted)
@@ -112,9 +163,12 @@ def test_without_mismatch_the_run_is_the_same(make_trainer, weights, monkeypatch
     monkeypatch.setattr(collect, "forward", agree)
     other.train()
     assert same(weights(plain), weights(other))
-    expected = {"difference_mean": 0, "difference_max": 0, "ratio_mean": 1, "ratio_max": 1, "ratio_capped": 0}
+    nothing = ("logprob_difference_mean", "logprob_difference_max", "importance_ratio_capped", "kl")
+    expected = dict.fromkeys(nothing, 0) | dict.fromkeys(
+        ("importance_ratio_mean", "importance_ratio_max", "sequence_ratio_mean", "sequence_ratio_max"), 1
+    )
     for row in logs(other):
-        seen = {name.split("_", 1)[1]: value for name, value in row.items() if name.startswith("engine/")}
+        seen = {name.removeprefix("engine/"): value for name, value in row.items() if name.startswith("engine/")}
         assert seen == expected
     rows = [{k: v for k, v in row.items() if not k.startswith("engine/")} for row in untimed(logs(other))]
     assert rows == untimed(logs(plain))

@@ -1,5 +1,6 @@
 """The stage: from a run folder to a trained policy in it, resumed by itself."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -203,6 +204,34 @@ def test_what_the_value_model_starts_from(run_folder, monkeypatch):
     assert not fresh.score.weight.any()
     policy = made[0.5].policy.model.embed_tokens.weight
     assert torch.equal(fresh.model.embed_tokens.weight, policy)
+
+
+def test_a_value_model_of_its_own(run_folder, tiny_reward, word_tokenizer, tmp_path, monkeypatch):
+    """value_path: the critic starts from that checkpoint, not from the reward model; other vocabularies stop it."""
+    from ppo_vs_dpo.ppo.stage import train
+
+    made = {}
+
+    class Spy(train.PPOTrainer):
+        def train(self, *args, **kwargs):
+            made["values"] = {name: p.detach().clone() for name, p in self.value_model.named_parameters()}
+            return super().train(*args, **kwargs)
+
+    monkeypatch.setattr(train, "PPOTrainer", Spy)
+    own = tiny_reward(9)
+    own.save_pretrained(tmp_path / "values")
+    word_tokenizer.save_pretrained(tmp_path / "values")
+    settings = {"value_path": str(tmp_path / "values"), "max_steps": 1, "eval_strategy": "no"}
+    run_stage(StageContext(run_folder(**settings), "ppo"))
+    for name, tensor in own.named_parameters():
+        assert torch.equal(made["values"][name], tensor), name
+    with pytest.raises(UserError, match="no values there"):
+        run_stage(StageContext(run_folder(**settings, advantage="rloo", samples_per_prompt=2), "ppo"))
+    other = copy.deepcopy(word_tokenizer)
+    other.add_tokens(["another"])
+    other.save_pretrained(tmp_path / "values")
+    with pytest.raises(UserError, match="another vocabulary"):
+        run_stage(StageContext(run_folder(**settings), "ppo"))
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,21 @@ def test_twenty_updates_on_any_number_of_ranks(train, tmp_path, ranks, deepspeed
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "deepspeed"), [(2, "zero2"), (2, "zero3"), (4, "zero3")])
+@pytest.mark.parametrize("method", ["rloo", "grpo", "reinforce_pp", "dpo"])
+def test_without_a_value_model(train, tmp_path, method, ranks, deepspeed):
+    """Groups over ranks and shards: one process's trajectory, and no bytes of a value model on any rank."""
+    settings = {"samples_per_prompt": 4, "rollout_batch_size": 32, "score_bias": 0.0}
+    settings |= {"advantage": method} if method != "dpo" else {"loss": "dpo"}
+    on_ranks(1, train, "one", None, False, settings)
+    for share in on_ranks(ranks, train, "many", deepspeed, False, settings):
+        assert share.keys() == {"policy", "reference", "reward", "master", "optimizer"}
+    one, many = history(tmp_path / "one", 4), history(tmp_path / "many", 4)
+    for name in ("loss/policy_avg", "policy/approxkl_avg", "objective/kl", "objective/scores"):
+        assert [row[name] for row in many] == pytest.approx([row[name] for row in one], abs=5e-4), name
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
     [

@@ -162,18 +162,20 @@ def test_a_reward_that_fails_on_one_rank_stops_all(make_trainer, prompts, tmp_pa
     on_ranks(2, build, train)
 
 
-@pytest.mark.parametrize("advantage", ["rloo", "grpo", "reinforce_pp"])
-def test_groups_are_whole_on_two_ranks(advantage, make_trainer, prompts, tiny_reward, tmp_path):
-    """Without a value model a response is compared with its prompt's others, which lie on both ranks."""
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["rloo", "grpo", "reinforce_pp", "dpo"])
+def test_groups_are_whole_on_several_ranks(method, ranks, make_trainer, prompts, tiny_reward, tmp_path):
+    """Without a value model a response is compared with its prompt's others, which lie on all ranks."""
 
     def build(name):
         # Sizes of the steps are SGD's: Adam would turn rounding into whole steps.
-        settings = {**SETTINGS, "advantage": advantage, "samples_per_prompt": 4, "eval_strategy": "no"}
+        settings = {**SETTINGS, "samples_per_prompt": 4, "eval_strategy": "no", "rollout_batch_size": 32}
+        settings |= {"advantage": method} if method != "dpo" else {"loss": "dpo", "whiten_rewards": False}
         parts = {"reward_model": tiny_reward(), "train_dataset": prompts}
         return make_trainer(parts, output_dir=str(tmp_path / name), **settings)
 
     build("one").train()
-    on_ranks(2, lambda: build("two"))
+    on_ranks(ranks, lambda: build("two"))
     (one, _), (two, _) = history(tmp_path / "one"), history(tmp_path / "two")
     for name in ("objective/kl", "objective/scores", "loss/policy_avg", "loss/grad_norm", "val/groups_without_signal"):
         assert [row[name] for row in two] == pytest.approx([row[name] for row in one], abs=2e-5), name

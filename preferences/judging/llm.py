@@ -9,10 +9,10 @@ from typing import Any
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import sha256_of
-from ppo_vs_dpo.compare.judges.backends import Backend, LocalBackend, OpenAIBackend
-from ppo_vs_dpo.compare.judges.cache import Cache
-from ppo_vs_dpo.compare.judges.template import JudgeTemplate, load_template
 from ppo_vs_dpo.models.sampling.chat import EndpointDown, Refused, Reply
+from ppo_vs_dpo.preferences.judging.backends import Backend, LocalBackend, OpenAIBackend
+from ppo_vs_dpo.preferences.judging.cache import Cache
+from ppo_vs_dpo.preferences.judging.template import JudgeTemplate, load_template
 
 ORDERS = ("forward", "swapped")
 # An endpoint that refused so many requests and answered none will answer none.

@@ -44,6 +44,11 @@ class Cache:
         """The reply under a key."""
         return self._known.get(key)
 
+    def paid(self) -> tuple[int, int]:
+        """Tokens of all replies that are kept: of prompts, of replies."""
+        kept = self._known.values()
+        return sum(one.prompt_tokens for one in kept), sum(one.completion_tokens for one in kept)
+
     def put(self, key: str, reply: Reply) -> None:
         """Keep a reply, on disk before this returns."""
         with self._lock:
