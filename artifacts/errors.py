@@ -47,6 +47,11 @@ def explain_os_error(error: OSError) -> str | None:
     return None
 
 
+def in_help(docstring: str | None) -> str:
+    """A docstring as ``--help`` shows it: without the marks that are for documentation."""
+    return (docstring or "").replace("``", "")
+
+
 def printable(text: str) -> str:
     """``text`` for a terminal: control characters other than line ends and tabs as their escapes.
 

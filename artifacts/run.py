@@ -115,23 +115,38 @@ class RunFolder:
     def begin(self, name: str, fingerprint: str | None, parts: dict[str, str]) -> Path | None:
         """Make a stage's folder ready for work on just this.
 
-        What was made from something else is moved aside, in one step and before anything is written.
+        What was made from something else is moved aside, in one step and before anything is written; an unfinished
+        attempt at this, moved aside before, is in its place again.
 
         Returns:
-            Where an earlier result of this stage is kept now, or ``None``.
+            Where a finished result of this stage is kept that this attempt takes the place of (also where an earlier
+            command had moved it), or ``None``.
         """
         folder = self.stage_dir(name)
         before = read_marker(folder / "started.json", set_aside=True, keys=STARTED_KEYS)
         before = before or read_marker(folder / "done.json")
+        attempt = replaced.unfinished(self.root, name, fingerprint)
         aside = None
-        if before is not None and before.get("fingerprint") != fingerprint:
+        if before is not None and before.get("fingerprint") == fingerprint:
+            if not (folder / "done.json").exists():
+                aside = replaced.displaced(self.root, before.get("instead_of"))
+        elif before is not None or attempt is not None:
             aside = self.clear(name)
+            if attempt is not None:
+                attempt.rename(folder)
+                before = read_marker(folder / "started.json") or {}
+                aside = aside or replaced.displaced(self.root, before.get("instead_of"))
         folder.mkdir(parents=True, exist_ok=True)
         for name_of_old in ("progress.json", "done.json"):
             (folder / name_of_old).unlink(missing_ok=True)
         write_json(
             folder / "started.json",
-            {"fingerprint": fingerprint, "parts": parts, "made_by": [*self._others(name), made_by()]},
+            {
+                "fingerprint": fingerprint,
+                "parts": parts,
+                "made_by": [*self._others(name), made_by()],
+                "instead_of": aside.name if aside is not None else None,
+            },
         )
         return aside
 
@@ -145,11 +160,12 @@ class RunFolder:
     def _others(self, name: str) -> list[dict]:
         return [one for one in self.made_by(name) if differences(one, made_by())]
 
-    def made_by(self, name: str) -> list[dict]:
-        """Every version of code and libraries that has worked on a stage, the first one first."""
-        made = (read_marker(self.stage_dir(name) / "started.json") or {}).get("made_by")
+    def made_by(self, name: str, folder: Path | None = None) -> list[dict]:
+        """Every version of code and libraries that has worked on a stage (in ``folder``), the first one first."""
+        folder = self.stage_dir(name) if folder is None else folder
+        made = (read_marker(folder / "started.json") or {}).get("made_by")
         made = made if isinstance(made, list) else []
-        done = (read_marker(self.stage_dir(name) / "done.json") or {}).get("made_by")
+        done = (read_marker(folder / "done.json") or {}).get("made_by")
         found = [one for one in [*made, done] if isinstance(one, dict)]
         return [one for number, one in enumerate(found) if one not in found[:number]]
 

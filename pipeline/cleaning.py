@@ -4,7 +4,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from ppo_vs_dpo.artifacts.errors import UserError, say
+from ppo_vs_dpo.artifacts.errors import UserError, in_help, say
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.pipeline.running.execute import locked
 
@@ -43,7 +43,7 @@ def size_of(folder: Path) -> int:
 
 def main(arguments: list[str]) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="ppo-vs-dpo clean", description=__doc__)
+    parser = argparse.ArgumentParser(prog="ppo-vs-dpo clean", description=in_help(__doc__))
     parser.add_argument("run", help="the run folder")
     parser.add_argument(
         "--remove", metavar="KIND,KIND", help=f"remove these: {', '.join(KINDS)}; all: every kind but cache"

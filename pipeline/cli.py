@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ppo_vs_dpo.artifacts.errors import UserError, explain_os_error, printable, say, warn
 from ppo_vs_dpo.artifacts.guards.processes import lose_no_interrupt
-from ppo_vs_dpo.artifacts.run import STAGES
-from ppo_vs_dpo.pipeline.composing.words import with_experiment
+from ppo_vs_dpo.artifacts.run import STAGES, RunFolder
+from ppo_vs_dpo.pipeline.composing.words import experiments, with_experiment
 
 HELP = f"""\
 From preference pairs to a verdict: SFT, reward model, PPO, DPO, best-of-n, compared on the same pairs.
@@ -43,7 +43,26 @@ Each stage alone: python -m ppo_vs_dpo.reward_model RUN_FOLDER
 
 COMMANDS = ("list", "show", "plan", "data", "iterate", "paper", "compare", "clean", "check", "verify", "doctor")
 # Commands with options, and a help, of their own.
-ASKED = ("plan", "data", "iterate", "paper", "compare", "clean", "doctor")
+ASKED = ("plan", "data", "iterate", "paper", "compare", "clean", "doctor", "verify")
+# The others, each in a paragraph.
+WORDS = {
+    "list": "ppo-vs-dpo list: the experiments, a line each. `ppo-vs-dpo show NAME` has the settings of one.",
+    "show": """\
+ppo-vs-dpo show NAME [key=value ...]
+
+The resolved configuration, every key with its comment above it. NAME is an experiment (ppo-vs-dpo list); what is typed
+behind it is taken in. Nothing is run or written.""",
+    "check": """\
+ppo-vs-dpo check NAME [key=value ...]
+
+Would every stage start? Types and ranges of all settings, functions, models, the first rows of files: all complaints
+at once, in seconds. Nothing is run or written. A run does the same before its first stage.""",
+    "run": """\
+ppo-vs-dpo run NAME [key=value ...], or without `run`
+
+Runs an experiment. What is finished is skipped, what was interrupted goes on. `ppo-vs-dpo show NAME` has every
+setting, `ppo-vs-dpo check NAME ...` looks without running, `ppo-vs-dpo --help` lists the commands.""",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -85,8 +104,10 @@ def interrupt_on_termination() -> None:
 
 def dispatch(arguments: list[str]) -> int:
     """Find out what is asked for and do it."""
-    if not arguments or arguments[0] == "help" or (arguments[0] not in ASKED and {"--help", "-h"} & {*arguments}):
-        say(HELP)
+    asks = bool({"--help", "-h"} & {*arguments})
+    if not arguments or arguments[0] in ("help", "--help", "-h") or (asks and arguments[0] not in ASKED):
+        command = "run" if asks and arguments[0] in experiments() else (arguments or [""])[0]
+        say(f"{WORDS[command]}\n" if asks and command in WORDS else HELP)
         return 0
     if arguments[0] == "--version":
         from ppo_vs_dpo.artifacts.guards.versions import versions
@@ -105,11 +126,11 @@ def dispatch(arguments: list[str]) -> int:
         say(show(with_experiment(with_config_dir(rest))))
         return 0
     if first == "data":
-        if rest[:1] != ["inspect"]:
+        if rest[:1] != ["inspect"] and not asks:
             raise UserError("usage: ppo-vs-dpo data inspect SOURCE")
         from ppo_vs_dpo.preferences.reading.inspect import main as inspect
 
-        return inspect(rest[1:]) or 0
+        return inspect(rest[1:] if rest[:1] == ["inspect"] else ["--help"]) or 0
     if first == "plan":
         from ppo_vs_dpo.pipeline.planning.plan import main as plan
 
@@ -127,6 +148,8 @@ def dispatch(arguments: list[str]) -> int:
 
         if comparing.wanted(rest):
             return comparing.main(rest)
+        if not rest[0].startswith("-"):
+            RunFolder(rest[0])  # a folder that is not there is known before libraries are loaded
         from ppo_vs_dpo.compare.pooled.runs import main as compare_several
 
         return compare_several(rest) or 0

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ppo_vs_dpo.artifacts.errors import UserError, say
+from ppo_vs_dpo.artifacts.errors import UserError, in_help, say
 from ppo_vs_dpo.artifacts.files import fingerprint_file, read_json, sha256_of, write_json, write_parquet, write_text
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.artifacts.stage import StageContext
@@ -36,7 +36,11 @@ ppo-vs-dpo compare --prompts FILE --policy a=FOLDER --policy b=outputs.jsonl --r
 
 def wanted(arguments: list[str]) -> bool:
     """Whether a command line of ``compare`` names policies rather than runs."""
-    return any(word.split("=")[0] in OWN for word in arguments) or {"--help", "-h"} & {*arguments} != set()
+    return (
+        not arguments
+        or any(word.split("=")[0] in OWN for word in arguments)
+        or {"--help", "-h"} & {*arguments} != set()
+    )
 
 
 def main(arguments: list[str]) -> int:
@@ -44,7 +48,10 @@ def main(arguments: list[str]) -> int:
     given = parser().parse_intermixed_args(arguments)
     sources = [source_of(text) for text in given.policy or []]
     if len(sources) < 2 and not (sources and given.reference):
-        raise UserError("what is compared with what? Give two of --policy NAME=SOURCE, or one and --reference MODEL.")
+        raise UserError(
+            "what is compared with what? Give two of --policy NAME=SOURCE, or one and --reference MODEL; or finished "
+            "runs to pool: ppo-vs-dpo compare RUN RUN ..."
+        )
     names = [name for name, _ in sources]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"--policy {twice[0]}: the name stands there twice.")
@@ -80,7 +87,9 @@ def main(arguments: list[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """What may be typed."""
-    found = argparse.ArgumentParser(prog="ppo-vs-dpo compare", usage=USAGE, description=__doc__.split("\n\n")[0])
+    found = argparse.ArgumentParser(
+        prog="ppo-vs-dpo compare", usage=USAGE, description=in_help(__doc__.split("\n\n")[0])
+    )
     found.add_argument("--policy", action="append", metavar="NAME=SOURCE", help="a model (folder or Hub), or outputs")
     found.add_argument("--prompts", metavar="FILE", help="default: those of the first file of outputs")
     found.add_argument("--reference", metavar="MODEL", help="what the policies were trained from: KL is to it")

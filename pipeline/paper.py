@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ppo_vs_dpo.artifacts.errors import UserError, say, warn
+from ppo_vs_dpo.artifacts.errors import UserError, in_help, say, warn
 from ppo_vs_dpo.artifacts.files import write_text
 from ppo_vs_dpo.papers.miniature import FOLDER, Miniature, run, stored
 from ppo_vs_dpo.papers.page import Checked, description, document, markdown, overview, write_pages
@@ -75,7 +75,7 @@ def run_full(one: Paper, setting: str | None, overrides: list[str], gpu: str, gp
 
 def main(arguments: list[str]) -> int:
     """``ppo-vs-dpo paper list | show NAME | run NAME``; 0."""
-    parser = argparse.ArgumentParser(prog="ppo-vs-dpo paper", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="ppo-vs-dpo paper", description=in_help(__doc__.splitlines()[0]))
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where miniatures run (default: %(default)s)")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="every paper: question, what it takes, whether its claims held in miniature")

@@ -52,6 +52,13 @@ def _file_of(error: BaseException) -> Path | None:
     return None
 
 
+def not_found(path: str, error: BaseException) -> str:
+    """Why a model is not there: what is wrong with its folder, or that there is no such folder and the Hub's word."""
+    if Path(path).expanduser().is_dir():
+        return first_sentence(error)
+    return f"there is no such folder here, and it could not be read from the Hub: {first_sentence(error)}"
+
+
 def chain(error: BaseException):
     """An exception and those it was raised from."""
     seen: set[int] = set()

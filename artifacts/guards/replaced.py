@@ -57,6 +57,18 @@ def find(root: Path, name: str, fingerprint: str) -> Path | None:
     return max(candidates)[2] if candidates else None
 
 
+def unfinished(root: Path, name: str, fingerprint: str | None) -> Path | None:
+    """An attempt at just this that was moved aside before it had finished."""
+    kept = find(root, name, fingerprint) if fingerprint is not None else None
+    return kept if kept is not None and not (kept / "done.json").is_file() else None
+
+
+def displaced(root: Path, name: object) -> Path | None:
+    """The finished result under this name in ``.replaced``, if there is one."""
+    place = root / FOLDER / name if isinstance(name, str) and name else None
+    return place if place is not None and (place / "done.json").is_file() else None
+
+
 def bring_back(root: Path, name: str, kept: Path, folder: Path) -> Path | None:
     """Put an earlier result in its place again; what stands there is moved aside. Returns where that is now."""
     aside = move_aside(root, name, folder)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from ppo_vs_dpo.artifacts.errors import UserError, explain_os_error, say, warn
+from ppo_vs_dpo.artifacts.errors import UserError, explain_os_error, in_help, say, warn
 from ppo_vs_dpo.artifacts.files import read_json, sha256_of
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.compare.estimates.allowed import sampled_as_measured, use_kl
@@ -246,7 +246,7 @@ def own_folder(runs: list[Run]) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="ppo-vs-dpo compare", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="ppo-vs-dpo compare", description=in_help(__doc__.split("\n\n")[0]))
     parser.add_argument("runs", nargs="+", metavar="RUN", help="finished run folders, one a seed")
     parser.add_argument("--output", metavar="FOLDER", help="where to write; default: pooled/ beside the first run")
     arguments = parser.parse_args(argv)

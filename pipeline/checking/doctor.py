@@ -17,7 +17,7 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from ppo_vs_dpo.artifacts.errors import say
+from ppo_vs_dpo.artifacts.errors import in_help, say
 from ppo_vs_dpo.pipeline.planning.gpus import visible
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "vllm", "bitsandbytes")
@@ -179,7 +179,7 @@ def findings(output: str) -> list[Finding]:
 
 def main(arguments: list[str]) -> int:
     """``ppo-vs-dpo doctor [--output DIR]``; 1 where something stops a run."""
-    parser = argparse.ArgumentParser(prog="ppo-vs-dpo doctor", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="ppo-vs-dpo doctor", description=in_help(__doc__.splitlines()[0]))
     parser.add_argument("--output", default="runs", metavar="DIR", help="where runs go (default: %(default)s)")
     found = findings(parser.parse_args(arguments).output)
     say("\n".join(map(str, found)) + "\n")

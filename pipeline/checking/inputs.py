@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_jsonl, write_text
 from ppo_vs_dpo.artifacts.guards.fingerprints import FUNCTION, points_of
-from ppo_vs_dpo.artifacts.guards.refusals import explain, of_a_defect
+from ppo_vs_dpo.artifacts.guards.refusals import explain, not_found, of_a_defect
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.artifacts.settings import key_of, split, unknown_keys
 from ppo_vs_dpo.artifacts.settings.values import of_another_type, out_of_range
@@ -59,6 +59,8 @@ def problems(config: dict[str, Any], stages: list[str]) -> list[str]:
             found += said(lambda stage=stage: adapted_layers(config, stage), f"{stage}.lora: ")
     found += functions(config, stages)
     found += [line for stage in stages for line in files(config, stage)]
+    if "data" in stages and not model:
+        found += first_rows(config)
     if "reward_model" in stages:
         given = config.get("reward_model") or {}
         found += scores_of(given.get("path"), given.get("head"), "reward_model.path")
@@ -265,6 +267,19 @@ def _is_a_place(text: str) -> bool:
     )
 
 
+def first_rows(config: dict[str, Any]) -> list[str]:
+    """Read the first rows of given pairs: columns that are not there, text for a chat model."""
+    from ppo_vs_dpo.preferences.config import GivenPairs, data_class, data_settings
+
+    if data_class(config["data"]) is not GivenPairs:
+        return []
+    from ppo_vs_dpo.models.loading.config import ModelConfig
+    from ppo_vs_dpo.preferences.given.pairs import look
+
+    model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), config["model"]))
+    return said(lambda: look(data_settings(config["data"]), model), "data.path: ")
+
+
 def judges(config: dict[str, Any]) -> list[str]:
     """Refuse entries of ``compare.judges`` that no judge can be made of."""
     from ppo_vs_dpo.preferences.judging.llm import LLMJudgeConfig
@@ -291,9 +306,21 @@ def scores_of(path: str | None, head: str | None, where: str) -> list[str]:
     """Refuse a reward model that is there and has no head, another one, or more labels than one."""
     from ppo_vs_dpo.models.loading.heads import check_reward
 
-    if not path or not (Path(path) / "config.json").is_file():
-        return []  # a name of the Hub, or nothing: `files` says so
+    if not path or (_is_a_place(path) and not Path(path).exists()):
+        return []  # nothing, or a place where nothing is: `files` says so
+    if not (Path(path) / "config.json").is_file():
+        return said(lambda: of_the_hub(path, where))
     return [f"{where}: {line}" for line in said(lambda: check_reward(path, head=head))]
+
+
+def of_the_hub(path: str, where: str) -> None:
+    """Refuse a model's name that is neither a folder's nor to be had from the Hub; its configuration alone is read."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}={path}: {not_found(path, error)}") from error
 
 
 def policies(config: dict[str, Any]) -> list[str]:

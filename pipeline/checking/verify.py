@@ -2,7 +2,7 @@
 
 import argparse
 
-from ppo_vs_dpo.artifacts.errors import printable, say
+from ppo_vs_dpo.artifacts.errors import in_help, printable, say
 from ppo_vs_dpo.artifacts.files import read_marker
 from ppo_vs_dpo.artifacts.guards.locks import hold, run_lock
 from ppo_vs_dpo.artifacts.run import STAGES, RunFolder
@@ -10,7 +10,7 @@ from ppo_vs_dpo.artifacts.run import STAGES, RunFolder
 
 def main(arguments: list[str]) -> int:
     """``ppo-vs-dpo verify RUN [--mend]``; 0 where all is whole, 1 where something is not."""
-    parser = argparse.ArgumentParser(prog="ppo-vs-dpo verify", description=__doc__)
+    parser = argparse.ArgumentParser(prog="ppo-vs-dpo verify", description=in_help(__doc__))
     parser.add_argument("run", help="a run folder")
     parser.add_argument(
         "--mend", action="store_true", help="mark what is not whole as not done: the same command makes it again"

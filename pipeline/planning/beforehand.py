@@ -1,4 +1,4 @@
-"""What a run will cost, said before its first stage: responses, tokens, updates, time on this machine, disk."""
+"""What a run will cost, said before its first stage: responses, tokens, updates, time here, memory, disk."""
 
 import math
 import os
@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, write_json
 from ppo_vs_dpo.artifacts.guards.fingerprints import point_name, points_of
 from ppo_vs_dpo.artifacts.run import RunFolder
@@ -21,6 +24,8 @@ CHARACTERS = 4
 ADAPTERS = 2 / 3
 # Starting a process, loading libraries and models.
 START = 15.0
+# The same with a model of the testbed's size, in a run that names its seconds.
+STARTED = 5.0
 
 
 @dataclass
@@ -46,6 +51,11 @@ class Work:
     adapters: bool = False
     known: bool = True
 
+    @property
+    def tokens(self) -> float:
+        """All of them."""
+        return self.trained + self.read + self.sampled
+
     def seconds(self, speed: dict[str, Any]) -> float | None:
         """On this machine; ``None`` where the work is not known."""
         if not self.known:
@@ -62,12 +72,36 @@ def say_cost(run: RunFolder, names: Iterable[str], environment: dict[str, str]) 
     works = [work_of(run, name) for name in names]
     configured = run.config.launch.expected_seconds
     speed = None if configured else speed_of(run, environment)
+    shares = shares_of_usual(run, [work.name for work in works]) if configured else {}
     seconds: dict[str, float] = {}
     for work in works:
         guess = configured.get(work.name.split(",")[0]) if configured else speed and work.seconds(speed)
+        if guess and configured:
+            start = min(float(guess), STARTED)
+            guess = start + (float(guess) - start) * shares.get(work.name, 1.0)
         if guess:
             seconds[work.name] = float(guess)
     return table(run, works, seconds, speed), seconds
+
+
+def shares_of_usual(run: RunFolder, names: list[str]) -> dict[str, float]:
+    """Tokens of each job beside those of the experiment as its file has it: whose seconds are the ones it names."""
+    from ppo_vs_dpo.pipeline.composing.compose import load
+
+    name = str(run.config.experiment)
+    word = f"paper={name.removeprefix('paper/')}" if name.startswith("paper/") else f"experiment={name}"
+    try:
+        usual = load([word], check_missing=False)
+    except UserError:
+        return {}  # an experiment of somebody's own folder
+    # By the two configurations alone: what has been made so far was made from this one.
+    nowhere = run.root / "nowhere"
+    shares = {}
+    for one in names:
+        here, there = (work_of(RunFolder(nowhere, config), one) for config in (run.config, usual))
+        if here.known and there.known and there.tokens:
+            shares[one] = here.tokens / there.tokens
+    return shares
 
 
 def speed_of(run: RunFolder, environment: dict[str, str]) -> dict[str, Any] | None:
@@ -79,6 +113,13 @@ def speed_of(run: RunFolder, environment: dict[str, str]) -> dict[str, Any] | No
         "trust_remote_code": model.get("trust_remote_code"),
         "architecture": dict(model.get("architecture") or {}),
         "batch": int((run.config.get("compare") or {}).get("batch_size") or 16),
+        "ranks": ranks(run),
+        "prompt": examples(run, "ppo")[1],
+        "sections": {
+            name: OmegaConf.to_container(run.config[name], resolve=True)
+            for name in ("model", "sft", "reward_model", "dpo", "ppo", "deepspeed")
+            if run.config.get(name) is not None
+        },
         "host": os.uname().nodename,
     }
     kept = run.cache("speed.json")
@@ -228,16 +269,20 @@ def _characters(value: Any) -> int:
 
 def table(run: RunFolder, works: list[Work], seconds: dict[str, float], speed: dict[str, Any] | None) -> str:
     """The table as text."""
-    lines = [f"{'stage':<22}{'updates':>9}{'responses':>11}{'tokens':>10}{'time':>10}"]
+    memory = (speed or {}).get("memory") or {}
+    head = f"{'stage':<22}{'updates':>9}{'responses':>11}{'tokens':>10}{'time':>10}"
+    lines = [head + (f"{'memory':>10}" if memory else "")]
     for work in works:
-        tokens = work.trained + work.read + work.sampled
+        tokens = work.tokens
         cells = (
             "" if work.updates is None else f"{work.updates:,}",
             f"{work.responses:,}" if work.responses else "",
             short(tokens) if tokens else "",
             spell(seconds[work.name]) if work.name in seconds else "?" if not work.known else "",
         )
-        lines.append(f"{work.name[:21]:<22}{cells[0]:>9}{cells[1]:>11}{cells[2]:>10}{cells[3]:>10}")
+        line = f"{work.name[:21]:<22}{cells[0]:>9}{cells[1]:>11}{cells[2]:>10}{cells[3]:>10}"
+        peak = memory.get(work.name.split(",")[0])
+        lines.append(line + (f"{peak / 1e9:>7.1f} GB" if peak else ""))
     total = sum(seconds.values())
     if total:
         where = f", measured on {speed['device']}" if speed else ", from launch.expected_seconds"
@@ -247,6 +292,10 @@ def table(run: RunFolder, works: list[Work], seconds: dict[str, float], speed: d
         lines.append(f"about {spell(together)} to {spell(total)} in all{where}{more}; Ctrl-C keeps what is done")
     else:
         lines.append("how long that takes is known after the first update; Ctrl-C keeps what is done")
+    if memory:
+        where = "a stage's process" if speed["device"] == "cpu" else "each GPU"
+        beside = f"; {run.config.launch.workers} stages run at once" if int(run.config.launch.workers) > 1 else ""
+        lines.append(f"memory: the peak of {where}, estimated from above{beside}")
     lines.append(space(run, works, speed))
     return "\n".join(line for line in lines if line) + "\n"
 

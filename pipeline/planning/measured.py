@@ -19,6 +19,8 @@ from ppo_vs_dpo.artifacts.guards.processes import die_with_parent
 PATIENCE = 120.0
 # Shape of what is timed: like a training micro-batch, and like decoding.
 ROWS, LENGTH = 2, 128
+# Bytes of a stage's process that has imported what it needs and holds no model (docs/data.md: 480 MB).
+LIBRARIES = 0.48e9
 
 
 def ask(question: dict[str, Any], environment: dict[str, str]) -> dict[str, Any] | None:
@@ -26,12 +28,13 @@ def ask(question: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]
 
     Args:
         question: ``path`` or ``architecture``, ``revision``, ``trust_remote_code``, ``dtype`` and ``batch`` (rows
-            decoded at once).
+            decoded at once); ``sections``, the stages to plan the memory of, and ``ranks``.
         environment: of the process: threads.
 
     Returns:
         Seconds a token: ``train`` (forward and backward), ``forward``, ``decode`` (a row's share of a step); and
-        ``device``, ``parameters``, ``layers``.
+        ``device``, ``parameters``, ``layers``, and ``memory``: the peak of each stage on a rank in bytes
+        (`planning.plan`, an estimate from above).
     """
     try:
         ended = subprocess.run(
@@ -65,6 +68,7 @@ def measure(question: dict[str, Any]) -> dict[str, Any]:
         architecture.setdefault("vocab_size", 512)
         config = AutoConfig.for_model(architecture.pop("model_type"), **architecture)
     layers = config.num_hidden_layers
+    memory = peaks(question, config)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     accelerator = torch.accelerator.is_available()
@@ -76,7 +80,34 @@ def measure(question: dict[str, Any]) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval()
         found.append(_times(model, config.vocab_size, int(question.get("batch") or 16), device))
     whole = {key: found[0][key] + max(0.0, found[1][key] - found[0][key]) * (layers - 1) for key in found[0]}
-    return {**whole, "device": str(device), "parameters": parameters, "layers": layers}
+    return {**whole, "device": str(device), "parameters": parameters, "layers": layers, "memory": memory}
+
+
+def peaks(question: dict[str, Any], architecture: Any) -> dict[str, float]:
+    """Bytes of each stage's hungriest phase on a rank: of the GPU, or on a CPU of the process, libraries included."""
+    import torch
+    from omegaconf import OmegaConf
+
+    from ppo_vs_dpo.pipeline.planning.estimate import estimate
+    from ppo_vs_dpo.pipeline.planning.memory import GPUS, Shape
+    from ppo_vs_dpo.pipeline.planning.plan import job_of, sharding_of
+
+    sections, ranks = question.get("sections") or {}, int(question.get("ranks") or 1)
+    if not sections:
+        return {}
+    on_cpu = not torch.accelerator.is_available()
+    shape, found = Shape.of(architecture), {}
+    for stage in ("sft", "reward_model", "dpo", "ppo"):
+        section = sections.get(stage)
+        if section is None or section.get("skip_training") or section.get("path"):
+            continue
+        if on_cpu:  # there nothing is computed twice unless somebody asks for it
+            section = {"gradient_checkpointing": False} | {k: v for k, v in section.items() if v is not None}
+        config = OmegaConf.create({**sections, stage: section})
+        job = job_of(config, stage, ranks, int(question.get("prompt") or 512), architecture)
+        sharding = sharding_of(config, ranks, half=not on_cpu)
+        found[stage] = estimate(shape, job, sharding, next(iter(GPUS.values()))).peak + on_cpu * LIBRARIES
+    return found
 
 
 def _times(model: Any, vocabulary: int, batch: int, device: Any) -> dict[str, float]:

@@ -10,7 +10,8 @@ import math
 import sys
 from typing import Any
 
-from ppo_vs_dpo.artifacts.errors import UserError, say
+from ppo_vs_dpo.artifacts.errors import UserError, in_help, say
+from ppo_vs_dpo.artifacts.guards.refusals import not_found
 from ppo_vs_dpo.pipeline.planning import memory
 from ppo_vs_dpo.pipeline.planning.advice import advice
 from ppo_vs_dpo.pipeline.planning.estimate import Job, estimate
@@ -184,7 +185,7 @@ def model_config(config: Any) -> Any:
             if sizes is not None:
                 say(f"{section.path} was not reached; its sizes are those that were published.\n")
                 return AutoConfig.for_model(sizes.pop("model_type"), **sizes)
-            raise UserError(f"model.path={section.path}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"model.path={section.path}: {not_found(section.path, error)}") from error
     architecture = OmegaConf.to_container(section.architecture, resolve=True)
     if "vocab_size" not in architecture:
         from ppo_vs_dpo.preferences.testbed.tokenizer import build_tokenizer
@@ -195,7 +196,7 @@ def model_config(config: Any) -> Any:
 
 def main(arguments: list[str]) -> int:
     """``ppo-vs-dpo plan [--gpus N] [--gpu NAME] [key=value ...]``; 0 where all fits, 1 where it does not."""
-    parser = argparse.ArgumentParser(prog="ppo-vs-dpo plan", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="ppo-vs-dpo plan", description=in_help(__doc__.splitlines()[0]))
     parser.add_argument("overrides", nargs="*", help="a configuration, as for a run: experiment=NAME key=value ...")
     parser.add_argument("--gpus", type=int, help="how many (default: launch.processes x launch.nodes)")
     parser.add_argument("--gpu", default="a100-80gb", choices=sorted(GPUS), help="which (default: %(default)s)")

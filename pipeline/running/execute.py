@@ -37,8 +37,13 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def stop(running: list[Running]) -> None:
-    """Ask every process to stop, wait, then kill what is left and all that it started."""
+def stop(running: list[Running]) -> list[str]:
+    """Ask every process to stop, wait, then kill what is left and all that it started.
+
+    Returns:
+        The jobs whose earlier results are in their places again.
+    """
+    back = []
     try:
         for one in running:
             one.signal(signal.SIGINT)
@@ -51,7 +56,9 @@ def stop(running: list[Running]) -> None:
         for one in running:
             one.process.wait()
             one.close()
-            one.put_back()
+            if one.put_back():
+                back.append(one.job.name)
+    return back
 
 
 def execute(run: RunFolder, jobs: list[Job], overview: Overview) -> None:
@@ -104,4 +111,7 @@ def _execute(run: RunFolder, jobs: list[Job], overview: Overview, mark: str) -> 
             overview.update()
             time.sleep(0.05)
     finally:
-        stop(running)
+        for name in stop(running):
+            overview.say(
+                f"{name}: the earlier result is in its place again; the same command goes on with the new one"
+            )

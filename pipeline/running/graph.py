@@ -90,6 +90,8 @@ def _set_state(run: RunFolder, job: Job) -> None:
     kept = replaced.find(run.root, job.name, job.fingerprint)
     if kept is not None and (job.state != "part" or (kept / "done.json").is_file()):
         job.kept = kept
+        if not (kept / "done.json").is_file():
+            job.state, job.because = "part", ""
 
 
 def select(jobs: list[Job], stages: list[str]) -> list[Job]:

@@ -159,14 +159,23 @@ class Running:
         shutil.rmtree(self.pulses.folder, ignore_errors=True)
 
     def put_back(self) -> bool:
-        """Where this attempt left nothing that took work: put the result in its place again that it had moved aside.
+        """Put the finished result that this attempt took the place of where it was: it is never lost to a failure.
+
+        What the attempt made is moved aside if it took work, and the same command goes on from it; else its log alone
+        is kept beside the result, as ``log.failed.txt``.
 
         Returns:
-            Whether that was done. The attempt's log then stands beside the result, as ``log.failed.txt``.
+            Whether that was done.
         """
         folder = self.run.stage_dir(self.job.name)
-        if self.aside is None or replaced.worth_keeping(folder):
+        if self.aside is None or self.run.done(self.job.name) is not None:
             return False
+        if replaced.worth_keeping(folder):
+            if not (self.aside / "done.json").is_file():
+                return False
+            attempt = replaced.bring_back(self.run.root, self.job.name, self.aside, folder)
+            self.log_path = attempt / self.log_path.name
+            return True
         with contextlib.suppress(OSError):
             self.log_path.replace(self.aside / "log.failed.txt")
         replaced.bring_back(self.run.root, self.job.name, self.aside, folder)
@@ -206,8 +215,6 @@ def explain_end(one: Running, hung: str | None = None) -> str:
     place = f"\n\nThe whole log: {one.log_path}\nThe same command goes on from where this stopped."
     if back:
         place += f" The earlier result of {name} is in its place again."
-    elif one.aside is not None:
-        place += f" The earlier result of {name} is kept: {one.aside}"
     if hung is not None:
         return f"{hung} The stage was ended.{place}"
     if code < 0:

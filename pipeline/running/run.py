@@ -47,15 +47,16 @@ def run_pipeline(config: DictConfig) -> int:
         run = RunFolder(folder, config)
         jobs = graph.build(run)
         todo = graph.select(jobs, list(config.stages))
-        if any(job.kept for job in todo):
+        work = [job for job in todo if not finished_before(job)]
+        if work:
+            check_versions(run, jobs, work)
+            check_once(run, depends_on(jobs, work), launcher, environment(config, "check"))
+        if len(work) < len(todo):
             write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
             bring_back(run, todo)
             jobs = graph.build(run)
             todo = graph.select(jobs, list(config.stages))
         chosen = [job for job in jobs if job.stage in config.stages]
-        if todo:
-            check_versions(run, jobs, todo)
-            check_once(run, depends_on(jobs, todo), launcher, environment(config, "check"))
         write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
         if todo:
             write_manifest(run)
@@ -90,10 +91,18 @@ def depends_on(jobs: list[graph.Job], todo: list[graph.Job]) -> dict[str, str]:
     return {name: sha256_of([[job.name, job.fingerprint] for job in jobs if job.stage == name]) for name in names}
 
 
+def finished_before(job: graph.Job) -> bool:
+    """Whether this job needs no work: its result, made from just these settings, was moved aside since."""
+    return job.kept is not None and (job.kept / "done.json").is_file()
+
+
 def bring_back(run: RunFolder, jobs: list[graph.Job]) -> None:
-    """Put results in their places again that were made from just these settings and moved aside since."""
+    """Put results in their places again that were made from just these settings and moved aside since.
+
+    What had not finished is brought back by `RunFolder.begin`, when work on it goes on.
+    """
     for job in jobs:
-        if job.kept is not None:
+        if finished_before(job):
             replaced.bring_back(run.root, job.name, job.kept, run.stage_dir(job.name))
             say(f"{job.name}: the earlier result with these settings is back, from {job.kept}\n")
 
@@ -113,8 +122,8 @@ def check_versions(run: RunFolder, jobs: list[graph.Job], todo: list[graph.Job])
             waiting += by_name[name].needs
     found: dict[str, list[str]] = {}
     for job in jobs:
-        if job.name in reads and job.state in ("done", "part"):
-            for made in run.made_by(job.name):
+        if job.name in reads and (job.kept is not None or job.state in ("done", "part")):
+            for made in run.made_by(job.name, job.kept):
                 for difference in differences(made, here):
                     found.setdefault(difference, []).append(job.name)
     if not found or run.config.launch.get("accept_version"):

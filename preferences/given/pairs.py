@@ -1,6 +1,8 @@
 """Steps for pairs that are there (Hub, files, configuration): ``data`` reads and splits, ``pairs`` hands on."""
 
+import itertools
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +100,29 @@ def _share(total: int, fraction: float, most: int | None = None) -> int:
     """At least one where a share is asked for."""
     number = max(1, round(fraction * total)) if fraction > 0 else 0
     return number if most is None else min(number, most)
+
+
+# Rows of a local file that are read before a run starts: enough to see other columns, or text for a chat model.
+LOOKED_AT = 50
+
+
+def look(settings: GivenPairs, model: ModelConfig) -> None:
+    """Read the first rows of a local file as the step will, in a second and without a trace.
+
+    Raises:
+        UserError: what the step would stop for; or the file is not there.
+    """
+    for path in (settings.path, settings.test_path):
+        if path is None or not is_local(path) or not Path(path).exists():
+            continue
+        report = Report(f"{path} (its first rows)")
+        checker = Checker(report, policies(settings.on_problem))
+        limits = TokenLimits(_tokenizer(model))
+        with tempfile.TemporaryDirectory() as folder:
+            rows = itertools.islice(read_files(path), LOOKED_AT)
+            out = Path(folder) / "first.parquet"
+            stage_pairs(rows, out, report, checker, mapping_options(settings), settings.format, limits)
+        report.raise_errors()
 
 
 def data_step(context: StageContext, settings: GivenPairs) -> None:

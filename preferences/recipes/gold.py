@@ -23,11 +23,20 @@ def load_gold(name: str, key: str = "data.gold") -> Callable[..., list[float]]:
     module, _, function = name.partition(":")
     try:
         found = _from_file(Path(module)) if module.endswith(".py") else _from_module(module)
+        if not callable(getattr(found, function, None)):
+            raise ImportError(f"{module} has no function {function!r}{_there(found)}")
         return getattr(found, function)
-    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
+    except (ImportError, ValueError, SyntaxError) as error:
         raise UserError(
             f"{key}={name}: {error}. Give it as my_file.py:function or package.module:function."
         ) from error
+
+
+def _there(module: ModuleType) -> str:
+    """The functions that a module defines itself."""
+    own = [name for name, one in vars(module).items() if getattr(one, "__module__", None) == module.__name__]
+    names = [name for name in own if callable(getattr(module, name)) and not name.startswith("_")]
+    return f"; it has {', '.join(names)}" if names else ""
 
 
 def _from_file(path: Path) -> ModuleType:

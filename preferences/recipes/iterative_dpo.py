@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from ppo_vs_dpo.artifacts.errors import UserError, terminal
+from ppo_vs_dpo.artifacts.errors import UserError, in_help, terminal
 from ppo_vs_dpo.artifacts.files import read_json, write_json
 from ppo_vs_dpo.artifacts.run import RunFolder
 
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         UserError: the first run lacks its SFT policy or reward model, or a round failed.
     """
-    parser = argparse.ArgumentParser(prog="ppo-vs-dpo iterate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="ppo-vs-dpo iterate", description=in_help(__doc__))
     parser.add_argument("run", help="a run whose stages data, sft and reward_model are done")
     parser.add_argument("--rounds", type=int, default=2, help="how often to sample and train")
     parser.add_argument("overrides", nargs="*", help="settings of every round, e.g. dpo.beta=0.1 data.samples=16")

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ppo_vs_dpo.artifacts.errors import UserError, say, terminal
+from ppo_vs_dpo.artifacts.errors import UserError, in_help, say, terminal
 from ppo_vs_dpo.preferences.reading.as_read import AsRead
 from ppo_vs_dpo.preferences.reading.importing import RENAMED, TokenLimits, mapped, within_limits
 from ppo_vs_dpo.preferences.reading.inspect.following import following
@@ -26,7 +26,7 @@ from ppo_vs_dpo.preferences.schema import Text
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="ppo-vs-dpo data inspect", description=__doc__)
+    parser = argparse.ArgumentParser(prog="ppo-vs-dpo data inspect", description=in_help(__doc__))
     parser.add_argument(
         "source", help="a Hub name, a .jsonl, .json, .parquet or .csv file (.gz too), or a folder of them"
     )

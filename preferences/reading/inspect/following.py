@@ -37,9 +37,9 @@ def following(report: Report, options: argparse.Namespace, columns: dict[str, st
             "See what a model would read (every token, and where the loss is):",
             f"  ppo-vs-dpo data inspect {source} --model MODEL",
         ]
-    words = ["ppo-vs-dpo experiment=hh", f"name={_name(options.source)}"]
+    words = ["ppo-vs-dpo try", f"name={_name(options.source)}"]
     words.append(f"model.path={shlex.quote(options.model) if options.model else 'MODEL'}")
-    words += ["data=files", f"data.path={source}"]
+    words += [f"data.path={source}"]
     words += [f"data.format={options.format}"] if options.format not in ("auto", "pairs") else []
     words += [as_setting(columns)] if columns else []
     if not is_local(options.source):
@@ -48,7 +48,11 @@ def following(report: Report, options: argparse.Namespace, columns: dict[str, st
     words += ["data.rendered=true"] if options.rendered else []
     if not options.rendered and (not conversation or options.conversational is not None):
         words.append(f"data.conversational={'true' if conversation or options.model is None else 'false'}")
-    return [*lines, "Start a run with these pairs:", f"  {' '.join(words)}"]
+    return [
+        *lines,
+        "Start a small run with these pairs (`hh data=files` in place of `try`: the full size):",
+        f"  {' '.join(words)}",
+    ]
 
 
 def _name(source: str) -> str:

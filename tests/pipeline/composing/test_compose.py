@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,14 @@ from omegaconf import OmegaConf
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.pipeline.cli import COMMANDS, dispatch, with_config_dir
 from ppo_vs_dpo.pipeline.composing.compose import experiments, load, prepare_overrides, run_name
-from ppo_vs_dpo.pipeline.composing.schema import CONFIGS, SECTIONS, fields_from_source, load_class, section_keys
+from ppo_vs_dpo.pipeline.composing.schema import (
+    CONFIGS,
+    SECTIONS,
+    fields_from_source,
+    load_class,
+    section_hints,
+    section_keys,
+)
 from ppo_vs_dpo.pipeline.composing.show import comments_of, list_experiments, show
 from ppo_vs_dpo.pipeline.composing.words import with_experiment
 from ppo_vs_dpo.pipeline.sweep import RECORD, last_word
@@ -97,7 +105,11 @@ def test_field_names_read_from_source_are_those_of_the_class(section):
 
     module, name = SECTIONS[section][1].split(":")
     imported = {field.name for field in dataclasses.fields(load_class(SECTIONS[section][1])) if field.init}
-    assert fields_from_source(module, name) == imported
+    assert {*fields_from_source(module, name)} == imported
+    hints = typing.get_type_hints(load_class(SECTIONS[section][1]))
+    said = section_hints(section)
+    assert {key: hint for key, hint in said.items() if hint != hints[key]} == {}
+    assert len(said) > 0.8 * len(imported)
     assert "per_device_train_batch_size" in section_keys(section)
 
 

@@ -83,22 +83,45 @@ def test_a_run_that_says_how_long_it_takes_is_not_measured(tmp_path, monkeypatch
     assert beforehand.work_of(run, "ppo,kl_coef=0.0").updates == 24
 
 
+def test_named_seconds_follow_what_was_overridden(tmp_path):
+    """A tenth of the updates takes about a tenth of the time; where nothing was changed, what the file says."""
+    run = run_of(tmp_path, "experiment=quickstart")
+    usual = beforehand.say_cost(run, STAGES, {})[1]
+    assert usual == dict(run.config.launch.expected_seconds)
+    few = run_of(tmp_path, "experiment=quickstart", "ppo.max_steps=2", "ppo.rollout_batch_size=16", "data.pairs=600")
+    found = beforehand.say_cost(few, [*STAGES, "ppo,kl_coef=0.0"], {})[1]
+    assert beforehand.STARTED <= found["ppo"] < usual["ppo"] / 4
+    assert found["ppo,kl_coef=0.0"] == found["ppo"]
+    assert found["dpo"] < usual["dpo"] / 2
+    assert found["sft"] == usual["sft"]
+
+
 def test_speed_is_measured_once_and_doubles_with_the_layers(tmp_path, monkeypatch):
     architecture = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 256, "vocab_size": 128}
     architecture |= {"num_attention_heads": 4, "num_hidden_layers": 8}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    found = measured.ask({"architecture": architecture, "batch": 4}, environment)
+    plain = OmegaConf.to_container(load(["experiment=quickstart", "sft.lora={r: 2, target_modules: [q_proj]}"]))
+    sections = {name: plain[name] for name in ("sft", "reward_model", "dpo", "ppo")}
+    found = measured.ask({"architecture": architecture, "batch": 4, "sections": sections}, environment)
     assert found["layers"] == 8
     assert found["train"] > found["forward"] > 0
     assert found["parameters"] == pytest.approx(2 * 128 * 64 + 8 * (4 * 64 * 64 + 3 * 64 * 256), rel=0.02)
     assert (
         measured.ask({"path": str(tmp_path / "gone")}, environment) is None
     )  # said as "known after the first update"
+    # At least weights, gradients and moments; PPO has them twice, and adapters leave most of them out.
+    peaks, whole = found["memory"], 16 * found["parameters"]
+    assert peaks["reward_model"] > measured.LIBRARIES + 0.8 * whole
+    assert peaks["ppo"] > measured.LIBRARIES + 1.8 * whole
+    assert peaks["sft"] < peaks["dpo"] - 0.7 * whole
     asked = []
     monkeypatch.setattr(beforehand, "ask", lambda question, _: asked.append(question) or found)
     run = run_of(tmp_path, "experiment=quickstart", "launch.expected_seconds={}")
     assert beforehand.speed_of(run, {}) == beforehand.speed_of(run, {}) == found
     assert len(asked) == 1
+    text = beforehand.table(run, [beforehand.work_of(run, "ppo")], {"ppo": 60.0}, found)
+    assert f"{peaks['ppo'] / 1e9:.1f} GB" in text
+    assert "the peak of a stage's process" in text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(45, "45 s"), (600, "10 min"), (9000, "2.5 h"), (300_000, "3.5 d")])

@@ -31,6 +31,10 @@ folder = pathlib.Path(run) / name
 (folder / "began").write_text(str(time.time()))
 (folder / "gpus").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 print("working on", name, flush=True)
+if what.startswith("some work, then "):
+    step = len(list(folder.glob("checkpoints/*"))) + 1
+    (folder / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
+    what = what.removeprefix("some work, then ")
 if what == "fail":
     sys.exit("\\nerror in stage %s: the pairs file is empty" % name)
 if what == "rank":
@@ -253,6 +257,49 @@ def test_a_replaced_result_is_back_where_the_new_attempt_made_nothing(run):
     assert run.done("bad")["fingerprint"] == "earlier"
     assert "the pairs file is empty" in (folder / "log.failed.txt").read_text()
     assert not (run.root / ".replaced").exists()
+
+
+def interrupted(run, job, attempt):
+    """Ctrl-C once the job is at work."""
+
+    def stop():
+        while not (run.stage_dir(job.name) / "checkpoints" / f"checkpoint-{attempt}").is_dir():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(KeyboardInterrupt):
+        go(run, [job])
+
+
+def failed(run, job, attempt):
+    with pytest.raises(UserError, match="The earlier result of bad is in its place again"):
+        go(run, [job])
+
+
+@pytest.mark.parametrize("first", ["fail", "hang", "kill"])
+def test_a_finished_result_is_back_however_the_new_attempt_ends(run, first):
+    """Failed, interrupted, or failed after the command itself was killed: and its checkpoints are gone on from."""
+    folder = run.stage_dir("bad")
+    run.begin("bad", "earlier", {})
+    (folder / "model").write_text("three days of work")
+    run.finish("bad", "earlier", 1.0, {})
+    for attempt in (1, 2):
+        if first == "kill":
+            # What a killed command leaves behind: the attempt where it was, the earlier result aside.
+            assert run.begin("bad", "new", {}) == run.root / ".replaced" / "bad-1"
+        what = f"some work, then {'hang' if first == 'hang' else 'fail'}"
+        job = Job("bad", "bad", {"what": what}, fingerprint="new")
+        (interrupted if first == "hang" else failed)(run, job, attempt)
+        assert (folder / "model").read_text() == "three days of work"
+        assert run.done("bad")["fingerprint"] == "earlier"
+        (kept,) = (run.root / ".replaced").glob("bad-*")
+        assert len(list(kept.glob("checkpoints/*"))) == attempt
+    go(run, [Job("bad", "bad", fingerprint="new")])
+    assert len(list(folder.glob("checkpoints/*"))) == 2
+    assert run.done("bad") is not None
+    (kept,) = (run.root / ".replaced").glob("bad-*")
+    assert (kept / "model").read_text() == "three days of work"
 
 
 def test_one_command_at_a_time(run):

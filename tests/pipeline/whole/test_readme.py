@@ -27,7 +27,11 @@ SMALLER = {
     "ppo-vs-dpo compare --prompts prompts.jsonl --policy mine=my_dpo_model --policy theirs=theirs.jsonl "
     "--reference my_model --judge my_judge.py:polite": ["compare.max_new_tokens=8"],
     "ppo-vs-dpo show quickstart": [],
-    "ppo-vs-dpo -m quickstart seed=1,2,3": mini.SMALL[1:],
+    "ppo-vs-dpo -m quickstart seed=1,2,3": [
+        *mini.SMALL[1:], "dpo.sweep=null", "ppo.sweep=null", "data.sft_examples=320", "sft.num_train_epochs=1",
+        "data.pairs=128", "ppo.max_steps=2", "compare.n_prompts=32", "compare.pool_size=2", "compare.best_of_n=[2]",
+        "compare.best_of={}", "compare.checkpoints={}",
+    ],
     "ppo-vs-dpo compare runs/quickstart-seed1 runs/quickstart-seed2 runs/quickstart-seed3": [],
     "ppo-vs-dpo plan hh model.path=my_model deepspeed=zero3 --gpus 8 --gpu h100-80gb": [],
     "ppo-vs-dpo hh name=two model.path=my_model launch.processes=2 deepspeed=zero2": [
@@ -63,8 +67,12 @@ def typed(line: str, folder: Path, *more: str) -> str:
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    """A folder with what the README's reader has: a model and a file of pairs."""
-    folder = tmp_path_factory.mktemp("desk")
+    return make_desk(tmp_path_factory.mktemp("readme") / "desk")
+
+
+def make_desk(folder: Path) -> Path:
+    """A folder with what the README's reader has: a model, pairs, prompts, outputs and a judge."""
+    folder.mkdir()
     save_chat_model(folder / "my_model")
     rows = [
         {"prompt": f"What is {a} plus {b}?", "chosen": f"It is {a + b}.", "rejected": f"It is {a * b + 1}, I think."}
@@ -84,6 +92,14 @@ def desk(tmp_path_factory):
 
 def test_no_command_of_the_readme_is_left_out():
     assert set(commands()) == {*SMALLER, "make quickstart", "make test"}
+
+
+def test_the_readme_fits_on_two_screens_and_says_what_the_papers_page_says():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 100
+    found = [re.search(r"(\d+) papers, (\d+) claims.*?(\d+) held, (\d+) not held, (\d+) not decided", page, re.DOTALL)
+             for page in (text, (ROOT / "docs" / "papers.md").read_text(encoding="utf-8"))]  # fmt: skip
+    assert found[0].groups() == found[1].groups()
 
 
 @pytest.mark.parametrize(

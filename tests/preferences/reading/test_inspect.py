@@ -191,7 +191,7 @@ def test_it_ends_with_the_command_to_type_next(tmp_path, capsys, byte_model, pla
     path = write_jsonl(tmp_path / "own pairs.jsonl")
     _, said = inspected(capsys, path)
     assert f"ppo-vs-dpo data inspect '{path}' --model MODEL" in said
-    start = f"ppo-vs-dpo experiment=hh name=own_pairs model.path={{}} data=files data.path='{path}'"
+    start = f"ppo-vs-dpo try name=own_pairs model.path={{}} data.path='{path}'"
     assert said.rstrip().endswith(f"{start.format('MODEL')} data.conversational=true")
     code, said = inspected(capsys, path, "--model", byte_model)
     assert code == 2

@@ -1,0 +1,202 @@
+"""Every command of the pages in docs/ is run: typed as it stands, with what makes it small behind it.
+
+`SMALLER` says what that is. What is not there is still tried: a run by ``ppo-vs-dpo check``, which looks at all that
+its stages would refuse; a benchmark by its ``--help``; a target of make by ``make -n``. `ELSEWHERE` names the test
+that runs a command, and `NOT_HERE` says why none can.
+"""
+
+import gzip
+import json
+import re
+import shutil
+
+import pytest
+
+from ppo_vs_dpo.pipeline.cli import COMMANDS
+from tests.pipeline import mini
+from tests.pipeline.whole.test_readme import FEW, PAGES, ROOT, make_desk, typed
+
+BEGINS = re.compile(r"(ppo-vs-dpo|python -m|python benchmarks|make|torchrun|sbatch|tensorboard|vllm serve|pip) \S")
+OWN = ["data=files", "data.path=my_pairs.jsonl", "data.conversational=true"]
+SMALL = [*mini.SMALL[1:], "dpo.sweep=null"]
+BEGINNING = "stages=[data,sft,pairs]"
+
+# Command -> what is typed behind it. Where a command stands before another here, it is typed before it.
+SMALLER: dict[str, list[str]] = {
+    "ppo-vs-dpo quickstart": SMALL,
+    "ppo-vs-dpo quickstart launch.processes=auto launch.workers=1": SMALL,
+    "ppo-vs-dpo quickstart stages=[ppo,compare]": SMALL,
+    "ppo-vs-dpo quickstart compare.best_of={}": SMALL,
+    "python -m ppo_vs_dpo.compare runs/quickstart": [],
+    "python -m ppo_vs_dpo.reward_model runs/quickstart": [],
+    "python -m ppo_vs_dpo.ppo runs/quickstart --point kl_coef=0.0": [],
+    "python -m ppo_vs_dpo.sft runs/quickstart": [],
+    "python -m ppo_vs_dpo.dpo runs/quickstart": [],
+    "python -m ppo_vs_dpo.ppo runs/quickstart": [],
+    "ppo-vs-dpo verify runs/quickstart": [],
+    "ppo-vs-dpo quickstart ppo.kl_coef=0.2 dpo.beta=0.3": SMALL,
+    "ppo-vs-dpo clean runs/quickstart": [],
+    "ppo-vs-dpo clean runs/quickstart --remove checkpoints,replaced": [],
+    "ppo-vs-dpo quickstart seed=3": [*SMALL, "stages=[data]"],
+    "ppo-vs-dpo quickstart name=world 'stages=[data]'": SMALL,
+    "ppo-vs-dpo quickstart name=rloo ppo.advantage=rloo ppo.samples_per_prompt=4 ppo.sweep=null": [
+        *SMALL, "ppo.sweep=null", "stages=[data,sft,pairs,reward_model,ppo]",
+    ],
+    "ppo-vs-dpo --config-dir my_configs experiment=mine": [*SMALL, "stages=[data]"],
+    "ppo-vs-dpo constitution": ["data.train_prompts=64", "data.sft_examples=320", "sft.max_steps=4", BEGINNING],
+    "ppo-vs-dpo rejection": ["data.train_prompts=32", "data.sft_examples=320", "sft.max_steps=4", BEGINNING],
+    "ppo-vs-dpo rejection name=rso data.rule=rso data.rso_beta=0.5 data.samples=16": [
+        "data.train_prompts=32", "data.sft_examples=320", "sft.max_steps=4", BEGINNING,
+    ],
+    "ppo-vs-dpo constitution_chat name=cai model.path=my_model data.prompts_path=prompts.jsonl": [
+        "data.train_prompts=8", "data.test_prompts=4", "data.heldout_prompts=2", "data.max_new_tokens=8", BEGINNING,
+    ],
+    "ppo-vs-dpo constitution_chat name=cai model.path=smollm2 *": [
+        "name=run", "data.train_prompts=8", "data.test_prompts=4", "data.heldout_prompts=2", "data.max_new_tokens=8",
+        BEGINNING,
+    ],
+    "ppo-vs-dpo hh model.path=my_model ppo.reward=my_reward.py:polite": [*FEW, *OWN],
+    "ppo-vs-dpo hh model.path=my_model 'ppo.reward=[reward_model, my_reward.py:polite]' "
+    "'ppo.reward_weights=[1.0, 0.5]'": [*FEW, *OWN, "stages=[ppo]"],
+    # Of the real run, what is large stays small here; the model is a tiny one under its name.
+    "ppo-vs-dpo hh model.path=smollm2 *": [
+        "name=real", "reward_model.max_steps=1", "dpo.max_steps=1", "ppo.max_steps=1", "compare.max_new_tokens=8",
+    ],
+    "ppo-vs-dpo hh model.path=my_model reward_model.path=runs/hh/reward_model/model": [
+        *FEW, *OWN, "name=given", "stages=[data,sft,pairs,reward_model,ppo]",
+    ],
+    "ppo-vs-dpo list": [],
+    "ppo-vs-dpo doctor": [],
+    "tensorboard --logdir runs": ["--inspect"],
+    "ppo-vs-dpo plan --table docs/scaling.md": [],
+    "python -m ppo_vs_dpo.pipeline.composing.settings_page docs/settings.md": [],
+}  # fmt: skip
+
+# Command, or how it begins -> the test that runs it.
+ELSEWHERE = {
+    "ppo-vs-dpo data inspect*": "preferences/test_docs_data.py",
+    "ppo-vs-dpo llama3_dpo*": "preferences/test_docs_data.py",
+    "ppo-vs-dpo rejection name=imdb*": "preferences/test_docs_data.py",
+    "ppo-vs-dpo iterate*": "preferences/recipes/test_recipes.py",
+    "ppo-vs-dpo compare --prompts*": "pipeline/whole/test_comparing.py",
+    "ppo-vs-dpo compare runs/*": "pipeline/whole/test_readme.py",
+    "ppo-vs-dpo try model.path=my_model data.path=my_pairs.jsonl*": "pipeline/whole/test_readme.py",
+    "ppo-vs-dpo -m quickstart seed=1,2,3*": "pipeline/whole/test_readme.py",
+    "ppo-vs-dpo -m quickstart seed=1,2,3 hydra/launcher*": "pipeline/running/test_launch.py",
+    "ppo-vs-dpo quickstart deepspeed=zero3 launch.hostfile*": "pipeline/running/test_launch.py",
+    "ppo-vs-dpo quickstart launch.processes=8*": "pipeline/running/test_launch.py",
+    "ppo-vs-dpo quickstart ppo.push_to_hub*": "pipeline/running/test_publish.py",
+    "ppo-vs-dpo quickstart report_to=wandb*": "pipeline/composing/test_compose.py",
+    "ppo-vs-dpo paper run*": "papers/test_miniature.py",
+    "torchrun*": "pipeline/running/test_launch.py",
+    "sbatch*": "pipeline/running/test_launch.py",
+    "python -m ppo_vs_dpo.reward_model.bench*": "reward_model/test_bench.py",
+    "python -m ppo_vs_dpo.compare.estimates.annotations*": "compare/estimates/test_annotations.py",
+    "pip wheel*": "test_wheel.py",
+    "pip install .*": "test_wheel.py",
+}
+# How a command begins -> why no test can run it on a machine without a GPU, a network or vLLM.
+NOT_HERE = {
+    "pip install*": "a package registry",
+    "vllm serve*": "vLLM; that the folder loads with from_pretrained is what other tests hold",
+    "python -m ppo_vs_dpo.models.sampling.vllm_server*": "vLLM: tests/ppo/rollouts/test_engine_vllm.py where it is",
+    "ppo-vs-dpo hh ppo.generation_engine=vllm*": "vLLM: tests/ppo/rollouts/test_engine_vllm.py where it is",
+    "torchrun --standalone --nproc-per-node 8*": "eight GPUs",
+}
+STANDS_FOR = [
+    (r"paper show NAME", "paper show nplus2024"), (r"OpenAssistant/\S+", "runs/hh/reward_model/model"),
+    (r"\b(RUN|runs/NAME)\b", "runs/quickstart"), (r"\b(MODEL|NAME_OR_FOLDER)\b", "my_model"),
+    (r"\bNAME\b", "quickstart"), (r"=M\b", "=my_model"), (r"=F\b", "=my_pairs.jsonl"),
+]  # fmt: skip
+
+
+def commands_of(text: str) -> list[str]:
+    """Commands in a page's blocks and between its backquotes, spelled out.
+
+    Continued lines are joined, comments and what is optional are taken off, and what stands for a name has one.
+    """
+    whole = re.sub(r"\s*\\\n\s*", " ", text)
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", whole, flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    lines += re.findall(r"^ {4,}(\S.*)$", whole, re.MULTILINE)
+    sentences = re.sub(r"```.*?```", "", whole, flags=re.DOTALL)
+    lines += [re.sub(r"\s+", " ", one) for one in re.findall(r"`([^`]+)`", sentences)]
+    plain = [re.split(r"\s{3,}|\s+#", re.sub(r"\s\[--[^]]*\]", "", line).strip())[0] for line in lines]
+    plain = [re.sub(r"^(ppo-vs-dpo (?:-m |show |plan |check )?)experiment=", r"\1", line) for line in plain]
+    for pattern, name in STANDS_FOR:
+        plain = [re.sub(pattern, name, line) for line in plain]
+    return [line for line in dict.fromkeys(plain) if BEGINS.match(line) and "..." not in line]
+
+
+def place(line: str, table: dict) -> str | None:
+    """The table's key for a command: the line itself, or the longest beginning of it that ends with a star."""
+    begun = [key for key in table if key.endswith("*") and line.startswith(key.rstrip("*"))]
+    return line if line in table else max(begun, key=len, default=None)
+
+
+def is_mention(line: str) -> bool:
+    """A command's bare word in a sentence, or a form of it."""
+    words = line.split()
+    return len(words) == 2 and words[0] == "ppo-vs-dpo" and words[1] in COMMANDS and line not in SMALLER
+
+
+ALL = {line: page.stem for page in PAGES for line in commands_of(page.read_text(encoding="utf-8"))}
+
+
+def test_every_command_has_its_place_and_every_place_its_command():
+    assert len(ALL) > 60
+    for table in (SMALLER, ELSEWHERE, NOT_HERE):
+        used = {place(line, table) for line in ALL}
+        assert not [key for key in table if key not in used], "no page has these commands any more"
+    for name in {*ELSEWHERE.values()}:
+        assert (ROOT / "tests" / name).is_file(), name
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """The README's desk, and what the pages' readers have."""
+    folder = make_desk(tmp_path_factory.mktemp("docs") / "desk")
+    (folder / "smollm2").symlink_to(folder / "my_model")
+    (folder / "pairs.jsonl").symlink_to(folder / "my_pairs.jsonl")
+    (folder / "my_reward.py").write_text((folder / "my_judge.py").read_text())
+    (folder / "my_configs" / "experiment").mkdir(parents=True)
+    (folder / "my_configs" / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - quickstart\n  - _self_\n"
+    )
+    shutil.copytree(ROOT / "docs", folder / "docs", ignore=shutil.ignore_patterns("images"))
+    rows = [json.loads(line) for line in (folder / "my_pairs.jsonl").read_text().splitlines()]
+    real = folder.parent / "shared" / "data" / "hh_rlhf"
+    real.mkdir(parents=True)
+    with gzip.open(real / "harmless_base.jsonl.gz", "wt") as out:
+        for row in rows:
+            turn = f"\n\nHuman: {row['prompt']}\n\nAssistant: "
+            out.write(json.dumps({side: turn + row[side] for side in ("chosen", "rejected")}) + "\n")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", SMALLER)
+def test_it_is_typed_and_ends_well(line, desk):
+    """In the order above: later commands work on what earlier ones made."""
+    typed(next(one for one in ALL if place(one, SMALLER) == line), desk, *SMALLER[line])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+def test_what_is_too_long_would_start(page, desk):
+    """All that no table names: runs are looked at, benchmarks and make are asked what they would do."""
+    for line in commands_of(page.read_text(encoding="utf-8")):
+        if is_mention(line) or any(place(line, table) for table in (SMALLER, ELSEWHERE, NOT_HERE)):
+            continue
+        words = line.split()
+        if words[0] == "make":
+            typed(f"make -n {line.removeprefix('make ')}", ROOT)
+        elif words[0] == "python":
+            typed(line, ROOT, "--help")
+        elif words[1] in ("show", "plan", "paper", "doctor"):
+            typed(line, desk)
+        elif words[0] == "ppo-vs-dpo":
+            more = OWN if words[1] == "hh" and "data=" not in line else []
+            typed(line.replace("ppo-vs-dpo ", "ppo-vs-dpo check ", 1), desk, *more)
+        else:
+            pytest.fail(f"{page.name}: {line}: say in this file how it is run, or why not")
