@@ -111,22 +111,15 @@ def of_another_type(section: dict[str, Any], cls: type, where: str) -> list[str]
     """
     hints = _hints(cls)
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-    # A switch that is null is decided by the stage: by the device, or by what else is asked for.
-    given = {
-        key: value
-        for key, value in section.items()
-        if not (value is None and (defaults.get(key) is None or hints.get(key) is bool))
-    }
-    return of_hints(given, hints, where)
-
-
-def of_hints(section: dict[str, Any], hints: dict[str, Any], where: str) -> list[str]:
-    """One sentence for each value that its hint does not allow; keys without a hint may be anything."""
-    return [
-        f"{where}.{key} is {value!r}; it must be {' or '.join(dict.fromkeys(_names(hints[key])))}."
-        for key, value in section.items()
-        if key in hints and not allows(hints[key], value)
-    ]
+    found = []
+    for key, value in section.items():
+        hint = hints.get(key)
+        # A switch that is null is decided by the stage: by the device, or by what else is asked for.
+        unset = value is None and (defaults.get(key) is None or hint is bool)
+        if hint is None or unset or allows(hint, value):
+            continue
+        found.append(f"{where}.{key} is {value!r}; it must be {' or '.join(dict.fromkeys(_names(hint)))}.")
+    return found
 
 
 def _hints(cls: type) -> dict[str, Any]:

@@ -17,18 +17,10 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from ppo_vs_dpo.artifacts.errors import UserError, printable
 from ppo_vs_dpo.artifacts.run import STAGES
 from ppo_vs_dpo.artifacts.settings import key_of, nearest, refused_keys
-from ppo_vs_dpo.artifacts.settings.values import of_hints, out_of_range
+from ppo_vs_dpo.artifacts.settings.values import out_of_range
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.papers.settings import all_settings, unknown
-from ppo_vs_dpo.pipeline.composing.schema import (
-    CONFIGS,
-    PIPELINE_KEYS,
-    SECTIONS,
-    load_class,
-    root_keys,
-    section_hints,
-    section_keys,
-)
+from ppo_vs_dpo.pipeline.composing.schema import CONFIGS, PIPELINE_KEYS, SECTIONS, load_class, root_keys, section_keys
 from ppo_vs_dpo.pipeline.composing.words import everywhere, experiments, no_such_choice, tracker_problems
 from ppo_vs_dpo.preferences.config import data_class
 
@@ -391,10 +383,6 @@ def check_section(section: str, values: DictConfig | dict, own: str, complete: b
             first = str(error.msg or error).splitlines()[0]
             problems.append(f"{section}.{error.full_key or key}: {first}")
     problems += out_of_range(plain_of(values), section)
-    # Null leaves it to the stage, and ${...} is filled in later; the stage's own look comes after both.
-    foreign = {key: value for key, value in plain_of(values).items() if key not in own_names}
-    foreign = {key: value for key, value in foreign.items() if value not in (None, "???") and "${" not in str(value)}
-    problems += [one for one in of_hints(foreign, section_hints(section), section) if one not in problems]
     # A merge lets a default stand where a file says ???; what is still to be set is asked for, not judged.
     incomplete = isinstance(values, DictConfig) and bool(OmegaConf.missing_keys(values))
     if complete and not incomplete:

@@ -8,7 +8,7 @@ import importlib.util
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
@@ -73,8 +73,8 @@ def load_class(spec: str) -> type:
     return getattr(importlib.import_module(module), name)
 
 
-def fields_from_source(module: str, name: str) -> dict[str, str]:
-    """Field name -> annotation of a dataclass, its bases included, read from its source.
+def fields_from_source(module: str, name: str) -> set[str]:
+    """Field names of a dataclass, its bases included, read from its source.
 
     Importing TRL's argument classes takes seven seconds, more than everything else the command does before it starts
     the first stage; their source takes a few milliseconds.
@@ -94,19 +94,20 @@ def fields_from_source(module: str, name: str) -> dict[str, str]:
             imported.update({alias.asname or alias.name: (source, alias.name) for alias in node.names})
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == name:
-            found: dict[str, str] = {}
-            for parent in reversed(node.bases):
-                parent_name = ast.unparse(parent)
-                if parent_name not in ("object", "Generic"):
-                    found |= fields_from_source(*_resolve(module, parent_name, imported))
-            return found | {
-                item.target.id: ast.unparse(item.annotation)
+            names = {
+                item.target.id
                 for item in node.body
                 if isinstance(item, ast.AnnAssign)
                 and isinstance(item.target, ast.Name)
                 and not ast.unparse(item.annotation).startswith("ClassVar")
                 and "init=False" not in ast.unparse(item)
             }
+            for parent in node.bases:
+                parent_name = ast.unparse(parent)
+                if parent_name in ("object", "Generic"):
+                    continue
+                names |= fields_from_source(*_resolve(module, parent_name, imported))
+            return names
     if name in imported:  # re-exported
         return fields_from_source(*imported[name])
     raise LookupError(f"{module}.{name}")
@@ -139,37 +140,10 @@ def section_keys(section: str) -> list[str]:
     if arguments:
         module, name = arguments.split(":")
         try:
-            keys |= {*fields_from_source(module, name)}
+            keys |= fields_from_source(module, name)
         except (LookupError, SyntaxError, OSError):
             keys |= set(field_names(load_class(arguments)))
     return sorted(keys)
-
-
-# What annotations of argument classes are made of; one with another word in it allows everything here.
-WORDS: dict[str, Any] = {
-    **{one.__name__: one for one in (bool, int, float, str, list, dict)},
-    "Literal": Literal, "Optional": Optional, "Union": Union, "Any": Any,
-}  # fmt: skip
-
-
-@functools.cache
-def section_hints(section: str) -> dict[str, Any]:
-    """Key -> type of the keys of a section's argument class, as far as its source says it in plain words."""
-    arguments = SECTIONS[section][1]
-    found = {}
-    try:
-        written = fields_from_source(*arguments.split(":")) if arguments else {}
-    except (LookupError, SyntaxError, OSError):
-        return {}  # the stage's own look, which imports the class, says it
-    for key, annotation in written.items():
-        try:
-            tree = ast.parse(annotation.strip("'\""), mode="eval")
-            names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-        except SyntaxError:
-            continue
-        if names <= {*WORDS}:
-            found[key] = eval(compile(tree, key, "eval"), {"__builtins__": {}}, WORDS)
-    return found
 
 
 def root_keys() -> list[str]:

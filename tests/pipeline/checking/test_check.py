@@ -7,6 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import read_marker
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.artifacts.settings.values import allows, inside, of_another_type, out_of_range
 from ppo_vs_dpo.pipeline.checking.check import check_once, load_checked
@@ -14,6 +15,7 @@ from ppo_vs_dpo.pipeline.checking.inputs import problems
 from ppo_vs_dpo.pipeline.checking.verify import main as verify
 from ppo_vs_dpo.pipeline.composing.compose import Complaint, load
 from ppo_vs_dpo.pipeline.running.launch import launcher
+from tests.pipeline.chat_model import save_chat_model
 
 STAGES = ["data", "sft", "pairs", "reward_model", "dpo", "ppo", "compare"]
 # Whatever is wrong with a value alone is said when the configuration is composed.
@@ -46,15 +48,18 @@ AT_ONCE = [
     ("reward_model.head=v_head", "names the head of reward_model.path, and that is not set"),
     ("sft.assistant_only_loss=true", "sft.assistant_only_loss: the loss is on the assistant's words already"),
     ("launch.processes=0", "launch.processes is 0"),
+    ("seed=-1", "seed is -1"),
 ]
 # What needs the argument classes, the model or the user's files is said by the check, all at once.
 LATER = {
     "sft.learning_rate=abc": "sft.learning_rate is 'abc'; it must be a number",
     "dpo.beta=abc": "dpo.beta is 'abc'; it must be a number",
-    "dpo.sweep={beta: [0.1, -3]}": "dpo.beta is -3",
     "ppo.whiten_rewards=maybe": "ppo.whiten_rewards is 'maybe'; it must be true or false",
+    "ppo.missing_eos=foo": "ppo.missing_eos is 'foo'; it must be replace or subtract",
+    "dpo.sweep={beta: [0.1, -3]}": "dpo.beta is -3",
     "reward_model.lr_scheduler_type=linar": "linar is not a valid SchedulerType",
     "data.gold=nowhere:f": "data.gold=nowhere:f",
+    "reward_model.path=nowhere": "reward_model.path=nowhere: there is no such folder here, and it could not be read",
     "compare.policies={a: {path: /nowhere}}": "/nowhere does not exist",
     "compare.judges=[{kind: llm, model: x, template: nope}, {kind: nun}, {kind: function, function: 'a.b:c'}]": "nope",
 }
@@ -181,6 +186,34 @@ def test_what_is_refused_later_is_said_in_the_same_round(monkeypatch):
     assert len(found) == len(wrong), found
 
 
+@pytest.mark.parametrize(
+    ("row", "more", "message"),
+    [
+        ({"prompt": "Q?", "chosen": "A", "rejected": "B"}, [], "data.conversational=true"),
+        ({"prompt": "Q?", "chosen": "A", "rejected": "B"}, ["data.conversational=true"], None),
+        ({"instruction": "Q?", "better": "A", "worse": "B"}, [], "The columns are instruction, better, worse"),
+    ],
+)
+def test_the_first_rows_are_read_before_the_first_stage(tmp_path, row, more, message):
+    rows = [{name: f"{text} {number}" for name, text in row.items()} for number in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    words = [
+        "experiment=try",
+        f"model.path={save_chat_model(tmp_path / 'model')}",
+        f"data.path={tmp_path}/pairs.jsonl",
+    ]
+    found = problems(OmegaConf.to_container(load([*words, *more]), resolve=True), ["data"])
+    assert message in "\n".join(found) if message else found == []
+
+
+def test_a_model_that_is_nowhere_and_a_function_that_is_not_there_are_named(tmp_path):
+    (tmp_path / "mine.py").write_text("def polite(prompts, completions, **columns):\n    return []\n")
+    config = load(["experiment=hh", "model.path=nowhere", f"ppo.reward={tmp_path}/mine.py:plite"])
+    found = "\n".join(problems(OmegaConf.to_container(config, resolve=True), ["ppo"]))
+    assert "model.path=nowhere: there is no such folder here, and it could not be read from the Hub" in found
+    assert "mine.py has no function 'plite'; it has polite. Give it as" in found
+
+
 def test_adapters_name_layers_of_the_model():
     lora = "ppo.lora={r: 4, target_modules: [q_prj]}"
     config = OmegaConf.to_container(load(["experiment=quickstart", lora, "ppo.shared_base=false"]), resolve=True)
@@ -198,15 +231,19 @@ def test_what_is_right_is_not_complained_of():
 
 def test_a_wrong_value_leaves_a_finished_run_as_it_was(tmp_path, monkeypatch):
     """The check comes before anything is moved or written."""
+    from ppo_vs_dpo.pipeline.running import graph
     from ppo_vs_dpo.pipeline.running import run as running
 
     good = load(["experiment=quickstart", f"output_dir={tmp_path}", "stages=[data,sft]"])
     (tmp_path / "quickstart").mkdir()
     OmegaConf.save(good, tmp_path / "quickstart" / "config.yaml")
     folder = RunFolder(tmp_path / "quickstart")
+    # The result of data with just these settings was moved aside before: it does not come back for a refused command.
+    folder.begin("data", next(job.fingerprint for job in graph.build(folder) if job.name == "data"), {})
+    folder.finish("data", read_marker(folder.path("data", "started.json"))["fingerprint"], 1.0, {})
     for name in ("data", "sft"):
         folder.begin(name, "f", {})
-        (folder.stage_dir(name) / "model").mkdir()
+        (folder.stage_dir(name) / "model").mkdir(exist_ok=True)
         (folder.stage_dir(name) / "model" / "weights").write_text("three days of work")
         folder.finish(name, "f", 1.0, {})
     before = {path: path.read_bytes() for path in (tmp_path / "quickstart").rglob("*") if path.is_file()}
@@ -214,7 +251,9 @@ def test_a_wrong_value_leaves_a_finished_run_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"sft\.x is wrong"):
         running.run_pipeline(load(["experiment=quickstart", f"output_dir={tmp_path}", "stages=[data,sft]"]))
     after = {path: path.read_bytes() for path in (tmp_path / "quickstart").rglob("*") if path.is_file()}
-    assert {path: text for path, text in after.items() if "cache" not in path.parts} == before
+    assert {path: text for path, text in after.items() if "cache" not in path.parts} == {
+        path: text for path, text in before.items() if "cache" not in path.parts
+    }
 
 
 def test_what_was_found_in_order_is_not_looked_at_twice(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import typing
 from pathlib import Path
 
 import pytest
@@ -11,14 +10,7 @@ from omegaconf import OmegaConf
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.pipeline.cli import COMMANDS, dispatch, with_config_dir
 from ppo_vs_dpo.pipeline.composing.compose import experiments, load, prepare_overrides, run_name
-from ppo_vs_dpo.pipeline.composing.schema import (
-    CONFIGS,
-    SECTIONS,
-    fields_from_source,
-    load_class,
-    section_hints,
-    section_keys,
-)
+from ppo_vs_dpo.pipeline.composing.schema import CONFIGS, SECTIONS, fields_from_source, load_class, section_keys
 from ppo_vs_dpo.pipeline.composing.show import comments_of, list_experiments, show
 from ppo_vs_dpo.pipeline.composing.words import with_experiment
 from ppo_vs_dpo.pipeline.sweep import RECORD, last_word
@@ -105,11 +97,7 @@ def test_field_names_read_from_source_are_those_of_the_class(section):
 
     module, name = SECTIONS[section][1].split(":")
     imported = {field.name for field in dataclasses.fields(load_class(SECTIONS[section][1])) if field.init}
-    assert {*fields_from_source(module, name)} == imported
-    hints = typing.get_type_hints(load_class(SECTIONS[section][1]))
-    said = section_hints(section)
-    assert {key: hint for key, hint in said.items() if hint != hints[key]} == {}
-    assert len(said) > 0.8 * len(imported)
+    assert fields_from_source(module, name) == imported
     assert "per_device_train_batch_size" in section_keys(section)
 
 
@@ -126,10 +114,19 @@ def test_an_experiment_is_named_by_its_bare_word(tmp_path):
         with_experiment(["lits"], COMMANDS)
 
 
-@pytest.mark.parametrize("line", ["run --help", "-m -h", "quickstart --help"])
-def test_help_is_given_wherever_it_is_asked_for(line, capsys):
-    assert dispatch(line.split()) == 0
-    assert "ppo-vs-dpo NAME" in capsys.readouterr().out
+@pytest.mark.parametrize("command", [*COMMANDS, "data inspect", "run", "quickstart", "-m"])
+def test_help_is_given_wherever_it_is_asked_for(command, capsys):
+    """By each command in words of its own, and without the marks of docstrings."""
+    for flag in ("--help", "-h"):
+        try:
+            code = dispatch([*command.split(), flag])
+        except SystemExit as ended:
+            code = ended.code
+        assert code == 0
+        said = capsys.readouterr().out
+        own = {"-m": "ppo-vs-dpo NAME", "quickstart": "ppo-vs-dpo run NAME"}.get(command, f"ppo-vs-dpo {command}")
+        assert own in said.splitlines()[0] or own in said.split("\n\n")[1], said[:200]
+        assert "``" not in said
 
 
 def test_a_key_of_all_stages_and_an_emptied_mapping():
