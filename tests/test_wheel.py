@@ -43,6 +43,24 @@ def installed(wheel, tmp_path_factory) -> Path:
     return folder / "bin"
 
 
+@pytest.mark.slow
+def test_an_editor_finds_an_editable_install(tmp_path):
+    """docs/install.md's line: the path file names a folder with the package and its py.typed, which is what pyright,
+    mypy and jedi follow; they run no import hook."""
+    (line,) = re.findall(r"^ {4}pip (install -e .*strict)$", (ROOT / "docs" / "install.md").read_text(), re.MULTILINE)
+    source = tmp_path / "source"
+    subprocess.run(["git", "-C", str(ROOT), "checkout-index", "-a", f"--prefix={source}/"], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(tmp_path / "venv" / "bin" / "python")]
+    subprocess.run([*pip, "-q", *line.split()], check=True, capture_output=True, cwd=source)
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    (path_file,) = site.glob("__editable__*.pth")
+    package = Path(path_file.read_text().strip()) / "ppo_vs_dpo"
+    assert (package / "py.typed").is_file()
+    for name in ("__init__.py", "ppo/trainer.py", "ppo/config/config.py"):
+        assert (package / name).resolve() == source / name
+
+
 @pytest.fixture
 def elsewhere(tmp_path) -> Path:
     for name in THEIRS:

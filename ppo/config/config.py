@@ -46,6 +46,9 @@ class PPOConfig(TrainingArguments):
 
     One *update* is: sample a rollout, then ``num_ppo_epochs`` passes over it in ``num_mini_batches`` minibatches. All
     of the Trainer's steps (``max_steps``, ``logging_steps``, ``eval_steps``, ``save_steps``, warm-up) count updates.
+
+    What each setting means and why its default is what it is: docs/ppo.md, or here as
+    ``PPOConfig.__dataclass_fields__["kl_coef"].metadata["help"]``.
     """
 
     def __new__(cls, *args: Any, **given: Any) -> "PPOConfig":

@@ -94,6 +94,7 @@ ELSEWHERE = {
     "python -m ppo_vs_dpo.compare.estimates.annotations*": "compare/estimates/test_annotations.py",
     "pip wheel*": "test_wheel.py",
     "pip install .*": "test_wheel.py",
+    "pip install -e . --no-deps *": "test_wheel.py",
 }
 # How a command begins -> why no test can run it on a machine without a GPU, a network or vLLM.
 NOT_HERE = {
