@@ -135,7 +135,9 @@ def stage_main(
 
     Exit codes: 0 done, 2 the user can mend it, 130 interrupted (the same command goes on), 1 a defect.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m {stage}", description=sys.modules[run_stage.__module__].__doc__)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m ppo_vs_dpo.{stage}", description=sys.modules[run_stage.__module__].__doc__
+    )
     parser.add_argument("run", help="the run folder (holds config.yaml)")
     if choices:
         parser.add_argument("--step", choices=sorted(choices), required=True, help="which step of this room")

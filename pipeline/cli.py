@@ -179,7 +179,10 @@ def dispatch(arguments: list[str]) -> int:
     mine = ("--config-dir", "--accept-version")
     unknown = [item for item in arguments if item.startswith("-") and not item.startswith(mine)]
     if unknown:
-        raise UserError(f"unknown option {unknown[0]}. `ppo-vs-dpo --help` lists them.")
+        plain = (
+            f"Settings have no dashes: {unknown[0].lstrip('-')}" if "=" in unknown[0] else "Try `ppo-vs-dpo --help`"
+        )
+        raise UserError(f"unknown option {unknown[0]}. {plain}")
     return run_one(with_experiment(with_config_dir(arguments), COMMANDS))
 
 

@@ -81,6 +81,8 @@ def sort_overrides(overrides: list[str]) -> tuple[list[str], list[str]]:
         text = override.input_line
         # Its keys (hydra.sweep.dir) and its groups (hydra/launcher).
         hydras = section == "hydra" or key.startswith("hydra/")
+        if key == "stages" and not override.is_sweep_override() and not isinstance(override.value(), list):
+            problems.append(f"{text}: it is a list: stages=[{override.value()}]")
         if (key in GROUPS and _names_a_group(override)) or hydras or override.is_add():
             prepared.append(text)
         elif section in SECTIONS and rest:

@@ -105,7 +105,7 @@ class Overview:
         if same:
             return sum(same) / len(same)
         configured = self.run.config.launch.expected_seconds.get(job.stage)
-        return float(configured) if configured else self.estimates.get(job.name)
+        return self.estimates.get(job.name, float(configured) if configured else None)
 
     def left(self) -> str:
         """Time left, as far as it can be known: from a running job's first update on by how fast it gets on."""

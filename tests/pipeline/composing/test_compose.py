@@ -83,6 +83,7 @@ def test_all_problems_at_once_with_the_nearest_name():
         (["experiment=quickstart", "compare.resamples=50"], r"compare\.resamples is 50; it must be at least 100"),
         (["experiment=quickstart", "compare.pool_size=4"], r"compare\.best_of_n: .* is not in 1\.\.pool_size \(4\)"),
         (["experiment=quickstart", "what is this"], "cannot read the command line"),
+        (["experiment=quickstart", "stages=ppo"], r"stages=ppo: it is a list: stages=\[ppo\]"),
     ],
 )
 def test_bad_configurations_are_explained(overrides, words):
