@@ -325,8 +325,7 @@ def problems_in(config: DictConfig, check_missing: bool = True) -> list[str]:
         for key in ("workers", "processes", "nodes", "threads")
         if (config.get("launch") or {}).get(key) is not None and _below_one(key, config.launch[key])
     ]
-    seed = config.get("seed")
-    if isinstance(seed, int) and not 0 <= seed < 2**32:
+    if isinstance(seed := config.get("seed"), int) and not 0 <= seed < 2**32:
         problems.append(f"seed is {seed}; it must lie in [0, 2^32).")
     stages = list(config.get("stages") or [])
     return problems + [f"stages: there is no stage {s}.{nearest(s, list(STAGES))}" for s in stages if s not in STAGES]
