@@ -161,7 +161,8 @@ def work_of(run: RunFolder, name: str) -> Work:
     trained = steps * batch * sides * length
     # DPO reads every pair once under the reference; the reward model's report scores test pairs and samples.
     read = (rows or steps * batch) * sides * length if stage == "dpo" else 0.0
-    read += 2 * min(int(section.get("test_pairs") or 1000), rows or 1000) * length if stage != "sft" else 0.0
+    # At the end both sides of the test pairs, by the reward model also of as many training pairs, by DPO's two models.
+    read += 4 * min(int(section.get("test_pairs") or 1000), rows or 1000) * length if stage != "sft" else 0.0
     if stage == "reward_model":
         steps, trained = (int(section.get("ensemble") or 1) * one for one in (steps, trained))
     responses = int(section.get("samples") or 0) if stage == "reward_model" else 0
