@@ -69,7 +69,7 @@ def run_pipeline(config: DictConfig) -> int:
         else:
             make_whole(run, jobs)
             say(f"{folder}: everything is done; nothing changed.\n")
-        say_verdict(run)
+        say_end(run, next(job for job in graph.build(run) if job.name == "compare"))
         publish(run, list(config.stages))
     return 0
 
@@ -165,6 +165,18 @@ def claim(folder: Path, config: DictConfig) -> None:
         raise UserError(
             "\n  ".join([f"{folder} holds another run:", *differences])
             + "\nChoose another folder with name=..., or delete that one."
+        )
+
+
+def say_end(run: RunFolder, compare: graph.Job) -> None:
+    """The verdict; or that the one which is there is of other models or settings than the run has now."""
+    report = run.path("compare", "report.html")
+    if compare.state == "done":
+        say_verdict(run)
+    elif run.done("compare") is not None and report.is_file():
+        why = f" ({compare.because} changed)" if compare.because else ""
+        say(
+            f"\nThe report that is there is of earlier models or settings{why}: {report}\nThe stage compare makes it again.\n"
         )
 
 

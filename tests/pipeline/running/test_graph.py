@@ -14,7 +14,7 @@ from ppo_vs_dpo.compare.stage import of_several_versions
 from ppo_vs_dpo.pipeline.cli import with_config_dir
 from ppo_vs_dpo.pipeline.composing.compose import load
 from ppo_vs_dpo.pipeline.running import graph
-from ppo_vs_dpo.pipeline.running.run import check_versions, make_whole
+from ppo_vs_dpo.pipeline.running.run import check_versions, make_whole, say_end
 
 CONFIG = {
     "experiment": "toy",
@@ -88,6 +88,22 @@ def test_a_change_makes_what_stands_behind_it_stale(finished, change, stale):
     assert {name for name in STAGES if jobs[name].state == "stale"} == stale
     for name in stale:
         assert jobs[name].because
+
+
+def test_a_report_of_earlier_models_is_not_shown_as_this_run_s(finished, capsys):
+    """`stages=[ppo]` under another setting: the old verdict is no verdict on the new policy."""
+    config, write = finished
+    run = write(config)
+    run.path("compare", "report.html").write_text("a report")
+    for change, words in (
+        ({}, "Report: "),
+        ({"ppo": {**CONFIG["ppo"], "kl_coef": 0.2}}, "of earlier models or settings"),
+    ):
+        run = write({**config, **change})
+        say_end(run, next(job for job in graph.build(run) if job.name == "compare"))
+        said = capsys.readouterr().out
+        assert words in said
+        assert ("stage ppo changed" in said) == bool(change)
 
 
 def test_a_changed_file_is_a_changed_input(finished, tmp_path):
