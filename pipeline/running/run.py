@@ -175,9 +175,7 @@ def say_end(run: RunFolder, compare: graph.Job) -> None:
         say_verdict(run)
     elif run.done("compare") is not None and report.is_file():
         why = f" ({compare.because} changed)" if compare.because else ""
-        say(
-            f"\nThe report that is there is of earlier models or settings{why}: {report}\nThe stage compare makes it again.\n"
-        )
+        say(f"\nThe report is of earlier models or settings{why}: {report}\nThe stage compare makes it again.\n")
 
 
 def say_verdict(run: RunFolder) -> None:
