@@ -115,6 +115,8 @@ def check_values(values: dict[str, Any], stage: str) -> None:
             )
     if values.get("fp16") and values.get("use_cpu"):
         raise UserError(f"{stage}.fp16 does nothing on a CPU: use bf16=true there, or remove it.")
+    if values.get("activation_offloading") and values.get("use_cpu"):
+        raise UserError(f"{stage}.activation_offloading moves activations from an accelerator, and there is none.")
     if values.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
         raise UserError(f"{stage}.use_liger_kernel needs the package liger-kernel: pip install it, or remove the key.")
 

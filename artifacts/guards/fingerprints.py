@@ -63,6 +63,7 @@ BARE, PLACES, WORDS = re.compile(r"[\w-]+\Z"), ("path", "completions", "few_shot
 OURS = {"template": "judge", "constitution": "constitution"}
 CONFIGS = ROOT / "configs"
 
+_LATE_IMPORTS = ("import_module", "__import__")
 FUNCTION = re.compile(r"^(?P<module>[A-Za-z_][\w.]*|[^:]+\.py):(?P<name>[A-Za-z_][\w.]*)$")
 
 
@@ -178,7 +179,7 @@ def content_of(text: str, key: str, digests: Digests) -> str | None:
         return None
     match = FUNCTION.match(text)
     source = source_of(match["module"]) if match else None
-    return sha256_of([digests.of(one) for one in own_modules(source)]) if source else None
+    return sha256_of([digests.of(one) for one in own_files(source)]) if source else None
 
 
 def _bases(folder: Path, digests: Digests, depth: int = 0) -> list[str]:
@@ -210,31 +211,63 @@ def _of_this_package(module: str) -> Path | None:
     return path if root == "ppo_vs_dpo" and path.is_file() else None
 
 
-def own_modules(source: Path) -> list[Path]:
-    """A module's file and those of the user's own modules that it imports, one after the other.
+def own_files(source: Path) -> list[Path]:
+    """A module's file, those of the user's own modules that it imports, one after the other, and files they read.
 
-    Installed packages, Python's own and this project's rooms are left out: their versions are part of what made a
-    stage.
+    Of a package its ``__init__.py`` counts, too; of what is read, files that the source names (a word list that is
+    opened for reading). Installed packages, Python's own and this project's rooms are left out: their versions are
+    part of what made a stage.
     """
     installed = [Path(sysconfig.get_paths()[name]).resolve() for name in ("stdlib", "purelib", "platlib")]
     installed += [ROOT / room for room in ROOMS]
-    found, waiting = {}, [source.resolve()]
+    found: dict[Path, bool] = {}
+    read: set[Path] = set()
+    waiting = [source.resolve()]
     while waiting:
         path = waiting.pop()
         if path in found or any(place in path.parents for place in installed):
             continue
         found[path] = True
+        if (package := path.parent / "__init__.py").is_file() and path.parent != ROOT:
+            waiting.append(package)
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (OSError, SyntaxError, ValueError):
             continue
         waiting += [other.resolve() for other in _imports(tree, path)]
-    return sorted(found)
+        read |= {file.resolve() for file in _read_by(tree, path)}
+    return sorted({*found, *read})
+
+
+_READS = re.compile(r"open|read\w*|load\w*|from_pretrained|pipeline|genfromtxt|fromfile")
+
+
+def _read_by(tree: ast.AST, path: Path) -> Iterator[Path]:
+    """Files that a module names where it reads: ``open("words.txt")``, ``Path(...).read_text()``, ``pd.read_csv``."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "attr", None) or getattr(node.func, "id", "")
+        texts = [one.value for one in ast.walk(node) if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+        writes = name == "open" and any(re.fullmatch(r"[wax]b?t?\+?|r\+b?", text) for text in texts)
+        if not _READS.fullmatch(name) or writes:
+            continue
+        for text in texts:
+            if 0 < len(text) < 256 and text.isprintable():
+                yield from (file for place in (path.parent, Path()) if (file := place / text).is_file())
+
+
+def _module_at(place: Path) -> Path | None:
+    """The file of a module or package at a path without its ending."""
+    found = (place.with_name(f"{place.name}.py"), place / "__init__.py")
+    return next((file for file in found if place.name and file.is_file()), None)
 
 
 def _imports(tree: ast.AST, path: Path) -> Iterator[Path]:
     for node in ast.walk(tree):
         names: list[str] = []
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in _LATE_IMPORTS:
+            names = [one.value for one in node.args if isinstance(one, ast.Constant) and isinstance(one.value, str)]
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and not node.level:
@@ -242,9 +275,8 @@ def _imports(tree: ast.AST, path: Path) -> Iterator[Path]:
         elif isinstance(node, ast.ImportFrom):
             base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
             beside = [base, *(base / alias.name for alias in node.names)]
-            yield from (file for one in beside if (file := one.with_suffix(".py")).is_file())
+            yield from (file for one in beside if (file := _module_at(one)) is not None)
         for name in names:
-            beside = path.parent.joinpath(*name.split(".")).with_suffix(".py")
-            other = beside if beside.is_file() else source_of(name) if name else None
+            other = (_module_at(path.parent.joinpath(*name.split("."))) or source_of(name)) if name else None
             if other is not None:
                 yield other

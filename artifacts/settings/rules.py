@@ -103,6 +103,9 @@ RULES: dict[str, dict[str, Rule]] = {
         **EVERYWHERE,
         **TRL,
         "label_smoothing_factor": _refused("DPO's own is dpo.label_smoothing; remove it.", 0, 0.0),
+        "neftune_noise_alpha": _refused(
+            "noise on embeddings would make the policy another than the reference before the first step; remove it."
+        ),
     },
     # What else PPO's loop does not read: `ppo.config.UNUSED`.
     "ppo": {

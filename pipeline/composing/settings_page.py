@@ -13,7 +13,64 @@ from ppo_vs_dpo.artifacts.files import write_text
 from ppo_vs_dpo.artifacts.settings.rules import RULES, Rule
 from ppo_vs_dpo.pipeline.composing.schema import SECTIONS, load_class
 
+GOING_ON = """## A setting that changes while a run stands still
+
+One rule for the four stages of the command: a setting that changes a result makes the stage begin anew. It says which
+setting that was, keeps what it had beside it, and brings that back when the setting is put back; a checkpoint of
+other settings is never gone on from. What changes only how a result is made (`artifacts.guards.fingerprints.COSMETIC`)
+does not count. `PPOTrainer` in Python, which has no run folder, compares every setting that counts with the
+checkpoint's, refuses by name, and adopts in whole, listed and logged, what `resume_with` names."""
 STAGES = ("sft", "reward_model", "dpo", "ppo")
+# Fields that act where a tiny training in one process on a CPU cannot show it: where they do. A name may be of one
+# stage ("ppo.gradient_accumulation_steps"). All others are shown to act, by `test_settings_effects.py`.
+UNSEEN: dict[str, str] = {
+    **dict.fromkeys(
+        ("accelerator_config", "average_tokens_across_devices", "ddp_backend", "ddp_broadcast_buffers")
+        + ("ddp_bucket_cap_mb", "ddp_find_unused_parameters", "ddp_static_graph", "ddp_timeout", "log_on_each_node")
+        + ("log_level_replica", "save_on_each_node", "ds3_gather_for_generation"),
+        "several processes or machines",
+    ),
+    **dict.fromkeys(
+        ("bf16_full_eval", "fp16", "fp16_full_eval", "tf32", "activation_offloading", "dataloader_pin_memory")
+        + ("liger_kernel_config", "use_liger_kernel", "torch_empty_cache_steps"),
+        "an accelerator",
+    ),
+    **dict.fromkeys(
+        ("activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing", "use_cache")
+        + ("gradient_checkpointing_kwargs", "padding_free", "precompute_ref_batch_size", "precompute_ref_log_probs")
+        + ("pad_to_multiple_of", "full_determinism", "local_rollout_forward_batch_size", "generation_kwargs")
+        + ("dpo.per_device_eval_batch_size", "ppo.gradient_accumulation_steps", "ppo.per_device_train_batch_size")
+        + ("ppo.micro_batch_tokens", "ppo.logprobs_from_sampling"),
+        "memory and time; the figures stay the same, up to rounding",
+    ),
+    **dict.fromkeys(("hub_model_id", "hub_private_repo", "hub_revision", "push_to_hub"), "the Hub"),
+    **dict.fromkeys(
+        ("trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "project", "run_name", "report_to"),
+        "trackers",
+    ),
+    **dict.fromkeys(
+        ("dataloader_in_order", "dataloader_multiprocessing_context", "dataloader_num_workers")
+        + ("dataloader_persistent_workers", "dataloader_prefetch_factor"),
+        "worker processes",
+    ),
+    **dict.fromkeys(
+        ("auto_find_batch_size", "enable_jit_checkpoint", "debug", "logging_nan_inf_filter", "check_first_ratio")
+        + ("diagnose",),
+        "what goes wrong: full memory, a signal, an overflow, a run that turns bad",
+    ),
+    **dict.fromkeys(("ignore_data_skip", "restore_callback_states_from_checkpoint"), "going on from a checkpoint"),
+    **dict.fromkeys(("optim_args", "optim_target_modules"), "optimizers that take them (GaLore, APOLLO, ...)"),
+    "router_aux_loss_coef": "mixtures of experts",
+    **dict.fromkeys(("log_level", "logging_first_step", "num_eval_samples", "disable_tqdm"), "what is shown"),
+    **dict.fromkeys(
+        ("generation_engine", "vllm_mode", "vllm_server_base_url", "vllm_gpu_memory_utilization")
+        + ("importance_sampling_cap",),
+        "vLLM",
+    ),
+    **dict.fromkeys(("ptx_coef", "ptx_batch_size", "ptx_max_length"), "pretraining texts beside the prompts"),
+    "remove_unused_columns": "columns that a stage's data do not have",
+    "use_cpu": "machines with an accelerator",
+}
 HEAD = """# What every setting does
 
 A stage's section holds its own keys (`ppo-vs-dpo show experiment=...` prints each with its comment) and any field of
@@ -65,6 +122,18 @@ def page() -> str:
             if row[stage] in ("refused", "nothing"):
                 reasons.setdefault(ruled[stage][name].why, []).append(stage)
         lines += [f"| `{name}` | {', '.join(stages)} | {why} |" for why, stages in reasons.items()]
+    lines += ["", "## Acts, where one process on a CPU does not show it", ""]
+    lines += [
+        "Every other field that acts is set to another value in a tiny training and must end, log or save otherwise",
+        "(`tests/pipeline/composing/test_settings_effects.py`). These are proven as carried to where they act:",
+        "",
+        "| shows with | fields |",
+        "|---|---|",
+    ]
+    for words in dict.fromkeys(UNSEEN.values()):
+        names = ", ".join(f"`{name}`" for name, said in sorted(UNSEEN.items()) if said == words)
+        lines.append(f"| {words} | {names} |")
+    lines += ["", GOING_ON]
     return "\n".join(lines) + "\n"
 
 

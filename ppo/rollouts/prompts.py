@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -35,7 +36,7 @@ def allowed_prompt_length(policy: PreTrainedModel, response_length: int, max_pro
 # What a tokenizer makes of a prompt; for the policy, not for reward functions.
 ENCODED = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 # Names under which reward functions get what sampling found.
-TAKEN = ("prompts", "completions", "prompt_ids", "response_ids", "finished", "reference_answers")
+TAKEN = ("prompts", "completions", "prompt_ids", "response_ids", "finished", "reference_answers", "self")
 
 
 def as_dataset(rows: Any, name: str) -> Dataset | None:
@@ -56,7 +57,17 @@ def as_dataset(rows: Any, name: str) -> Dataset | None:
     wrong = next((number for number, row in enumerate(rows) if not isinstance(row, dict)), None)
     if wrong is not None:
         raise UserError(f"{name}, row {wrong}: a {type(rows[wrong]).__name__}, and a row is a dict with prompt.")
-    return Dataset.from_list(rows)
+    kinds: dict[str, int] = {}
+    for number, row in enumerate(rows):
+        if row.get("prompt") is not None:
+            kinds.setdefault(type(row["prompt"]).__name__, number)
+    if len(kinds) > 1:
+        found = ", ".join(f"{kind} (row {number})" for kind, number in kinds.items())
+        raise UserError(f"{name}: prompts are {found}; all must be texts, or all lists of messages.")
+    try:
+        return Dataset.from_list(rows)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise UserError(f"{name}: its rows are of different kinds ({str(error).splitlines()[0]}).") from None
 
 
 class PromptSet:
@@ -99,6 +110,9 @@ class PromptSet:
             raise UserError(f"{name} has no column prompt (nor input_ids); it has {', '.join(columns)}.")
         self.ids: list[list[int]] = []
         for row, prompt in enumerate(self.prompts):
+            if given is None and not isinstance(prompt, str | list | type(None)):
+                kind = type(prompt).__name__
+                raise UserError(f"{name}, row {row}: the prompt is a {kind}; text or messages are needed.")
             if (given is None and not prompt) or (given is not None and not given[row]):
                 raise UserError(f"{name}, row {row}: the prompt is empty.")
             ids = encode_prompt(tokenizer, prompt) if given is None else given[row]
@@ -106,6 +120,11 @@ class PromptSet:
                 raise UserError(
                     f"{name}, row {row}: the columns prompt and input_ids are not the same tokens ({ids[:8]} ... and "
                     f"{written[row][:8]} ...). Which is meant? Remove the other: {name}.remove_columns('input_ids')."
+                )
+            if given is not None and not 0 <= min(ids) <= max(ids) < len(tokenizer):
+                raise UserError(
+                    f"{name}, row {row}: input_ids from {min(ids)} to {max(ids)}, and the tokenizer has "
+                    f"{len(tokenizer)} tokens: they are of another one."
                 )
             if max_length is not None and len(ids) > max_length:
                 if not truncate:

@@ -105,7 +105,12 @@ def _is_number(value: Any, finite: bool) -> bool:
     """A number of Python, numpy or torch."""
     if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
         value = value.item()
-    return isinstance(value, int | float) and (math.isfinite(value) or not finite)
+    if not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(float(value)) or not finite
+    except OverflowError:  # a whole number beyond the range of floats
+        return False
 
 
 def _hint(value: Any) -> str:

@@ -145,3 +145,34 @@ def test_versions_differ_by_source_and_by_decisive_libraries():
     assert "torch 1.0 there" in differences({**here, "torch": "1.0"}, here)[0]
     assert "source other" in differences({**here, "source": "other"}, here)[0]
     assert differences({**here, "commit": "another, and the same code"}, here) == []
+
+
+OWN = {
+    "rewards/__init__.py": "from rewards.words import *\n",
+    "rewards/words.py": "GOOD = {'good'}\n",
+    "rewards/count.py": (
+        "import importlib\nfrom pathlib import Path\nfrom . import deep\n"
+        "late = importlib.import_module('late_module')\n"
+        "BAD = Path(__file__).with_name('bad.txt').read_text().split()\n"
+        "def f(prompts, completions, **columns):\n"
+        "    open('log.txt', 'a').write('x')\n    return [0.0 for c in completions]\n"
+    ),
+    "rewards/deep/__init__.py": "x = 1\n",
+    "rewards/bad.txt": "bad dull\n",
+    "late_module.py": "y = 1\n",
+    "log.txt": "what it wrote\n",
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_packages_late_imports_and_files_that_are_read_count(tmp_path, monkeypatch, name):
+    """What a function writes does not: its own log would make the run stale for ever."""
+    for file, text in OWN.items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = OmegaConf.create({"seed": 1, "ppo": {"reward": "rewards.count:f"}})
+    before = guard.fingerprints(config)["ppo"][0]
+    (tmp_path / name).write_text(OWN[name] + "\n# changed\n")
+    assert (guard.fingerprints(config)["ppo"][0] != before) == (name != "log.txt")

@@ -148,6 +148,7 @@ def test_a_byte_now_and_then_is_given_up_in_time(serve):
         (403, "Your request was flagged by our moderation."),
         (413, "Request too large"),
         (422, "This model's maximum context length is 4096 tokens."),
+        (500, "The prompt exceeds the context window of 8192 tokens."),
         (400, "What temperature is too hot? is not allowed by our content policy"),
     ],
 )

@@ -38,6 +38,7 @@ def test_numbers_of_any_library(found):
     [
         (None, "f returned None for 3 completions: is there a return at its end?"),
         (1.0, "f returned float 1.0 for 3 completions; a list with one number each"),
+        ([1, 10**400, 2], r"for sample 1 .*; it must be a finite number"),
         (torch.tensor(1.0), r"array of shape \(\) for 3 completions \(samples 0 to 2\)"),
         (torch.ones(3, 1), r"array of shape \(3, 1\) .* Take its one column"),
         (np.ones((3, 2)), r"array of shape \(3, 2\)"),
