@@ -121,11 +121,6 @@ class PromptSet:
                     f"{name}, row {row}: the columns prompt and input_ids are not the same tokens ({ids[:8]} ... and "
                     f"{written[row][:8]} ...). Which is meant? Remove the other: {name}.remove_columns('input_ids')."
                 )
-            if given is not None and not 0 <= min(ids) <= max(ids) < len(tokenizer):
-                raise UserError(
-                    f"{name}, row {row}: input_ids from {min(ids)} to {max(ids)}, and the tokenizer has "
-                    f"{len(tokenizer)} tokens: they are of another one."
-                )
             if max_length is not None and len(ids) > max_length:
                 if not truncate:
                     raise UserError(

@@ -69,7 +69,15 @@ WITH = {
     },
 }
 # Need what a CPU, or this environment, has not: the class's or our own sentence says so.
-NOT_HERE = {"tf32", "fp16", "activation_offloading", "use_liger_kernel", "ddp_backend", "fp16_full_eval", "log_on_each_node"}
+NOT_HERE = {
+    "tf32",
+    "fp16",
+    "activation_offloading",
+    "use_liger_kernel",
+    "ddp_backend",
+    "fp16_full_eval",
+    "log_on_each_node",
+}
 
 
 def other(field: dataclasses.Field, stage: str):

@@ -26,7 +26,6 @@ def test_a_list_and_a_stream_are_what_the_data_set_is(word_tokenizer):
         ([], "has no prompts"),
         ([*ROWS, {"prompt": [{"role": "user", "content": "a"}]}], r"prompts are str \(row 0\), list \(row 2\)"),
         ([{"prompt": 1}], "row 0: the prompt is a int; text or messages are needed"),
-        ([{"input_ids": [6, 700]}], "row 0: input_ids from 6 to 700, and the tokenizer has 20 tokens"),
     ],
 )
 def test_other_forms_are_refused_in_a_sentence(word_tokenizer, rows, said):
