@@ -163,7 +163,8 @@ def make_roles(
             f"{rewards.parts[0].name}. Give two or more, or reward_aggregation=sum."
         )
     if not args.has_critic and value_model is not None:
-        raise UserError(f"a value_model was given, and advantage={args.advantage} trains none. Drop it, or use gae.")
+        method = f"advantage={args.advantage}" if args.loss == "ppo" else f"loss={args.loss}"
+        raise UserError(f"a value_model was given, and {method} trains none. Drop it, or use gae.")
     if args.has_critic and value_model is None:
         shared, weight, bias = rewards.shared() or (None, 1.0, 0.0)
         value_model = value_model_from(shared, policy)

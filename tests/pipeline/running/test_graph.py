@@ -11,6 +11,7 @@ from ppo_vs_dpo.artifacts.files import read_json, write_json
 from ppo_vs_dpo.artifacts.guards.versions import made_by
 from ppo_vs_dpo.artifacts.run import STAGES, RunFolder
 from ppo_vs_dpo.compare.stage import of_several_versions
+from ppo_vs_dpo.pipeline.checking.inputs import arguments_of
 from ppo_vs_dpo.pipeline.cli import with_config_dir
 from ppo_vs_dpo.pipeline.composing.compose import load
 from ppo_vs_dpo.pipeline.running import graph
@@ -69,6 +70,17 @@ def test_jobs_and_points(finished):
     ]
     assert {"dpo,beta=0.5", "ppo,kl_coef=0.0", "ppo,kl_coef=1.0"} < set(jobs[-1].needs)
     assert set(states(write(config)).values()) == {"done"}
+
+
+def test_the_experiment_methods_trains_them_in_one_run(tmp_path):
+    """A job for each method, each one setting away from the main run; every one of them can be built."""
+    config = load(["experiment=methods", f"output_dir={tmp_path}"])
+    points = graph.points_of(config, "ppo")
+    names = ["advantage=rloo", "advantage=grpo", "advantage=reinforce_pp", "loss=dpo"]
+    assert [graph.point_name("ppo", point) for point in points] == [f"ppo,{name}" for name in names]
+    plain = OmegaConf.to_container(config, resolve=True)
+    for point in [{}, *points]:
+        arguments_of(plain, "ppo", point)
 
 
 @pytest.mark.parametrize(

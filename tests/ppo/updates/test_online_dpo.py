@@ -213,6 +213,11 @@ def test_what_cannot_be_meant_is_said(settings, words):
         PPOConfig(report_to="none", **{**ONLINE, **settings})
 
 
+def test_a_value_model_without_use(make_trainer, tiny_reward):
+    with pytest.raises(UserError, match="loss=dpo trains none"):
+        make_trainer({"value_model": tiny_reward()}, **ONLINE)
+
+
 def test_pairs_that_cannot_be_shared_out():
     args = PPOConfig(report_to="none", rollout_batch_size=24, **{**ONLINE, "samples_per_prompt": 4})
     with pytest.raises(UserError, match=r"2 ranks no equal number of pairs.*multiple of 16"):
