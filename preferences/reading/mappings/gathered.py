@@ -34,6 +34,9 @@ def rated(rows: Iterable[Placed]) -> Iterator[Gathered]:
         if isinstance(row, Broken):
             yield place, row
             continue
+        if is_null(row.get("helpfulness")):
+            yield place, FilteredError("an answer that was not rated")
+            continue
         try:
             one = (place, number_of(row, "helpfulness"), value_of(row, "response"))
             answers.setdefault(value_of(row, "prompt"), []).append(one)
@@ -67,7 +70,8 @@ def oasst(rows: Iterable[Placed]) -> Iterator[Gathered]:
             continue
         places.setdefault(tree, place)
         kept = ("message_id", "parent_id", "role", "text", "rank", "deleted", "tree_state")
-        trees.setdefault(tree, []).append({name: row.get(name) for name in kept})
+        known = {name: None if is_null(row.get(name)) else row[name] for name in kept}
+        trees.setdefault(tree, []).append(known)
     for tree, found in trees.items():
         known = {one["message_id"]: {**one, "replies": []} for one in found}
         roots = []

@@ -304,10 +304,7 @@ def _check_all_read(row: dict[str, Any], used: set[str], pair: dict[str, Any], w
         if isinstance(value, str):
             lost = value.strip() and _flat(value) not in prompt
         elif is_messages(value):
-            said = messages_of(value, name, beside=True)
-            # The last answer of a column of messages may be one of the two, or a third.
-            said = said[:-1] if name in CONVERSATIONS and said[-1]["role"] == "assistant" else said
-            lost = not all(_flat(one["content"]) in whole for one in said)
+            lost = not _all_in(value, name, whole)
         else:
             lost = name in _HISTORIES and isinstance(value, list) and value
         if lost:
@@ -316,6 +313,16 @@ def _check_all_read(row: dict[str, Any], used: set[str], pair: dict[str, Any], w
                 "unread",
                 f"{name} has text that the prompt lacks. Say columns: {role}={name}, or leave it out: {part}=",
             )
+
+
+def _all_in(value: list[Any], name: str, whole: str) -> bool:
+    """Whether a pair says all that a column of messages says; its last answer may be a third one."""
+    try:
+        said = messages_of(value, name, beside=True)
+    except UnmappableError:  # of roles or parts that nobody knows
+        return False
+    said = said[:-1] if name in CONVERSATIONS and said[-1]["role"] == "assistant" else said
+    return all(_flat(one["content"]) in whole for one in said)
 
 
 def part_of(name: str) -> str | None:

@@ -7,6 +7,7 @@ from tests.preferences.reading.shapes_public import ASKED, HELLO, TEXTS, TREE, l
 PROMPT, CHOSEN, REJECTED = HELLO[0][:1], HELLO[0][1:], HELLO[1][1:]
 SIDES = {"chosen": HELLO[0], "rejected": HELLO[1]}
 ANSWERS = {"chosen": CHOSEN, "rejected": REJECTED}
+NAN = float("nan")
 ASK = "\n\nHuman: Llama?\n\nAssistant:"
 CALL = {"tool_calls": [{"type": "function", "function": {"name": "zoo", "arguments": "{}"}}]}
 
@@ -311,5 +312,32 @@ BROKEN = {
         ".jsonl",
         lines(TREE | {"message_id": "2", "parent_id": "1", "role": "assistant", "text": "Fur.", "rank": 0}),
         ("missing_field", "lacks messages"),
+    ),
+    "messages of an unknown role beside the prompt": (
+        ".jsonl",
+        lines(
+            {
+                "conversations": turns("Hi", roles=("alice",)),
+                "prompt": TEXTS[0],
+                **dict(zip(SIDES, TEXTS[1:], strict=True)),
+            }
+        ),
+        ("unread", "prompt=conversations"),
+    ),
+    "OpenAssistant from pandas: NaN for null": (
+        ".jsonl",
+        lines(
+            TREE
+            | {
+                "message_id": "1",
+                "parent_id": float("nan"),
+                "role": "prompter",
+                "text": TEXTS[0],
+                "rank": float("nan"),
+            },
+            TREE | {"message_id": "2", "parent_id": "1", "role": "assistant", "text": TEXTS[2], "rank": 1.0},
+            TREE | {"message_id": "3", "parent_id": "1", "role": "assistant", "text": TEXTS[1], "rank": 0.0},
+        ),
+        ASKED,
     ),
 }
