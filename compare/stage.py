@@ -211,7 +211,7 @@ def ask_models(
     """
     config = model_config_of(context.run)
     ranks = Ranks.join(context, config, context.run.stage_dir(REFERENCE) / "model")
-    with named_step(lambda: f"compare, {ranks.step}"):
+    with named_step(lambda: f"compare, {ranks.step}"), ranks.computing(config):
         scoring, reading = make_judges(context, settings.judges, ranks)
         for judge in scoring:
             if judge.heavy:

@@ -147,6 +147,11 @@ class PPOTrainer(Trainer):
         self.num_updates = args.num_updates(len(self.prompts), self.rollout_size)
         if self.is_deepspeed_enabled:
             settle_deepspeed(args, self.accelerator, self.model, self.num_updates)
+        elif args.coalesce_grad_reduction:
+            raise UserError(
+                "ppo.coalesce_grad_reduction is of DeepSpeed: without it ranks exchange gradients once a step anyway. "
+                "Leave it out."
+            )
         roles.place(self.accelerator, args.sync_ref_model)
         longest = max(prompts.longest for prompts in (self.prompts, self.eval_prompts) if prompts is not None)
         roles.engine = make_engine(roles.policy, tokenizer, args, self.accelerator, longest)

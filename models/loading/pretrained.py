@@ -1,5 +1,6 @@
 """Loading tokenizers, policies, and reward or value models from the Hub, a folder, or an architecture."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -36,6 +38,8 @@ def _check_local(path: str, what: str) -> None:
 def _load(loader: Any, path: str, what: str, **kwargs: Any) -> Any:
     _check_local(path, what)
     try:
+        if kwargs.get("trust_remote_code") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            fetch_code(path, kwargs.get("revision"))
         return loader(path, **kwargs)
     except (OSError, ValueError, ImportError) as error:
         first = str(error).strip().splitlines()[0]
@@ -60,6 +64,25 @@ def _of_another_kind(path: str, kwargs: dict[str, Any]) -> str:
     config = AutoConfig.from_pretrained(path, trust_remote_code=kwargs.get("trust_remote_code", False))
     kind = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "a model"
     return f"it is {kind} of the type {config.model_type}, which transformers does not know as such."
+
+
+def fetch_code(path: str, revision: str | None = None) -> None:
+    """Put the code that comes with a model where transformers imports it from, one process of a machine at a time.
+
+    transformers writes these files without a lock: of several ranks that load at once one may import half a file.
+    Afterwards they are there, and nobody writes them again.
+    """
+    from filelock import FileLock
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+    from transformers.utils import HF_MODULES_CACHE
+
+    Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
+    with FileLock(Path(HF_MODULES_CACHE) / ".ppo_vs_dpo.lock"):
+        config, _ = PretrainedConfig.get_config_dict(path, revision=revision)
+        for reference in (config.get("auto_map") or {}).values():
+            for name in reference if isinstance(reference, list | tuple) else [reference]:
+                if name:
+                    get_class_from_dynamic_module(name, path, revision=revision)
 
 
 def _kwargs(config: ModelConfig, quantization: Any = None) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from ppo_vs_dpo.artifacts.errors import UserError
+
 # Rows of logits at once, at least.
 ROWS = 1024
 # Logits at once where the vocabulary is small: one piece is then most often all.
@@ -175,11 +177,35 @@ def _head_forward(
     with_entropy: bool = False,
 ):
     """A head's ``forward``: logits, or with ``tokens`` their log-probabilities (and entropies) in pieces."""
+    kind, exact = states.device.type, getattr(head, "in_fp32", False)
     if tokens is None:
-        return type(head).forward(head, states)
-    kind = states.device.type
+        if not exact:
+            return type(head).forward(head, states)
+        with torch.autocast(kind, enabled=False):
+            bias = None if head.bias is None else head.bias.float()
+            return F.linear(states.float(), head.weight.float(), bias)
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+    dtype = torch.float32 if exact else dtype
     return _InPieces.apply(states, head.weight, head.bias, tokens, temperature, with_entropy, dtype)
+
+
+def compute_in_fp32(model: nn.Module) -> None:
+    """Let a causal language model compute its logits in fp32, whatever the rest computes in: in sampling, too.
+
+    In bfloat16 logits near 16 have steps of 0.125. MiniMax-M1 (2506.13585, section 3.2) found sampling and training
+    apart by that alone.
+
+    Raises:
+        UserError: the head is no plain linear layer (adapters on it, 4 bits).
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise UserError(
+            f"ppo.cast_lm_head_to_fp32 needs a plain output layer, and this model's is {type(head).__name__}: leave "
+            f"it out, or take it out of lora.target_modules."
+        )
+    head.in_fp32 = True
+    head.forward = functools.partial(_head_forward, head)
 
 
 def head_logprobs(

@@ -20,7 +20,9 @@ from transformers import PreTrainedModel
 from ppo_vs_dpo.artifacts.files import read_json
 from ppo_vs_dpo.artifacts.resources import parameter_size
 from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.models.devices import arithmetic
 from ppo_vs_dpo.models.loading.config import ModelConfig
+from ppo_vs_dpo.models.loading.prepared import halve_frozen
 from ppo_vs_dpo.models.loading.pretrained import is_adapter
 from ppo_vs_dpo.models.sharding.deepspeed import deepspeed_settings, gathered, start_deepspeed, unsharded_loading
 
@@ -102,6 +104,18 @@ class Ranks:
         start_deepspeed(use_cpu=not accelerator)
         return cls(int(os.environ["RANK"]), world, inference_settings(sharding, dtype_of(config, reference)))
 
+    @staticmethod
+    def computing(config: ModelConfig) -> contextlib.AbstractContextManager:
+        """The arithmetic of the training stages where nothing is said for one (`models.devices`): bfloat16 products.
+
+        Sampled, scored and compared in another one, a policy would be another than the one that was trained.
+        """
+        accelerator = torch.accelerator.is_available()
+        if not arithmetic(config, {}, accelerator)["bf16"]:
+            return contextlib.nullcontext()
+        kind = torch.accelerator.current_accelerator().type if accelerator else "cpu"
+        return torch.autocast(kind, torch.bfloat16)
+
     @property
     def alone(self) -> bool:
         """One process that holds its models whole."""
@@ -124,7 +138,9 @@ class Ranks:
             whole: the loader changes weights, which must not be in pieces then.
         """
         if self.settings is None:
-            model = loader(path, config)
+            model = loader(path, config).requires_grad_(False)
+            if arithmetic(config, {}, torch.accelerator.is_available())["bf16"]:
+                halve_frozen(model, torch.bfloat16)
             if torch.accelerator.is_available():
                 model = model.to(torch.accelerator.current_accelerator())
             return Frozen(model)

@@ -21,11 +21,13 @@ class Engine(Protocol):
     Attributes:
         keeps_weights: whether the engine samples with a copy of the weights and kernels of its own. Its
             log-probabilities may then differ from the trainer's, and every completion carries them.
+        forgets: whether its weights are gone after each call (an engine that sleeps): they are sent before the next.
         streams: whether it takes the weights a bucket at a time, from all ranks together: then nothing is gathered
             around its calls, and it samples the reference, too.
     """
 
     keeps_weights: bool
+    forgets: bool
     streams: bool
 
     def update_weights(self, model: PreTrainedModel) -> None:
@@ -64,6 +66,7 @@ class TransformersEngine:
     """
 
     keeps_weights = False
+    forgets = False
     streams = False
 
     def __init__(self, eos_token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, with_logprobs: bool = False):

@@ -1,8 +1,9 @@
 """vLLM as a generation engine in a process of its own, on other GPUs or another machine: ``models.vllm_server``.
 
-Weights go over as safetensors files in a folder that trainer and server both see; tokens come back by vLLM's
-token-in, token-out endpoint. The trainer needs no vLLM, and may run on any number of ranks: the first one sends the
-weights, each asks for the completions of its own prompts.
+Weights go over by vLLM's own transfer between GPUs (`models.sampling.vllm_transfer`), or as safetensors files in a
+folder that trainer and server both see: for these the trainer needs no vLLM. Tokens come back by vLLM's token-in,
+token-out endpoint. The trainer may run on any number of ranks: the first one sends the weights, each asks for the
+completions of its own prompts.
 """
 
 import http.client
@@ -12,9 +13,10 @@ import shutil
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,7 @@ from transformers import PreTrainedModel
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.sampling.generation import Generated, SamplingConfig
 from ppo_vs_dpo.models.sampling.vllm_colocated import check_sampling
+from ppo_vs_dpo.models.sampling.vllm_transfer import Transfer, transfer_for
 from ppo_vs_dpo.models.sampling.weights import buckets, check_mergeable
 
 # Requests under way at once; the server batches them as it can.
@@ -44,6 +47,7 @@ class VLLMServerEngine:
         eos_token_ids: tokens that end a completion.
         max_length: tokens of the longest prompt with its completion.
         dtype: that weights are sent in.
+        transfer: ``ppo.vllm_weight_transfer``.
 
     Raises:
         UserError: nobody answers, or the server is not one of `models.sampling.vllm_server`; adapters or sampling
@@ -52,6 +56,7 @@ class VLLMServerEngine:
     """
 
     keeps_weights = True
+    forgets = False
     streams = True
 
     def __init__(
@@ -63,6 +68,7 @@ class VLLMServerEngine:
         eos_token_ids: Sequence[int],
         max_length: int,
         dtype: torch.dtype,
+        transfer: str = "auto",
     ):
         check_sampling(sampling)
         check_mergeable(policy)
@@ -74,8 +80,13 @@ class VLLMServerEngine:
                 f"the vLLM server at {self.url} takes {room} tokens, and the longest prompt with its response has "
                 f"{max_length}. Start it with --max-model-len {max_length}."
             )
-        self.folder = None
-        if _rank() == 0:
+        self.folder = self.transfer = None
+        device = next(policy.parameters()).device
+        kind, world = self._agreed(lambda: self._choose(transfer, device))
+        if kind != "files":
+            given = (kind, self._ask, self.url, dtype, _rank(), world, policy)
+            self.transfer = self._together(lambda: Transfer(*given))
+        elif _rank() == 0:
             Path(folder).mkdir(parents=True, exist_ok=True)
             for left in Path(folder).glob(f"{PREFIX}*"):  # of a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
@@ -86,6 +97,14 @@ class VLLMServerEngine:
 
         Under ZeRO-3 they are whole a bucket at a time, on no rank longer than it takes the first to write it down.
         """
+        if self.transfer is not None:
+            self._together(lambda: self.transfer.send(model))
+        else:
+            self._together(lambda: self._by_files(model))
+        if _rank() == 0:
+            self._ask("/reset_prefix_cache", {})
+
+    def _by_files(self, model: PreTrainedModel) -> None:
         error, names = None, []
         for number, bucket in enumerate(buckets(model, self.dtype, keep=_rank() == 0)):
             # A rank that gave up still helps to gather what is left.
@@ -95,18 +114,50 @@ class VLLMServerEngine:
                     names += bucket
                 except OSError as raised:
                     error = UserError(f"weights for the vLLM server: {self.folder.name} cannot be written: {raised}")
-        if _rank() == 0 and error is None:
-            try:
-                self._send(number + 1, len(names))
-            except UserError as raised:
-                error = raised
-        if dist.is_available() and dist.is_initialized():
-            # The others must not wait for a rank that gave up.
-            outcome = [str(error) if error else None]
-            dist.broadcast_object_list(outcome, src=0)
-            error = error or (UserError(outcome[0]) if outcome[0] else None)
         if error is not None:
             raise error
+        if _rank() == 0:
+            self._send(number + 1, len(names))
+
+    def _together(self, work: Callable[[], Any]) -> Any:
+        """What ``work`` gives; where it fails on the first rank, all fail."""
+        error, result = None, None
+        try:
+            result = work()
+        except UserError as raised:
+            error = raised
+        said = self._told(str(error) if error else None)
+        if error is not None or said:
+            raise error or UserError(said)
+        return result
+
+    def _agreed(self, ask: Callable[[], Any]) -> Any:
+        """What the first rank is answered, on all."""
+        found: list[Any] = []
+
+        def first() -> None:
+            found.append(ask() if _rank() == 0 else None)
+
+        self._together(first)
+        return self._told(found[0])
+
+    def _told(self, value: Any) -> Any:
+        """The first rank's value, on all."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def _choose(self, wish: str, device: torch.device) -> tuple[str, int]:
+        """How weights go, and to how many GPUs."""
+
+        def offered() -> str:
+            asked = {"method": "transfer_backend", "args": [], "timeout": TIMEOUT}
+            return str(self._ask("/collective_rpc", asked)["results"][0])
+
+        kind = transfer_for(wish, device, offered)
+        return kind, 0 if kind == "files" else int(self._ask("/get_world_size")["world_size"])
 
     def _file(self, number: int) -> Path:
         return Path(self.folder.name) / f"policy-{number}.safetensors"
@@ -124,7 +175,6 @@ class VLLMServerEngine:
             raise UserError(
                 f"the vLLM server at {self.url} read {loaded} tensors of {tensors} from {self.folder.name}."
             )
-        self._ask("/reset_prefix_cache", {})
 
     def generate(
         self, prompt_ids: Sequence[list[int]], sampling: SamplingConfig, seeds: Sequence[int]

@@ -1,8 +1,9 @@
-"""vLLM as a generation engine, in the trainer's own process (colocated).
+"""vLLM as a generation engine, in the trainer's own process (colocated), on every rank.
 
 vLLM holds a second copy of the policy's weights and a key-value cache of its own. Weights go over in memory, by its
-own reloading (`collective_rpc("reload_weights")`), which also works where it repacks them (its CPU kernels). Needs the
-extra `vllm`; nothing here imports it before an engine is made.
+own reloading (`collective_rpc("reload_weights")`), which also works where it repacks them (its CPU kernels); under
+ZeRO-3 the ranks gather them a bucket at a time. While the trainer works the engine sleeps: neither weights nor cache
+are on the GPU. Needs the extra `vllm`; nothing here imports it before an engine is made.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import os
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,18 +20,8 @@ from transformers import PreTrainedModel
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.sampling.generation import Generated, SamplingConfig
-from ppo_vs_dpo.models.sampling.vllm_worker import pack_heads
+from ppo_vs_dpo.models.sampling.vllm_server import ENVIRONMENT, pack_heads
 from ppo_vs_dpo.models.sampling.weights import check_mergeable, named_weights
-
-# Read by vLLM when it is imported or an engine starts; what the user has set stays.
-ENVIRONMENT = {
-    # Its statistics go to a server of its makers.
-    "VLLM_NO_USAGE_STATS": "1",
-    # Otherwise it pins the threads of this process, the trainer's included, to cores.
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    # Its warnings are about what is meant here: no tokenizer, no chat template, position tables that are no weights.
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
 
 
 class VLLMEngine:
@@ -44,13 +36,16 @@ class VLLMEngine:
         max_length: tokens of the longest prompt with its completion.
         dtype: of vLLM's weights and arithmetic.
         gpu_memory_utilization: share of the GPU's memory that vLLM may fill with weights and key-value cache.
+        ranks: processes that each make an engine, all at once.
+        device: that the trainer works on.
+        sleeps: whether the engine leaves the GPU between two calls; ``None``: on a GPU.
 
     Raises:
         UserError: vLLM is not installed or cannot run this model; adapters or sampling that it cannot be given.
     """
 
     keeps_weights = True
-    streams = False
+    streams = True
 
     def __init__(
         self,
@@ -60,6 +55,9 @@ class VLLMEngine:
         max_length: int,
         dtype: torch.dtype,
         gpu_memory_utilization: float,
+        ranks: int = 1,
+        device: torch.device | None = None,
+        sleeps: bool | None = None,
     ):
         check_sampling(sampling)
         check_mergeable(policy)
@@ -77,7 +75,14 @@ class VLLMEngine:
             ) from error
         base = policy.get_base_model() if hasattr(policy, "peft_config") else policy
         self.eos_token_ids, self.max_length, self.dtype = sorted(eos_token_ids), max_length, dtype
-        self.on_cpu = next(policy.parameters()).device.type == "cpu"
+        self.device = device or next(policy.parameters()).device
+        self.on_cpu = self.device.type == "cpu"
+        # Asleep it has no weights: whoever samples sends them first.
+        self.forgets = (not self.on_cpu) if sleeps is None else sleeps
+        options: dict[str, Any] = {"enable_sleep_mode": True} if self.forgets else {}
+        if ranks > 1:
+            # Each rank's engine is its own; they only share torch's process group, which is there already.
+            options["distributed_executor_backend"] = "external_launcher"
         with tempfile.TemporaryDirectory() as folder, _generators_kept():
             config = copy.deepcopy(base.config)
             # A model that was built and not loaded does not say what it is.
@@ -101,6 +106,7 @@ class VLLMEngine:
                     enforce_eager=self.on_cpu,
                     seed=0,
                     disable_log_stats=True,
+                    **options,
                 )
                 # What its kernels do not support shows in the first step only; better here than after a rollout began.
                 once = SamplingParams(max_tokens=1, detokenize=False)
@@ -112,9 +118,27 @@ class VLLMEngine:
                     f"a CPU. A model that it does not run needs generation_engine=transformers."
                 ) from error
 
+        self._sleep()
+
+    def _sleep(self) -> None:
+        if self.forgets:
+            # Level 2: weights and cache are dropped, not kept on the host.
+            self.llm.sleep(level=2)
+
+    def _wake(self, what: str) -> None:
+        if self.forgets:
+            if self.device.type == "cuda":
+                # What the trainer's allocator holds and does not use is vLLM's to take.
+                torch.cuda.empty_cache()
+            self.llm.wake_up(tags=[what])
+
     def update_weights(self, model: PreTrainedModel) -> None:
-        """Copy the present weights into vLLM, adapters merged, and forget what it has cached under the old ones."""
-        weights = ((name, weight.to(self.dtype)) for name, weight in named_weights(model))
+        """Copy the present weights into vLLM, adapters merged, and forget what it has cached under the old ones.
+
+        Under ZeRO-3 all ranks gather them together, a bucket at a time.
+        """
+        self._wake("weights")
+        weights = named_weights(model, self.dtype)
         with torch.no_grad():
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             if self.on_cpu:
@@ -156,7 +180,9 @@ class VLLMEngine:
             for seed in seeds
         ]
         prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_ids]
+        self._wake("kv_cache")
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        self._sleep()
         return [self._completion(output.outputs[0]) for output in outputs]
 
     def _completion(self, output) -> Generated:

@@ -12,7 +12,7 @@ import torch
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.resources import parameter_size
 from ppo_vs_dpo.models.loading.adapters import adapts_tied
-from ppo_vs_dpo.models.sharding.deepspeed import whole
+from ppo_vs_dpo.models.sharding.deepspeed import is_sharded, whole
 
 # Bytes of a bucket: enough to keep a network or a disk busy.
 BUCKET = 1_000_000_000
@@ -36,6 +36,11 @@ class Weight:
     def size(self) -> int:
         """Numbers."""
         return parameter_size(self.parts[0])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """When it is whole."""
+        return tuple(getattr(self.parts[0], "ds_shape", self.parts[0].shape))
 
 
 def weights_of(policy: torch.nn.Module) -> list[Weight]:
@@ -101,7 +106,7 @@ def _merged(parameter: torch.nn.Parameter, layer: torch.nn.Module, adapter: str)
 
 
 def buckets(
-    policy: torch.nn.Module, dtype: torch.dtype, keep: bool = True, size: int = BUCKET
+    policy: torch.nn.Module, dtype: torch.dtype, keep: bool = True, size: int | None = None
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The weights in some dtype, a bucket at a time; all ranks must go through all of them.
 
@@ -109,10 +114,10 @@ def buckets(
         policy: see `weights_of`.
         dtype: of what comes out.
         keep: whether this rank wants them; the others help to gather, and get empty buckets.
-        size: bytes of a bucket; a single larger tensor is one of its own.
+        size: bytes of a bucket (`BUCKET`); a single larger tensor is one of its own.
     """
     bucket: list[Weight] = []
-    held = 0
+    size, held = BUCKET if size is None else size, 0
     for weight in [*weights_of(policy), None]:
         own = 0 if weight is None else weight.size * dtype.itemsize
         if bucket and (weight is None or held + own > size):
@@ -131,7 +136,25 @@ def _addresses(bucket: list[Weight]) -> set[int]:
     return {p.data_ptr() for one in bucket for p in one.parts}
 
 
-def named_weights(policy: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """All weights of a policy that is whole on this process, by name, one after another."""
-    for weight in weights_of(policy):
-        yield weight.name, weight.make()
+def named_weights(
+    policy: torch.nn.Module, dtype: torch.dtype | None = None, size: int | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """All weights of a policy by name, one after another, on every rank; under ZeRO-3 a bucket at a time is whole.
+
+    Args:
+        policy: see `weights_of`.
+        dtype: of what comes out; ``None``: as it is.
+        size: bytes of a bucket.
+    """
+    if dtype is None:
+        for weight in weights_of(policy):
+            with whole(weight.parts, write=False):
+                made = weight.make()
+                made = made.clone() if any(is_sharded(part) for part in weight.parts) else made
+            yield weight.name, made
+        return
+    for bucket in buckets(policy, dtype, size=size):
+        # Let go of one by one: none of this bucket is left when the next is gathered.
+        while bucket:
+            name = next(iter(bucket))
+            yield name, bucket.pop(name)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from ppo_vs_dpo.artifacts.errors import in_help, say
+from ppo_vs_dpo.artifacts.errors import UserError, in_help, say
 from ppo_vs_dpo.pipeline.planning.gpus import visible
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "vllm", "bitsandbytes")
@@ -28,6 +28,8 @@ FLOORS = {
     "transformers": ("5.10", "earlier models lack what packed rows build on"),
 }
 GB = 1e9
+# Known to whoever starts a run, or of no harm to one that starts.
+QUIET = {"Hub token", "compilers"}
 # Interfaces that collectives are told to use.
 INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 
@@ -147,7 +149,11 @@ def disks(output: str) -> Iterator[Finding]:
     local = any(str(folder).startswith(place) for place in ("/tmp", "/dev/shm", "/scratch", "/local"))
     if local:
         wrong = "on several machines all must see it: use a shared disk"
-        yield Finding("output", f"{folder} looks local to this machine", wrong)
+        yield Finding("shared disk", f"{folder} looks local to this machine", wrong)
+    modules = Path(os.environ.get("HF_MODULES_CACHE", _hub_cache() / "modules"))
+    if os.environ.get("HF_HOME") and any(str(modules).startswith(place) for place in ("/tmp", "/dev/shm")):
+        wrong = "each machine fetches models for itself: fetch once on each, or set HF_HOME to a shared disk"
+        yield Finding("Hub cache", f"{modules} is local to this machine", wrong)
 
 
 def _hub_cache() -> Path:
@@ -175,6 +181,19 @@ def compilers() -> Iterator[Finding]:
 def findings(output: str) -> list[Finding]:
     """All of them."""
     return [*versions(), *gpus(), *network(), *disks(output), *hub(), *compilers()]
+
+
+def before_cluster(output: str) -> str:
+    """The short form, for a run on several machines or GPUs: only what is wrong, one line each; empty for nothing.
+
+    Raises:
+        UserError: something that stops a run; it has cost no GPU yet.
+    """
+    found = [one for one in findings(output) if one.wrong and one.topic not in QUIET]
+    if stops := [one for one in found if one.stops]:
+        lines = [f"{one.topic}: {one.said}: {one.wrong}" for one in stops]
+        raise UserError("\n  ".join(["this machine cannot run it (ppo-vs-dpo doctor says more):", *lines]))
+    return "".join(f"doctor: {one.topic}: {one.said}: {one.wrong}\n" for one in found)
 
 
 def main(arguments: list[str]) -> int:

@@ -10,6 +10,8 @@ from ppo_vs_dpo.pipeline.planning.memory import Gpu, Part, Shape, Sharding
 
 # What decoding does (models.sampling: generation.SamplingConfig, kv_cache, weights), without importing torch for it.
 ROWS, SHARE, PICKING, BUCKET = 256, 0.8, 24, 1e9
+# To a server by vLLM's own transfer: two messages beside the bucket (models.sampling.vllm_transfer).
+MESSAGES = 2 * BUCKET / 4
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class Job:
         server: a vLLM server on other GPUs samples (``ppo.vllm_mode``).
         critic: PPO trains a value model beside the policy.
         trained: share of PPO's responses that the update trains on (online DPO: two of a prompt's k).
+        colocated: share of the GPU that vLLM takes in the trainer's process while it samples (asleep it takes none).
+        passes: forward and backward passes of one optimizer step; with one, no gradients are there beside its
+            activations.
+        quantized: adapters are on a base in 4 bits (``lora.load_in_4bit``).
     """
 
     stage: str
@@ -49,6 +55,9 @@ class Job:
     server: bool = False
     critic: bool = True
     trained: float = 1.0
+    colocated: float = 0.0
+    passes: int = 2
+    quantized: bool = False
 
     @property
     def length(self) -> int:
@@ -97,10 +106,11 @@ def estimate(shape: Shape, job: Job, sharding: Sharding, gpu: Gpu) -> Estimate:
     def part(role: str, parameters: int, trains: bool) -> Part:
         if not trains:
             frozen = dataclasses.replace(sharding, offload_optimizer=False)
-            return memory.held(role, parameters, 0, frozen)
+            halved = job.reward * shape.multiplied if role == "reward" else shape.frozen_linear(parameters)
+            return memory.held(role, parameters, 0, frozen, halved=halved)
         trained = parameters if job.adapters is None else shape.adapters(rank, list(targets))
         extra = 0 if job.adapters is None else trained
-        return memory.held(role, parameters + extra, trained, sharding)
+        return memory.held(role, parameters + extra, trained, sharding, quantized=_quantized(shape, job))
 
     if job.stage == "ppo":
         return _ppo(shape, job, sharding, gpu, part)
@@ -110,14 +120,16 @@ def estimate(shape: Shape, job: Job, sharding: Sharding, gpu: Gpu) -> Estimate:
     if job.reference:
         parts.append(part("reference", shape.parameters, False))
     result = Estimate(parts)
-    tokens = job.rows * job.length
-    positions = {"sft": tokens, "dpo": job.rows * job.response, "reward_model": 0}[job.stage]
+    # SFT learns the completions, too.
+    positions = 0 if scalar else job.rows * job.response
+    trains, kept = job.adapters is None, (1 if scalar else job.response) / job.length
+    logits = 0.0 if scalar else memory.fused_head(shape, positions, trains, sharding)
     result.phases["update"] = {
-        "activations": memory.activations(shape, tokens, job.checkpointing, sharding.half),
-        "logits": memory.logits_bytes(shape, positions, sharding.half),
+        **_passes(shape, job, sharding, kept, 1, logits, head=not scalar),
         "gathered weights": memory.live_weights(parameters, sharding),
         "message": memory.message_bytes(parameters, sharding),
     }
+    _first_pass(result, job, sharding)
     passes = 3 + job.checkpointing + job.reference  # a backward pass is two forward passes (KAP)
     logits = 0 if scalar else job.updates_rows * positions // job.rows
     result.flops["update"] = passes * memory.forward_flops(shape, job.updates_rows, job.length, logits)
@@ -139,36 +151,42 @@ def _ppo(shape: Shape, job: Job, sharding: Sharding, gpu: Gpu, part: Callable[[s
             parts.append(part("reward", job.reward * shape.scalar_parameters, False))
     result = Estimate(parts)
     half, width = sharding.half, sharding.width
+    logits = memory.logits_bytes(shape, job.rows * job.response, half)
     mine = math.ceil(job.updates_rows / sharding.ranks)
     # ZeRO-3 gathers the whole policy once per rollout; to a server it goes in buckets (models.sampling.weights).
     whole = width * shape.parameters if sharding.stage == 3 else 0.0
-    if job.server:
-        whole = min(BUCKET, width * shape.parameters)
+    if job.server or job.colocated:
+        whole = min(BUCKET, width * shape.parameters) + (MESSAGES if job.server else 0.0)
+    elsewhere = job.server or job.colocated
     row = memory.cache_bytes(shape, 1, job.length - 1, half) + shape.vocabulary * PICKING
     # At most as many rows as the free memory takes (models.sampling.kv_cache), and one.
     room = int(SHARE * (gpu.usable - result.held - whole)) // int(row)
     decoding = max(1, min(mine, ROWS, room))
     live = memory.live_weights(both, sharding)
-    tokens, seen = job.rows * job.length, min(job.forward_rows, mine) * job.length
+    seen = min(job.forward_rows, mine) * job.length
     result.phases = {
         "generate": {
             "gathered weights": whole,
-            "KV cache": 0.0 if job.server else memory.cache_bytes(shape, decoding, job.length - 1, half),
-            "logits": 0.0 if job.server else decoding * shape.vocabulary * float(PICKING),
+            # Its share, or what its weights ask for: each rank's engine holds them whole.
+            "vLLM": max(job.colocated * gpu.memory, width * shape.parameters) if job.colocated else 0.0,
+            "casts": 0.0 if elsewhere else _casts(shape, job, sharding),
+            "KV cache": 0.0 if elsewhere else memory.cache_bytes(shape, decoding, job.length - 1, half),
+            "logits": 0.0 if elsewhere else decoding * shape.vocabulary * float(PICKING),
         },
         "forward": {
             "gathered weights": live,
-            "activations": memory.activations(shape, seen, False, half) / shape.layers,
+            "casts": _casts(shape, job, sharding),
+            "activations": memory.activations(shape, seen, False, sharding).kept / shape.layers,
             "logits": memory.logits_bytes(shape, min(job.forward_rows, mine) * job.response, half) / 2,
         },
         "update": {
             "gathered weights": live,
             # The graphs of policy and value model are there at once.
-            "activations": (1 + job.critic) * memory.activations(shape, tokens, job.checkpointing, half),
-            "logits": memory.logits_bytes(shape, job.rows * job.response, half),
+            **_passes(shape, job, sharding, job.response / job.length, 1 + job.critic, logits),
             "message": memory.message_bytes(both, sharding),
         },
     }
+    _first_pass(result, job, sharding)
     one = memory.forward_flops(shape, job.updates_rows, job.length, job.updates_rows * job.response)
     scalar = memory.forward_flops(shape, job.updates_rows, job.length)
     result.flops = {
@@ -188,9 +206,56 @@ def _on_one_base(shape: Shape, job: Job, sharding: Sharding) -> list[Part]:
     """The base once, and each role's adapter (and head) beside it."""
     rank, targets = job.adapters
     adapter = shape.adapters(rank, list(targets))
-    roles = {"base": (shape.parameters, 0), "policy": (adapter, adapter)}
+    roles = {"policy": (adapter, adapter)}
     if job.critic:
         roles["value"] = (adapter + shape.hidden, adapter + shape.hidden)
     if job.reward:
         roles["reward"] = (adapter + shape.hidden, 0)
-    return [memory.held(role, parameters, trained, sharding) for role, (parameters, trained) in roles.items()]
+    base = memory.held("base", shape.parameters, 0, sharding, quantized=_quantized(shape, job))
+    return [base, *(memory.held(role, *both, sharding) for role, both in roles.items())]
+
+
+def _quantized(shape: Shape, job: Job) -> int:
+    """Weights held in 4 bits: the backbone's linear layers (models.loading.quantized)."""
+    return shape.multiplied if job.quantized and job.adapters else 0
+
+
+def _casts(shape: Shape, job: Job, sharding: Sharding, head: bool = True) -> float:
+    """Autocast's copies of a role's weights; 4-bit ones are widened at each use and kept nowhere."""
+    return max(0.0, memory.casts(shape, sharding, head) - (2.0 * _quantized(shape, job) if sharding.autocast else 0.0))
+
+
+def _passes(
+    shape: Shape, job: Job, sharding: Sharding, share: float, models: int, logits: float, head: bool = True
+) -> dict[str, float]:
+    """What forward and backward passes of one micro-batch hold at their hungriest moment: see `memory.activations`."""
+    found = memory.activations(shape, job.rows * job.length, job.checkpointing, sharding, share, _adapted(shape, job))
+    casts = models * _casts(shape, job, sharding, head)
+    if not job.checkpointing:
+        phase = {"activations": models * found.kept, "casts": casts}
+        return {**phase, "logits, or a layer's gradients": max(logits, found.working)}
+    # Autocast keeps copies of weights that train until the forward pass ends; layers are made again one at a time.
+    casts = casts if job.adapters is None else 0.0
+    again = max(casts + logits, found.layer + found.working)
+    return {"activations": models * found.kept, "logits, or a layer again and its gradients": again}
+
+
+def _adapted(shape: Shape, job: Job) -> int | None:
+    """Inputs of a layer's adapters, in numbers a token; ``None`` without adapters."""
+    if job.adapters is None:
+        return None
+    inputs = [ins for name, ins, _ in shape.linear if name.split(".")[-1] in job.adapters[1]]
+    return sum(inputs) // shape.layers
+
+
+def _first_pass(result: Estimate, job: Job, sharding: Sharding) -> None:
+    """One GPU without DeepSpeed lets go of gradients after each step: they are there in the update alone, and with one
+    pass a step they come as activations go, so that its peak has the larger of the two."""
+    if sharding.stage is not None or sharding.ranks > 1:
+        return
+    gradients = sum(part.gradients for part in result.parts)
+    for name, phase in result.phases.items():
+        if name != "update":
+            phase["gradients not there yet"] = -gradients
+        elif job.passes == 1:
+            phase["gradients not there yet"] = -min(gradients, sum(phase.values()))

@@ -16,6 +16,11 @@ from typing import Any
 GB = 1e9
 # Kept free on every GPU: CUDA context, NCCL buffers, fragmentation of the allocator.
 RESERVED = 0.08
+# TRL's head (trl.kernels.chunked_logprob): so many tokens and entries of the vocabulary at once.
+TOKENS, TILE = 4096, 32768
+# Bits of a weight in NF4 with double quantisation (Dettmers et al. 2023, section 3): 4, and 8 for each block of 64 and
+# 32 for each 256 blocks.
+NF4 = 4 + 8 / 64 + 32 / (64 * 256)
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,11 @@ class Shape:
     def of(cls, config: Any) -> "Shape":
         """The sizes of a transformers configuration; the model is built without its weights (``meta`` device)."""
         return _shape(type(config), json.dumps(config.to_dict(), sort_keys=True, default=str))
+
+    def frozen_linear(self, parameters: int) -> int:
+        """Weights of linear layers in a frozen model of so many parameters: the backbone's, and a head of its own."""
+        head = self.vocabulary * self.hidden
+        return self.multiplied + (head if parameters - self.scalar_parameters >= head - self.hidden else 0)
 
     def adapters(self, rank: int, targets: list[str]) -> int:
         """Parameters of low-rank adapters (Hu et al. 2021, section 4.1): r (inputs + outputs) for each layer."""
@@ -121,6 +131,11 @@ class Sharding:
         """Bytes of a weight as the model computes with it."""
         return 2 if self.half else 4
 
+    @property
+    def autocast(self) -> bool:
+        """Whether fp32 weights are cast to 16-bit at each use; DeepSpeed holds 16-bit weights beside fp32 ones."""
+        return self.half and self.stage is None
+
 
 @dataclass
 class Part:
@@ -146,7 +161,7 @@ class Part:
         return self.weights + self.gradients + self.optimizer
 
 
-def held(role: str, parameters: int, trained: int, sharding: Sharding) -> Part:
+def held(role: str, parameters: int, trained: int, sharding: Sharding, halved: int = 0, quantized: int = 0) -> Part:
     """What a rank holds of one role between passes (ZeRO, figure 1; K = 12 for Adam with fp32 weights).
 
     Args:
@@ -154,12 +169,17 @@ def held(role: str, parameters: int, trained: int, sharding: Sharding) -> Part:
         parameters: of the whole model.
         trained: how many of them train: all, none, or the adapters'.
         sharding: of the run.
+        halved: how many frozen ones are in linear layers of their own, held in 16-bit without DeepSpeed, too.
+        quantized: how many are held in 4 bits; never under DeepSpeed.
     """
     stage, ranks, width = sharding.stage, sharding.ranks, sharding.width
     part = Part(role)
     if stage is None:
-        # DDP: weights as loaded (fp32, autocast to 16-bit), Adam's moments of the same width, no second copy.
-        part.weights, part.gradients, part.optimizer = 4.0 * parameters, 4.0 * trained, 8.0 * trained
+        # DDP: weights as loaded (fp32, autocast to 16-bit), Adam's moments of the same width, no second copy. Frozen
+        # ones are held as autocast casts them (models.loading.pretrained.halve_frozen), or in 4 bits.
+        saved = 2.0 * halved if sharding.half else 0.0
+        part.weights, part.gradients, part.optimizer = 4.0 * parameters - saved, 4.0 * trained, 8.0 * trained
+        part.weights -= (4.0 - NF4 / 8) * quantized
         return part
     part.weights = width * parameters / (ranks if stage == 3 else 1)
     part.gradients = (sharding.sums or width) * trained / (ranks if stage >= 2 else 1)
@@ -186,19 +206,78 @@ def message_bytes(trained: int, sharding: Sharding) -> float:
     return 2.0 * sharding.width * min(trained, sharding.bucket)
 
 
-def activations(shape: Shape, tokens: int, checkpointing: bool, half: bool = True) -> float:
-    """Bytes kept for the backward pass of ``tokens`` tokens (KOR, section 4.1, counted for this layer's widths).
+@dataclass
+class Kept:
+    """Bytes of activations (KOR, section 4.1, counted for the layer's widths).
 
     No dropout, and attention that recomputes its scores (flash, sdpa: KOR's selective recomputation, eq. 6).
-    Inputs of two norms, of the projections, queries, keys, values, attention's output, and the feed-forward's inner
-    values. With checkpointing a layer's input is kept, and one layer's values while it is recomputed.
+
+    Attributes:
+        kept: from the forward pass to the backward pass: with checkpointing the layers' inputs, else all.
+        layer: made again for one layer at a time; 0 without checkpointing.
+        working: gradients under way in one layer's backward pass.
     """
-    width = 2 if half else 4
-    inner = (4 if shape.gated else 2) * shape.ffn
-    layer = tokens * width * (6 * shape.hidden + 2 * shape.kv + inner)
+
+    kept: float
+    layer: float
+    working: float
+
+
+def activations(
+    shape: Shape,
+    tokens: int,
+    checkpointing: bool,
+    sharding: "Sharding",
+    share: float = 1.0,
+    adapted: int | None = None,
+) -> Kept:
+    """What a pass over ``tokens`` tokens keeps for its backward pass.
+
+    Args:
+        shape: of the model.
+        tokens: real ones.
+        checkpointing: activations are computed again.
+        sharding: of the run.
+        share: of the tokens whose states are wanted from the last layer (responses, last tokens): it leaves out the
+            others' queries and feed-forward.
+        adapted: inputs of adapters in a layer, in numbers a token; ``None`` where all weights train.
+    """
+    hidden, kv, ffn = shape.hidden, shape.kv, shape.ffn
+    width, wide = (2 if sharding.half else 4), (4 if sharding.autocast or not sharding.half else 2)
+    # Inputs of both norms; queries and attention's output; keys and values.
+    stream, attended = 2 * wide * hidden, width * (2 * hidden + 2 * kv)
+    if adapted is not None:
+        # Frozen weights ask for no inputs: what is kept is what the gate's and attention's slopes need.
+        inputs, inner, to_keys = width * adapted, width * (3 if shape.gated else 1) * ffn, 0
+    else:
+        # Queries, keys, values, gate and up-projection: under autocast each takes a copy in half precision.
+        copies = (5 if shape.gated else 4) if sharding.autocast else 2
+        inputs, inner = width * copies * hidden, width * (4 if shape.gated else 2) * ffn
+        to_keys = (2 if sharding.autocast else 1) * width * hidden
+    layer = stream + attended + inputs + inner
+    # Where a token's state is not wanted from the last layer, its key and value are.
+    last = share * layer + (1 - share) * (wide * hidden + attended + to_keys)
+    # Of the feed-forward's values, its gate's slope and its product; of the stream, twice, and of a norm's input.
+    working = tokens * (width * (5 if shape.gated else 2) * ffn + 3 * wide * hidden)
     if checkpointing:
-        return tokens * width * shape.hidden * shape.layers + layer
-    return layer * shape.layers
+        return Kept(tokens * wide * hidden * shape.layers, tokens * (layer if shape.layers > 1 else last), working)
+    return Kept(tokens * (layer * (shape.layers - 1) + last), 0.0, working)
+
+
+def casts(shape: Shape, sharding: "Sharding", head: bool = True) -> float:
+    """Autocast's copies of fp32 weights in half precision, kept for the backward pass."""
+    if not sharding.autocast:
+        return 0.0
+    return 2.0 * (shape.multiplied + (shape.vocabulary * shape.hidden if head else 0))
+
+
+def fused_head(shape: Shape, positions: int, trains: bool, sharding: "Sharding") -> float:
+    """TRL's head at its backward pass: one tile of logits, its slice of the weights, fp32 gradients of states and,
+    where they train, of weights."""
+    width = 2 if sharding.half else 4
+    tile = width * min(TILE, shape.vocabulary) * shape.hidden if sharding.half else 0
+    gradient = 4.0 * shape.vocabulary * shape.hidden if trains else 0.0
+    return width * TILE * min(positions, TOKENS) + tile + 4.0 * positions * shape.hidden + gradient
 
 
 def logits_bytes(shape: Shape, positions: int, half: bool = True) -> float:

@@ -53,9 +53,11 @@ def job_of(config: Any, stage: str, ranks: int, prompt: int, architecture: Any) 
     context = getattr(architecture, "max_position_embeddings", None) or sys.maxsize
     model = (config.get("model") or {}).get("gradient_checkpointing")
     common = {"checkpointing": bool(_first(key("gradient_checkpointing", None), model, True)), "adapters": adapters}
+    common["quantized"] = bool(adapters and section["lora"].get("load_in_4bit"))
     if stage == "ppo":
         response = key("response_length", 53)
         rollout = key("rollout_batch_size", rows * accumulate * ranks)
+        vllm = key("vllm_mode", "colocate") if key("generation_engine", "transformers") == "vllm" else None
         return Job(
             stage,
             min(rows, math.ceil(rollout / key("num_mini_batches", 1) / ranks)),
@@ -63,11 +65,13 @@ def job_of(config: Any, stage: str, ranks: int, prompt: int, architecture: Any) 
             min(key("max_prompt_length", prompt), context - response),
             response,
             epochs=key("num_ppo_epochs", 4),
+            passes=math.ceil(rollout / key("num_mini_batches", 1) / ranks / rows),
             forward_rows=key("local_rollout_forward_batch_size", 64),
             reference=adapters is None,
             reward=reward_models(config),
             shared=adapters is not None and bool(key("shared_base", False)),
-            server=key("generation_engine", "transformers") == "vllm" and key("vllm_mode", "") == "server",
+            server=vllm == "server",
+            colocated=float(key("vllm_gpu_memory_utilization", 0.3)) if vllm == "colocate" else 0.0,
             critic=trains_values(section),
             trained=trained_share(section),
             **common,
@@ -82,6 +86,7 @@ def job_of(config: Any, stage: str, ranks: int, prompt: int, architecture: Any) 
         length - min(prompt, length // 2),
         # DPO takes the reference's log-probabilities beforehand unless another model is named.
         reference=stage == "dpo" and bool(section.get("reference_path")),
+        passes=accumulate,
         **common,
     )
 

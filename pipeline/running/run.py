@@ -11,7 +11,9 @@ from ppo_vs_dpo.artifacts.guards import replaced
 from ppo_vs_dpo.artifacts.guards.versions import differences, made_by
 from ppo_vs_dpo.artifacts.run import STAGES, RunFolder
 from ppo_vs_dpo.pipeline.checking.check import check_once
+from ppo_vs_dpo.pipeline.checking.doctor import before_cluster
 from ppo_vs_dpo.pipeline.planning.beforehand import say_cost
+from ppo_vs_dpo.pipeline.planning.gpus import visible
 from ppo_vs_dpo.pipeline.running import graph
 from ppo_vs_dpo.pipeline.running.execute import execute, locked
 from ppo_vs_dpo.pipeline.running.job import environment
@@ -50,6 +52,8 @@ def run_pipeline(config: DictConfig) -> int:
         work = [job for job in todo if not finished_before(job)]
         if work:
             check_versions(run, jobs, work)
+            if of_a_cluster(config.launch):
+                warn(before_cluster(config.output_dir))
             check_once(run, depends_on(jobs, work), launcher, environment(config, "check"))
         if len(work) < len(todo):
             write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
@@ -94,6 +98,11 @@ def depends_on(jobs: list[graph.Job], todo: list[graph.Job]) -> dict[str, str]:
 def finished_before(job: graph.Job) -> bool:
     """Whether this job needs no work: its result, made from just these settings, was moved aside since."""
     return job.kept is not None and (job.kept / "done.json").is_file()
+
+
+def of_a_cluster(launch: DictConfig) -> bool:
+    """Whether stages run on several machines, or on several GPUs of this one."""
+    return bool(launch.get("hostfile")) or launch.get("nodes", 1) > 1 or (visible() and launch.processes != 1)
 
 
 def bring_back(run: RunFolder, jobs: list[graph.Job]) -> None:

@@ -42,8 +42,9 @@ FREE = frozenset(
         "tf32", "full_determinism", "accelerator_config", "parallelism_config", "dataloader_pin_memory",
         "dataloader_in_order", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
         "ddp_static_graph", "ddp_backend", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed", "local_rank",
-        "ds3_gather_for_generation", "logprobs_from_sampling", "vllm_mode", "vllm_server_base_url",
-        "vllm_gpu_memory_utilization", "use_cache",
+        "ds3_gather_for_generation", "logprobs_from_sampling", "coalesce_grad_reduction", "vllm_mode",
+        "vllm_server_base_url", "vllm_weight_transfer", "vllm_enable_sleep_mode", "vllm_gpu_memory_utilization",
+        "use_cache",
         # no settings of PPO
         "do_train", "do_eval", "do_predict", "resume_from_checkpoint", "resume_with", "data_seed",
         "remove_unused_columns", "length_column_name", "torch_compile_backend", "torch_compile_mode",

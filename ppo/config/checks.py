@@ -82,6 +82,7 @@ def problems(args) -> Iterator[str]:
         "missing_eos": ("replace", "subtract"),
         "generation_engine": ("transformers", "vllm"),
         "vllm_mode": ("colocate", "server"),
+        "vllm_weight_transfer": ("auto", "nccl", "ipc", "files"),
         "parity": (None, "trl-1.12", "summarize-from-feedback"),
     }
     for name, valid in choices.items():

@@ -119,10 +119,21 @@ class PPOConfig(TrainingArguments):
     )
     vllm_mode: Literal["colocate", "server"] = _option(
         "colocate",
-        "Where vLLM runs (TRL's names): in the trainer's process (extra vllm; one process, no DeepSpeed), or as a "
+        "Where vLLM runs (TRL's names): in the process of each rank (extra vllm), or as a "
         "server that `python -m ppo_vs_dpo.models.sampling.vllm_server MODEL` started; any number of ranks.",
     )
     vllm_server_base_url: str = _option("http://127.0.0.1:8000", "Of the server, with vllm_mode=server.")
+    vllm_weight_transfer: Literal["auto", "nccl", "ipc", "files"] = _option(
+        "auto",
+        "How weights go to the server: by vLLM's own transfer over NCCL to other GPUs, or by CUDA IPC on the same "
+        "ones; or as files on a disk that both see. auto: as the server was started, where the trainer is on a GPU "
+        "and has vLLM, too; else files.",
+    )
+    vllm_enable_sleep_mode: bool | None = _option(
+        None,
+        "With vllm_mode=colocate: its weights and cache leave the GPU while the trainer works, and weights are sent "
+        "again before each sampling (TRL's name). None: on a GPU.",
+    )
     vllm_gpu_memory_utilization: float = _option(
         0.3,
         "Share of the GPU's memory (of the machine's on a CPU) for vLLM's weights and key-value cache, beside "
@@ -138,6 +149,16 @@ class PPOConfig(TrainingArguments):
         "token_truncate",
         "Of each token, or of whole responses (their product: unbiased without a cap, of higher variance); above C "
         "cut to C, or left out. TRL's names; its default is sequence_mask.",
+    )
+    cast_lm_head_to_fp32: bool = _option(
+        False,
+        "Compute logits of policy and reference in fp32 whatever the rest is in (TRL's name; MiniMax-M1): sampled and "
+        "trained log-probabilities then differ by the layers' rounding alone. Slower at large vocabularies.",
+    )
+    coalesce_grad_reduction: bool = _option(
+        False,
+        "DeepSpeed: ranks exchange the gradients of all micro-batches of a step at once. Each rank then holds all "
+        "gradients until the step, and they add up in the weights' dtype: in bfloat16 8 of them are off by 0.3 %.",
     )
     ds3_gather_for_generation: bool = _option(True, "ZeRO-3: gather the weights once per rollout (TRL).")
 

@@ -13,6 +13,7 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.prepared import train_in_full
 from ppo_vs_dpo.models.loading.pretrained import eos_token_ids
 from ppo_vs_dpo.models.passes.answers import answers
+from ppo_vs_dpo.models.passes.head import compute_in_fp32
 from ppo_vs_dpo.models.sampling.engine import Engine
 from ppo_vs_dpo.models.sharding.deepspeed import held_bytes
 from ppo_vs_dpo.models.sharding.state import state_bytes
@@ -185,6 +186,9 @@ def make_roles(
             check_trains(trained, what)
             train_in_full(trained, sharded=getattr(args, "deepspeed_plugin", None) is not None)
     reference = Reference(reference, policy, given)
+    if args.cast_lm_head_to_fp32:
+        for one in filter(None, (policy, reference.model)):
+            compute_in_fp32(one)
     trained = PolicyAndValue(policy, value)
     return Roles(policy, value, reference, rewards, tokenizer, trained, length_coef=float(length_coef))
 

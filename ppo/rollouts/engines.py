@@ -48,11 +48,13 @@ def make_engine(
     if args.vllm_mode == "server":
         from ppo_vs_dpo.models.sampling.vllm_client import VLLMServerEngine
 
-        return VLLMServerEngine(args.vllm_server_base_url, args.output_dir, *given)
+        return VLLMServerEngine(args.vllm_server_base_url, args.output_dir, *given, args.vllm_weight_transfer)
     from ppo_vs_dpo.models.sampling.vllm_colocated import VLLMEngine
 
-    check_colocated(accelerator.num_processes, kind)
-    return VLLMEngine(*given, args.vllm_gpu_memory_utilization)
+    return VLLMEngine(
+        *given, args.vllm_gpu_memory_utilization, accelerator.num_processes, accelerator.device,
+        args.vllm_enable_sleep_mode,
+    )  # fmt: skip
 
 
 def check_whole(policy: PreTrainedModel, args: PPOConfig, kind: DistributedType) -> None:
@@ -68,25 +70,6 @@ def check_whole(policy: PreTrainedModel, args: PPOConfig, kind: DistributedType)
         raise UserError(f"{chosen} needs ppo.ds3_gather_for_generation: weights are sent whole. Set it, or {instead}.")
     if getattr(policy, "is_quantized", False):
         raise UserError(f"{chosen} needs a policy in plain weights, and this one is quantized; or {instead}.")
-
-
-def check_colocated(ranks: int, kind: DistributedType) -> None:
-    """vLLM shares the process of one trainer that holds all weights whole.
-
-    Raises:
-        UserError: several ranks, or DeepSpeed; names the key and the cause.
-    """
-    chosen, instead = "ppo.generation_engine=vllm", "use vllm_mode=server or generation_engine=transformers"
-    if kind == DistributedType.DEEPSPEED:
-        raise UserError(
-            f"{chosen} does not work with deepspeed: the engine takes whole weights from one process, and DeepSpeed's "
-            f"are in its own partitions. Leave out deepspeed, or {instead}."
-        )
-    if ranks > 1:
-        raise UserError(
-            f"{chosen} works on one process, and there are {ranks}: each would start an engine on the same device. "
-            f"Start one process, or {instead}."
-        )
 
 
 def samples_exactly(policy: PreTrainedModel, args: PPOConfig, kind: DistributedType) -> bool:

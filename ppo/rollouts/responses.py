@@ -44,7 +44,7 @@ def sample(
     with within, contextlib.nullcontext() if engine.keeps_weights else roles.computing():
         # Whatever moved the weights (an update, a resume, the best checkpoint), they are sampled from; an engine with
         # a copy of its own has them already where nothing did.
-        if not engine.keeps_weights or roles.sent != version:
+        if not engine.keeps_weights or roles.sent != version or getattr(engine, "forgets", False):
             engine.update_weights(model)
         if engine.keeps_weights:
             roles.sent = version

@@ -94,20 +94,22 @@ def update(
             texts = ptx.batches(draw, len(rows), len(micro_batches), accelerator)
             sizes["text_tokens"] = ptx.tokens_in_draw
         minibatch, finite = Totals(), torch.ones((), dtype=torch.bool, device=accelerator.device)
-        for part, (micro, text) in enumerate(zip(micro_batches, texts, strict=True)):
-            last = part == len(micro_batches) - 1
-            with _accumulate(accelerator, model, last):
-                inputs = _forward(model, mine.select(micro).to(accelerator.device), text, sizes, args, value_only)
-                out = loss(inputs, settings)
-                totals.add(out.sums, out.maxima)
-                minibatch.add(out.sums)
-                if not steps and not value_only:
-                    deviation.add(*log_ratio_from_0(inputs))
-                finite &= torch.isfinite(out.loss.detach())
-                # Before the last backward pass: DeepSpeed's engine steps in it.
-                if last and any_rank(~finite, accelerator.device):
-                    raise non_finite(rollout, f"the loss of {name}", args, sharded=False)
-                _backward(accelerator, out.loss)
+        at_once = args.coalesce_grad_reduction and _is_sharded(accelerator)
+        with _one_reduction(model) if at_once else contextlib.nullcontext():
+            for part, (micro, text) in enumerate(zip(micro_batches, texts, strict=True)):
+                last = part == len(micro_batches) - 1
+                with _accumulate(accelerator, model, last and not at_once):
+                    inputs = _forward(model, mine.select(micro).to(accelerator.device), text, sizes, args, value_only)
+                    out = loss(inputs, settings)
+                    totals.add(out.sums, out.maxima)
+                    minibatch.add(out.sums)
+                    if not steps and not value_only:
+                        deviation.add(*log_ratio_from_0(inputs))
+                    finite &= torch.isfinite(out.loss.detach())
+                    # Before the last backward pass: DeepSpeed's engine steps in it.
+                    if last and any_rank(~finite, accelerator.device):
+                        raise non_finite(rollout, f"the loss of {name}", args, sharded=False)
+                    _backward(accelerator, out.loss)
         norm = _clip(accelerator, model, args.max_grad_norm)
         if norm is not None:
             if not torch.isfinite(norm) and accelerator.scaler is None:
@@ -150,6 +152,15 @@ def _accumulate(accelerator: Accelerator, model: nn.Module, last: bool):
     accelerator.gradient_state._set_sync_gradients(last)
     with contextlib.nullcontext() if last or _is_sharded(accelerator) else accelerator.no_sync(model):
         yield
+
+
+@contextlib.contextmanager
+def _one_reduction(model: nn.Module):
+    """Inside the block a DeepSpeed engine keeps gradients where they are; afterwards it exchanges them, and steps."""
+    with model.coalesce_grad_reduction():
+        yield
+    model.set_gradient_accumulation_boundary(True)
+    model.step()
 
 
 def _backward(accelerator: Accelerator, loss: torch.Tensor) -> None:

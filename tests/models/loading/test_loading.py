@@ -1,5 +1,9 @@
 """Loading: local folders laid out as the Hub's, adapters, special tokens, and what is wrong said in words."""
 
+import json
+import multiprocessing
+import time
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -7,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, write_json
+from ppo_vs_dpo.models.loading import pretrained
 from ppo_vs_dpo.models.loading.config import LoraSettings, ModelConfig
 from ppo_vs_dpo.models.loading.prepared import disable_dropout
 from ppo_vs_dpo.models.loading.pretrained import (
@@ -167,3 +172,28 @@ def test_conversations_need_a_template(word_tokenizer):
     bare.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         encode_prompt(bare, CHAT)
+
+
+def test_remote_code_is_fetched_by_one_process_at_a_time(tmp_path, monkeypatch):
+    """transformers writes it without a lock; four ranks that load at once take turns."""
+    from transformers import dynamic_module_utils
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}))
+    noted = tmp_path / "noted"
+
+    def slow(name, path, revision=None):
+        with noted.open("a") as file:
+            file.write(f"in {name}\n")
+            file.flush()
+            time.sleep(0.2)
+            file.write("out\n")
+
+    monkeypatch.setattr(dynamic_module_utils, "get_class_from_dynamic_module", slow)
+    monkeypatch.setattr("transformers.utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=pretrained.fetch_code, args=(str(tmp_path),)) for _ in range(4)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+    assert noted.read_text() == "in own.Config\nout\n" * 4

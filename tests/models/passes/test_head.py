@@ -1,14 +1,17 @@
 """The head in pieces: log-probabilities, entropies and gradients of the whole, and no more logits than a piece."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.pretrained import load_value_or_reward
 from ppo_vs_dpo.models.passes import head as heads
-from ppo_vs_dpo.models.passes.head import head_logprobs
+from ppo_vs_dpo.models.passes.head import compute_in_fp32, head_logprobs
 from ppo_vs_dpo.models.passes.logprobs import full_kl, pad_batch, response_logprobs, sequence_scores
 from ppo_vs_dpo.ppo.roles.reference import WithoutAdapters
 
@@ -124,3 +127,35 @@ def test_scores_are_in_full_precision(tiny_llama, tmp_path):
     assert (scores - exact).abs().max() < 1e-6 * exact.abs().max()
     # The steps of bfloat16 at this size are a thousand times that.
     assert (exact.bfloat16() - exact).abs().max() > 1e-3 * exact.abs().max()
+
+
+@pytest.mark.parametrize("rows", [3, 23])
+def test_logits_in_fp32_of_a_model_in_half_precision(tiny_llama, small_pieces, rows):
+    """Those of an fp32 head on the very states, in sampling and in a pass, with the gradients of one."""
+    torch.manual_seed(0)
+    model = tiny_llama(vocab_size=400).bfloat16()
+    head, states = model.get_output_embeddings(), torch.randn(rows, model.config.hidden_size).bfloat16()
+    tokens = torch.randint(400, (rows,))
+    weight = head.weight.detach().float().requires_grad_()
+    exact = nn.functional.linear(states.float(), weight).log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+    exact.sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = head_logprobs(head, states, tokens)[0]
+    assert (rounded - exact).abs().max() > 1e-3
+    compute_in_fp32(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head_logprobs(head, states, tokens)[0]
+        sampled = head(states).log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+    torch.testing.assert_close(found, exact, atol=2e-5, rtol=0)
+    torch.testing.assert_close(sampled, exact, atol=2e-5, rtol=0)
+    found.sum().backward()
+    error = (head.weight.grad.float() - weight.grad).abs().max() / weight.grad.abs().max()
+    assert error < 2**-8  # the gradient's own dtype
+    copied = copy.deepcopy(model).get_output_embeddings()
+    assert copied.forward.args[0] is copied
+
+
+def test_a_head_with_adapters_stays_as_it_is(tiny_llama):
+    policy = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))
+    with pytest.raises(UserError, match=r"cast_lm_head_to_fp32 needs a plain output layer"):
+        compute_in_fp32(policy)

@@ -1,5 +1,6 @@
 """Weights in buckets: all of them, adapters added in, and under ZeRO-3 no more than a bucket whole at once."""
 
+import contextlib
 import copy
 
 import pytest
@@ -11,6 +12,9 @@ from ppo_vs_dpo.ppo.roles.reference import WithoutAdapters
 from tests.ranks import on_ranks, settings_of
 
 LORA = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+
+# Empty while what is gathered is not to be noted.
+NOTING = [True]
 
 
 def adapted(model):
@@ -60,15 +64,12 @@ def test_those_who_do_not_want_them_get_none(tiny_llama):
     assert {len(bucket) for bucket in buckets(tiny_llama(), torch.bfloat16, keep=False, size=2000)} == {0}
 
 
-def streamed(build, lora, limit):
-    """Weights that rank 0 got, and the numbers that were whole at once on this rank, bucket by bucket."""
+def sharded(policy):
+    """A ZeRO-3 engine, and a list that takes the numbers whole at once whenever some are gathered."""
     import deepspeed
 
     from ppo_vs_dpo.models.sharding.deepspeed import is_sharded
 
-    model = build()
-    policy = adapted(model) if lora else model
-    expected = {name: weight.clone() for name, weight in named_weights(policy)}
     settings = settings_of("zero3") | {"train_batch_size": 2, "train_micro_batch_size_per_gpu": 1}
     settings |= {"gradient_accumulation_steps": 1, "gradient_clipping": 1.0, "fp16": {"enabled": False}}
     settings["bf16"] = {"enabled": False}
@@ -81,15 +82,39 @@ def streamed(build, lora, limit):
 
     def enter(self):
         result = gathered(self)
-        seen.append(sum(sizes[id(p)] for p in parameters if p.numel()))
+        if NOTING:
+            seen.append(sum(sizes[id(p)] for p in parameters if p.numel()))
         return result
 
     deepspeed.zero.GatheredParameters.__enter__ = enter
+    return engine, seen
+
+
+@contextlib.contextmanager
+def wholly(module):
+    """All parameters whole, to be written by every rank alike; not noted by `sharded`."""
+    import deepspeed
+
+    NOTING.clear()
+    try:
+        with deepspeed.zero.GatheredParameters(list(module.parameters()), modifier_rank=0):
+            yield
+    finally:
+        NOTING.append(True)
+
+
+def streamed(build, lora, limit):
+    """Weights that rank 0 got, and the numbers that were whole at once on this rank, bucket by bucket."""
+    model = build()
+    policy = adapted(model) if lora else model
+    expected = {name: weight.clone() for name, weight in named_weights(policy)}
+    engine, seen = sharded(policy)
+    parameters = list(engine.module.parameters())
     rank = torch.distributed.get_rank()
     got = {n: w for bucket in buckets(engine.module, torch.float32, rank == 0, limit) for n, w in bucket.items()}
     after = sum(p.numel() for p in parameters)
     same = rank != 0 or (got.keys() == expected.keys() and all(torch.equal(got[n], expected[n]) for n in got))
-    return max(seen), after, len(got), same, sum(sizes.values())
+    return max(seen), after, len(got), same, sum(p.ds_numel for p in parameters)
 
 
 @pytest.mark.parametrize("lora", [False, True])

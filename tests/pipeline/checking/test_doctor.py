@@ -2,8 +2,13 @@
 
 import socket
 
+import pytest
+from omegaconf import OmegaConf
+
+from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.pipeline.checking import doctor
 from ppo_vs_dpo.pipeline.cli import dispatch
+from ppo_vs_dpo.pipeline.running import run
 
 
 def wrong(found):
@@ -59,3 +64,28 @@ def test_disks(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage._replace(free=5e8))
     found = wrong(doctor.disks(str(tmp_path / "not" / "there")))
     assert any(topic == "output" and "checkpoint" in said for topic, said, _ in found)
+
+
+def test_the_short_form_before_a_cluster_run(monkeypatch, tmp_path):
+    """Only what is wrong; what stops a run does so in one message, before anything is started."""
+    found = [
+        doctor.Finding("torch", "2.13"),
+        doctor.Finding("host name", "resolves to 127.0.1.1", "set GLOO_SOCKET_IFNAME"),
+        doctor.Finding("Hub token", "none", "hf auth login"),
+    ]
+    monkeypatch.setattr(doctor, "findings", lambda output: found)
+    assert doctor.before_cluster("runs") == "doctor: host name: resolves to 127.0.1.1: set GLOO_SOCKET_IFNAME\n"
+    found.append(doctor.Finding("deepspeed", "0.18", "pip install", stops=True))
+    with pytest.raises(UserError, match=r"this machine cannot run it .*\n  deepspeed: 0.18: pip install"):
+        doctor.before_cluster("runs")
+
+
+@pytest.mark.parametrize(
+    ("launch", "gpus", "asked"),
+    [({"processes": 1}, "", False), ({"processes": 4}, "", False), ({"processes": 1}, "0,1", False),
+     ({"processes": "auto"}, "0,1", True), ({"processes": 1, "nodes": 2}, "", True),
+     ({"processes": 1, "hostfile": "hosts"}, "", True)],
+)  # fmt: skip
+def test_which_runs_ask_the_doctor(monkeypatch, launch, gpus, asked):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    assert bool(run.of_a_cluster(OmegaConf.create(launch))) == asked

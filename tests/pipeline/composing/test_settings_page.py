@@ -41,7 +41,7 @@ OTHER = {
     "include_for_metrics": ["loss"], "dataloader_prefetch_factor": 3, "dataloader_multiprocessing_context": "spawn",
     "warmup_steps": 3, "generation_kwargs": {"batch_size": 4}, "score_bias": 0.5, "stop_strings": ["x"],
     "reward_weights": [0.5], "parity": "trl-1.12", "kl_estimator": "k3", "kl_in": "loss",
-    "kl_controller": "adaptive", "missing_eos": "subtract", "vllm_mode": "server",
+    "kl_controller": "adaptive", "missing_eos": "subtract", "vllm_mode": "server", "vllm_weight_transfer": "files",
     "vllm_server_url": "http://127.0.0.1:1", "packing_strategy": "wrapped", "f_divergence_type": "js_divergence",
     "gamma": 0.9, "lam": 0.9, "top_p": 0.9, "ref_model_mixup_alpha": 0.5, "adam_beta1": 0.8, "adam_beta2": 0.9,
     "vllm_gpu_memory_utilization": 0.5, "max_steps": 7, "eval_delay": 2, "pad_to_multiple_of": 8, "use_cache": True,

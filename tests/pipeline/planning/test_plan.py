@@ -8,10 +8,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ppo_vs_dpo.pipeline.cli import dispatch
+from ppo_vs_dpo.pipeline.composing import compose
 from ppo_vs_dpo.pipeline.planning import memory
 from ppo_vs_dpo.pipeline.planning.advice import changed, fitting
 from ppo_vs_dpo.pipeline.planning.estimate import estimate
 from ppo_vs_dpo.pipeline.planning.memory import GB, GPUS, Shape, Sharding
+from ppo_vs_dpo.pipeline.planning.plan import job_of
 from ppo_vs_dpo.pipeline.planning.scaling import MODELS, job, markdown, rows, shape_of, write_table
 from ppo_vs_dpo.ppo.config import PPOConfig
 
@@ -93,7 +95,8 @@ def test_70b_trains_beside_a_server():
     assert estimate(shape, own, sharding, gpu).phases["generate"]["gathered weights"] == 2 * shape.parameters
     assert estimate(shape, own, sharding, gpu).peak > gpu.usable
     plan = estimate(shape, served, sharding, gpu)
-    assert plan.phases["generate"] == {"gathered weights": 1e9, "KV cache": 0, "logits": 0}
+    # One bucket, and vLLM's two messages.
+    assert sum(plan.phases["generate"].values()) == plan.phases["generate"]["gathered weights"] == 1.5e9
     assert plan.peak < gpu.usable
     assert [change.text for change in fitting(shape, own, sharding, gpu)] == [
         "ppo.generation_engine=vllm ppo.vllm_mode=server"
@@ -114,6 +117,31 @@ def test_what_comes_and_goes_is_counted():
     plan = estimate(shape, long, Sharding(8, stage=3, sums=4), gpu)
     assert plan.phases["generate"]["KV cache"] < memory.cache_bytes(shape, 64, 512 + 4096)
     assert plan.held + sum(plan.phases["generate"].values()) <= gpu.usable
+
+
+def test_a_base_in_4_bits_is_counted_at_that_width():
+    """4 bits and a scale of 8 for each 64 weights, and of these one of 32 for each 256: 4.127 bits a linear weight."""
+    work = dataclasses.replace(job("dpo"), adapters=(16, ("q_proj", "v_proj")), quantized=True)
+    shape = shape_of("Llama-3-8B")
+    adapter = shape.adapters(16, ["q_proj", "v_proj"])
+    (part,) = estimate(shape, work, Sharding(1), GPUS["a100-80gb"]).parts
+    rest = shape.parameters - shape.multiplied + adapter
+    assert part.weights == pytest.approx(shape.multiplied * 4.126953125 / 8 + 4 * rest, rel=1e-9)
+    on_base = dataclasses.replace(
+        job("ppo"), adapters=(16, ("q_proj", "v_proj")), reference=False, shared=True, quantized=True
+    )
+    base = estimate(shape, on_base, Sharding(1), GPUS["a100-80gb"]).parts[0]
+    assert base.weights == pytest.approx(part.weights - 4 * adapter, rel=1e-9)
+    config = compose.load(["experiment=quickstart", "dpo.lora={r: 16, load_in_4bit: true}"])
+    assert job_of(config, "dpo", 1, 512, AutoConfig.for_model("llama", **TINY)).quantized
+
+
+def test_vllm_beside_the_trainer_takes_its_share_while_it_samples():
+    work = dataclasses.replace(job("ppo"), colocated=0.3)
+    plan = estimate(shape_of("Llama-3-8B"), work, Sharding(8, stage=3, sums=4), GPUS["h100-80gb"])
+    assert plan.phases["generate"]["vLLM"] == 0.3 * 80e9
+    assert plan.phases["generate"]["gathered weights"] == 1e9
+    assert "vLLM" not in plan.phases["update"]
 
 
 def test_one_base_is_planned_once():

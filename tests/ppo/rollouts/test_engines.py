@@ -18,7 +18,7 @@ from ppo_vs_dpo.models.sampling.weights import named_weights
 from ppo_vs_dpo.ppo.algorithm import importance_weights, policy_loss
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.rollouts import collect
-from ppo_vs_dpo.ppo.rollouts.engines import check_colocated, check_whole, engine_dtype
+from ppo_vs_dpo.ppo.rollouts.engines import check_whole, engine_dtype
 from ppo_vs_dpo.ppo.rollouts.rollout import Rollout
 from ppo_vs_dpo.ppo.watching.metrics import engine_metrics
 from tests.ppo.conftest import GAPS, T, logs, same, untimed
@@ -265,14 +265,6 @@ def test_sharded_and_quantized_weights_are_refused(tiny_llama, tmp_path):
     policy.is_quantized = True
     with pytest.raises(UserError, match="plain weights, and this one is quantized"):
         check_whole(policy, args, DistributedType.NO)
-
-
-def test_one_whole_process_is_needed_beside_an_engine():
-    with pytest.raises(UserError, match="does not work with deepspeed: the engine takes whole weights"):
-        check_colocated(1, DistributedType.DEEPSPEED)
-    with pytest.raises(UserError, match="works on one process, and there are 2"):
-        check_colocated(2, DistributedType.MULTI_CPU)
-    check_colocated(1, DistributedType.NO)
 
 
 def test_arithmetic_is_the_trainers():

@@ -212,7 +212,10 @@ def test_the_line_that_starts_a_server():
     line = command(["some/model", "--port", "9000", "--host=0.0.0.0"])
     assert line[2:7] == ["--model", "some/model", "--port", "9000", "--host=0.0.0.0"]
     assert "--host" not in line
-    assert line[line.index("--worker-extension-cls") + 1] == "ppo_vs_dpo.models.sampling.vllm_worker.PolicyWeights"
+    assert "--weight-transfer-config" not in line
+    gpus = command(["some/model"], gpus=True)
+    assert json.loads(gpus[gpus.index("--weight-transfer-config") + 1]) == {"backend": "nccl"}
+    assert line[line.index("--worker-extension-cls") + 1] == "ppo_vs_dpo.models.sampling.vllm_server.PolicyWeights"
 
 
 # ------------------------------------------------------------------------------------------------ vLLM's own server

@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.pipeline.planning.memory import Sharding, held
 from tests.ppo.conftest import count_good
 from tests.ranks import on_ranks, settings_of
@@ -77,6 +78,40 @@ def agree(one: list[dict], other: list[dict], updates: int) -> None:
         print(f"{name} (up to {mine.abs().max():.2g}): max {residual.max():.1e}, mean {residual.mean():.1e}")
         assert residual.max() <= 1e-4 * scale, (name, residual)
         assert residual.mean() <= 1e-5 * scale, (name, residual)
+
+
+def reductions(train, name: str, at_once: bool, tmp_path) -> tuple[list[dict], int]:
+    """A run's figures, and how often gradients went over."""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Zero3
+
+    count, reduce = [], Zero3.reduce_independent_p_g_buckets_and_remove_grads
+
+    def counted(self, param):
+        count.append(1)
+        return reduce(self, param)
+
+    Zero3.reduce_independent_p_g_buckets_and_remove_grads = counted
+    try:
+        train(name, "zero3", settings={"max_steps": 2, "save_steps": 2, "coalesce_grad_reduction": at_once})
+    finally:
+        Zero3.reduce_independent_p_g_buckets_and_remove_grads = reduce
+    return history(tmp_path / name, 2), len(count)
+
+
+def test_without_deepspeed_there_is_nothing_to_coalesce(make_trainer):
+    with pytest.raises(UserError, match=r"coalesce_grad_reduction is of DeepSpeed"):
+        make_trainer(coalesce_grad_reduction=True)
+
+
+@pytest.mark.slow
+def test_gradients_of_a_step_in_one_reduction(train, tmp_path):
+    """The same run, and each gradient goes over once a step, not once a micro-batch."""
+    (each, many), _ = on_ranks(2, reductions, train, "each", False, tmp_path)
+    (once, few), _ = on_ranks(2, reductions, train, "once", True, tmp_path)
+    agree(each, once, 2)
+    # Several micro-batches of up to three rows for each rank's share of a minibatch.
+    assert many > few > 0
+    assert many % few == 0
 
 
 @pytest.mark.parametrize("deepspeed", ["zero3", slow("zero2"), slow("zero2_offload"), slow("zero3_offload")])
