@@ -9,9 +9,11 @@ import os
 
 import pytest
 from datasets import Dataset
+from omegaconf import OmegaConf
 from transformers.trainer_callback import PrinterCallback
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.guards.fingerprints import COSMETIC, fingerprint_of
 from ppo_vs_dpo.dpo.config import smoothed_loss
 from ppo_vs_dpo.pipeline.composing.settings_page import STAGES, UNSEEN, argument_classes, kinds
 from tests.conftest import build_word_tokenizer
@@ -190,6 +192,19 @@ def test_what_cannot_be_seen_here_is_a_field_that_acts():
     for name in UNSEEN:
         stage, _, field = name.rpartition(".")
         assert any(one == field and stage in ("", where) for where, one in acting), name
+
+
+def test_whatever_acts_begins_a_stage_anew():
+    """One rule for all stages: a checkpoint of another value is never gone on from, whichever field it is."""
+    classes = argument_classes()
+    for stage in STAGES:
+        plain = fingerprint_of(OmegaConf.create({"seed": 1, stage: {}}), stage, {})[0]
+        for name, row in kinds().items():
+            if row[stage] != "acts":
+                continue
+            value = other(classes[stage].__dataclass_fields__[name], stage)
+            changed = fingerprint_of(OmegaConf.create({"seed": 1, stage: {name: value}}), stage, {})[0]
+            assert (changed == plain) == (name in COSMETIC), f"{stage}.{name}"
 
 
 @pytest.mark.slow
