@@ -61,10 +61,12 @@ UNSEEN: dict[str, str] = {
     **dict.fromkeys(("ignore_data_skip", "restore_callback_states_from_checkpoint"), "going on from a checkpoint"),
     **dict.fromkeys(("optim_args", "optim_target_modules"), "optimizers that take them (GaLore, APOLLO, ...)"),
     "router_aux_loss_coef": "mixtures of experts",
+    **dict.fromkeys(("reward_ensemble", "reward_ensemble_coef"), "several reward models"),
+    "cast_lm_head_to_fp32": "bf16",
     **dict.fromkeys(("log_level", "logging_first_step", "num_eval_samples", "disable_tqdm"), "what is shown"),
     **dict.fromkeys(
         ("generation_engine", "vllm_mode", "vllm_server_base_url", "vllm_gpu_memory_utilization")
-        + ("importance_sampling_cap",),
+        + ("importance_sampling", "importance_sampling_cap", "vllm_enable_sleep_mode", "vllm_weight_transfer"),
         "vLLM",
     ),
     **dict.fromkeys(("ptx_coef", "ptx_batch_size", "ptx_max_length"), "pretraining texts beside the prompts"),

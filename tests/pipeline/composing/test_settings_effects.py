@@ -78,6 +78,8 @@ VALUES = {
     ("ppo", "metric_for_best_model"): ("eval_kl", {**BEST, "metric_for_best_model": "eval_objective"}),
     ("ppo", "load_best_model_at_end"): (True, {**EVALUATED, "max_steps": 3, "greater_is_better": False}),
     ("ppo", "grpo_divide_by_std"): (False, {"advantage": "grpo", "samples_per_prompt": 2}),
+    ("ppo", "par_references"): (2, {"reward_shaping": "par"}),
+    ("ppo", "preference_labels"): ("bradley_terry", {"loss": "dpo", "samples_per_prompt": 2}),
     ("ppo", "kl_horizon"): (5, {"kl_controller": "adaptive"}),
     ("ppo", "kl_target"): (1e-6, {"kl_controller": "adaptive", "kl_horizon": 5, "max_steps": 3}),
     ("ppo", "num_train_epochs"): (2, {"max_steps": -1}),
