@@ -4,7 +4,9 @@ Written into every finished stage's ``model/`` as ``README.md``, in the Hub's fo
 It holds nothing that differs between two runs of the same configuration: no times, no paths of this machine.
 """
 
+import html
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,25 +140,23 @@ def base_of(model: dict[str, Any]) -> tuple[str | None, str | None, str]:
     terms = (
         f"its licence is {licence}, and binds this model" if licence else "its licence binds this model: look there"
     )
-    return name, licence, f"{_plain(shown)}; {_plain(terms)}."
+    return name, licence, f"{cell(shown)}; {cell(terms)}."
 
 
 def card_of(path: str, revision: str | None = None) -> dict[str, Any]:
     """What a base model's own card says, from its folder or the Hub's cache; nothing where it is not here."""
-    import yaml
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import metadata_load, try_to_load_from_cache
+    from yaml import YAMLError
 
     file: Any = Path(path) / "README.md"
     if not Path(path).is_dir():
         file = try_to_load_from_cache(path, "README.md", revision=revision) if _is_hub_name(path) else None
     if not isinstance(file, str | Path) or not Path(file).is_file():
         return {}
-    parts = Path(file).read_text(encoding="utf-8", errors="replace").split("---")
     try:
-        found = yaml.safe_load(parts[1]) if len(parts) > 2 and not parts[0].strip() else {}
-    except yaml.YAMLError:
+        return metadata_load(Path(file)) or {}
+    except (YAMLError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _is_hub_name(value: Any) -> bool:
@@ -168,15 +168,18 @@ def _table(figures: dict[str, Any]) -> str:
     rows = []
     for key, value in figures.items():
         inner = value if isinstance(value, dict) else {"": value}
-        for name, cell in inner.items():
-            if isinstance(cell, bool | int | float | str):
-                shown = f"{cell:.6g}" if isinstance(cell, float) else str(cell)
-                rows.append(f"| {key}{' ' if name else ''}{name} | {_plain(shown)} |")
-    return "\n".join(["| | |", "| --- | --- |", *rows]) if rows else ""
+        for name, shown in inner.items():
+            if isinstance(shown, bool | int | float | str):
+                text = f"{shown:.6g}" if isinstance(shown, float) else str(shown)
+                rows.append([f"{key}{' ' if name else ''}{name}", cell(text)])
+    return table(("", ""), rows) if rows else ""
 
 
-def _plain(text: str) -> str:
-    """Text that cannot break a Markdown table or carry HTML."""
-    for raw, safe in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("\n", " ")):
-        text = text.replace(raw, safe)
-    return text
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
+
+
+def cell(text: str) -> str:
+    """A text that stays in its cell of a Markdown table and is no markup there."""
+    return html.escape(text, quote=False).replace("|", "\\|").replace("\n", " ")

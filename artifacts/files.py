@@ -251,6 +251,5 @@ def fingerprint_file(path: str | Path) -> str:
         if member != path:
             digest.update(member.relative_to(path).as_posix().encode() + b"\0")
         with member.open("rb") as content:
-            for block in iter(lambda: content.read(1 << 20), b""):
-                digest.update(block)
+            hashlib.file_digest(content, lambda: digest)
     return digest.hexdigest()

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ppo_vs_dpo.artifacts import card
+
 
 def separate(path: str, rank: int) -> dict[str, int]:
     """Policy and value model with adapters of their own, reference and reward model whole: four copies of the base."""
@@ -81,14 +83,14 @@ def in_a_process(arrangement: str, path: str, rank: int) -> dict[str, int]:
 def table(figures: dict[str, dict[str, int]]) -> str:
     """The figures in MB, a row for each role."""
     names = ["base", "policy", "value", "reference", "reward", "weights", "process"]
-    lines = ["| MB | separate | one base |", "| --- | --- | --- |"]
-    for name in names:
-        cells = [f"{figures[kind][name] / 1e6:,.1f}" if name in figures[kind] else "-" for kind in figures]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    rows = [
+        [name, *(f"{figures[kind][name] / 1e6:,.1f}" if name in figures[kind] else "-" for kind in figures)]
+        for name in names
+    ]
     for name in ("weights", "process"):
         share = figures["shared"][name] / figures["separate"][name]
-        lines.append(f"| {name}, one base / separate | | {share:.3f} |")
-    return "\n".join(lines)
+        rows.append([f"{name}, one base / separate", "", f"{share:.3f}"])
+    return card.table(("MB", "separate", "one base"), rows)
 
 
 def main() -> None:

@@ -71,19 +71,12 @@ class CompareStage:
 
     def problems(self) -> list[str]:
         """What cannot be meant, a sentence each; the command asks before the first stage starts."""
-        least = {"n_prompts": 1, "samples": 1, "baseline_draws": 1, "pool_size": 0, "check_pairs": 0, "resamples": 100}
-        found = [
-            f"compare.{name} is {getattr(self, name)}; it must be at least {lowest}."
-            for name, lowest in least.items()
-            if getattr(self, name) < lowest
-        ]
+        found = []
         if self.temperature <= 0:
             found.append("compare.temperature is 0: a greedy policy has no KL. Put 0 into compare.other_temperatures.")
         too_large = [n for n in self.best_of_n if not 1 <= n <= self.pool_size]
         if too_large:
             found.append(f"compare.best_of_n: {too_large[0]} is not in 1..pool_size ({self.pool_size}).")
-        if not 0.5 <= self.confidence < 1:
-            found.append(f"compare.confidence is {self.confidence}; it must be in [0.5, 1).")
         for name, one in (self.tuning or {}).items():
             known = isinstance(one, dict) and set(one) <= {"settings", "chosen_on"}
             counted = known and type(one.get("settings", 1)) is int and one.get("settings", 1) >= 1
@@ -95,6 +88,4 @@ class CompareStage:
                 )
         if not 0 < self.delta < 0.5:
             found.append(f"compare.delta is {self.delta}; it must lie between 0 and 0.5 (0.05 is 5 points).")
-        if not self.near_duplicate > 0:
-            found.append(f"compare.near_duplicate is {self.near_duplicate}; it must be above 0 (1 switches it off).")
         return found

@@ -17,8 +17,9 @@ from ppo_vs_dpo.dpo.data import dpo_dataset
 from ppo_vs_dpo.dpo.trainer import PairTrainer
 from ppo_vs_dpo.models.loading.config import LoraSettings
 from ppo_vs_dpo.models.loading.prepared import train_in_full
-from ppo_vs_dpo.models.loading.pretrained import check_same_vocabulary, context_length, load_policy, load_tokenizer
+from ppo_vs_dpo.models.loading.pretrained import context_length, load_policy, load_tokenizer
 from ppo_vs_dpo.models.loading.quantized import quantization
+from ppo_vs_dpo.models.loading.vocabulary import check_same_vocabulary
 from ppo_vs_dpo.models.passes.answers import check_language_model
 from ppo_vs_dpo.models.text.encoding import count_rows, left_out
 from ppo_vs_dpo.models.text.trained_on import trained_on

@@ -6,7 +6,7 @@ and by which interval, is fixed here and the same for every paper.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,10 +42,6 @@ class Claim:
     quantity: str = ""
     bar: str = ""
     seeds: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
 """A paper's page (HTML and Markdown, the figure redrawn from our runs), and the table of all papers."""
 
-import html
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ppo_vs_dpo.artifacts.card import cell, table
 from ppo_vs_dpo.artifacts.files import write_json, write_text
 from ppo_vs_dpo.papers.claims import Claim, Report, summary
 from ppo_vs_dpo.papers.miniature import Miniature
@@ -53,11 +53,6 @@ def interval(claim: Claim) -> str:
     return f"[{number(claim.interval[0])}, {number(claim.interval[1])}]"
 
 
-def cell(text: str) -> str:
-    """A text that stays in its cell of a Markdown table and is no markup there."""
-    return html.escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
-
-
 def state(checked: Checked) -> str:
     """Why there are no claims."""
     if checked.miniature is None:
@@ -67,12 +62,6 @@ def state(checked: Checked) -> str:
     return (
         f"{len(checked.reports)} of {len(checked.miniature.seeds)} seeds have run; nothing is claimed before all have."
     )
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 CLAIM_HEAD = ("claim", "the paper", "measured here", "95 % or range", "bar", "verdict")
@@ -142,7 +131,7 @@ def write_pages(folder: Path, checked: Checked) -> None:
     from ppo_vs_dpo.compare.report.pages import TEMPLATES
     from ppo_vs_dpo.compare.report.plots import element_of, write_figure
 
-    write_json(folder / "claims.json", [claim.as_dict() for claim in checked.claims])
+    write_json(folder / "claims.json", [asdict(claim) for claim in checked.claims])
     drawn = picture(checked)
     chart = Markup("")
     if drawn is not None:

@@ -10,6 +10,7 @@ Every key of ``configs/paper/NAME/SETTING.yaml`` has a comment above it that end
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from ppo_vs_dpo.artifacts.errors import UserError
 CONFIGS = Path(__file__).parents[1] / "configs" / "paper"
 MINIATURE = "mini"
 KINDS = {"P": "the paper", "C": "released code", "S": "a note about the paper", "ours": "ours", "unknown": "unknown"}
-_SOURCE = re.compile(r"\[(P|C|S|ours|unknown)(?::\s*([^\]]*))?\]\s*$")
 _KEY = re.compile(r"^(\s*)([A-Za-z_][\w.]*):(.*)$")
+_SOURCE = re.compile(r"\[(P|C|S|ours|unknown)(?::\s*([^\]]*))?\]\s*$")
 
 
 @dataclass(frozen=True)
@@ -69,32 +70,12 @@ def file_of(name: str, setting: str) -> Path:
 def settings_of(path: Path) -> list[Setting]:
     """Every key with a value of its own in a configuration file, with its source; Hydra's ``defaults`` left out."""
     found: list[Setting] = []
-    stack: list[tuple[int, str]] = []
-    comment: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        stripped, match = line.strip(), _KEY.match(line)
-        if stripped.startswith("#"):
-            comment.append(stripped.lstrip("# "))
-        elif match:
-            indent, name, value = len(match.group(1)), match.group(2), match.group(3).strip()
-            while stack and stack[-1][0] >= indent:
-                stack.pop()
-            stack.append((indent, name))
-            key = ".".join(part for _, part in stack)
-            if value and not key.startswith("defaults"):
-                text = " ".join(comment)
-                source = _SOURCE.search(text)
-                kind, place = (source.group(1), source.group(2) or "") if source else ("", "")
-                found.append(Setting(key, value, _SOURCE.sub("", text).strip(), kind, place))
-            comment = []
-        else:
-            comment = []
+    for key, value, comment in commented(path):
+        if value and not key.startswith("defaults"):
+            source = _SOURCE.search(comment)
+            kind, place = (source.group(1), source.group(2) or "") if source else ("", "")
+            found.append(Setting(key, value, _SOURCE.sub("", comment).strip(), kind, place))
     return found
-
-
-def without_source(path: Path) -> list[str]:
-    """Keys whose comment names no source, or no place in it."""
-    return [one.key for one in settings_of(path) if not one.kind or (one.kind != "unknown" and not one.place.strip())]
 
 
 def unknown(path: Path) -> dict[str, str]:
@@ -102,6 +83,24 @@ def unknown(path: Path) -> dict[str, str]:
     notes = {one.key: one.comment for one in settings_of(path)}
     missing = OmegaConf.missing_keys(OmegaConf.load(path))
     return {key: notes.get(key, "") for key in sorted(missing)}
+
+
+def commented(path: Path) -> Iterator[tuple[str, str, str]]:
+    """(dotted key, value as the file has it, comment above it) of every key of a YAML file."""
+    stack: list[tuple[int, str]] = []
+    comment: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        stripped, match = line.strip(), _KEY.match(line)
+        if stripped.startswith("#"):
+            comment.append(stripped.lstrip("# "))
+            continue
+        if match:
+            indent = len(match.group(1))
+            while stack and stack[-1][0] >= indent:
+                stack.pop()
+            stack.append((indent, match.group(2)))
+            yield ".".join(name for _, name in stack), match.group(3).strip(), " ".join(comment)
+        comment = []
 
 
 def heading(path: Path) -> list[str]:

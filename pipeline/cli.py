@@ -154,7 +154,7 @@ def dispatch(arguments: list[str]) -> int:
 
         return compare_several(rest) or 0
     if first == "paper":
-        from ppo_vs_dpo.pipeline.paper import main as paper
+        from ppo_vs_dpo.pipeline.replicating import main as paper
 
         return paper(rest)
     if first == "clean":
@@ -211,8 +211,8 @@ def with_config_dir(arguments: list[str]) -> list[str]:
 def run_one(overrides: list[str]) -> int:
     """Compose one configuration and run it."""
     from ppo_vs_dpo.pipeline.checking.check import load_checked
+    from ppo_vs_dpo.pipeline.running.command import run_pipeline
     from ppo_vs_dpo.pipeline.running.launch import launcher
-    from ppo_vs_dpo.pipeline.running.run import run_pipeline
 
     return run_pipeline(load_checked(overrides, launcher))
 

@@ -20,7 +20,7 @@ from ppo_vs_dpo.pipeline.composing.compose import check_section, compose_plainly
 from ppo_vs_dpo.pipeline.composing.words import no_such_choice
 from ppo_vs_dpo.preferences.reading.prompts import read_prompts
 from ppo_vs_dpo.preferences.reading.readers import SUFFIXES, suffix_of
-from ppo_vs_dpo.preferences.recipes.gold import load_gold
+from ppo_vs_dpo.preferences.recipes.named import load_gold
 from ppo_vs_dpo.preferences.schema import Text, prompt_id
 
 # The place of the policy that all are held against; a run's is its SFT model, and files of a run call it so.
@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> int:
         with contextlib.redirect_stderr(log):
             with contextlib.redirect_stdout(log):
                 from ppo_vs_dpo.compare.stage import run_compare
-                from ppo_vs_dpo.pipeline.running.run import say_verdict
+                from ppo_vs_dpo.pipeline.running.command import say_verdict
             run_compare(context)
         say_verdict(run)
     return 0

@@ -90,7 +90,7 @@ def sweep_job(config: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from ppo_vs_dpo.pipeline.composing.compose import chosen, finish
-    from ppo_vs_dpo.pipeline.running.run import run_pipeline
+    from ppo_vs_dpo.pipeline.running.command import run_pipeline
 
     hydra_config = HydraConfig.get()
     OmegaConf.set_struct(config, False)

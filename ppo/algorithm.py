@@ -182,7 +182,7 @@ def importance_weights(
         engine_logprobs: ``(B, T)``, of the same tokens, as the engine sampled them.
         mask: ``(B, T)``.
         cap: C, >= 1; ``None`` corrects nothing.
-        kind: one of `ppo.config.tables.IMPORTANCE_SAMPLING`; TRL's names.
+        kind: one of those of `PPOConfig.importance_sampling`; TRL's names.
 
     Returns:
         ``(B, T)``, without gradients; exactly 1 where the two agree, at masked positions, and without a cap.

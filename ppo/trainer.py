@@ -48,8 +48,8 @@ from ppo_vs_dpo.ppo.rollouts.prompts import PromptSet, as_dataset, prompt_sets
 from ppo_vs_dpo.ppo.rollouts.rollout import Rollout
 from ppo_vs_dpo.ppo.updates.pretraining import PretrainingText
 from ppo_vs_dpo.ppo.updates.update import Update, update
-from ppo_vs_dpo.ppo.watching.cost import Sizes, count_update
 from ppo_vs_dpo.ppo.watching.evaluation import Evaluator, print_rows
+from ppo_vs_dpo.ppo.watching.flops import Sizes, count_update
 from ppo_vs_dpo.ppo.watching.metrics import update_metrics
 
 logger = logging.get_logger(__name__)

@@ -12,7 +12,6 @@ from typing import Any
 
 Text = str | list[dict[str, str]]
 
-REQUIRED = ("prompt", "chosen", "rejected")
 OPTIONAL_NUMBERS = ("margin", "chosen_score", "rejected_score", "soft_label")
 # Who labelled and who wrote, where a source says it: figures may be asked for by them.
 OPTIONAL_TEXTS = ("batch", "chosen_policy", "rejected_policy")
@@ -48,6 +47,17 @@ def pair_set_hash(pair_ids: dict[str, Iterable[str]]) -> str:
     """
     entries = sorted(f"{split}:{identity}" for split, ids in pair_ids.items() for identity in ids)
     return hashlib.sha256("\n".join(entries).encode()).hexdigest()
+
+
+def pair_set(pair_ids: dict[str, list[str]]) -> dict[str, Any]:
+    """What ``done.json`` says of a pair set: its identity and sizes."""
+    sizes = {f"n_{split}": len(pair_ids.get(split, ())) for split in ("train", "test")}
+    return {"hash": pair_set_hash(pair_ids), **sizes}
+
+
+def as_answer(prompt: Text, text: str) -> Text:
+    """A completion in the form of its prompt: text, or a message of the assistant."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def make_pair(prompt: Text, chosen: Text, rejected: Text, **extra: Any) -> dict[str, Any]:

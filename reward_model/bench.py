@@ -18,7 +18,7 @@ import numpy as np
 
 from ppo_vs_dpo.artifacts.errors import UserError, say, warn
 from ppo_vs_dpo.artifacts.files import finite
-from ppo_vs_dpo.preferences.reading.readers import Broken, is_local, read_files, read_hub
+from ppo_vs_dpo.preferences.reading.readers import whole_rows
 
 HUB_NAME, TIES = "allenai/reward-bench-2", "Ties"
 Score = Callable[[Sequence[Any], Sequence[Any]], list[float]]
@@ -31,9 +31,7 @@ def items_of(path: str, split: str = "test") -> list[dict[str, Any]]:
         UserError: a row that cannot be read or lacks something; names its place.
     """
     found = []
-    for place, row in read_files(path) if is_local(path) else read_hub(path, split):
-        if isinstance(row, Broken):
-            raise UserError(f"{place}: {row.detail}.")
+    for place, row in whole_rows(path, split):
         for key, kind in (("prompt", str), ("subset", str), ("chosen", list), ("rejected", list)):
             if not isinstance(row.get(key), kind) or not row[key]:
                 raise UserError(

@@ -48,8 +48,6 @@ class RewardModelStage:
     def __post_init__(self):
         if self.head_init not in ("zero", "normal"):
             raise UserError(f"reward_model.head_init is {self.head_init!r}; it must be zero or normal.")
-        if self.label_noise is not None and not 0 <= self.label_noise < 0.5:
-            raise UserError(f"reward_model.label_noise is {self.label_noise}; it must be in [0, 0.5).")
         if self.average_weights and self.ensemble < 2:
             raise UserError(
                 "reward_model.average_weights averages an ensemble: set reward_model.ensemble to 2 or more."
@@ -58,8 +56,5 @@ class RewardModelStage:
             raise UserError("reward_model.ensemble trains several, and reward_model.path takes one that is trained.")
         if self.ensemble > 1 and self.lora and not self.merge_lora:
             raise UserError("reward_model.ensemble with adapters needs them merged: set reward_model.merge_lora=true.")
-        for name in ("samples", "sample_max_new_tokens", "scoring_batch_size", "ensemble"):
-            if getattr(self, name) < 1:
-                raise UserError(f"reward_model.{name} is {getattr(self, name)}; it must be at least 1.")
         if self.head and not self.path:
             raise UserError("reward_model.head names the head of reward_model.path, and that is not set. Remove it.")

@@ -15,8 +15,9 @@ from ppo_vs_dpo.models.loading.adapters import check_adapters
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.files import BIAS_KEY, FOREIGN_KEY
 from ppo_vs_dpo.models.loading.heads import load_reward, named_head
-from ppo_vs_dpo.models.loading.pretrained import check_tokens, context_length, load_tokenizer
-from ppo_vs_dpo.models.passes.logprobs import Batch, base
+from ppo_vs_dpo.models.loading.pretrained import context_length, load_tokenizer
+from ppo_vs_dpo.models.loading.vocabulary import check_tokens
+from ppo_vs_dpo.models.passes.logprobs import base
 from ppo_vs_dpo.models.passes.scores import Reader, is_encoder
 from ppo_vs_dpo.models.sharding.deepspeed import is_sharded
 from ppo_vs_dpo.models.text.pairing import CONTINUED, encode_sequences, style_of
@@ -239,21 +240,6 @@ class RewardScorer:
             for number, value in zip(numbers, values.tolist(), strict=True):
                 scores[number] = value
         return scores
-
-    @torch.no_grad()
-    def score_ids(self, batch: Batch) -> torch.Tensor:
-        """Score a batch of the policy's own tokens (the tokenizers must be the same).
-
-        Args:
-            batch: from `models.passes.logprobs.pad_batch`.
-
-        Returns:
-            ``(B,)`` fp32.
-        """
-        if self.reader.fast:
-            return self.reader(self.model, batch.input_ids, batch.attention_mask) - self.bias
-        rows = [ids[mask.bool()].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
-        return torch.tensor(self.score_sequences(rows), device=batch.input_ids.device)
 
 
 def padded(rows: Sequence[Sequence[int]], longest: int, fill: int) -> torch.Tensor:

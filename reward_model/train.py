@@ -24,7 +24,6 @@ from ppo_vs_dpo.models.loading.config import LoraSettings, ModelConfig
 from ppo_vs_dpo.models.loading.files import BIAS_KEY, FOREIGN_KEY, HEAD_KEY
 from ppo_vs_dpo.models.loading.prepared import score_head, train_in_full
 from ppo_vs_dpo.models.loading.pretrained import (
-    check_tokens,
     context_length,
     eos_token_ids,
     load_policy,
@@ -32,6 +31,7 @@ from ppo_vs_dpo.models.loading.pretrained import (
     load_value_or_reward,
 )
 from ppo_vs_dpo.models.loading.quantized import quantization
+from ppo_vs_dpo.models.loading.vocabulary import check_tokens
 from ppo_vs_dpo.models.passes.logprobs import backbone, base
 from ppo_vs_dpo.models.passes.padding import check_causal
 from ppo_vs_dpo.models.passes.unpadded import score_at_last_token
@@ -41,7 +41,7 @@ from ppo_vs_dpo.models.text.encoding import count_rows, encode_prompts, left_out
 from ppo_vs_dpo.models.text.prompts import decode_completion
 from ppo_vs_dpo.models.text.trained_on import trained_on
 from ppo_vs_dpo.models.training import callbacks, model_settings, save_model, train, training_arguments
-from ppo_vs_dpo.preferences.reading.tables import read_rows
+from ppo_vs_dpo.preferences.reading.parquet import read_rows
 from ppo_vs_dpo.reward_model.config import RewardModelStage
 from ppo_vs_dpo.reward_model.data import reward_dataset, without_margin
 from ppo_vs_dpo.reward_model.ensemble import MEMBERS, average, member_context, members_of

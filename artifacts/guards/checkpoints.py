@@ -6,13 +6,12 @@ aside, and the one before it is taken. One that was never finished holds nothing
 many bytes as a whole one: it is deleted.
 """
 
-import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
 
 from ppo_vs_dpo.artifacts.errors import warn
-from ppo_vs_dpo.artifacts.files import read_marker, write_json
+from ppo_vs_dpo.artifacts.files import fingerprint_file, read_marker, write_json
 
 STAMP = "checkpoint.json"
 # A checkpoint under this name is being deleted.
@@ -23,12 +22,7 @@ HASHED = 64 << 20
 
 def _entry(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
-    return {"bytes": size, "sha256": _hash(path) if size <= HASHED else None}
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    return {"bytes": size, "sha256": fingerprint_file(path) if size <= HASHED else None}
 
 
 def stamp(folder: Path, fingerprint: str | None, resumable: bool = True) -> None:
@@ -59,7 +53,7 @@ def why_not(folder: Path, fingerprint: str | None) -> str | None:
             return f"{name} is gone"
         if not isinstance(entry, dict) or path.stat().st_size != entry.get("bytes"):
             return f"{name} is not as long as it was written"
-        if entry.get("sha256") and _hash(path) != entry["sha256"]:
+        if entry.get("sha256") and fingerprint_file(path) != entry["sha256"]:
             return f"{name} was changed after it was written"
     return None
 

@@ -207,8 +207,9 @@ def source_of(module: str) -> Path | None:
 
 def _of_this_package(module: str) -> Path | None:
     root, _, rest = module.partition(".")
-    path = ROOT.joinpath(*rest.split(".")).with_suffix(".py")
-    return path if root == "ppo_vs_dpo" and path.is_file() else None
+    path = ROOT.joinpath(*rest.split("."))
+    files = [one for one in (path.with_suffix(".py"), path / "__init__.py") if one.is_file()]
+    return files[0] if root == "ppo_vs_dpo" and files else None
 
 
 def own_files(source: Path) -> list[Path]:

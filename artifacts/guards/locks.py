@@ -6,6 +6,7 @@ from it holds them on. The file says who the holder is, so that a second one can
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
 import shlex
@@ -115,7 +116,7 @@ def stage_at_work(root: Path, name: str, rank: int = 0, ranks: int = 1) -> Itera
     what = f"stage {name} of {root}"
     with hold(_of_rank(root, name, rank), what, patience=PATIENCE):
         if rank == 0:
-            for path in root.glob(f".lock-{_escaped(name)}-rank*"):
+            for path in root.glob(f".lock-{glob.escape(name.replace('/', '_'))}-rank*"):
                 number = path.name.rpartition("-rank")[2]
                 if number.isdigit() and int(number) >= ranks:
                     with hold(path, what, patience=PATIENCE):
@@ -125,7 +126,3 @@ def stage_at_work(root: Path, name: str, rank: int = 0, ranks: int = 1) -> Itera
 
 def _of_rank(root: Path, name: str, rank: int) -> Path:
     return root / f".lock-{name.replace('/', '_')}-rank{rank}"
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name.replace("/", "_"))

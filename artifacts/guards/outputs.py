@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ppo_vs_dpo.artifacts.files import fingerprint_file
+
 # Beside the outputs: what a stage keeps for itself, what others keep beside it, and what it says while it works.
 NOT_OUTPUTS = frozenset({"started.json", "done.json", "progress.json", "spent.json", "log.txt", "pushed.json"})
 NOT_OUTPUT_FOLDERS = frozenset(
@@ -26,16 +28,10 @@ def output_files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
 def list_outputs(folder: Path) -> dict[str, dict[str, Any]]:
     """``{name: {bytes, sha256}}`` of a stage's result."""
     return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": fingerprint_file(path)}
         for path in output_files(folder)
     }
 
@@ -57,7 +53,7 @@ def damage(folder: Path, outputs: Any, hashes: bool = False) -> list[str]:
             found.append(f"{name} is gone")
         elif path.stat().st_size != written["bytes"]:
             found.append(f"{name} has {path.stat().st_size} bytes and was written with {written['bytes']}")
-        elif hashes and sha256_of_file(path) != written["sha256"]:
+        elif hashes and fingerprint_file(path) != written["sha256"]:
             found.append(f"{name} was changed after it was written")
     return found
 

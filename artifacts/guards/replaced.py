@@ -5,6 +5,7 @@ the folder is renamed to ``.replaced/<stage>-<number>``, which either has happen
 bring it back without work.
 """
 
+import glob
 import shutil
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def move_aside(root: Path, name: str, folder: Path) -> Path | None:
 def find(root: Path, name: str, fingerprint: str) -> Path | None:
     """An earlier result of a stage that was made from just this, whether it had finished or not; the newest."""
     candidates = []
-    for folder in (root / FOLDER).glob(f"{_escaped(name)}-*"):
+    for folder in (root / FOLDER).glob(f"{glob.escape(name)}-*"):
         number = folder.name[len(name) + 1 :]
         marker = read_marker(folder / "done.json") or read_marker(folder / "started.json") or {}
         if number.isdigit() and marker.get("fingerprint") == fingerprint:
@@ -97,7 +98,3 @@ def remove_if_empty(folder: Path) -> None:
     """Remove a folder that holds nothing."""
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

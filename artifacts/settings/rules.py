@@ -8,8 +8,6 @@ one is refused wherever it has another value than the class's own default. ``doc
 from dataclasses import dataclass
 from typing import Any, Literal
 
-TRL_STAGES = ("sft", "reward_model", "dpo")
-
 
 @dataclass(frozen=True)
 class Rule:

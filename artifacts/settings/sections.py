@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.settings.rules import refused_keys
+from ppo_vs_dpo.artifacts.settings.values import out_of_range
 
 Own = TypeVar("Own")
 
@@ -36,7 +37,9 @@ def key_of(line: str, section: str) -> str:
     return re.split(r"[ .:=\[]", line.removeprefix(f"{section}."), maxsplit=1)[0] if line.startswith(section) else ""
 
 
-def split(section: dict[str, Any], own: type[Own], args: type | None = None, where: str = "") -> tuple[Own, dict]:
+def split(
+    section: dict[str, Any], own: type[Own], args: type | None = None, where: str = "", kind: str = ""
+) -> tuple[Own, dict]:
     """Split a stage's section into its own settings and keyword arguments for the argument class.
 
     Args:
@@ -44,18 +47,20 @@ def split(section: dict[str, Any], own: type[Own], args: type | None = None, whe
         own: a dataclass with the stage's own keys; values are checked against its types.
         args: the argument class the other keys belong to (``trl.SFTConfig`` and the like).
         where: the section's name, for messages.
+        kind: see `out_of_range`.
 
     Returns:
         An instance of ``own``, and the remaining keys as a dict.
 
     Raises:
-        UserError: unknown keys (all of them, each with the nearest valid name), missing values, wrong types.
+        UserError: unknown keys (all of them, each with the nearest valid name), missing values, wrong types, numbers
+            that cannot be meant.
     """
     where = where or own.__name__
     problems = unknown_keys(section, own, args, where)
     mine = {key: value for key, value in section.items() if key in field_names(own)}
     passed = {key: value for key, value in section.items() if key not in mine}
-    problems += refused_keys(passed, where)
+    problems += [*refused_keys(passed, where), *out_of_range(mine, where, kind)]
     try:
         settings = OmegaConf.merge(OmegaConf.structured(own), mine)
         missing = sorted(OmegaConf.missing_keys(settings))

@@ -13,43 +13,41 @@ from typing import Any
 
 # Field -> the interval it must lie in. A name means the same in every section; `BY_SECTION` has the exceptions.
 _COUNTS = "[1,)"
-LIMITS: dict[str, str] = {
-    **dict.fromkeys(
-        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), _COUNTS
+_FIELDS = {
+    _COUNTS: (
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps save_total_limit "
+        "max_length eval_accumulation_steps max_new_tokens generation_batch_size scoring_batch_size batch_size "
+        "workers batch rounds sft_examples train_prompts heldout_prompts pairs test_pairs max_pairs "
+        "max_prompt_tokens max_response_tokens prompts_per_step pairs_per_prompt rollout_batch_size total_episodes "
+        "max_prompt_length response_length samples_per_prompt par_references ensemble num_ppo_epochs "
+        "num_mini_batches local_rollout_forward_batch_size micro_batch_tokens ptx_batch_size ptx_max_length "
+        "ref_model_sync_steps score_bias_samples requests_at_once n_prompts samples baseline_draws "
+        "sample_max_new_tokens precompute_ref_batch_size r processes nodes threads"
     ),
-    **dict.fromkeys(("save_total_limit", "max_length", "eval_accumulation_steps", "max_new_tokens"), _COUNTS),
-    **dict.fromkeys(
-        ("generation_batch_size", "scoring_batch_size", "batch_size", "workers", "batch", "rounds"), _COUNTS
+    "(0,)": (
+        "logging_steps save_steps eval_steps num_train_epochs ddp_timeout adam_epsilon beta temperature kl_target "
+        "kl_horizon rso_beta cliprange cliprange_value score_clip early_stop_kl max_growth timeout "
+        "requests_per_minute alpha near_duplicate lam_alpha"
     ),
-    **dict.fromkeys(("sft_examples", "train_prompts", "heldout_prompts", "pairs", "test_pairs", "max_pairs"), _COUNTS),
-    **dict.fromkeys(("max_prompt_tokens", "max_response_tokens", "prompts_per_step", "pairs_per_prompt"), _COUNTS),
-    **dict.fromkeys(("rollout_batch_size", "total_episodes", "max_prompt_length", "response_length"), _COUNTS),
-    **dict.fromkeys(("num_ppo_epochs", "num_mini_batches", "local_rollout_forward_batch_size"), _COUNTS),
-    **dict.fromkeys(("micro_batch_tokens", "ptx_batch_size", "ptx_max_length", "ref_model_sync_steps"), _COUNTS),
-    **dict.fromkeys(("score_bias_samples", "requests_at_once", "concurrency", "n_prompts", "samples"), _COUNTS),
-    **dict.fromkeys(("baseline_draws", "sample_max_new_tokens", "precompute_ref_batch_size", "r"), _COUNTS),
-    **dict.fromkeys(("processes", "nodes", "threads"), _COUNTS),
-    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps", "num_train_epochs", "ddp_timeout"), "(0,)"),
-    **dict.fromkeys(("adam_epsilon", "beta", "temperature", "kl_target", "kl_horizon", "rso_beta"), "(0,)"),
-    **dict.fromkeys(("cliprange", "cliprange_value", "score_clip", "early_stop_kl", "max_growth", "timeout"), "(0,)"),
-    **dict.fromkeys(("requests_per_minute", "alpha"), "(0,)"),
-    **dict.fromkeys(("learning_rate", "value_learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"), "[0,)"),
-    **dict.fromkeys(("dataloader_num_workers", "eval_delay", "neftune_noise_alpha", "top_k", "pool_size"), "[0,)"),
-    **dict.fromkeys(("kl_coef", "vf_coef", "entropy_coef", "ptx_coef", "value_warmup_updates"), "[0,)"),
-    **dict.fromkeys(("validation_prompts", "num_eval_samples", "retries", "reasks", "enumerate_up_to"), "[0,)"),
-    **dict.fromkeys(("min_score_ratio", "price_in", "price_out", "max_cost", "missing_eos_penalty"), "[0,)"),
-    **dict.fromkeys(("center_rewards_coefficient", "rpo_alpha", "sft_weight", "ld_alpha"), "[0,)"),
-    **dict.fromkeys(("warmup_ratio", "gamma", "lam", "ref_model_mixup_alpha"), "[0,1]"),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "dropout", "test_fraction", "heldout_fraction"), "[0,1)"),
-    **dict.fromkeys(("top_p", "vllm_gpu_memory_utilization"), "(0,1]"),
-    "label_smoothing": "[0,0.5)",
-    "label_noise": "[0,0.5)",
-    "confidence": "[0.5,1)",
-    "resamples": "[100,)",
+    "[0,)": (
+        "learning_rate value_learning_rate weight_decay max_grad_norm warmup_steps dataloader_num_workers eval_delay "
+        "neftune_noise_alpha top_k pool_size kl_coef vf_coef entropy_coef ptx_coef value_warmup_updates "
+        "validation_prompts num_eval_samples retries reasks enumerate_up_to check_pairs min_score_ratio price_in "
+        "price_out max_cost missing_eos_penalty center_rewards_coefficient reward_ensemble_coef rpo_alpha sft_weight "
+        "ld_alpha"
+    ),
+    "[0,1]": "warmup_ratio gamma lam value_lam ref_model_mixup_alpha",
+    "[0,1)": "adam_beta1 adam_beta2 dropout test_fraction heldout_fraction",
+    "(0,1]": "top_p vllm_gpu_memory_utilization",
+    "[0,0.5)": "label_smoothing label_noise",
+    "[1,256]": "concurrency",
+    "[0.5,1)": "confidence",
+    "[100,)": "resamples",
 }
+LIMITS = {name: interval for interval, names in _FIELDS.items() for name in names.split()}
 BY_SECTION: dict[str, dict[str, str]] = {
     "compare": {"other_temperatures": "[0,)"},
-    "data": {"samples": "[2,)", "test_prompts": "[0,)"},
+    "data": {"samples": "[2,)", "test_prompts": "[0,)", "label_clamp": "(0.5,1]"},
     "judge": {"temperature": "[0,)", "repeats": _COUNTS, "max_completion_tokens": _COUNTS},
     "reward_model": {},
 }
@@ -69,7 +67,7 @@ def out_of_range(section: dict[str, Any], where: str, kind: str = "") -> list[st
     found = []
     for key, value in section.items():
         if isinstance(value, dict) and key not in ("sweep", "architecture", "columns", "inline", "policies"):
-            found += out_of_range(value, f"{where}.{key}", kind or where)
+            found += out_of_range(value, f"{where}.{key}", key if key in BY_SECTION else kind or where)
             continue
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, bool) or not isinstance(number, int | float):

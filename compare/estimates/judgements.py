@@ -81,7 +81,7 @@ def make_judges(
             raise UserError(f"{where}: the name {name} is taken; give the judge another name: key.")
         taken.add(name)
         if entry["kind"] == "llm":
-            config, _ = split({**entry, "name": name}, LLMJudgeConfig, where=where)
+            config, _ = split({**entry, "name": name}, LLMJudgeConfig, where=where, kind="judge")
             reading.append(LLMJudge(config, cache=cache))
         else:
             scoring.append(_scoring(entry, name, where, context, ranks))

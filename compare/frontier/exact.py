@@ -25,10 +25,3 @@ def suboptimality(policy: np.ndarray, reference: np.ndarray, reward: np.ndarray,
     with np.errstate(divide="ignore"):
         best = beta * logsumexp(np.log(reference) + np.asarray(reward) / beta)
     return float(best - (policy @ reward - beta * kl_divergence(policy, reference)))
-
-
-def exact_frontier(reference: np.ndarray, reward: np.ndarray, betas: np.ndarray) -> np.ndarray:
-    """``(B, 2)`` KL and expected reward of pi* at every beta, by rising KL: no policy lies above this curve."""
-    points = [optimal_policy(reference, reward, beta) for beta in betas]
-    curve = np.array([[kl_divergence(point, reference), point @ reward] for point in points])
-    return curve[np.argsort(curve[:, 0], kind="stable")]

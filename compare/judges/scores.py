@@ -15,7 +15,8 @@ from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.heads import load_reward
 from ppo_vs_dpo.models.passes.inference import Ranks
 from ppo_vs_dpo.preferences.recipes.functions import score_with
-from ppo_vs_dpo.preferences.recipes.gold import load_gold
+from ppo_vs_dpo.preferences.recipes.named import load_gold
+from ppo_vs_dpo.preferences.schema import as_answer
 from ppo_vs_dpo.reward_model.scorer import RewardScorer
 
 
@@ -84,10 +85,7 @@ class RewardModelJudge:
 
     def score(self, prompts: Sequence, completions: Sequence[str], finished: Sequence[bool]) -> np.ndarray:
         """``(N,)`` scores; conversations are continued by an assistant message."""
-        answers = [
-            completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
+        answers = [as_answer(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
         return check_scores(self.name, self.scorer.score(list(prompts), answers, finished=list(finished)), prompts)
 
 

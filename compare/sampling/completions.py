@@ -16,13 +16,8 @@ from ppo_vs_dpo.compare.config import CompareStage
 from ppo_vs_dpo.compare.sampling.kl import on_heldout_pairs, sequence_kl
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Policy, Prompts
 from ppo_vs_dpo.models.loading.config import ModelConfig
-from ppo_vs_dpo.models.loading.pretrained import (
-    check_response_budget,
-    check_same_vocabulary,
-    eos_token_ids,
-    load_policy,
-    load_tokenizer,
-)
+from ppo_vs_dpo.models.loading.pretrained import check_response_budget, eos_token_ids, load_policy, load_tokenizer
+from ppo_vs_dpo.models.loading.vocabulary import check_same_vocabulary
 from ppo_vs_dpo.models.passes.inference import Frozen, Ranks
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate, row_seed
 from ppo_vs_dpo.models.text.encoding import encode_prompts

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.adapters import check_adapters
-from ppo_vs_dpo.models.loading.pretrained import check_tokens
+from ppo_vs_dpo.models.loading.vocabulary import check_tokens
 from ppo_vs_dpo.models.passes.padding import check_causal
 from ppo_vs_dpo.models.sharding.deepspeed import is_sharded
 

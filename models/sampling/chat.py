@@ -12,6 +12,7 @@ import random
 import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -28,9 +29,8 @@ _UNKNOWN_TO_IT = re.compile(
     r"|only the default|deprecated",
     re.I,
 )
-# One request is refused by these, whatever else they mean; 403 and 5xx by what they say.
-REFUSALS = (400, 413, 422, 451)
 _FILTERED = re.compile(r"content.{0,3}(filter|management|policy)|moderation|safety|flagged|responsible ai", re.I)
+_TOO_LONG = re.compile(r"context.{0,10}(length|window|size)|too (long|many tokens)|maximum.{0,20}tokens", re.I)
 
 
 # How models mark their thinking: DeepSeek-R1, Qwen3 and most others; Magistral; Seed; gpt-oss (harmony).
@@ -156,13 +156,24 @@ class ChatEndpoint:
         """A text without the key, which some endpoints send back."""
         return text.replace(self._key, "***") if len(self._key) > 3 else text
 
-    def ask(self, messages: list[dict[str, Any]], budget: int, reasoning: bool = False, **parameters: Any) -> Reply:
-        """One reply.
+    def _said(self, what: str) -> str:
+        return self.masked(f"{self.who}'s endpoint {self.address} {what}")
+
+    def ask(
+        self,
+        messages: list[dict[str, Any]],
+        budget: int,
+        reasoning: bool = False,
+        read: Callable[[Reply], Any] = lambda reply: reply,
+        **parameters: Any,
+    ) -> Any:
+        """One reply, as ``read`` takes it.
 
         Args:
             messages: the conversation.
             budget: tokens of the reply.
             reasoning: the model thinks first: the budget goes by the name that includes thinking.
+            read: what to make of the reply; by a `GarbageError` it asks for another one.
             parameters: ``temperature``, ``seed``, ``logprobs`` and the like; what the endpoint does not know is left
                 out from then on (`dropped`).
 
@@ -179,7 +190,7 @@ class ChatEndpoint:
             self._rate.wait()
             told = 0.0
             try:
-                return self._once(messages, budget, reasoning, parameters)
+                return read(self._once(messages, budget, reasoning, parameters))
             except self._openai.APITimeoutError:
                 reason = f"no answer within {self.timeout:g} seconds"
             except TimeoutError:
@@ -188,19 +199,18 @@ class ChatEndpoint:
                 reason = f"it could not be reached ({first_line(error.__cause__ or error)})"
             except self._openai.APIStatusError as error:
                 reason = f"status {error.status_code}: {first_line(error)}"
-                if error.status_code >= 500 and is_refusal(error):
-                    raise Refused(
-                        self.masked(f"{self.who}'s endpoint {self.address} refuses a request: {reason}")
-                    ) from None
+                if error.status_code >= 500 and _is_about_this(error):
+                    raise Refused(self._said(f"refuses a request: {reason}")) from None
                 if error.status_code not in (408, 409, 429) and error.status_code < 500:
                     break
                 told = _told_to_wait(error)
             except (GarbageError, self._openai.OpenAIError, ValueError) as error:
                 reason = f"an answer that is none: {first_line(error)}"
-        raise EndpointDown(self.masked(f"{self.who}'s endpoint {self.address} does not answer: {reason}")) from None
+        raise EndpointDown(self._said(f"does not answer: {reason}, {attempt + 1} times")) from None
 
     def _once(self, messages, budget: int, reasoning: bool, parameters: dict[str, Any]) -> Reply:
-        left_out, name = set(self._dropped), self._budget_name(reasoning)
+        left_out = set(self._dropped)
+        name = self._budget or ("max_completion_tokens" if reasoning else "max_tokens")
         tried: set[str] = set()
         while True:
             sent = {key: value for key, value in parameters.items() if key not in left_out and value is not None}
@@ -211,17 +221,13 @@ class ChatEndpoint:
             try:
                 reply = self._send(messages, {name: budget, **sent})
             except self._openai.APIStatusError as error:
-                if error.status_code in (401, 404) or (error.status_code == 403 and not _is_filter(error)):
-                    raise UserError(
-                        self.masked(f"{self.who}'s endpoint {self.address} refuses {self.model}: {first_line(error)}")
-                    ) from None
-                if error.status_code not in (*REFUSALS, 403):
+                if error.status_code in (401, 404) or (error.status_code == 403 and not _is_about_this(error)):
+                    raise UserError(self._said(f"refuses {self.model}: {first_line(error)}")) from None
+                if error.status_code not in (400, 403, 413, 422, 451):
                     raise
                 unknown = self._unknown_in(error, {name, *sent} - tried)
                 if unknown is None:
-                    raise Refused(
-                        self.masked(f"{self.who}'s endpoint {self.address} refuses a request: {first_line(error)}")
-                    ) from None
+                    raise Refused(self._said(f"refuses a request: {first_line(error)}")) from None
                 tried.add(unknown)
                 if unknown == name:
                     name = "max_tokens" if name == "max_completion_tokens" else "max_completion_tokens"
@@ -233,9 +239,6 @@ class ChatEndpoint:
                 self._dropped |= left_out
                 self._budget = name if name in tried else self._budget
             return reply
-
-    def _budget_name(self, reasoning: bool) -> str:
-        return self._budget or ("max_completion_tokens" if reasoning else "max_tokens")
 
     def _unknown_in(self, error: Any, sent: set[str]) -> str | None:
         """The parameter that an error is about, if one of those that can be left out or called otherwise."""
@@ -291,17 +294,9 @@ def _told_to_wait(error: Any) -> float:
         return 0.0
 
 
-def _is_filter(error: Any) -> bool:
-    return bool(_FILTERED.search(str(error)))
-
-
-_TOO_LONG = re.compile(r"context.{0,10}(length|window|size)|too (long|many tokens)|maximum.{0,20}tokens", re.I)
-
-
-def is_refusal(error: Any) -> bool:
-    """Whether a 403 or 5xx is about this one request: a content filter, or a prompt that is too long."""
-    may = error.status_code == 403 or error.status_code >= 500
-    return may and (_is_filter(error) or bool(_TOO_LONG.search(str(error))))
+def _is_about_this(error: Any) -> bool:
+    """Whether an error is about this one request: a content filter, or a prompt that is too long."""
+    return bool(_FILTERED.search(str(error)) or _TOO_LONG.search(str(error)))
 
 
 def without_secrets(url: str) -> str:

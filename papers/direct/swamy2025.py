@@ -8,7 +8,7 @@ import torch
 
 from ppo_vs_dpo.papers.claims import Report, Statement, figure
 from ppo_vs_dpo.papers.paper import Paper
-from ppo_vs_dpo.papers.worlds.online import best_within, offline, rlhf
+from ppo_vs_dpo.papers.worlds.online import curves, draw_curves, offline, rlhf
 from ppo_vs_dpo.papers.worlds.tree import world
 
 PLACE = "Swamy et al. 2025 (2503.01067)"
@@ -26,28 +26,23 @@ def simulate(seed: int, settings: dict[str, Any]) -> Report:
         tracks["offline"].append(offline(tree, "dpo", beta, settings, at))
         tracks["simple"].append(rlhf(tree, True, beta, settings, at))
         tracks["complex"].append(rlhf(tree, False, beta, settings, at))
-    gold = {name: best_within(group, limits) for name, group in tracks.items()}
+    gold, drawn = curves(tracks, limits)
     figures = {
         "gap, simple verifier": float((gold["simple"] - gold["offline"]).mean()),
         "gap, complex verifier": float((gold["complex"] - gold["offline"]).mean()),
     }
     figures["verifier"] = figures["gap, simple verifier"] - figures["gap, complex verifier"]
-    curves = {name: {"kl": limits.tolist(), "gold": values.tolist()} for name, values in gold.items()}
-    return {"seed": seed, "figures": figures, "curves": curves}
+    return {"seed": seed, "figures": figures, "curves": drawn}
 
 
 def draw(axes: Any, reports: Sequence[Report]) -> None:
     """The best gold within each KL: DPO, RLHF with a simple and with a complex verifier."""
-    styles = {"simple": ("#0072B2", "-"), "complex": ("#009E73", ":"), "offline": ("#D55E00", "--")}
-    names = {"simple": "RLHF, simple verifier", "complex": "RLHF, complex verifier", "offline": "DPO"}
-    for number, report in enumerate(reports):
-        for name, curve in report["curves"].items():
-            colour, line = styles[name]
-            shown = names[name] if number == 0 else None
-            axes.plot(np.sqrt(curve["kl"]), curve["gold"], line, color=colour, alpha=0.6, label=shown)
-    axes.set_xlabel("sqrt KL(policy, reference), nats^½")
-    axes.set_ylabel("best gold within that KL, standard deviations")
-    axes.legend(frameon=False, fontsize=8)
+    shown = {
+        "simple": ("RLHF, simple verifier", "#0072B2", "-"),
+        "complex": ("RLHF, complex verifier", "#009E73", ":"),
+        "offline": ("DPO", "#D55E00", "--"),
+    }
+    draw_curves(axes, reports, shown)
 
 
 PAPER = Paper(

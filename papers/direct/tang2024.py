@@ -8,7 +8,7 @@ import torch
 
 from ppo_vs_dpo.papers.claims import Report, Statement, figure
 from ppo_vs_dpo.papers.paper import Paper
-from ppo_vs_dpo.papers.worlds.online import best_within, offline, online
+from ppo_vs_dpo.papers.worlds.online import curves, draw_curves, offline, online
 from ppo_vs_dpo.papers.worlds.tree import world
 
 PLACE = "Tang et al. 2024 (2405.08448)"
@@ -25,7 +25,7 @@ def simulate(seed: int, settings: dict[str, Any]) -> Report:
         tracks["offline"].append(offline(tree, "ipo", beta, settings, at))
         tracks["more"].append(offline(tree, "ipo", beta, settings, at, times=settings["more"]))
         tracks["online"].append(online(tree, "ipo", beta, settings, at))
-    gold = {name: best_within(group, limits) for name, group in tracks.items()}
+    gold, drawn = curves(tracks, limits)
     figures = {
         "gap": float((gold["online"] - gold["offline"]).mean()),
         "gap with more pairs": float((gold["online"] - gold["more"]).mean()),
@@ -35,22 +35,17 @@ def simulate(seed: int, settings: dict[str, Any]) -> Report:
     figures |= {
         f"gap at {limit:g}": float(a - b) for limit, a, b in zip(limits, gold["online"], gold["offline"], strict=True)
     }
-    curves = {name: {"kl": limits.tolist(), "gold": values.tolist()} for name, values in gold.items()}
-    return {"seed": seed, "figures": figures, "curves": curves}
+    return {"seed": seed, "figures": figures, "curves": drawn}
 
 
 def draw(axes: Any, reports: Sequence[Report]) -> None:
     """The best gold within each KL, online and offline."""
-    styles = {"online": ("#0072B2", "-"), "offline": ("#D55E00", "--"), "more": ("#CC79A7", ":")}
-    names = {"online": "online", "offline": "offline", "more": "offline, more pairs"}
-    for number, report in enumerate(reports):
-        for name, curve in report["curves"].items():
-            colour, line = styles[name]
-            shown = names[name] if number == 0 else None
-            axes.plot(np.sqrt(curve["kl"]), curve["gold"], line, color=colour, alpha=0.6, label=shown)
-    axes.set_xlabel("sqrt KL(policy, reference), nats^½")
-    axes.set_ylabel("best gold within that KL, standard deviations")
-    axes.legend(frameon=False, fontsize=8)
+    shown = {
+        "online": ("online", "#0072B2", "-"),
+        "offline": ("offline", "#D55E00", "--"),
+        "more": ("offline, more pairs", "#CC79A7", ":"),
+    }
+    draw_curves(axes, reports, shown)
 
 
 PAPER = Paper(

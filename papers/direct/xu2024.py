@@ -60,10 +60,6 @@ def draw(axes: Any, reports: Sequence[Report]) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def _differs(beta: float, name: str) -> Any:
-    return figure(f"{beta} {name}")
-
-
 PAPER = Paper(
     name="xu2024",
     title="Xu et al. 2024: Is DPO superior to PPO for LLM alignment? A comprehensive study (2404.10719)",
@@ -107,7 +103,7 @@ PAPER = Paper(
                 f"{PLACE}, section 4.2",
                 "one cell .11 to .23 under DPO, not under PPO",
                 "mass on unseen responses, DPO less PPO",
-                _differs(beta, "unseen mass"),
+                figure(f"{beta} unseen mass"),
                 least=0.0,
             )
             for beta in (0.1, 0.5)

@@ -9,9 +9,9 @@ from scipy.special import expit
 
 from ppo_vs_dpo.papers.claims import Report, Statement, figure
 from ppo_vs_dpo.papers.paper import Paper
+from ppo_vs_dpo.preferences.constitution.asking import draw_principle, preference_log_odds, question, soft_label
 from ppo_vs_dpo.preferences.constitution.endpoints import Request
 from ppo_vs_dpo.preferences.constitution.principles import load_constitution
-from ppo_vs_dpo.preferences.constitution.steps import draw_principle, preference_log_odds, question, soft_label
 from ppo_vs_dpo.preferences.schema import prompt_id
 from ppo_vs_dpo.preferences.testbed.gold import gold_reward
 from ppo_vs_dpo.preferences.testbed.grammar import reviews

@@ -1,5 +1,6 @@
 """Methods on the tree: pairs collected once, pairs drawn from the policy itself, samples that have grown stale."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -109,3 +110,21 @@ def best_within(tracks: list[Track], kl: np.ndarray) -> np.ndarray:
     reached = np.concatenate([track.kl for track in tracks])
     gold = np.concatenate([track.gold for track in tracks])
     return np.array([gold[reached <= limit].max() for limit in kl])
+
+
+def curves(tracks: dict[str, list[Track]], kl: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, dict]]:
+    """The best gold of each group of tracks within each KL, and the same as a report has it."""
+    gold = {name: best_within(group, kl) for name, group in tracks.items()}
+    return gold, {name: {"kl": kl.tolist(), "gold": values.tolist()} for name, values in gold.items()}
+
+
+def draw_curves(axes: Any, reports: Sequence[dict[str, Any]], shown: dict[str, tuple[str, str, str]]) -> None:
+    """The reports' `curves`, each by its name, colour and line."""
+    for number, report in enumerate(reports):
+        for name, curve in report["curves"].items():
+            label, colour, line = shown[name]
+            of = label if number == 0 else None
+            axes.plot(np.sqrt(curve["kl"]), curve["gold"], line, color=colour, alpha=0.6, label=of)
+    axes.set_xlabel("sqrt KL(policy, reference), nats^½")
+    axes.set_ylabel("best gold within that KL, standard deviations")
+    axes.legend(frameon=False, fontsize=8)

@@ -224,7 +224,7 @@ def adapted_layers(config: dict[str, Any], stage: str) -> None:
 
 def functions(config: dict[str, Any], stages: list[str]) -> list[str]:
     """Import every function that a section names as ``module:function``."""
-    from ppo_vs_dpo.preferences.recipes.gold import load_gold
+    from ppo_vs_dpo.preferences.recipes.named import load_gold
 
     found = []
     for section in dict.fromkeys(["data", *(stage for stage in stages if stage != "pairs")]):
@@ -294,9 +294,10 @@ def judges(config: dict[str, Any]) -> list[str]:
         if entry["kind"] == "reward_model":
             found += scores_of(entry.get("path"), entry.get("head"), f"{where}.path")
         if entry["kind"] == "llm":
-            found += out_of_range(entry, where, "judge")
             found += said(
-                lambda entry=entry, where=where: split({"name": "llm", **entry}, LLMJudgeConfig, where=where)
+                lambda entry=entry, where=where: split(
+                    {"name": "llm", **entry}, LLMJudgeConfig, where=where, kind="judge"
+                )
             )
             found += said(lambda entry=entry: load_template(entry.get("template", "hh_helpfulness")), f"{where}: ")
     return found

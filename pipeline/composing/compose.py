@@ -320,11 +320,10 @@ def problems_in(config: DictConfig, check_missing: bool = True) -> list[str]:
         problems.append(str(error))
     for section, (own, _) in SECTIONS.items():
         problems += check_section(section, config.get(section) or {}, own, check_missing)
-    problems += [
-        f"launch.{key} is {config.launch[key]}; it must be at least 1."
-        for key in ("workers", "processes", "nodes", "threads")
-        if (config.get("launch") or {}).get(key) is not None and _below_one(key, config.launch[key])
-    ]
+    launch = plain_of(config.get("launch") or {})
+    problems += out_of_range(launch, "launch")
+    if isinstance(launch.get("processes"), str) and launch["processes"] != "auto":
+        problems.append(f"launch.processes is {launch['processes']}; it must be at least 1, or auto.")
     if isinstance(seed := config.get("seed"), int) and not 0 <= seed < 2**32:
         problems.append(f"seed is {seed}; it must lie in [0, 2^32).")
     stages = list(config.get("stages") or [])
@@ -335,11 +334,6 @@ def notes_on(experiment: str) -> dict[str, str]:
     """Key -> `` (what its comment says)`` for what a paper's file leaves open."""
     path = CONFIGS / f"{experiment}.yaml"
     return {key: f" ({note})" for key, note in unknown(path).items() if note} if path.is_file() else {}
-
-
-def _below_one(key: str, value: int | str) -> bool:
-    """Whether this is no number of processes, threads or machines; of processes ``auto`` is one."""
-    return value != "auto" if key == "processes" and isinstance(value, str) else value < 1
 
 
 def plain_of(values: DictConfig | dict) -> dict[str, Any]:

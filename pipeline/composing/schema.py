@@ -4,14 +4,13 @@ import ast
 import dataclasses
 import functools
 import importlib
-import importlib.util
 from dataclasses import dataclass, field
-from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
+from ppo_vs_dpo.artifacts.guards.fingerprints import source_of
 from ppo_vs_dpo.artifacts.run import STAGES
 from ppo_vs_dpo.artifacts.settings import field_names
 from ppo_vs_dpo.models.loading.config import ModelConfig
@@ -82,14 +81,15 @@ def fields_from_source(module: str, name: str) -> set[str]:
     Raises:
         LookupError: the class or one of its bases was not found that way.
     """
-    spec = _find(module)
-    if spec is None or not spec.origin:
+    path = source_of(module)
+    if path is None:
         raise LookupError(module)
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    package = (module if path.name == "__init__.py" else module.rpartition(".")[0]).split(".")
     imported = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
-            base = ".".join(spec.parent.split(".")[: len(spec.parent.split(".")) - node.level + 1])
+            base = ".".join(package[: len(package) - node.level + 1])
             source = f"{base}.{node.module}" if node.level else node.module
             imported.update({alias.asname or alias.name: (source, alias.name) for alias in node.names})
     for node in tree.body:
@@ -111,18 +111,6 @@ def fields_from_source(module: str, name: str) -> set[str]:
     if name in imported:  # re-exported
         return fields_from_source(*imported[name])
     raise LookupError(f"{module}.{name}")
-
-
-def _find(module: str) -> ModuleSpec | None:
-    """Where a module's source is. Unlike ``importlib.util.find_spec`` it does not import the packages around it."""
-    package, *rest = module.split(".")
-    # The second is for editable installs. Asked first, it would answer with a lazy stand-in for transformers.
-    spec = PathFinder.find_spec(package) or importlib.util.find_spec(package)
-    for part in rest:
-        if spec is None or spec.submodule_search_locations is None:
-            return None
-        spec = PathFinder.find_spec(f"{spec.name}.{part}", spec.submodule_search_locations)
-    return spec
 
 
 def _resolve(module: str, name: str, imported: dict[str, tuple[str, str]]) -> tuple[str, str]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ppo_vs_dpo.artifacts.card import table
 from ppo_vs_dpo.artifacts.errors import say
 from ppo_vs_dpo.artifacts.files import write_text
 from ppo_vs_dpo.artifacts.settings.rules import RULES, Rule
@@ -114,29 +115,29 @@ def kinds() -> dict[str, dict[str, str]]:
 
 def page() -> str:
     """The page as Markdown."""
-    table, ruled = kinds(), rules()
-    lines = [HEAD, "| field | " + " | ".join(STAGES) + " |", "|---" * (len(STAGES) + 1) + "|"]
-    lines += [f"| `{name}` | " + " | ".join(row[stage] for stage in STAGES) + " |" for name, row in table.items()]
-    lines += ["", "## Why", "", "| field | stages | why |", "|---|---|---|"]
-    for name, row in table.items():
+    every, ruled, why = kinds(), rules(), []
+    for name, row in every.items():
         reasons: dict[str, list[str]] = {}
         for stage in STAGES:
             if row[stage] in ("refused", "nothing"):
                 reasons.setdefault(ruled[stage][name].why, []).append(stage)
-        lines += [f"| `{name}` | {', '.join(stages)} | {why} |" for why, stages in reasons.items()]
-    lines += ["", "## Acts, where one process on a CPU does not show it", ""]
-    lines += [
-        "Every other field that acts is set to another value in a tiny training and must end, log or save otherwise",
-        "(`tests/pipeline/composing/test_settings_effects.py`). These are proven as carried to where they act:",
-        "",
-        "| shows with | fields |",
-        "|---|---|",
+        why += [[f"`{name}`", ", ".join(stages), reason] for reason, stages in reasons.items()]
+    unseen = [
+        [words, ", ".join(f"`{name}`" for name, said in sorted(UNSEEN.items()) if said == words)]
+        for words in dict.fromkeys(UNSEEN.values())
     ]
-    for words in dict.fromkeys(UNSEEN.values()):
-        names = ", ".join(f"`{name}`" for name, said in sorted(UNSEEN.items()) if said == words)
-        lines.append(f"| {words} | {names} |")
-    lines += ["", GOING_ON]
-    return "\n".join(lines) + "\n"
+    parts = [
+        HEAD.rstrip(),
+        table(("field", *STAGES), [[f"`{name}`", *map(row.get, STAGES)] for name, row in every.items()]),
+        "## Why",
+        table(("field", "stages", "why"), why),
+        "## Acts, where one process on a CPU does not show it",
+        "Every other field that acts is set to another value in a tiny training and must end, log or save otherwise\n"
+        "(`tests/pipeline/composing/test_settings_effects.py`). These are proven as carried to where they act:",
+        table(("shows with", "fields"), unseen),
+        GOING_ON,
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def main(arguments: list[str]) -> Any:

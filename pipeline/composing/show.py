@@ -1,66 +1,30 @@
 """``list`` and ``show``: the experiments, and a resolved configuration with every key's comment."""
 
-import re
-from pathlib import Path
-
 from omegaconf import DictConfig, OmegaConf
 
+from ppo_vs_dpo.papers.settings import commented, heading
 from ppo_vs_dpo.pipeline.composing.compose import GROUPS, hydra_configs, load, prepare_overrides
 from ppo_vs_dpo.pipeline.composing.schema import CONFIGS
-
-KEY = re.compile(r"^(\s*)([A-Za-z_][\w.]*):")
-
-
-def first_comment(path: Path) -> str:
-    """The first comment line of a YAML file that is not a directive."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("#") and "@package" not in line:
-            return line.lstrip("# ").strip()
-    return ""
 
 
 def list_experiments() -> str:
     """A line for each experiment."""
     root = CONFIGS / "experiment"
-    paths = sorted(root.rglob("*.yaml"))
-    names = [path.relative_to(root).with_suffix("").as_posix() for path in paths]
-    width = max(map(len, names))
-    return "".join(f"{name:<{width}}  {first_comment(path)}\n" for name, path in zip(names, paths, strict=True))
-
-
-def comments_of(path: Path) -> dict[str, str]:
-    """Dotted key -> the comment above it, for every key of a YAML file."""
-    found: dict[str, str] = {}
-    stack: list[tuple[int, str]] = []
-    pending: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        stripped = line.strip()
-        match = KEY.match(line)
-        if stripped.startswith("#"):
-            pending.append(stripped.lstrip("# "))
-        elif match:
-            indent = len(match.group(1))
-            while stack and stack[-1][0] >= indent:
-                stack.pop()
-            stack.append((indent, match.group(2)))
-            if pending:
-                found[".".join(name for _, name in stack)] = " ".join(pending)
-            pending = []
-        else:
-            pending = []
-    return found
+    said = {path.relative_to(root).with_suffix("").as_posix(): heading(path) for path in sorted(root.rglob("*.yaml"))}
+    width = max(map(len, said))
+    return "".join(f"{name:<{width}}  {lines[0] if lines else ''}\n" for name, lines in said.items())
 
 
 def comments(choices: dict[str, str | None]) -> dict[str, str]:
     """Comments of the files a configuration is composed of; the experiment's word on a key counts last."""
-    found = comments_of(CONFIGS / "config.yaml")
+    found = {key: text for key, _, text in commented(CONFIGS / "config.yaml") if text}
     for group, choice in choices.items():
         if choice in (None, "null") or group not in GROUPS:
             continue
         path = CONFIGS / group / f"{choice}.yaml"
         if path.is_file():
             prefix = "" if group in ("experiment", "paper") else f"{group}."
-            found.update({f"{prefix}{key}": text for key, text in comments_of(path).items()})
+            found |= {f"{prefix}{key}": text for key, _, text in commented(path) if text}
     return found
 
 

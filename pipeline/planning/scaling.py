@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ppo_vs_dpo.artifacts import card
 from ppo_vs_dpo.artifacts.files import write_text
 from ppo_vs_dpo.pipeline.planning.advice import advice
 from ppo_vs_dpo.pipeline.planning.estimate import Job, estimate
@@ -59,8 +60,7 @@ def rows() -> list[list[str]]:
 def markdown(table: list[list[str]]) -> str:
     """The table as Markdown."""
     head = ["model", "GPUs", "SFT", "reward model", "DPO", "PPO", "PPO, s/update at least", "PPO"]
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *table)]
-    return "\n".join(lines)
+    return card.table(head, table)
 
 
 def write_table(path: str | Path) -> None:

@@ -12,10 +12,10 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.artifacts.settings import field_names, nearest, removed
+from ppo_vs_dpo.artifacts.settings import removed, unknown_keys
 from ppo_vs_dpo.artifacts.settings.removed import refuse_removed
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig
-from ppo_vs_dpo.ppo.config.checks import problems
+from ppo_vs_dpo.ppo.config.problems import problems
 from ppo_vs_dpo.ppo.config.tables import CONVENTIONS, ESTIMATORS, Conventions
 
 
@@ -311,10 +311,8 @@ class PPOConfig(TrainingArguments):
     def sampling(self) -> SamplingConfig:
         """How rollouts are sampled: the fields above, then ``generation_kwargs``."""
         extra = self.generation_kwargs or {}
-        unknown = [key for key in extra if key not in field_names(SamplingConfig)]
-        if unknown:
-            hint = nearest(unknown[0], field_names(SamplingConfig))
-            raise UserError(f"ppo.generation_kwargs.{unknown[0]}: no such key.{hint}")
+        if unknown := unknown_keys(extra, SamplingConfig, None, "ppo.generation_kwargs"):
+            raise UserError(unknown[0])
         mine = {
             "max_new_tokens": self.response_length,
             "temperature": self.temperature,
@@ -322,7 +320,7 @@ class PPOConfig(TrainingArguments):
             "top_p": self.top_p,
             "stop_strings": list(self.stop_strings or []),
         }
-        return SamplingConfig(**{**mine, **extra})
+        return SamplingConfig(**mine | extra)
 
     @property
     def conventions(self) -> Conventions:
@@ -343,19 +341,17 @@ class PPOConfig(TrainingArguments):
         size = self.rollout_batch_size
         if size is None:
             size = self.per_device_train_batch_size * self.gradient_accumulation_steps * ranks
-        if self.samples_per_prompt > 1 and size % (self.num_mini_batches * self.samples_per_prompt):
+        said = f"a rollout of {size} responses (ppo.rollout_batch_size) in {self.num_mini_batches} minibatches"
+        k, groups = self.samples_per_prompt, self.num_mini_batches * self.samples_per_prompt
+        if k > 1 and size % groups:
             raise UserError(
-                f"a rollout of {size} responses (ppo.rollout_batch_size) in {self.num_mini_batches} minibatches "
-                f"cannot hold whole groups of {self.samples_per_prompt} (ppo.samples_per_prompt). Make it a multiple "
-                f"of {self.num_mini_batches * self.samples_per_prompt}."
+                f"{said} cannot hold whole groups of {k} (ppo.samples_per_prompt). Make it a multiple of {groups}."
             )
         # A pair stays on one rank.
-        whole = self.num_mini_batches * self.samples_per_prompt * ranks
-        if self.loss != "ppo" and size % whole:
+        if self.loss != "ppo" and size % (groups * ranks):
             raise UserError(
-                f"a rollout of {size} responses (ppo.rollout_batch_size) in {self.num_mini_batches} minibatches "
-                f"gives {ranks} ranks no equal number of pairs, one of each {self.samples_per_prompt} responses. Make "
-                f"it a multiple of {whole}."
+                f"{said} gives {ranks} ranks no equal number of pairs, one of each {k} responses. Make it a multiple "
+                f"of {groups * ranks}."
             )
         if size % (self.num_mini_batches * ranks):
             raise UserError(

@@ -27,12 +27,6 @@ ESTIMATORS = {
 }
 
 
-# What the weights are of that correct for another engine (`ppo.algorithm.importance_weights`); TRL's names.
-IMPORTANCE_SAMPLING = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-# How several reward models are one reward (`ppo.roles.shaping`).
-ENSEMBLES = ("mean", "worst", "uncertainty")
-
-
 class Conventions(NamedTuple):
     """What implementations do differently.
 

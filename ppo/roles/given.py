@@ -9,7 +9,8 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.adapters import check_adapters, is_peft, kind_of, merge, train_active, virtual_tokens
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.prepared import disable_dropout, score_head
-from ppo_vs_dpo.models.loading.pretrained import check_tokens, load_policy, load_value_or_reward
+from ppo_vs_dpo.models.loading.pretrained import load_policy, load_value_or_reward
+from ppo_vs_dpo.models.loading.vocabulary import check_tokens
 from ppo_vs_dpo.models.passes.answers import check_language_model
 from ppo_vs_dpo.models.passes.logprobs import backbone, base, score_head_of
 from ppo_vs_dpo.models.passes.padding import check_causal

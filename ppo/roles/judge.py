@@ -89,7 +89,7 @@ def judge_settings(section: dict[str, Any] | None) -> LLMJudgeConfig:
             "ppo.reward names judge, and ppo.judge is empty: say who judges, e.g. ppo.judge={model: my/chat-model, "
             "local: true} or ppo.judge={model: NAME, base_url: http://host:8000/v1}."
         )
-    config, _ = split({"name": "judge", **section}, LLMJudgeConfig, where="ppo.judge")
+    config, _ = split({"name": "judge", **section}, LLMJudgeConfig, where="ppo.judge", kind="judge")
     if config.model == "???":
         raise UserError("ppo.judge.model: required, and not set.")
     if config.n_prompts is not None or config.pairs:

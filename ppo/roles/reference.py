@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.adapters import base_that_trains, is_peft
 from ppo_vs_dpo.models.loading.prepared import disable_dropout, halve_frozen
-from ppo_vs_dpo.models.loading.pretrained import check_same_vocabulary
+from ppo_vs_dpo.models.loading.vocabulary import check_same_vocabulary
 from ppo_vs_dpo.models.passes.answers import answers, rewriting_init, same_answers
 from ppo_vs_dpo.models.passes.logprobs import Batch, response_logprobs
 from ppo_vs_dpo.models.sharding.deepspeed import gathered, is_sharded, whole, whole_copy, whole_state

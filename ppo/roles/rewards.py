@@ -13,7 +13,8 @@ from transformers.utils import logging
 from ppo_vs_dpo.artifacts.awaiting import wait_for
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.files import BIAS_KEY
-from ppo_vs_dpo.models.loading.pretrained import check_tokens, context_length
+from ppo_vs_dpo.models.loading.pretrained import context_length
+from ppo_vs_dpo.models.loading.vocabulary import check_tokens
 from ppo_vs_dpo.models.passes.logprobs import base
 from ppo_vs_dpo.ppo.roles.given import as_value_or_reward
 from ppo_vs_dpo.ppo.roles.shaping import combined
@@ -83,7 +84,7 @@ class EnsembleReward:
 
     Args:
         members: at least two, of one tokenizer.
-        kind: one of `ppo.config.tables.ENSEMBLES`.
+        kind: one of those of `PPOConfig.reward_ensemble`.
         coef: of ``uncertainty``.
 
     Raises:

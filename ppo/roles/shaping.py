@@ -14,7 +14,7 @@ def combined(scores: torch.Tensor, kind: str, coef: float) -> torch.Tensor:
 
     Args:
         scores: ``(N, M)``.
-        kind: one of `ppo.config.tables.ENSEMBLES`: the ``mean``, the ``worst`` (worst-case optimisation), or under
+        kind: of `PPOConfig.reward_ensemble`: the ``mean``, the ``worst`` (worst-case optimisation), or under
             ``uncertainty`` the mean less ``coef`` times their variance (of the population).
         coef: lambda of ``uncertainty``.
 

@@ -30,7 +30,7 @@ from ppo_vs_dpo.ppo.stage.loading import load_roles
 from ppo_vs_dpo.ppo.trainer import PPOTrainer
 from ppo_vs_dpo.preferences.judging.cache import Cache
 from ppo_vs_dpo.preferences.judging.llm import LLMJudge
-from ppo_vs_dpo.preferences.recipes.gold import load_gold
+from ppo_vs_dpo.preferences.recipes.named import load_gold
 
 
 def split_prompts(prompts: Dataset, validation: int, seed: int) -> tuple[Dataset, Dataset | None]:

@@ -1,11 +1,8 @@
 """Models that answer and choose: a local model, an OpenAI-compatible endpoint, or a Python object."""
 
 import math
-import os
-import random
 import re
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,21 +13,12 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.pretrained import context_length, eos_token_ids, load_policy, load_tokenizer
 from ppo_vs_dpo.models.passes.logprobs import pad_batch
-from ppo_vs_dpo.models.sampling.chat import (
-    REFUSALS,
-    GarbageError,
-    Refused,
-    Reply,
-    after_thinking,
-    completion,
-    is_refusal,
-    reply_of,
-)
+from ppo_vs_dpo.models.sampling.chat import ChatEndpoint, EndpointDown, GarbageError, Refused, Reply, after_thinking
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate
 from ppo_vs_dpo.models.text.prompts import decode_completion, encode_prompt
 from ppo_vs_dpo.preferences.config import Endpoint
 from ppo_vs_dpo.preferences.reading.mappings import dialogue_text
-from ppo_vs_dpo.preferences.recipes.gold import load_gold
+from ppo_vs_dpo.preferences.recipes.named import load_gold
 from ppo_vs_dpo.preferences.schema import Text
 
 # What the judge's answer starts with, so that the next token is the letter (Bai et al. 2022b, section 4.1).
@@ -141,25 +129,20 @@ class LocalModel:
 
 
 class OpenAIModel:
-    """Any OpenAI-compatible endpoint, by the ``openai`` client.
-
-    The key is read from the environment when it is needed and taken out of every message that leaves this class.
-    """
+    """Any OpenAI-compatible endpoint (`models.sampling.chat.ChatEndpoint`), asked several things at once."""
 
     def __init__(self, settings: Endpoint, max_tokens: int, temperature: float, top_p: float):
-        try:
-            from openai import AsyncOpenAI
-        except ImportError as error:
-            raise UserError("an endpoint of kind openai needs the client: pip install 'ppo-vs-dpo[judge]'.") from error
-        self._key = os.environ.get(settings.api_key_env, "")
-        if not self._key:
-            raise UserError(f"{settings.api_key_env} is not set: the endpoint of {settings.model} needs a key there.")
-        # The client's own retries are off: one place decides what is tried again and how long it takes.
-        self.client = AsyncOpenAI(
-            api_key=self._key, base_url=settings.base_url, timeout=settings.timeout, max_retries=0
+        self.endpoint = ChatEndpoint(
+            settings.model,
+            settings.base_url,
+            settings.api_key_env,
+            settings.timeout,
+            settings.retries,
+            who="the model",
+            key_needed=True,
         )
-        self.settings, self.max_tokens, self.temperature, self.top_p = settings, max_tokens, temperature, top_p
-        self.pause = 0.5
+        self.at_once, self.max_tokens = settings.requests_at_once, max_tokens
+        self.drawing = {"temperature": temperature, "top_p": top_p}
         self.answered = 0
 
     def answer(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer | Refused]]:
@@ -173,8 +156,8 @@ class OpenAIModel:
     def _all(self, requests: Sequence[Request], ask) -> Iterator[tuple[int, Any]]:
         """What is refused comes last, and only from an endpoint that answers others."""
         refused: dict[int, Refused] = {}
-        with ThreadPoolExecutor(self.settings.requests_at_once) as pool:
-            futures = {pool.submit(self._patiently, ask, request): number for number, request in enumerate(requests)}
+        with ThreadPoolExecutor(self.at_once) as pool:
+            futures = {pool.submit(ask, request): number for number, request in enumerate(requests)}
             failure: EndpointError | None = None
             for future in as_completed(futures):
                 if future.cancelled():
@@ -199,69 +182,34 @@ class OpenAIModel:
                 raise failure
         yield from refused.items()
 
-    def _patiently(self, ask, request: Request) -> Any:
-        """Ask, and ask again with growing pauses where that may help."""
-        import openai
-
-        reason = ""
-        for attempt in range(self.settings.retries + 1):
-            if attempt:
-                time.sleep(self.pause * 2 ** (attempt - 1) * (0.75 + 0.5 * random.random()))
-            try:
-                return ask(request)
-            except (openai.APITimeoutError, TimeoutError):
-                reason = f"no answer within {self.settings.timeout:g} seconds"
-            except openai.APIConnectionError as error:
-                reason = f"could not be reached ({error.__cause__ or error})"
-            except openai.APIStatusError as error:
-                reason = f"status {error.status_code}: {_first_line(error.message)}"
-                if error.status_code in REFUSALS or is_refusal(error):
-                    said = f"{self.settings.model} at {self.client.base_url} refuses a request: {reason}."
-                    raise Refused(said.replace(self._key, "***")) from None
-                if error.status_code not in (408, 409, 429) and error.status_code < 500:
-                    break
-            except (GarbageError, openai.APIError, ValueError, AttributeError, TypeError) as error:
-                reason = f"an answer that makes no sense ({_first_line(str(error))})"
-        where = f"{self.settings.model} at {self.client.base_url}"
-        raise EndpointError(
-            f"{where}: {reason}, {attempt + 1} times. Finished steps are kept: the same command goes on.".replace(
-                self._key, "***"
-            )
-        ) from None
-
-    def _messages(self, conversation: Text) -> list[dict[str, str]]:
-        return [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
-
-    def _reply(self, request: Request, **parameters: Any) -> Reply:
-        messages = self._messages(request.conversation)
-        return reply_of(
-            completion(self.client, self.settings.timeout, model=self.settings.model, messages=messages, **parameters)
-        )
+    def _ask(self, request: Request, read: Callable[[Reply], Any], budget: int, **parameters: Any) -> Any:
+        said = request.conversation
+        messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
+        try:
+            return self.endpoint.ask(messages, budget, read=read, **parameters)
+        except (EndpointDown, UserError) as error:
+            raise EndpointError(f"{error}. Finished steps are kept: the same command goes on.") from None
 
     def _answer(self, request: Request) -> Answer:
-        reply = self._reply(
-            request,
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seed=request.seed % 2**31,
-        )
-        # What a model thinks is no part of its answer.
-        return Answer(after_thinking(reply.text).strip().replace(self._key, "***"), reply.finish == "stop")
+        return self._ask(request, _as_answer, self.max_tokens, seed=request.seed % 2**31, **self.drawing)
 
     def _choose(self, request: Request) -> float:
-        reply = self._reply(request, max_tokens=8, temperature=0.0, logprobs=True, top_logprobs=20)
-        log_odds = _log_odds(reply)
-        if log_odds is not None:
-            return log_odds
-        letter = re.search(r"\b([AB])\b", after_thinking(reply.text))
-        if letter is None:
-            raise GarbageError(f"neither A nor B in {reply.text!r}")
-        return HARD_LOGIT if letter[1] == "A" else -HARD_LOGIT
+        return self._ask(request, _as_choice, 8, temperature=0.0, logprobs=True, top_logprobs=20)
 
 
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0][:200] if text.strip() else "no message"
+def _as_answer(reply: Reply) -> Answer:
+    # What a model thinks is no part of its answer.
+    return Answer(after_thinking(reply.text).strip(), reply.finish == "stop")
+
+
+def _as_choice(reply: Reply) -> float:
+    log_odds = _log_odds(reply)
+    if log_odds is not None:
+        return log_odds
+    letter = re.search(r"\b([AB])\b", after_thinking(reply.text))
+    if letter is None:
+        raise GarbageError(f"neither A nor B in {reply.text!r}")
+    return HARD_LOGIT if letter[1] == "A" else -HARD_LOGIT
 
 
 def _log_odds(reply: Reply) -> float | None:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.preferences.reading.mappings import UnmappableError, parse_dialogue
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "constitution"
 _KEYS = ("id", "critique", "revision", "choice")
@@ -88,7 +89,6 @@ _TURNS = {
     "RevisionRequest": "user",
     "Revision": "assistant",
 }
-_TURN = re.compile(rf"\n\n({'|'.join(_TURNS)}): ?")
 
 
 def load_few_shot(path: str | None) -> list[dict[str, str]]:
@@ -107,18 +107,14 @@ def load_few_shot(path: str | None) -> list[dict[str, str]]:
         raise UserError(f"data.few_shot: {path}, line {error.lineno}: not valid JSON ({error.msg}).") from None
     if not isinstance(transcripts, list) or not all(isinstance(text, str) for text in transcripts):
         raise UserError(f"data.few_shot: {path} must hold a list of transcripts.")
-    messages: list[dict[str, str]] = []
-    for number, text in enumerate(transcripts, start=1):
-        # The paper's transcripts end with the header of the next question.
-        parts = _TURN.split(re.sub(r"\s*Human:\s*$", "", text))
-        if parts[0].strip() or len(parts) < 3:
-            raise UserError(rf"data.few_shot: {path}, transcript {number} does not start with \n\nHuman:.")
-        for speaker, content in zip(parts[1::2], parts[2::2], strict=True):
-            role = _TURNS[speaker]
-            if messages and messages[-1]["role"] == role:
-                messages[-1]["content"] += f"\n\n{content.strip()}"
-            else:
-                messages.append({"role": role, "content": content.strip()})
+    # The paper's transcripts end with the header of the next question.
+    texts = [re.sub(r"\s*Human:\s*$", "", text) for text in transcripts]
+    for number, text in enumerate(texts, start=1):
+        try:
+            parse_dialogue(text, _TURNS)
+        except UnmappableError:
+            raise UserError(rf"data.few_shot: {path}, transcript {number} does not start with \n\nHuman:.") from None
+    messages = parse_dialogue("".join(texts), _TURNS) if texts else []
     if messages and messages[-1]["role"] == "user":
         raise UserError(f"data.few_shot: {path} ends with a question; each example must end with its answer.")
     return messages

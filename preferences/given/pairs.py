@@ -1,5 +1,6 @@
 """Steps for pairs that are there (Hub, files, configuration): ``data`` reads and splits, ``pairs`` hands on."""
 
+import dataclasses
 import itertools
 import shutil
 import tempfile
@@ -21,9 +22,7 @@ from ppo_vs_dpo.preferences.reading.importing import TokenLimits, stage_pairs
 from ppo_vs_dpo.preferences.reading.mappings import MappingOptions
 from ppo_vs_dpo.preferences.reading.mappings.rendered import Renderer
 from ppo_vs_dpo.preferences.reading.near import LeakCount
-from ppo_vs_dpo.preferences.reading.prompts import read_examples, read_prompts
-from ppo_vs_dpo.preferences.reading.readers import Placed, from_columns, is_local, read_files, read_hub
-from ppo_vs_dpo.preferences.reading.tables import (
+from ppo_vs_dpo.preferences.reading.parquet import (
     TableWriter,
     example_schema,
     pair_schema,
@@ -32,8 +31,10 @@ from ppo_vs_dpo.preferences.reading.tables import (
     text_type,
     without_empty_columns,
 )
+from ppo_vs_dpo.preferences.reading.prompts import read_examples, read_prompts
+from ppo_vs_dpo.preferences.reading.readers import Placed, from_columns, is_local, read_any, read_files
 from ppo_vs_dpo.preferences.reading.validation import Checker, Report, policies
-from ppo_vs_dpo.preferences.schema import OPTIONAL, pair_set_hash, prompt_id
+from ppo_vs_dpo.preferences.schema import OPTIONAL, pair_set, prompt_id
 
 
 def source_rows(settings: GivenPairs, test: bool = False) -> Iterator[Placed] | None:
@@ -48,9 +49,8 @@ def source_rows(settings: GivenPairs, test: bool = False) -> Iterator[Placed] | 
 
 
 def _rows(settings: GivenPairs, path: str, split: str) -> Iterator[Placed]:
-    if is_local(path):
-        return read_files(path)
-    return read_hub(path, split, settings.subset, settings.revision, settings.streaming)
+    hub = {"subset": settings.subset, "revision": settings.revision, "streaming": settings.streaming}
+    return read_any(path, split, **hub)
 
 
 def mapping_options(settings: GivenPairs, tokenizer: PreTrainedTokenizerBase | None = None) -> MappingOptions:
@@ -157,7 +157,7 @@ def data_step(context: StageContext, settings: GivenPairs) -> None:
     report.prompts = len(checker.prompts | test_prompts)
     report.statistics = checker.statistics.summary()
     # 3. Stop here for what must not be trained on; the report says what.
-    write_json(context.dir / "report.json", report.as_dict())
+    write_json(context.dir / "report.json", dataclasses.asdict(report))
     report.raise_errors()
     # 4. Split and write.
     counts = _write_splits(context, settings, staging, checker, test_prompts)
@@ -169,7 +169,7 @@ def data_step(context: StageContext, settings: GivenPairs) -> None:
     # 5. Prompts under another fingerprint that say nearly the same on both sides.
     if leak := near_leaks(context.dir):
         report.said.append(leak)
-    write_json(context.dir / "report.json", report.as_dict())
+    write_json(context.dir / "report.json", dataclasses.asdict(report))
     shutil.rmtree(staging)
     context.finish(
         source=settings.source,
@@ -324,6 +324,4 @@ def pairs_step(context: StageContext, settings: GivenPairs) -> None:
         ids[split] = [row["pair_id"] for row in read_rows(source, ["pair_id"])]
         with atomic_path(context.dir / f"{split}.parquet") as temporary:
             shutil.copyfile(source, temporary)
-    context.finish(
-        pair_set={"hash": pair_set_hash(ids), "n_train": len(ids["train"]), "n_test": len(ids["test"])},
-    )
+    context.finish(pair_set=pair_set(ids))

@@ -13,9 +13,9 @@ from ppo_vs_dpo.models.training import model_settings
 from ppo_vs_dpo.preferences.config import MadePairs
 from ppo_vs_dpo.preferences.reading.as_read import text_for_a_chat_model
 from ppo_vs_dpo.preferences.reading.mappings import UnmappableError, value_of
+from ppo_vs_dpo.preferences.reading.parquet import TableWriter, example_schema, prompt_schema
 from ppo_vs_dpo.preferences.reading.prompts import read_prompts
-from ppo_vs_dpo.preferences.reading.readers import Broken, is_local, read_files, read_hub
-from ppo_vs_dpo.preferences.reading.tables import TableWriter, example_schema, prompt_schema
+from ppo_vs_dpo.preferences.reading.readers import whole_rows
 from ppo_vs_dpo.preferences.schema import Text, prompt_id
 
 SPLITS = ("train", "test", "heldout")
@@ -142,9 +142,7 @@ def _texts(context: StageContext, settings: MadePairs) -> dict[str, int]:
 
 def _text_rows(settings: MadePairs) -> Iterator[str]:
     path = settings.prompts_path
-    for place, row in read_files(path) if is_local(path) else read_hub(path, settings.split):
-        if isinstance(row, Broken):
-            raise UserError(f"{place}: {row.detail}.")
+    for place, row in whole_rows(path, settings.split):
         try:
             yield " ".join(value_of(row, "text").replace("<br />", " ").split())
         except UnmappableError as problem:

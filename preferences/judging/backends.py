@@ -7,9 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from ppo_vs_dpo.artifacts.files import fingerprint_file
-from ppo_vs_dpo.models.sampling.chat import ChatEndpoint, EndpointDown, RateLimit, Refused, Reply
-
-__all__ = ["Backend", "EndpointDown", "LocalBackend", "OpenAIBackend", "RateLimit", "Refused", "Reply", "content_of"]
+from ppo_vs_dpo.models.sampling.chat import ChatEndpoint, Reply
 
 
 class Backend(Protocol):
@@ -34,33 +32,17 @@ class OpenAIBackend:
     """Any endpoint that speaks OpenAI's chat-completions protocol (`models.sampling.chat.ChatEndpoint`).
 
     Args:
-        model: its name at the endpoint.
-        base_url: the endpoint; ``None`` for the client's default.
-        api_key_env: name of the environment variable that holds the key; only its name is ever written down.
-        timeout: seconds for one request, whole.
-        retries: further tries, with growing pauses.
-        requests_per_minute: rate limit, ``None`` for none.
+        endpoint: the model at its endpoint.
         logprobs: ask for log-probabilities of the verdict; switched off if the endpoint refuses them.
         reasoning: the model thinks before it answers: its budget is ``max_completion_tokens``.
     """
 
-    def __init__(
-        self,
-        model: str,
-        base_url: str | None = None,
-        api_key_env: str = "OPENAI_API_KEY",
-        timeout: float = 60.0,
-        retries: int = 3,
-        requests_per_minute: float | None = None,
-        logprobs: bool = True,
-        reasoning: bool = False,
-    ):
-        self.endpoint = ChatEndpoint(model, base_url, api_key_env, timeout, retries, requests_per_minute)
-        self.model, self.logprobs, self.reasoning = model, logprobs, reasoning
+    def __init__(self, endpoint: ChatEndpoint, logprobs: bool = True, reasoning: bool = False):
+        self.endpoint, self.logprobs, self.reasoning = endpoint, logprobs, reasoning
 
     def identity(self) -> dict[str, Any]:
         """Model and the endpoint's full address (port and path tell two models of one name apart)."""
-        return {"model": self.model, "endpoint": self.endpoint.address}
+        return {"model": self.endpoint.model, "endpoint": self.endpoint.address}
 
     def dropped(self) -> list[str]:
         """Parameters that the endpoint does not know: they were asked for, and are not sent."""

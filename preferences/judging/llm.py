@@ -9,7 +9,7 @@ from typing import Any
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import sha256_of
-from ppo_vs_dpo.models.sampling.chat import EndpointDown, Refused, Reply
+from ppo_vs_dpo.models.sampling.chat import ChatEndpoint, EndpointDown, Refused, Reply
 from ppo_vs_dpo.preferences.judging.backends import Backend, LocalBackend, OpenAIBackend
 from ppo_vs_dpo.preferences.judging.cache import Cache
 from ppo_vs_dpo.preferences.judging.template import JudgeTemplate, load_template
@@ -163,14 +163,6 @@ class LLMJudge:
     def __init__(self, config: LLMJudgeConfig, backend: Backend | None = None, cache: Cache | None = None):
         self.config, self.name = config, config.name
         self.template = load_template(config.template)
-        for key, least in (("repeats", 1), ("reasks", 0), ("max_completion_tokens", 1), ("retries", 0)):
-            value = getattr(config, key)
-            if value is not None and value < least:
-                raise UserError(f"judge {config.name}: {key} is {value}; it must be at least {least}.")
-        if config.timeout <= 0:
-            raise UserError(f"judge {config.name}: timeout is {config.timeout}; it must be above 0.")
-        if not 1 <= config.concurrency <= 256:
-            raise UserError(f"judge {config.name}: concurrency is {config.concurrency}; 1 to 256 are possible.")
         self.backend = backend or make_backend(config)
         self.cache = cache or Cache(None)
         self.usage = Usage()
@@ -348,13 +340,12 @@ def make_backend(config: LLMJudgeConfig) -> Backend:
     """The backend that the settings name."""
     if config.local:
         return LocalBackend(config.model)
-    return OpenAIBackend(
+    endpoint = ChatEndpoint(
         config.model,
         config.base_url,
         config.api_key_env,
         config.timeout,
         config.retries,
         config.requests_per_minute,
-        config.logprobs,
-        reasoning=config.max_completion_tokens is not None,
     )
+    return OpenAIBackend(endpoint, config.logprobs, reasoning=config.max_completion_tokens is not None)

@@ -5,8 +5,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from ppo_vs_dpo.models.text.chat_template import disagreement, is_rendered, left_out, marks_inside, marks_of
 from ppo_vs_dpo.models.text.prompts import require_chat_template
-from ppo_vs_dpo.models.text.template import disagreement, is_rendered, left_out, marks_inside, marks_of
 from ppo_vs_dpo.preferences.reading.validation import Checker, Report
 from ppo_vs_dpo.preferences.schema import Text
 

@@ -24,8 +24,8 @@ from ppo_vs_dpo.preferences.reading.mappings import (
     mapping_named,
 )
 from ppo_vs_dpo.preferences.reading.mappings.columns import propose
+from ppo_vs_dpo.preferences.reading.parquet import TableWriter, pair_schema
 from ppo_vs_dpo.preferences.reading.readers import Broken, Placed
-from ppo_vs_dpo.preferences.reading.tables import TableWriter, pair_schema
 from ppo_vs_dpo.preferences.reading.validation import Checker, Report
 
 _CHUNK = 1_000

@@ -5,9 +5,9 @@ from typing import Any
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.preferences.reading.mappings import UnmappableError, parse_dialogue, value_of
+from ppo_vs_dpo.preferences.reading.mappings.general import CONVERSATIONS, part_of
 from ppo_vs_dpo.preferences.reading.mappings.messages import is_messages, message, messages_of, parsed, user_turn
-from ppo_vs_dpo.preferences.reading.mappings.pairs import CONVERSATIONS, part_of
-from ppo_vs_dpo.preferences.reading.readers import Broken, is_local, read_files, read_hub
+from ppo_vs_dpo.preferences.reading.readers import whole_rows
 from ppo_vs_dpo.preferences.schema import Text, prompt_id, text_of
 
 # Columns that hold a prompt, the first that a row has decides.
@@ -66,11 +66,7 @@ def read_prompts(
         UserError: the first row that cannot be read or has no prompt; names its place.
     """
     seen: set[str] = set()
-    for place, row in read_files(path) if is_local(path) else read_hub(path, split):
-        if limit is not None and len(seen) >= limit:
-            return
-        if isinstance(row, Broken):
-            raise UserError(f"{place}: {row.detail}.")
+    for place, row in whole_rows(path, split):
         try:
             prompt = prompt_of(row)
         except UnmappableError as problem:
@@ -85,6 +81,8 @@ def read_prompts(
         if identity not in seen:
             seen.add(identity)
             yield prompt
+        if limit is not None and len(seen) >= limit:
+            return
 
 
 def read_examples(path: str, split: str = "train", conversational: bool = False) -> Iterator[tuple[Text, Text]]:
@@ -96,9 +94,7 @@ def read_examples(path: str, split: str = "train", conversational: bool = False)
     Raises:
         UserError: the first row that cannot be read or lacks a column; names its place.
     """
-    for place, row in read_files(path) if is_local(path) else read_hub(path, split):
-        if isinstance(row, Broken):
-            raise UserError(f"{place}: {row.detail}.")
+    for place, row in whole_rows(path, split):
         try:
             prompt, completion = _example(row)
         except UnmappableError as problem:

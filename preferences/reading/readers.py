@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.guards.refusals import chain
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _PARQUET_BATCH = 1_000
@@ -272,13 +273,28 @@ def read_hub(
         raise UserError(explained) from error
 
 
+def read_any(path: str, split: str = "train", **hub: Any) -> Iterator[Placed]:
+    """Rows of a file, a folder or a data set on the Hub; ``split`` and ``hub`` are for `read_hub`."""
+    return read_files(path) if is_local(path) else read_hub(path, split, **hub)
+
+
+def whole_rows(path: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows as `read_any` has them, none of them broken.
+
+    Raises:
+        UserError: the first that cannot be read; names its place.
+    """
+    for place, row in read_any(path, split):
+        if isinstance(row, Broken):
+            raise UserError(f"{place}: {row.detail}.")
+        yield place, row
+
+
 def explain_hub_error(error: BaseException, name: str) -> str | None:
     """One sentence for what went wrong at the Hub, or ``None`` for a defect of this program."""
-    chain: list[BaseException] = [error]
-    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
-        chain.append(inner)
+    causes = list(chain(error))
     # By name: the HTTP client below huggingface_hub has changed more than once, the names of its errors have not.
-    kinds = {cls.__name__ for item in chain for cls in type(item).__mro__}
+    kinds = {cls.__name__ for item in causes for cls in type(item).__mro__}
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     local = "Or give a local copy: data.path=FILE."
     if "GatedRepoError" in kinds or "gated" in first.lower():
@@ -288,7 +304,7 @@ def explain_hub_error(error: BaseException, name: str) -> str | None:
         )
     if "OfflineModeIsEnabled" in kinds or "offline" in first.lower():
         return f"{name} is not in the cache and the Hub is switched off (HF_HUB_OFFLINE). Switch it on. {local}"
-    statuses = [getattr(getattr(item, "response", None), "status_code", None) for item in chain]
+    statuses = [getattr(getattr(item, "response", None), "status_code", None) for item in causes]
     if busy := [status for status in statuses if status in (408, 429, 500, 502, 503, 504)]:
         return f"the Hub answered {busy[0]} for {name}. Start the same command again later. {local}"
     if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"} and "ConnectError" not in kinds:

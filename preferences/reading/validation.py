@@ -1,6 +1,5 @@
 """What can be wrong with preference data: found in one pass, counted, shown with examples, treated as configured."""
 
-import dataclasses
 import unicodedata
 from array import array
 from dataclasses import dataclass, field
@@ -127,10 +126,6 @@ class Report:
         found.count += 1
         if len(found.examples) < EXAMPLES:
             found.examples.append({"place": place, "detail": detail[:200]})
-
-    def as_dict(self) -> dict[str, Any]:
-        """For ``report.json``."""
-        return dataclasses.asdict(self)
 
     def raise_errors(self) -> None:
         """Stop where a problem's policy is ``error``, or where something is refused as a whole.

@@ -1,7 +1,7 @@
 """Preferences from known rewards: the Bradley-Terry model (Bradley & Terry 1952), labels and what they allow."""
 
 import numpy as np
-from scipy.special import expit
+from scipy.special import entr, expit
 
 
 def preference_probability(first, second) -> np.ndarray:
@@ -31,6 +31,5 @@ def accuracy_ceiling(probability) -> float:
 
 def label_entropy(probability) -> float:
     """Mean entropy of the labels in nats: the least population value of the Bradley-Terry loss."""
-    probability = np.clip(np.asarray(probability, dtype=float), 1e-300, 1.0)
-    rest = np.clip(1.0 - probability, 1e-300, 1.0)
-    return float(-(probability * np.log(probability) + rest * np.log(rest)).mean())
+    probability = np.asarray(probability, dtype=float)
+    return float((entr(probability) + entr(1.0 - probability)).mean())

@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from ppo_vs_dpo.preferences.testbed.grammar import ASPECTS, ASPECTS_OF, DEGREES, LEXICON, legal_pairs, thing_of
 
@@ -52,10 +52,6 @@ class GoldParts:
             - PER_EXTRA_TOKEN * self.extra_tokens
             - UNFINISHED * self.unfinished
         )
-
-    def as_dict(self) -> dict[str, float]:
-        """The parts by name."""
-        return asdict(self)
 
 
 def words_of(text: str) -> list[str]:

@@ -18,8 +18,8 @@ from ppo_vs_dpo.preferences.recipes.bradley_terry import (
     preference_probability,
 )
 from ppo_vs_dpo.preferences.recipes.functions import score_with
-from ppo_vs_dpo.preferences.recipes.gold import load_gold
-from ppo_vs_dpo.preferences.schema import make_pair, pair_set_hash
+from ppo_vs_dpo.preferences.recipes.named import load_gold
+from ppo_vs_dpo.preferences.schema import make_pair, pair_set
 from ppo_vs_dpo.preferences.testbed.grammar import distinct_prompts
 
 # A second sample that equals the first says nothing; after this many further draws the prompt gives no pair.
@@ -52,11 +52,7 @@ def pairs_step(context: StageContext, settings: ReviewTestbed) -> None:
     }
     samples = [row[side] for row in rows["train"] for side in ("chosen_score", "rejected_score")]
     context.finish(
-        pair_set={
-            "hash": pair_set_hash({split: [row["pair_id"] for row in rows[split]] for split in rows}),
-            "n_train": len(rows["train"]),
-            "n_test": len(rows["test"]),
-        },
+        pair_set=pair_set({split: [row["pair_id"] for row in rows[split]] for split in rows}),
         label_ceiling={split: accuracy_ceiling(p) for split, p in probability.items()},
         label_entropy={split: label_entropy(p) for split, p in probability.items()},
         gold_mean=float(np.mean(samples)),

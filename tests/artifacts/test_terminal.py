@@ -67,7 +67,7 @@ def test_the_overview_and_the_verdict(tmp_path, capsys):
 
     from ppo_vs_dpo.artifacts.files import write_json
     from ppo_vs_dpo.artifacts.run import RunFolder
-    from ppo_vs_dpo.pipeline.running import run as running
+    from ppo_vs_dpo.pipeline.running import command as running
     from ppo_vs_dpo.pipeline.running.graph import Job
     from ppo_vs_dpo.pipeline.running.overview import Overview
 

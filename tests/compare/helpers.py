@@ -4,10 +4,12 @@ import itertools
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from ppo_vs_dpo.artifacts.files import read_json, write_json, write_parquet, write_text
+from ppo_vs_dpo.compare.frontier.exact import kl_divergence, optimal_policy
 from ppo_vs_dpo.preferences.schema import prompt_id
 
 STARTS = ["the film", "a story", "the plot", "the cast", "a film", "the story"]
@@ -116,3 +118,10 @@ def check_schema(report: dict) -> dict:
     errors = [f"{'/'.join(map(str, e.absolute_path))}: {e.message[:300]}" for e in validator.iter_errors(report)]
     assert not errors, "\n".join(errors[:10])
     return report
+
+
+def exact_frontier(reference, reward, betas):
+    """``(B, 2)`` KL and expected reward of pi* at every beta, by rising KL: no policy lies above this curve."""
+    points = [optimal_policy(reference, reward, beta) for beta in betas]
+    curve = np.array([[kl_divergence(point, reference), point @ reward] for point in points])
+    return curve[np.argsort(curve[:, 0], kind="stable")]

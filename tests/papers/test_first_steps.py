@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.papers.settings import CONFIGS, MINIATURE, unknown
 from ppo_vs_dpo.pipeline.composing.compose import load
-from ppo_vs_dpo.pipeline.running.run import run_pipeline
+from ppo_vs_dpo.pipeline.running.command import run_pipeline
 from ppo_vs_dpo.preferences.reading.mappings import MappingOptions, detect, map_row, mapping_named
 from tests.papers import shapes
 from tests.pipeline.chat_model import save_chat_model

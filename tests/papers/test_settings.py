@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.papers.paper import MODULES, papers
-from ppo_vs_dpo.papers.settings import CONFIGS, MINIATURE, full_settings, heading, settings_of, unknown, without_source
+from ppo_vs_dpo.papers.settings import CONFIGS, MINIATURE, full_settings, heading, settings_of, unknown
 from ppo_vs_dpo.pipeline.composing.compose import load
 from ppo_vs_dpo.pipeline.planning.plan import main as plan
 
@@ -53,7 +53,8 @@ def test_there_are_twelve_papers_and_no_folder_without_one():
 @pytest.mark.parametrize("path", FULL + BASES, ids=name_of)
 def test_every_number_has_its_source(path):
     assert settings_of(path)
-    assert not without_source(path), "keys without [P|C|S|ours: where] or [unknown] at the end of their comment"
+    bare = [one.key for one in settings_of(path) if not one.kind or (one.kind != "unknown" and not one.place.strip())]
+    assert not bare, "keys without [P|C|S|ours: where] or [unknown] at the end of their comment"
     assert heading(path)
     marked = {one.key for one in settings_of(path) if one.kind == "unknown"}
     assert marked == set(unknown(path)), "[unknown] belongs to ??? and nothing else"

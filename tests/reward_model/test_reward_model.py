@@ -15,7 +15,6 @@ import ppo_vs_dpo.reward_model.train as reward_model_train
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, read_jsonl, read_parquet, write_json, write_parquet
 from ppo_vs_dpo.models.loading.pretrained import load_tokenizer, load_value_or_reward
-from ppo_vs_dpo.models.passes.logprobs import pad_batch
 from ppo_vs_dpo.models.training import callbacks
 from ppo_vs_dpo.preferences.recipes.bradley_terry import accuracy_ceiling, label_entropy, preference_probability
 from ppo_vs_dpo.reward_model.data import reward_dataset
@@ -118,12 +117,6 @@ def test_score_does_not_depend_on_padding_or_company(base):
     together = scorer.score(prompts, answers, finished)
     alone = [scorer.score([p], [a], [f])[0] for p, a, f in zip(prompts, answers, finished, strict=True)]
     assert together == pytest.approx(alone, abs=1e-5)
-    ids = [scorer.tokenizer(p)["input_ids"] for p in prompts]
-    ends = [
-        scorer.encode([p], [a], [f])[0][len(i) :] for p, a, f, i in zip(prompts, answers, finished, ids, strict=True)
-    ]
-    for pad in (0, 2):
-        assert scorer.score_ids(pad_batch(ids, ends, pad)).tolist() == pytest.approx(alone, abs=1e-5)
     # EOS counts: a finished answer is read one token later.
     assert abs(scorer.score(["bad"], [" bright"], [False])[0] - alone[3]) > 1e-3
 
@@ -165,9 +158,6 @@ def test_bias(base, tmp_path):
     centred = scorer.score(prompts, answers)
     assert np.mean(centred) == pytest.approx(0, abs=1e-6)
     assert np.diff(centred) == pytest.approx(np.diff(raw), abs=1e-6)
-    ids = [tokenizer(p)["input_ids"] for p in prompts]
-    ends = [[*tokenizer(a)["input_ids"], tokenizer.eos_token_id] for a in answers]
-    assert scorer.score_ids(pad_batch(ids, ends, 0)).tolist() == pytest.approx(centred, abs=1e-5)
     assert read_bias(base / "nowhere") == 0.0
 
 
@@ -290,7 +280,7 @@ def test_messages_for_bad_input(word_tokenizer, tiny_llama, tmp_path):
     make = lambda name, **keys: make_run(tmp_path / name, word_tokenizer, tiny_llama(), reward_model=keys)  # noqa: E731
     stage = "reward_model"
     fails(make("head", head_init="ones"), run_stage, "must be zero or normal", stage)
-    fails(make("noise", label_noise=0.7), run_stage, "must be in [0, 0.5)", stage)
+    fails(make("noise", label_noise=0.7), run_stage, "must lie in [0, 0.5)", stage)
     fails(make("margin", use_margin=True), run_stage, "no column margin", stage)
     fails(make("key", sampels=3), run_stage, "reward_model.sampels: no such key. Did you mean samples?", stage)
     fails(make("short", max_length=2), run_stage, "Raise reward_model.max_length", stage)

@@ -1,6 +1,7 @@
 """``ppo-vs-dpo data inspect SOURCE``: what is in a preference data set, what is wrong with it, what a model reads."""
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from ppo_vs_dpo.preferences.reading.mappings import MAPPINGS, MappingOptions
 from ppo_vs_dpo.preferences.reading.mappings.columns import not_read
 from ppo_vs_dpo.preferences.reading.mappings.rendered import Renderer
 from ppo_vs_dpo.preferences.reading.near import LeakCount
-from ppo_vs_dpo.preferences.reading.readers import Placed, is_local, read_files, read_hub
+from ppo_vs_dpo.preferences.reading.readers import Placed, read_any, read_hub
 from ppo_vs_dpo.preferences.reading.validation import PROBLEMS, Checker, Report, policies
 from ppo_vs_dpo.preferences.schema import Text
 
@@ -77,7 +78,7 @@ def main(argv: list[str]) -> int:
             options, lambda rows: progress.update(task, description=f"{rows} rows read") if rows % 500 == 0 else None
         )
     if options.json:
-        say(json.dumps(report.as_dict(), indent=2) + "\n")
+        say(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
     else:
         show(report, first, options=options)
     stops = report.refused or any(found.policy == "error" for found in report.problems.values())
@@ -147,8 +148,7 @@ def _tokenizer(options: argparse.Namespace):
 def _rows(options: argparse.Namespace, test: str | None = None) -> Iterator[Placed]:
     if test is not None and test.startswith("test:"):
         return read_hub(options.source, test.removeprefix("test:"), options.subset)
-    path = test or options.source
-    return read_files(path) if is_local(path) else read_hub(path, options.split, options.subset, streaming=True)
+    return read_any(test or options.source, options.split, subset=options.subset, streaming=True)
 
 
 def _counted(rows: Iterator[Placed], options: argparse.Namespace, progress) -> Iterator[Placed]:

@@ -20,8 +20,8 @@ from ppo_vs_dpo.preferences.reading.mappings.base import (
     value_of,
 )
 from ppo_vs_dpo.preferences.reading.mappings.gathered import GATHERED
+from ppo_vs_dpo.preferences.reading.mappings.general import convert, hh, implicit, pairs
 from ppo_vs_dpo.preferences.reading.mappings.messages import DIALOGUE, dialogue_text, parse_dialogue
-from ppo_vs_dpo.preferences.reading.mappings.pairs import convert, hh, implicit, pairs
 
 __all__ = [
     "GATHERED",

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from ppo_vs_dpo.preferences.reading.mappings.base import PARTS, FilteredError, MappingOptions, UnmappableError
-from ppo_vs_dpo.preferences.reading.mappings.pairs import CONVERSATIONS, SCORES, pairs, part_of
+from ppo_vs_dpo.preferences.reading.mappings.general import CONVERSATIONS, SCORES, pairs, part_of
 
 _REJECTED = ("rejected", "reject", "dispreferred", "nonpreferred", "unpreferred", "worse", "worst", "bad", "negative")
 _REJECTED += ("neg", "loser", "losing", "lose", "lost", "incorrect", "wrong")

@@ -218,24 +218,27 @@ def same(first: Message, second: Message) -> bool:
 
 
 # --- dialogues as text ---------------------------------------------------------------------------------------------
-_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _HEADINGS = {"user": "Human", "assistant": "Assistant", "system": "System"}
 DIALOGUE = ("\n\nHuman:", "\n\nAssistant:")
 
 
-def parse_dialogue(text: str) -> list[Message]:
+def parse_dialogue(text: str, speakers: dict[str, str] = _SPEAKERS) -> list[Message]:
     """Messages of a ``\\n\\nHuman: ... \\n\\nAssistant: ...`` dialogue; neighbours of one role are joined.
+
+    Args:
+        text: the dialogue.
+        speakers: heading -> role.
 
     Raises:
         UnmappableError: text before the first turn, or no turn at all.
     """
-    parts = _TURN.split(text)
+    parts = re.split(rf"\n\n({'|'.join(speakers)}): ?", text)
     if parts[0].strip() or len(parts) < 3:
         raise UnmappableError("wrong_type", r"not a dialogue: it must start with \n\nHuman: or \n\nAssistant:")
     messages: list[Message] = []
     for speaker, content in zip(parts[1::2], parts[2::2], strict=True):
-        role, content = _SPEAKERS[speaker], content.strip()
+        role, content = speakers[speaker], content.strip()
         if messages and messages[-1]["role"] == role:
             messages[-1]["content"] += f"\n\n{content}"
         else:

@@ -17,8 +17,8 @@ from ppo_vs_dpo.preferences.reading.mappings.base import (
     value_of,
 )
 from ppo_vs_dpo.preferences.reading.mappings.conversations import conversation_pair
+from ppo_vs_dpo.preferences.reading.mappings.general import pairs
 from ppo_vs_dpo.preferences.reading.mappings.messages import Message, message, messages_of, parsed, user_turn
-from ppo_vs_dpo.preferences.reading.mappings.pairs import pairs
 
 
 def orca(row: dict[str, Any], options: MappingOptions) -> dict[str, Any]:

@@ -7,13 +7,14 @@ import pytest
 from scipy.optimize import brentq
 
 from ppo_vs_dpo.compare.estimates.win_rates import PairTable, Settings, describe
-from ppo_vs_dpo.compare.frontier.exact import exact_frontier, kl_divergence, optimal_policy, suboptimality
+from ppo_vs_dpo.compare.frontier.exact import kl_divergence, optimal_policy, suboptimality
 from ppo_vs_dpo.compare.frontier.matched import Mixture, matched_values
 from ppo_vs_dpo.compare.frontier.overoptimised import over_optimised
 from ppo_vs_dpo.compare.frontier.points import Compared, frontier, matched_kl
 from ppo_vs_dpo.compare.sampling.completions import Draws
 from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender
 from ppo_vs_dpo.compare.statistics.intervals import mean_interval
+from ppo_vs_dpo.tests.compare.helpers import exact_frontier
 from tests.compare.sampling.test_best_of_n import law
 
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from ppo_vs_dpo.compare.frontier.enumeration import Space, log_probabilities, space_of
-from ppo_vs_dpo.compare.frontier.exact import exact_frontier, kl_divergence, optimal_policy, suboptimality
+from ppo_vs_dpo.compare.frontier.exact import kl_divergence, optimal_policy, suboptimality
 from ppo_vs_dpo.compare.frontier.tilted import LEAST_ESS, tilt, usable_betas
 from ppo_vs_dpo.models.passes.logprobs import pad_batch, response_logprobs
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate
+from ppo_vs_dpo.tests.compare.helpers import exact_frontier
 from tests.compare.helpers import small_model
 
 BETAS = np.geomspace(0.1, 20, 25)

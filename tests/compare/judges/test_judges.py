@@ -13,7 +13,7 @@ from ppo_vs_dpo.artifacts.files import read_jsonl
 from ppo_vs_dpo.compare.estimates.judgements import table_of
 from ppo_vs_dpo.compare.judges.agreement import agreement, position_bias
 from ppo_vs_dpo.compare.sampling.policies import Prompts
-from ppo_vs_dpo.preferences.judging.backends import RateLimit, Reply
+from ppo_vs_dpo.models.sampling.chat import RateLimit, Reply
 from ppo_vs_dpo.preferences.judging.llm import Cache, LLMJudge, LLMJudgeConfig, preference_from_tokens
 from ppo_vs_dpo.preferences.judging.template import load_template
 from tests.compare.server import KEY, comparisons, judge_at, prefers_longer

@@ -13,6 +13,7 @@ import pytest
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, read_jsonl, read_parquet
 from ppo_vs_dpo.compare.estimates.judgements import pair_comparisons, split_pairs
+from ppo_vs_dpo.models.sampling.chat import ChatEndpoint
 from ppo_vs_dpo.preferences.judging.backends import OpenAIBackend
 from ppo_vs_dpo.preferences.judging.llm import Comparison, Judgement, LLMJudge, LLMJudgeConfig
 from tests.compare.helpers import make_run, set_config
@@ -162,7 +163,7 @@ def test_a_real_server_with_a_real_model():
                     break
             time.sleep(0.5)
         url = f"http://127.0.0.1:{port}/v1"
-        reply = OpenAIBackend(str(folder), url, timeout=120).ask(
+        reply = OpenAIBackend(ChatEndpoint(str(folder), url, timeout=120)).ask(
             [{"role": "user", "content": "Say hello."}], max_tokens=8, temperature=0.0, seed=0
         )
         assert reply.text.strip()

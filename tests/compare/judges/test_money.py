@@ -6,9 +6,10 @@ import time
 import pytest
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.settings import split
 from ppo_vs_dpo.compare.estimates.judgements import table_of
 from ppo_vs_dpo.compare.sampling.policies import Prompts
-from ppo_vs_dpo.preferences.judging.backends import Reply
+from ppo_vs_dpo.models.sampling.chat import Reply
 from ppo_vs_dpo.preferences.judging.cache import Cache
 from ppo_vs_dpo.preferences.judging.llm import LLMJudgeConfig
 from ppo_vs_dpo.preferences.judging.template import after_thinking, load_template
@@ -298,9 +299,9 @@ def test_a_key_that_comes_back_is_masked(serve, tmp_path, status):
     assert KEY not in found[0].raw + (tmp_path / "c.jsonl").read_text()
 
 
-def test_settings_that_cannot_be_meant(serve):
-    server = serve(prefers_longer)
-    for setting, value in (("repeats", 0), ("reasks", -1), ("max_completion_tokens", 0), ("timeout", 0.0)):
+def test_settings_that_cannot_be_meant():
+    wrong = (("repeats", 0), ("reasks", -1), ("max_completion_tokens", 0), ("timeout", 0.0), ("concurrency", 300))
+    for setting, value in wrong:
         with pytest.raises(UserError, match=f"{setting} is {value}"):
-            judge_at(server, **{setting: value})
+            split({"model": "m", setting: value}, LLMJudgeConfig, where="compare.judges[0]", kind="judge")
     assert LLMJudgeConfig().repeats == 1

@@ -17,12 +17,12 @@ from ppo_vs_dpo.models.loading.prepared import disable_dropout
 from ppo_vs_dpo.models.loading.pretrained import (
     build_policy,
     check_response_budget,
-    check_same_vocabulary,
     eos_token_ids,
     load_policy,
     load_tokenizer,
     load_value_or_reward,
 )
+from ppo_vs_dpo.models.loading.vocabulary import check_same_vocabulary
 from ppo_vs_dpo.models.text.prompts import encode_completion, encode_prompt, render_prompt, truncate_prompt
 
 CHAT = [{"role": "user", "content": "the film"}]

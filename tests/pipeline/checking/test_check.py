@@ -231,8 +231,8 @@ def test_what_is_right_is_not_complained_of():
 
 def test_a_wrong_value_leaves_a_finished_run_as_it_was(tmp_path, monkeypatch):
     """The check comes before anything is moved or written."""
+    from ppo_vs_dpo.pipeline.running import command as running
     from ppo_vs_dpo.pipeline.running import graph
-    from ppo_vs_dpo.pipeline.running import run as running
 
     good = load(["experiment=quickstart", f"output_dir={tmp_path}", "stages=[data,sft]"])
     (tmp_path / "quickstart").mkdir()

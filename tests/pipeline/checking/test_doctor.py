@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.pipeline.checking import doctor
 from ppo_vs_dpo.pipeline.cli import dispatch
-from ppo_vs_dpo.pipeline.running import run
+from ppo_vs_dpo.pipeline.running import command as run
 
 
 def wrong(found):

@@ -15,7 +15,7 @@ from ppo_vs_dpo.pipeline.checking.inputs import arguments_of
 from ppo_vs_dpo.pipeline.cli import with_config_dir
 from ppo_vs_dpo.pipeline.composing.compose import load
 from ppo_vs_dpo.pipeline.running import graph
-from ppo_vs_dpo.pipeline.running.run import check_versions, make_whole, say_end
+from ppo_vs_dpo.pipeline.running.command import check_versions, make_whole, say_end
 
 CONFIG = {
     "experiment": "toy",
@@ -176,7 +176,7 @@ def test_a_run_of_two_versions_needs_a_word_and_names_both(finished, monkeypatch
     config, write = finished
     there = made_by()
     here = {**there, "source": "newer", "commit": "b" * 40, "torch": "99.0"}
-    for place in ("pipeline.running.run", "compare.stage"):
+    for place in ("pipeline.running.command", "compare.stage"):
         monkeypatch.setattr(f"ppo_vs_dpo.{place}.made_by", lambda: here)
 
     def todo_of(**changes):

@@ -190,10 +190,10 @@ def test_plain_scores_are_not_touched():
     [
         ({"reward_shaping": "par", "sync_ref_model": True}, "sync_ref_model moves it"),
         ({"reward_shaping": "par", "score_bias": "auto"}, "a bias cancels"),
-        ({"reward_shaping": "tanh"}, "must be one of none, par"),
+        ({"reward_shaping": "tanh"}, "must be none or par"),
         ({"reward_aggregation": "normalize_then_sum"}, "samples_per_prompt to at least 2"),
-        ({"reward_ensemble": "median"}, "must be one of mean, worst, uncertainty"),
-        ({"reward_ensemble_coef": -1.0}, "must not be negative"),
+        ({"reward_ensemble": "median"}, "must be mean or worst or uncertainty"),
+        ({"reward_ensemble_coef": -1.0}, "must be at least 0"),
         ({"par_references": 0}, "at least 1"),
         ({"score_length_coef": "much"}, "a number or 'auto'"),
     ],

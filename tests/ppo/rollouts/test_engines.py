@@ -232,8 +232,8 @@ def test_an_engine_with_other_weights_stops_the_run(make_trainer, shift):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"generation_engine": "vlm"}, "generation_engine is 'vlm'; it must be one of transformers, vllm"),
-        ({"vllm_mode": "remote"}, "vllm_mode is 'remote'; it must be one of colocate, server"),
+        ({"generation_engine": "vlm"}, "generation_engine is 'vlm'; it must be transformers or vllm"),
+        ({"vllm_mode": "remote"}, "vllm_mode is 'remote'; it must be colocate or server"),
         ({"importance_sampling_cap": 0.5}, "importance_sampling_cap is 0.5; below 1"),
         ({"vllm_gpu_memory_utilization": 1.5}, "vllm_gpu_memory_utilization is 1.5"),
         ({"generation_engine": "vllm", "logprobs_from_sampling": True}, "logprobs_from_sampling with generation_eng"),

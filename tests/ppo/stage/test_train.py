@@ -169,8 +169,8 @@ def test_a_function_of_one_s_own_alone_or_beside_the_reward_model(run_folder, tm
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"reward": "rewrd_model"}, "must be reward_model, my_file.py:function, or a list"),
-        ({"reward": []}, "must be reward_model, my_file.py:function, or a list"),
+        ({"reward": "rewrd_model"}, "must be reward_model, judge, my_file.py:function, or a list"),
+        ({"reward": []}, "must be reward_model, judge, my_file.py:function, or a list"),
         ({"reward": ["a.py:f", "a.py:f"]}, "a part stands there twice"),
         ({"reward": "a.py:f", "gold_reward": True}, "give one; the gold reward stands in place of all others"),
     ],

@@ -204,8 +204,8 @@ def test_goes_on_exactly(make_trainer, weights, tmp_path):
         ({"advantage": "rloo"}, "advantage=rloo with loss=dpo"),
         ({"whiten_rewards": True}, "no part in that loss"),
         ({"value_warmup_updates": 2}, "it has no values"),
-        ({"loss": "kto"}, "must be one of ppo, dpo, ipo"),
-        ({"preference_labels": "hard"}, "must be one of certain, bradley_terry"),
+        ({"loss": "kto"}, "must be ppo or dpo or ipo"),
+        ({"preference_labels": "hard"}, "must be certain or bradley_terry"),
     ],
 )
 def test_what_cannot_be_meant_is_said(settings, words):

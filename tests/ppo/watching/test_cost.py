@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from ppo_vs_dpo.ppo.watching.cost import Sizes, size_of, update_flops
+from ppo_vs_dpo.ppo.watching.flops import Sizes, size_of, update_flops
 
 
 def test_parameters_without_embeddings():

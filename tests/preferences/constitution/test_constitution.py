@@ -10,10 +10,7 @@ from scipy.stats import chisquare
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, read_jsonl, read_parquet
-from ppo_vs_dpo.preferences.constitution.endpoints import PREFILL, Answer, LocalModel, Request
-from ppo_vs_dpo.preferences.constitution.principles import load_constitution, load_few_shot
-from ppo_vs_dpo.preferences.constitution.step import why_not
-from ppo_vs_dpo.preferences.constitution.steps import (
+from ppo_vs_dpo.preferences.constitution.asking import (
     CHOOSE,
     THINK,
     Item,
@@ -28,6 +25,9 @@ from ppo_vs_dpo.preferences.constitution.steps import (
     question,
     soft_label,
 )
+from ppo_vs_dpo.preferences.constitution.endpoints import PREFILL, Answer, LocalModel, Request
+from ppo_vs_dpo.preferences.constitution.pairs import why_not
+from ppo_vs_dpo.preferences.constitution.principles import load_constitution, load_few_shot
 from ppo_vs_dpo.preferences.recipes.steplog import StepLog
 from ppo_vs_dpo.preferences.testbed import reviewer
 from ppo_vs_dpo.preferences.testbed.gold import gold_reward

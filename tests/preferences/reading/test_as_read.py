@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, read_parquet
-from ppo_vs_dpo.models.text.template import disagreement, is_rendered, left_out, marks_inside, marks_of
+from ppo_vs_dpo.models.text.chat_template import disagreement, is_rendered, left_out, marks_inside, marks_of
 from tests.preferences.conftest import CHAT_TEMPLATE, run_here
 from tests.preferences.files import ROWS, given, steps, write_jsonl
 

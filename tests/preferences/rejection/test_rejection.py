@@ -133,7 +133,7 @@ def test_no_more_than_a_step_of_texts_is_held(tmp_path):
     from ppo_vs_dpo.artifacts.run import RunFolder
     from ppo_vs_dpo.artifacts.stage import StageContext
     from ppo_vs_dpo.preferences.config import RejectionSampling
-    from ppo_vs_dpo.preferences.rejection.step import Counts, _write_best, _write_pairs
+    from ppo_vs_dpo.preferences.rejection.pairs import Counts, _write_best, _write_pairs
 
     asked = []
 

@@ -15,7 +15,7 @@ from ppo_vs_dpo.preferences.recipes.bradley_terry import (
     label_entropy,
     preference_probability,
 )
-from ppo_vs_dpo.preferences.recipes.gold import load_gold
+from ppo_vs_dpo.preferences.recipes.named import load_gold
 from ppo_vs_dpo.preferences.testbed import gold, grammar
 from ppo_vs_dpo.preferences.testbed.tokenizer import build_tokenizer
 

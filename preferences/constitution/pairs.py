@@ -15,9 +15,7 @@ from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig
 from ppo_vs_dpo.models.training import model_settings
 from ppo_vs_dpo.preferences.config import ConstitutionalPairs
-from ppo_vs_dpo.preferences.constitution.endpoints import load_model
-from ppo_vs_dpo.preferences.constitution.principles import load_constitution, load_few_shot
-from ppo_vs_dpo.preferences.constitution.steps import (
+from ppo_vs_dpo.preferences.constitution.asking import (
     Item,
     Runner,
     all_steps,
@@ -28,7 +26,9 @@ from ppo_vs_dpo.preferences.constitution.steps import (
     preference_log_odds,
     soft_label,
 )
-from ppo_vs_dpo.preferences.reading.tables import (
+from ppo_vs_dpo.preferences.constitution.endpoints import load_model
+from ppo_vs_dpo.preferences.constitution.principles import load_constitution, load_few_shot
+from ppo_vs_dpo.preferences.reading.parquet import (
     TableWriter,
     example_schema,
     pair_schema,
@@ -36,8 +36,8 @@ from ppo_vs_dpo.preferences.reading.tables import (
     without_empty_columns,
 )
 from ppo_vs_dpo.preferences.recipes.steplog import StepLog
-from ppo_vs_dpo.preferences.rejection.step import identity_of, policy_path
-from ppo_vs_dpo.preferences.schema import OPTIONAL, Text, make_pair, pair_set_hash
+from ppo_vs_dpo.preferences.rejection.pairs import identity_of, policy_path
+from ppo_vs_dpo.preferences.schema import OPTIONAL, as_answer, make_pair, pair_set
 
 # Openings of answers that only refuse. A revision of this kind teaches to refuse, not to answer better.
 REFUSAL = re.compile(
@@ -81,7 +81,6 @@ def pairs_step(context: StageContext, settings: ConstitutionalPairs) -> None:
     # 3. Filter and write.
     report = Tally(settings)
     ids = {name: _write(context, settings, name, items[name], report) for name in splits}
-    ids.setdefault("test", [])
     write_json(context.dir / "report.json", report.as_dict())
     if not ids["train"]:
         raise UserError(
@@ -89,7 +88,7 @@ def pairs_step(context: StageContext, settings: ConstitutionalPairs) -> None:
             f"({context.dir / 'report.json'}). Try another critic, more data.rounds or a larger data.max_new_tokens."
         )
     context.finish(
-        pair_set={"hash": pair_set_hash(ids), "n_train": len(ids["train"]), "n_test": len(ids["test"])},
+        pair_set=pair_set(ids),
         mode=settings.mode,
         constitution=settings.constitution,
         **report.as_dict(),
@@ -167,10 +166,6 @@ def why_not(original: dict[str, Any], revision: dict[str, Any], max_growth: floa
     return None
 
 
-def _as_answer(prompt: Text, text: str) -> Text:
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-
-
 def _revision_pair(item: Item, settings: ConstitutionalPairs, tally: Tally) -> tuple[dict, dict] | None:
     """(pair, provenance) of original against last revision."""
     rounds = range(1, settings.rounds + 1)
@@ -180,7 +175,7 @@ def _revision_pair(item: Item, settings: ConstitutionalPairs, tally: Tally) -> t
     tally.note(principles[-1], reason or "pair")
     if reason is not None:
         return None
-    pair = make_pair(item.prompt, _as_answer(item.prompt, revision["text"]), _as_answer(item.prompt, original["text"]))
+    pair = make_pair(item.prompt, as_answer(item.prompt, revision["text"]), as_answer(item.prompt, original["text"]))
     return pair, {
         "kind": "revision",
         "principles": principles,
@@ -216,7 +211,7 @@ def _feedback_pair(item: Item, settings: ConstitutionalPairs, tally: Tally) -> t
     label = soft_label(log_odds, settings.largest_label)
     tally.clamped += label == settings.largest_label < 1
     tally.labels.append(label)
-    sides = (_as_answer(item.prompt, samples[side]["text"]) for side in (winner, 1 - winner))
+    sides = (as_answer(item.prompt, samples[side]["text"]) for side in (winner, 1 - winner))
     pair = make_pair(item.prompt, *sides, soft_label=label)
     source = {"kind": "feedback", "principles": [principle], "log_odds": shown, "soft_label": label}
     if settings.chain_of_thought:

@@ -15,6 +15,7 @@ from ppo_vs_dpo.models.sampling.chat import Refused
 from ppo_vs_dpo.models.sampling.generation import row_seed
 from ppo_vs_dpo.preferences.constitution.endpoints import Answer, Model, Request
 from ppo_vs_dpo.preferences.constitution.principles import Principle
+from ppo_vs_dpo.preferences.reading.mappings.messages import message
 from ppo_vs_dpo.preferences.recipes.steplog import StepLog
 from ppo_vs_dpo.preferences.schema import Text, text_of
 
@@ -113,19 +114,11 @@ def _as_fields(result: Answer | float | Refused) -> dict[str, Any]:
 
 def _opened(prompt: Text, system: str | None) -> Text:
     """The prompt, after the system message where there is one."""
-    return prompt if system is None else [{"role": "system", "content": system}, *_messages(prompt)]
+    return prompt if system is None else [message("system", system), *_messages(prompt)]
 
 
 def _messages(prompt: Text) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-
-
-def _user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def _assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
+    return [message("user", prompt)] if isinstance(prompt, str) else list(prompt)
 
 
 def critique_and_revise(
@@ -153,10 +146,14 @@ def critique_and_revise(
 
         def to_criticise(item: Item, current=current, drawn=drawn) -> Text:
             before = _opened([*few_shot, *_messages(item.prompt)], system)
-            return [*before, _assistant(current(item)), _user(drawn(item).critique)]
+            return [*before, message("assistant", current(item)), message("user", drawn(item).critique)]
 
         def to_revise(item: Item, drawn=drawn, to_criticise=to_criticise, round: int = round) -> Text:
-            return [*to_criticise(item), _assistant(item.text("critique", round)), _user(drawn(item).revision)]
+            return [
+                *to_criticise(item),
+                message("assistant", item.text("critique", round)),
+                message("user", drawn(item).revision),
+            ]
 
         def principle(item: Item, drawn=drawn) -> dict[str, str]:
             return {"principle": drawn(item).id}
@@ -169,9 +166,10 @@ def question(prompt: Text, principle: Principle, first: str, second: str, closin
     """The multiple-choice question of the AI-feedback stage (Bai et al. 2022b, section 4.1)."""
     asked = text_of(prompt) if isinstance(prompt, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
     return [
-        _user(
+        message(
+            "user",
             f"Here is a conversation, and two answers to it.\n\n{asked}\n\n{principle.choice}\n\n"
-            f"(A) {first.strip()}\n\n(B) {second.strip()}\n\n{closing}"
+            f"(A) {first.strip()}\n\n(B) {second.strip()}\n\n{closing}",
         )
     ]
 
@@ -212,7 +210,7 @@ def compare_samples(
         def to_choose(item: Item, ask=ask, order: int = order) -> Text:
             if not chain_of_thought:
                 return ask(item, CHOOSE)
-            return [*ask(item, THINK), _assistant(item.text("reasoning", order)), _user(CHOOSE)]
+            return [*ask(item, THINK), message("assistant", item.text("reasoning", order)), message("user", CHOOSE)]
 
         if chain_of_thought:
             runner.run(different, ("reasoning", order), judge.answer, to_reason, principle)

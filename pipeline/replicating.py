@@ -24,7 +24,7 @@ def run_miniature(one: Paper, folder: Path) -> Checked:
 
     def pipeline(overrides: list[str], seed: int) -> Path:
         from ppo_vs_dpo.pipeline.composing.compose import load
-        from ppo_vs_dpo.pipeline.running.run import run_pipeline
+        from ppo_vs_dpo.pipeline.running.command import run_pipeline
 
         config = load([*overrides, f"seed={seed}", f"output_dir={folder / 'runs'}"])
         run_pipeline(config)
@@ -60,7 +60,7 @@ def run_full(one: Paper, setting: str | None, overrides: list[str], gpu: str, gp
         )
     from ppo_vs_dpo.pipeline.composing.compose import load
     from ppo_vs_dpo.pipeline.planning.plan import main as plan
-    from ppo_vs_dpo.pipeline.running.run import run_pipeline
+    from ppo_vs_dpo.pipeline.running.command import run_pipeline
 
     words = [f"paper={one.name}/{setting}", *overrides]
     config = load(words)

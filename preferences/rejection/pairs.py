@@ -1,7 +1,6 @@
 """Step ``pairs`` of the source ``rejection``: sample, score, choose; pairs for DPO, best-of-n examples for SFT."""
 
 import dataclasses
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig, row_seed
 from ppo_vs_dpo.models.training import model_settings
 from ppo_vs_dpo.preferences.config import RejectionSampling
-from ppo_vs_dpo.preferences.reading.tables import (
+from ppo_vs_dpo.preferences.reading.parquet import (
     TableWriter,
     example_schema,
     pair_schema,
@@ -24,11 +23,11 @@ from ppo_vs_dpo.preferences.reading.tables import (
     without_empty_columns,
 )
 from ppo_vs_dpo.preferences.recipes.functions import score_with
-from ppo_vs_dpo.preferences.recipes.gold import load_gold
+from ppo_vs_dpo.preferences.recipes.named import load_gold
 from ppo_vs_dpo.preferences.recipes.steplog import StepLog
 from ppo_vs_dpo.preferences.rejection.samples import Sampler, Scorer, sample_and_score
 from ppo_vs_dpo.preferences.rejection.select import best_against_worst, bradley_terry_pairs, pick_best, rso_pairs
-from ppo_vs_dpo.preferences.schema import OPTIONAL, Text, make_pair, pair_set_hash
+from ppo_vs_dpo.preferences.schema import OPTIONAL, Text, as_answer, make_pair, pair_set
 
 
 def load_scorer(settings: RejectionSampling) -> Scorer:
@@ -44,22 +43,13 @@ def load_scorer(settings: RejectionSampling) -> Scorer:
         return lambda prompts, texts, finished: score_with(
             gold, settings.gold, prompts, texts, finished=list(finished)
         )
-    module, _, name = settings.scorer.partition(":")
-    try:
-        cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"data.scorer={settings.scorer}: {error}. Give it as package.module:class.") from error
-    model = cls.load(settings.reward_model)
+    model = load_gold(settings.scorer, "data.scorer").load(settings.reward_model)
 
     def score(prompts: Sequence[Text], texts: Sequence[str], finished: Sequence[bool]) -> list[float]:
-        answers = [_as_answer(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        answers = [as_answer(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
         return model.score(list(prompts), answers, finished=list(finished))
 
     return score
-
-
-def _as_answer(prompt: Text, text: str) -> Text:
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 # Settings that choose among finished steps, or say how many are done before they are written down.
@@ -122,7 +112,6 @@ def pairs_step(context: StageContext, settings: RejectionSampling) -> None:
     # 2. Choose and write.
     counts = Counts()
     ids = {name: _write_pairs(context, settings, name, logs[name], counts) for name in splits}
-    ids.setdefault("test", [])
     if not ids["train"]:
         raise UserError(
             f"no pair for any of {counts.prompts} prompts: the samples of each were equal, equally scored or did not "
@@ -130,7 +119,7 @@ def pairs_step(context: StageContext, settings: RejectionSampling) -> None:
         )
     best = _write_best(context, logs["train"])
     context.finish(
-        pair_set={"hash": pair_set_hash(ids), "n_train": len(ids["train"]), "n_test": len(ids["test"])},
+        pair_set=pair_set(ids),
         rule=settings.rule,
         samples=settings.samples,
         policy=policy,
@@ -179,8 +168,8 @@ def _write_pairs(
             for winner, loser in chosen:
                 pair = make_pair(
                     row["prompt"],
-                    _as_answer(row["prompt"], samples[winner]["text"]),
-                    _as_answer(row["prompt"], samples[loser]["text"]),
+                    as_answer(row["prompt"], samples[winner]["text"]),
+                    as_answer(row["prompt"], samples[loser]["text"]),
                     chosen_score=scores[winner],
                     rejected_score=scores[loser],
                 )
@@ -215,7 +204,7 @@ def _write_best(context: StageContext, log: StepLog) -> dict[str, float]:
             scores = [sample["score"] for sample in samples]
             rng = np.random.default_rng(row_seed(context.seed, "best", row["prompt_id"]))
             best = samples[pick_best(scores, rng)]
-            out.write({"prompt": row["prompt"], "completion": _as_answer(row["prompt"], best["text"])})
+            out.write({"prompt": row["prompt"], "completion": as_answer(row["prompt"], best["text"])})
             best_scores.append(best["score"])
             mean_scores.append(float(np.mean(scores)))
     return {

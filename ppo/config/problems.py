@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from transformers import TrainingArguments
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.ppo.config.tables import ENSEMBLES, ESTIMATORS, IMPORTANCE_SAMPLING, UNUSED
+from ppo_vs_dpo.artifacts.settings import field_names
+from ppo_vs_dpo.artifacts.settings.values import of_another_type, out_of_range
+from ppo_vs_dpo.models.sampling.generation import SamplingConfig
+from ppo_vs_dpo.ppo.config.tables import ESTIMATORS, UNUSED
 
 
 def problems(args) -> Iterator[str]:
@@ -19,16 +22,13 @@ def problems(args) -> Iterator[str]:
     else:
         if not sampling.temperature > 0:
             yield f"ppo.temperature is {sampling.temperature}; PPO explores by sampling, so it must be positive."
-        whole = {
-            "response_length": sampling.max_new_tokens,
-            "top_k": sampling.top_k,
-            "batch_size": sampling.batch_size,
-        }
-        for name, value in whole.items():
-            if not isinstance(value, int):
-                yield f"ppo.{name} is {value!r}; it must be a whole number."
-        if sampling.batch_size < 1:
-            yield f"ppo.generation_kwargs.batch_size is {sampling.batch_size}; it must be at least 1."
+    # Of PPO's own fields; transformers looks at its own.
+    own = {name: getattr(args, name) for name in field_names(type(args)) if name not in fields}
+    yield from of_another_type(own, type(args), "ppo")
+    if isinstance(args.generation_kwargs, dict):
+        yield from of_another_type(args.generation_kwargs, SamplingConfig, "ppo.generation_kwargs")
+    # The temperature is looked at above.
+    yield from out_of_range({key: value for key, value in own.items() if key != "temperature"}, "ppo")
     for name, why in UNUSED.items():
         one = fields.get(name)
         if one is None:  # Not in every version of transformers.
@@ -39,55 +39,6 @@ def problems(args) -> Iterator[str]:
             yield f"ppo.{name} has no meaning in PPO: {why}. Leave it out."
     if any(not text for text in args.stop_strings or ()):
         yield "ppo.stop_strings has an empty text: every response would end before it began."
-    if any(not text for text in args.stop_strings or ()):
-        yield "ppo.stop_strings has an empty text: every response would end before it began."
-    positive = (
-        "response_length",
-        "samples_per_prompt",
-        "num_ppo_epochs",
-        "num_mini_batches",
-        "local_rollout_forward_batch_size",
-        "ref_model_sync_steps",
-        "par_references",
-    )
-    optional = (
-        "micro_batch_tokens",
-        "max_prompt_length",
-        "rollout_batch_size",
-        "total_episodes",
-        "ptx_batch_size",
-    )
-    positive += tuple(name for name in optional if getattr(args, name) is not None)
-    for name in positive:
-        if getattr(args, name) < 1:
-            yield f"ppo.{name} is {getattr(args, name)}; it must be at least 1."
-    for name in ("gamma", "lam", "ref_model_mixup_alpha", "top_p"):
-        if not 0 <= getattr(args, name) <= 1:
-            yield f"ppo.{name} is {getattr(args, name)}; it must lie in [0, 1]."
-    for name in ("kl_coef", "ptx_coef", "vf_coef", "value_warmup_updates", "reward_ensemble_coef"):
-        if getattr(args, name) < 0:
-            yield f"ppo.{name} is {getattr(args, name)}; it must not be negative."
-    choices = {
-        "advantage": tuple(ESTIMATORS),
-        "loss": ("ppo", "dpo", "ipo"),
-        "importance_sampling": IMPORTANCE_SAMPLING,
-        "reward_aggregation": ("sum", "normalize_then_sum"),
-        "reward_ensemble": ENSEMBLES,
-        "reward_shaping": ("none", "par"),
-        "preference_labels": ("certain", "bradley_terry"),
-        "loss_average": ("tokens", "responses", "budget"),
-        "kl_estimator": ("k1", "k2", "k3"),
-        "kl_in": ("reward", "loss"),
-        "kl_controller": ("fixed", "adaptive"),
-        "missing_eos": ("replace", "subtract"),
-        "generation_engine": ("transformers", "vllm"),
-        "vllm_mode": ("colocate", "server"),
-        "vllm_weight_transfer": ("auto", "nccl", "ipc", "files"),
-        "parity": (None, "trl-1.12", "summarize-from-feedback"),
-    }
-    for name, valid in choices.items():
-        if getattr(args, name) not in valid:
-            yield f"ppo.{name} is {getattr(args, name)!r}; it must be one of {', '.join(map(str, valid))}."
     if args.advantage in ESTIMATORS:
         least = ESTIMATORS[args.advantage].group
         if args.samples_per_prompt < least:
@@ -107,15 +58,6 @@ def problems(args) -> Iterator[str]:
             yield f"ppo.parity={args.parity} is of PPO with values; drop it with advantage={args.advantage}."
     if args.loss in ("dpo", "ipo"):
         yield from _of_pairs(args)
-    if args.value_lam is not None and not 0 <= args.value_lam <= 1:
-        yield f"ppo.value_lam is {args.value_lam}; it must lie in [0, 1]."
-    if args.lam_alpha is not None and args.lam_alpha <= 0:
-        yield f"ppo.lam_alpha is {args.lam_alpha}; it must be above 0."
-    if not 0 < args.vllm_gpu_memory_utilization <= 1:
-        yield (
-            f"ppo.vllm_gpu_memory_utilization is {args.vllm_gpu_memory_utilization}; it is a share of memory, "
-            f"above 0 and at most 1."
-        )
     if args.importance_sampling_cap is not None and args.importance_sampling_cap < 1:
         yield (
             f"ppo.importance_sampling_cap is {args.importance_sampling_cap}; below 1 it would shrink the weights "
@@ -131,8 +73,6 @@ def problems(args) -> Iterator[str]:
             "ppo.kl_in=loss with kl_estimator=k1: as a loss its expected gradient is 0, so it would restrain "
             "nothing (docs/ppo.md, KL). Use k2 or k3 in the loss, or k1 in the reward."
         )
-    if args.missing_eos_penalty is not None and args.missing_eos_penalty < 0:
-        yield f"ppo.missing_eos_penalty is {args.missing_eos_penalty}; give the positive size of the penalty."
     if args.load_best_model_at_end and "no" in (args.eval_strategy, args.save_strategy):
         yield (
             "ppo.load_best_model_at_end needs evaluations and checkpoints: set eval_strategy and save_strategy to "
