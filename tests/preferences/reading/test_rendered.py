@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from ppo_vs_dpo.artifacts.files import read_parquet
+from ppo_vs_dpo.dpo.data import dpo_dataset
 from ppo_vs_dpo.models.loading.pretrained import load_tokenizer
 from ppo_vs_dpo.preferences.reading.importing import mapped
 from ppo_vs_dpo.preferences.reading.inspect import arguments, inspect
@@ -12,6 +14,8 @@ from ppo_vs_dpo.preferences.reading.mappings import MappingOptions
 from ppo_vs_dpo.preferences.reading.mappings.rendered import Renderer
 from ppo_vs_dpo.preferences.reading.readers import read_files
 from ppo_vs_dpo.preferences.reading.validation import Checker, Report, policies
+from ppo_vs_dpo.sft.data import sft_dataset
+from tests.preferences.files import given, steps
 
 # As Qwen's and Hermes' templates write them.
 WHOLE = (
@@ -146,3 +150,32 @@ def test_data_inspect_shows_it(tmp_path, byte_model, tokenizer):
     assert report.refused == []
     assert "It spits." in first["chosen"]
     assert "It spits." in "".join(report.sequence["chosen"]["tokens"])
+
+
+def test_the_call_is_in_what_dpo_and_sft_train_on(tmp_path, tokenizer):
+    """Through both steps of a run, to the token ids of the stages."""
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"What is number {i}?"}],
+            "chosen": answer("", **call({"animal": f"llama {i}"})),
+            "rejected": answer("", **call({"animal": f"car {i}"})),
+            "tools": [TOOL],
+        }
+        for i in range(20)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = given(tmp_path, tmp_path / "model", path=str(tmp_path / "pairs.jsonl"), rendered=True)
+    figures, _ = steps(folder)
+    assert figures["problems"] == {}
+    for row in dpo_dataset(folder / "pairs" / "train.parquet", tokenizer):
+        prompt, chosen, rejected = (tokenizer.decode(row[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected"))
+        number = prompt.split("What is number ")[1].split("?")[0]
+        assert prompt.startswith("[TOOLS]")
+        assert chosen == f'<call>zoo{{"animal": "llama {number}"}}</call>{tokenizer.eos_token}'
+        assert rejected == f'<call>zoo{{"animal": "car {number}"}}</call>{tokenizer.eos_token}'
+    examples = read_parquet(folder / "data" / "sft_train.parquet")
+    for row in sft_dataset(examples, tokenizer, None, None, None):
+        assert "".join(tokenizer.decode([i]) for i in row["labels"] if i != -100).startswith(
+            '<call>zoo{"animal": "llama '
+        )
