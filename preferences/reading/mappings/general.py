@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import json
 import math
 import re
@@ -295,12 +296,13 @@ def _check_all_read(row: dict[str, Any], used: set[str], pair: dict[str, Any], w
         pair: what came of it.
         waved: parts that are not to be read, whatever their column is called.
     """
+    asked = [name for name in row if (part := part_of(name)) and part not in waved and name not in used]
+    if not asked:
+        return
     prompt = _flat(text_of(pair["prompt"]))
     whole = _flat(" ".join([prompt, *(text_of(pair[side]) for side in SIDES)]))
-    for name, value in row.items():
-        part = part_of(name)
-        if part is None or part in waved or name in used:
-            continue
+    for name in asked:
+        value, part = row[name], part_of(name)
         if isinstance(value, str):
             lost = value.strip() and _flat(value) not in prompt
         elif is_messages(value):
@@ -325,6 +327,7 @@ def _all_in(value: list[Any], name: str, whole: str) -> bool:
     return all(_flat(one["content"]) in whole for one in said)
 
 
+@functools.cache
 def part_of(name: str) -> str | None:
     """The part of a prompt that a column beside it is by its name: system, input, history; ``None``: none."""
     if _SYSTEM.fullmatch(name.lower()):
