@@ -57,6 +57,19 @@ DEVICE = torch.device(f"{NAME}:0")
 aten = torch.ops.aten
 
 
+# Weights that autocast has cast already; kept until the outermost block ends, as on CUDA.
+CASTS: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+
+def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A product's operand in half precision; a weight's copy is made once."""
+    if x.dtype != torch.float32 or not (x.requires_grad and x.is_leaf and torch.is_autocast_cache_enabled()):
+        return x.to(dtype) if x.dtype in (torch.float32, torch.bfloat16) else x
+    if id(x) not in CASTS:
+        CASTS[id(x)] = (x, x.to(dtype))
+    return CASTS[id(x)][1]
+
+
 def _register_autocast() -> list[torch.library.Library]:
     """Autocast's rule for products, as CUDA's: their operands in half precision. Others are left to the operation."""
     library, others = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
@@ -66,9 +79,7 @@ def _register_autocast() -> list[torch.library.Library]:
     def rule(function):
         def run(*args, **kwargs):
             dtype = torch.get_autocast_dtype(NAME)
-            cast = tree_map_only(
-                torch.Tensor, lambda x: x.to(dtype) if x.dtype in (torch.float32, torch.bfloat16) else x, args
-            )
+            cast = tree_map_only(torch.Tensor, lambda x: _cast(x, dtype), args)
             with torch._C._ExcludeDispatchKeyGuard(off):
                 return function(*cast, **kwargs)
 
@@ -248,6 +259,11 @@ class Probe(TorchDispatchMode):
         for name in self._open:
             self.parts[name].peak = max(self.parts[name].peak, size)
 
+    def launched(self) -> None:
+        """One operation more."""
+        for name in self._open:
+            self.parts[name].operations += 1
+
     def note(self, what: str, kind: str) -> None:
         """One wait or upload more, by the line of this project that asked for it."""
         where = self._where()
@@ -297,8 +313,7 @@ class Probe(TorchDispatchMode):
     def _count(self, func, args, kwargs, shadows, host) -> None:
         name = func._schema.name.partition("::")[2].rstrip("_")
         if name not in FREE:
-            for part in self._open:
-                self.parts[part].operations += 1
+            self.launched()
         if func in WAITS:
             self.note("waits", name)
         self._transfer(func, args, kwargs, shadows, host)
@@ -357,6 +372,7 @@ def trainers_on_device() -> Iterator[None]:
     theirs, accelerator.get_mixed_precision_context_manager = (
         accelerator.get_mixed_precision_context_manager, autocast,
     )  # fmt: skip
+    clear, torch.clear_autocast_cache = torch.clear_autocast_cache, lambda: (clear(), CASTS.clear())[0]
     before = [(cls, cls.__dict__["device"]) for cls in (Accelerator, TrainingArguments)]
     for cls, found in before:
         # Asked for as always (the ranks meet there); only the answer is another.
@@ -364,6 +380,6 @@ def trainers_on_device() -> Iterator[None]:
     try:
         yield
     finally:
-        accelerator.get_mixed_precision_context_manager = theirs
+        accelerator.get_mixed_precision_context_manager, torch.clear_autocast_cache = theirs, clear
         for cls, found in before:
             cls.device = found

@@ -18,17 +18,21 @@ FAST = ("ppo bf16", "sft", "trl sft", "reward_model", "trl reward_model", "dpo",
         "checkpointing")  # fmt: skip
 SLOW = ("ppo", "ppo lora", "ppo one base", "ppo engine")
 WORSE = 1.05
+# Of the plan's cases those that run with every change; `tests.device.planned` has thirteen.
+PLANNED = ("sft, checkpointing", "dpo, lora", "ppo, one base")
+# One worker for all of them: what they share takes most of their time.
+pytestmark = pytest.mark.xdist_group("pretended device")
 
 
-def work(*jobs: str) -> dict:
+def work(*jobs: str, module: str = "work", mark: str = "COUNTS") -> dict:
     """The counts of some jobs, in a process of its own: a device is registered for good."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.device.work", *jobs], cwd=ROOT, env=environment, capture_output=True, text=True,
-        timeout=900,
+        [sys.executable, "-m", f"tests.device.{module}", *jobs], cwd=ROOT, env=environment, capture_output=True,
+        text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.rpartition("COUNTS ")[2])
+    return json.loads(done.stdout.rpartition(f"{mark} ")[2])
 
 
 @pytest.fixture(scope="module")
@@ -99,5 +103,15 @@ def test_less_than_trl(counted, stage):
     ours, theirs = counted[stage]["train"], counted[f"trl {stage}"]["train"]
     assert ours["waits"] < theirs["waits"]
     assert ours["operations"] < theirs["operations"]
-    assert ours["largest"] < theirs["largest"]
+    # SFT's and DPO's is a piece of logits, of TRL's head in both.
+    assert ours["largest"] <= theirs["largest"]
     assert ours["peak"] < theirs["peak"]
+
+
+@pytest.mark.parametrize("names", [PLANNED, pytest.param((), marks=pytest.mark.slow)])
+def test_the_plan_is_within_a_tenth_of_what_is_counted(names):
+    """`plan` says what the device holds at its peak: whole models, LoRA, one base; checkpointing; accumulation."""
+    found = work(*names, module="planned", mark="PLANNED")
+    assert len(found) == (len(names) or 13)
+    off = {name: one["planned"] / one["counted"] - 1 for name, one in found.items()}
+    assert {name: share for name, share in off.items() if abs(share) > 0.1} == {}

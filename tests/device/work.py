@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, TrainerCallback
+from trl.kernels import chunked_logprob
+from trl.trainer import utils as trl_utils
 
 from ppo_vs_dpo.artifacts.files import write_text
 from ppo_vs_dpo.models.loading.config import LoraSettings
@@ -49,11 +52,13 @@ COMMON = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_stra
 def llama(scalar: bool = False, layers: int = 4, vocabulary: int | None = None, seed: int = 0, **more: Any):
     """A Llama with grouped queries, of a few thousand weights."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary or len(TOKENIZER), hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0, num_labels=1, **more,
-    )  # fmt: skip
+    sizes = {
+        "vocab_size": vocabulary or len(TOKENIZER), "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 256, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2,
+        "pad_token_id": 0, "num_labels": 1,
+    }  # fmt: skip
+    config = LlamaConfig(**{**sizes, **more})
     return (LlamaForSequenceClassification if scalar else LlamaForCausalLM)(config).eval()
 
 
@@ -65,14 +70,20 @@ class StandIn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, bounds, longest, options):
-        with torch.enable_grad():
-            ctx.given = [x.inner.detach().requires_grad_() for x in (query, key, value)]
-            ctx.out = reference_kernel(*ctx.given, bounds.inner, bounds.inner, longest, longest, **options)
-        return Shadow(ctx.out.detach())
+        ctx.longest, ctx.options = longest, options
+        inner = [x.inner for x in (query, key, value, bounds)]
+        out = Shadow(reference_kernel(*inner, inner[-1], longest, longest, **options))
+        # What the kernel keeps, too.
+        ctx.save_for_backward(query, key, value, bounds, out)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
-        return *map(Shadow, torch.autograd.grad(ctx.out, ctx.given, grad.inner)), None, None, None
+        *given, bounds, _ = (x.inner for x in ctx.saved_tensors)
+        with torch.enable_grad():
+            given = [x.detach().requires_grad_() for x in given]
+            out = reference_kernel(*given, bounds, bounds, ctx.longest, ctx.longest, **ctx.options)
+        return *map(Shadow, torch.autograd.grad(out, given, grad.inner)), None, None, None
 
 
 def stand_in(query, key, value, bounds, bounds_k, longest, longest_k, **options):
@@ -81,14 +92,36 @@ def stand_in(query, key, value, bounds, bounds_k, longest, longest_k, **options)
     return StandIn.apply(query, key, value, bounds, longest, options)
 
 
+class OneLaunch:
+    """In the place of a Triton kernel of TRL's head: one operation that works in place, without memory of its own."""
+
+    def __init__(self, tile: Callable):
+        self.tile = tile
+
+    def __getitem__(self, grid: tuple) -> Callable:
+        return self.launch
+
+    def launch(self, *args, **kwargs) -> None:
+        """Carried out beside the device."""
+        Probe.active.launched()
+        self.tile(*(x.inner if isinstance(x, Shadow) else x for x in args), **kwargs)
+
+
 @contextlib.contextmanager
 def half_precision_kernel():
-    """With that stand-in."""
-    found, packed.varlen_kernel = packed.varlen_kernel, lambda: stand_in
+    """With that stand-in, and those of TRL's kernels: what a GPU takes instead of torch's own operations."""
+    found = packed.varlen_kernel, dict(vars(chunked_logprob)), trl_utils._use_triton
+    packed.varlen_kernel = lambda: stand_in
+    forward, backward = OneLaunch(chunked_logprob._forward_tile), OneLaunch(chunked_logprob._backward_tile)
+    chunked_logprob._forward_kernel, chunked_logprob._backward_kernel = forward, backward
+    chunked_logprob.triton = types.SimpleNamespace(cdiv=lambda a, b: -(-a // b))
+    chunked_logprob._use_triton = trl_utils._use_triton = lambda device: device.type == DEVICE.type
     try:
         yield
     finally:
-        packed.varlen_kernel = found
+        packed.varlen_kernel, theirs, trl_utils._use_triton = found
+        vars(chunked_logprob).clear()
+        vars(chunked_logprob).update(theirs)
 
 
 class Copied(TransformersEngine):
