@@ -121,7 +121,8 @@ def look(settings: GivenPairs, model: ModelConfig) -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows = itertools.islice(read_files(path), LOOKED_AT)
             out = Path(folder) / "first.parquet"
-            stage_pairs(rows, out, report, checker, mapping_options(settings), settings.format, limits)
+            options = mapping_options(settings, limits.tokenizer)
+            stage_pairs(rows, out, report, checker, options, settings.format, limits)
         report.raise_errors()
 
 

@@ -191,6 +191,7 @@ def test_what_is_refused_later_is_said_in_the_same_round(monkeypatch):
     [
         ({"prompt": "Q?", "chosen": "A", "rejected": "B"}, [], "data.conversational=true"),
         ({"prompt": "Q?", "chosen": "A", "rejected": "B"}, ["data.conversational=true"], None),
+        ({"prompt": "Q?", "chosen": "A", "rejected": "B"}, ["data.rendered=true"], None),
         ({"instruction": "Q?", "better": "A", "worse": "B"}, [], "The columns are instruction, better, worse"),
     ],
 )
