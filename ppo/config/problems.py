@@ -37,8 +37,6 @@ def problems(args) -> Iterator[str]:
         # Some are empty text by default, and an empty list once transformers has read them.
         if (value := getattr(args, name)) not in (default, None) and value != []:
             yield f"ppo.{name} has no meaning in PPO: {why}. Leave it out."
-    if any(not text for text in args.stop_strings or ()):
-        yield "ppo.stop_strings has an empty text: every response would end before it began."
     if args.advantage in ESTIMATORS:
         least = ESTIMATORS[args.advantage].group
         if args.samples_per_prompt < least:

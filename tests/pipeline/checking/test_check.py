@@ -73,7 +73,7 @@ ONLY_THERE = [
     ("sft.save_strategy", "best", "sft.save_strategy=best saves at evaluations, and there are none"),
     ("ppo.num_mini_batches", 100000, "cannot be cut into 100000 equal minibatches"),
     ("ppo.reward_weights", [1.0, 2.0], "ppo.reward_weights has 2 entries for 1 rewards"),
-    ("ppo.stop_strings", [""], "ppo.stop_strings has an empty text"),
+    ("ppo.stop_strings", [""], "stop_strings has an empty text"),
     ("ppo.debug", "underflow_overflow", "ppo.debug has no meaning in PPO"),
     ("ppo.sweep", {"kl_coef": [0.1, 0.1]}, "ppo.sweep.kl_coef has 0.1 twice"),
     ("dpo.sync_ref_model", True, "dpo.sync_ref_model moves the reference"),
