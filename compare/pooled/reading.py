@@ -26,8 +26,8 @@ def load_all(roots: list[str]) -> tuple[list[Run], list[str]]:
     """The runs, on prompts that are the same for all of them or each run's own; and what was left out for that.
 
     Runs that share some of their prompts are neither crossed nor nested: taken for runs of their own, half of the
-    prompts shared under five seeds costs twenty points of coverage (docs/statistics.md). Where half of them or more are
-    in every run, those are kept; else a prompt counts in the first run that has it.
+    prompts shared under five seeds costs twenty points of coverage (docs/statistics.md). Where half of them or more
+    are in every run, those are kept; else a prompt counts in the first run that has it.
 
     Raises:
         UserError: as `load`; or too few prompts are left.
