@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -28,9 +29,16 @@ SLOPE_KEY = "length_slope"
 
 
 def read_bias(path: str | Path) -> float:
-    """The bias stored in a model folder, 0 where there is none (a reward model trained elsewhere)."""
+    """The bias stored in a model folder, 0 where there is none (a reward model trained elsewhere).
+
+    Raises:
+        UserError: it is no number.
+    """
     config = Path(path) / "config.json"
-    return float(read_json(config).get(BIAS_KEY, 0.0)) if config.is_file() else 0.0
+    bias = read_json(config).get(BIAS_KEY, 0.0) if config.is_file() else 0.0
+    if isinstance(bias, bool) or not isinstance(bias, int | float) or not math.isfinite(bias):
+        raise UserError(f"{config}: {BIAS_KEY} is {bias!r}; it must be a number, the mean score of SFT samples.")
+    return float(bias)
 
 
 def store_bias(path: str | Path, bias: float) -> None:

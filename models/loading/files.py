@@ -1,14 +1,17 @@
 """What a folder or a model of the Hub holds, without loading it: configuration, names and shapes of weights."""
 
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
+from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.config import ModelConfig
 
 # What a folder's config.json may say of a scalar model, beside what transformers knows: the bias of its scores (this
@@ -40,6 +43,68 @@ def raw_config(path: str, config: ModelConfig) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def check_local(path: str, what: str) -> None:
+    """A path that looks local and is not there is the user's slip, not a question for the Hub."""
+    local = Path(path)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not local.exists():
+        raise UserError(f"model folder {path} does not exist (model.path). Give a folder or a name on the Hub.")
+    needed = ("tokenizer_config.json",) if what == "a tokenizer" else ("config.json", "adapter_config.json")
+    if local.is_dir() and not any((local / name).exists() for name in needed):
+        found = ", ".join(sorted(item.name for item in local.iterdir())[:6]) or "nothing"
+        raise UserError(f"{path} does not hold {what}: it has no {needed[0]} (found: {found}).")
+
+
+def check_complete(model: PreTrainedModel, path: str, missing: Iterable[str]) -> None:
+    """A loaded model must be the one that its folder holds: no weight drawn at random.
+
+    Args:
+        model: as transformers has loaded it.
+        path: from where.
+        missing: the names of weights that ``from_pretrained(output_loading_info=True)`` did not find.
+
+    Raises:
+        UserError: there are any.
+    """
+    missing = sorted(missing)
+    if missing:
+        head = model.get_output_embeddings()
+        names = {name for name, module in model.named_modules() if head is not None and module is head}
+        only = all(key.rpartition(".")[0] in names for key in missing)
+        kind = " Is it a reward model, or a backbone alone?" if only else ""
+        raise UserError(
+            f"{path} lacks {len(missing)} weights of the model that its config.json describes "
+            f"({', '.join(missing[:2])}): they would be random, and so would what it answers.{kind} (Where they are "
+            f"tied, config.json must say so: tie_word_embeddings.)"
+        )
+
+
+def check_layers(model: PreTrainedModel, path: str, unexpected: Iterable[str]) -> None:
+    """No layer of a folder may be left out: one with a number that the configuration does not count up to.
+
+    Other weights that a model has no place for (a value head, an encoder of images) are not its own.
+
+    Raises:
+        UserError: one is.
+    """
+    own = {_unnumbered(key) for key in model.state_dict()}
+    over = sorted(key for key in unexpected if re.search(r"\.\d+\.", key) and _unnumbered(key) in own)
+    if over:
+        raise UserError(
+            f"{path} has {len(over)} weights that the model of its config.json has no place for ({over[0]}, ...): "
+            f"the configuration describes a smaller model than the one that was saved."
+        )
+
+
+def _unnumbered(key: str) -> str:
+    return re.sub(r"\.\d+\.", ".#.", key)
+
+
+def unreadable(path: str, error: Exception) -> UserError:
+    """The refusal of weights that are no safetensors file."""
+    return UserError(f"the weights in {path} cannot be read ({error}): a download that broke off? Get them again.")
 
 
 def copy_marks(model: PreTrainedModel, path: str, config: ModelConfig) -> None:
@@ -95,8 +160,11 @@ def weights_of(path: str, config: ModelConfig | None = None) -> dict[str, tuple[
         if file is None:
             continue
         if name.endswith(".safetensors"):
-            with safe_open(file, "pt") as content:
-                found |= {key: tuple(content.get_slice(key).get_shape()) for key in content.keys()}  # noqa: SIM118
+            try:
+                with safe_open(file, "pt") as content:
+                    found |= {key: tuple(content.get_slice(key).get_shape()) for key in content.keys()}  # noqa: SIM118
+            except SafetensorError as error:
+                raise unreadable(path, error) from error
         elif name.endswith(".json"):
             names = json.loads(Path(file).read_text(encoding="utf-8")).get("weight_map", {})
             found |= {key: found.get(key, ()) for key in names}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,24 +20,20 @@ from transformers.utils import logging as transformers_logging
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.adapters import merge
 from ppo_vs_dpo.models.loading.config import ModelConfig
-from ppo_vs_dpo.models.loading.files import copy_marks, restore_bias, revision_of
+from ppo_vs_dpo.models.loading.files import (
+    check_complete,
+    check_layers,
+    check_local,
+    copy_marks,
+    restore_bias,
+    revision_of,
+    unreadable,
+)
 from ppo_vs_dpo.models.loading.prepared import prepare, score_head
 
 
-def _check_local(path: str, what: str) -> None:
-    """A path that looks local and is not there is the user's slip, not a question for the Hub."""
-    local = Path(path)
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local and not local.exists():
-        raise UserError(f"model folder {path} does not exist (model.path). Give a folder or a name on the Hub.")
-    needed = ("tokenizer_config.json",) if what == "a tokenizer" else ("config.json", "adapter_config.json")
-    if local.is_dir() and not any((local / name).exists() for name in needed):
-        found = ", ".join(sorted(item.name for item in local.iterdir())[:6]) or "nothing"
-        raise UserError(f"{path} does not hold {what}: it has no {needed[0]} (found: {found}).")
-
-
 def _load(loader: Any, path: str, what: str, **kwargs: Any) -> Any:
-    _check_local(path, what)
+    check_local(path, what)
     try:
         if kwargs.get("trust_remote_code") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             fetch_code(path, kwargs.get("revision"))
@@ -51,6 +48,8 @@ def _load(loader: Any, path: str, what: str, **kwargs: Any) -> Any:
         elif "Unrecognized configuration class" in first:
             first, advice = _of_another_kind(path, kwargs), f"Give {what}."
         raise UserError(f"could not load {what} from {path}: {first} {advice}") from error
+    except SafetensorError as error:
+        raise unreadable(path, error) from error
     except RuntimeError as error:
         # What torch says about weights of other shapes: the first lines name them.
         lines = [line.strip() for line in str(error).strip().splitlines()]
@@ -234,23 +233,26 @@ def load_policy(
         quantization: a transformers quantisation config (`models.loading.quantized`); the weights are then frozen.
 
     Raises:
-        UserError: not found, or an adapter on a base that is to be quantised.
+        UserError: not found, weights that the folder lacks or the model has no place for, or an adapter on a base
+            that is to be quantised.
     """
-    config = config or ModelConfig()
-    path = str(path)
+    config, path = config or ModelConfig(), str(path)
     if is_adapter(path):
         refuse_adapter(path, quantization)
         from peft import AutoPeftModelForCausalLM
 
         model = merge(_load(AutoPeftModelForCausalLM.from_pretrained, path, "an adapter", **_kwargs(config)), path)
     else:
-        model = _load(
+        model, report = _load(
             AutoModelForCausalLM.from_pretrained,
             path,
             "a causal language model",
             revision=revision_of(path, config),
+            output_loading_info=True,
             **_kwargs(config, quantization),
         )
+        check_complete(model, path, report["missing_keys"])
+        check_layers(model, path, report["unexpected_keys"])
     return prepare(model, trainable, quantization)
 
 
@@ -288,6 +290,7 @@ def load_value_or_reward(
         return prepare(restore_bias(merged, path, config), trainable)
     model, missing = load_scalar_model(path, config, "a reward or value model", quantization)
     head = score_head(model)
+    check_complete(model, path, [key for key in missing if key.startswith(f"{model.base_model_prefix}.")])
     if any(key.split(".")[0] in ("score", "classifier") for key in missing):
         torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
     return prepare(restore_bias(model, path, config), trainable, quantization)
@@ -314,6 +317,7 @@ def load_scalar_model(
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
+    check_layers(model, path, report["unexpected_keys"])
     return model, sorted(report["missing_keys"])
 
 

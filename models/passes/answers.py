@@ -38,6 +38,10 @@ def check_language_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerB
         raise UserError(f"{what} is a {kind}: an encoder-decoder. A decoder is needed, a causal language model.")
     if not callable(getattr(inner, "get_output_embeddings", None)) or inner.get_output_embeddings() is None:
         raise UserError(f"{what} is a {kind}, without a language-model head. Give a causal language model.")
+    if any(parameter.is_meta for parameter in inner.parameters()):
+        raise UserError(
+            f"parts of {what} are not in memory (device_map offloads them): load it whole, or shard it by DeepSpeed."
+        )
     if tokenizer is not None:
         check_tokens(inner, tokenizer, what)
     check_causal(model)

@@ -36,9 +36,15 @@ def check_trains(model: torch.nn.Module, what: str) -> None:
     """Something of a policy or value model must train; adapters that were loaded for reading are let to.
 
     Raises:
-        UserError: nothing does.
+        UserError: nothing does, or what is left of a quantised model that has no adapters.
     """
     train_active(model)
+    if getattr(model, "hf_quantizer", None) is not None and not is_peft(model):
+        method = getattr(model, "quantization_method", "quantised")
+        raise UserError(
+            f"{what} is quantised ({getattr(method, 'value', method)}): its norms and embeddings alone could train. "
+            f"Pass peft_config to train adapters on it, or load it whole."
+        )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
             f"no weight of {what} requires gradients: nothing of it would be trained. Load it with trainable=True, "

@@ -1,6 +1,7 @@
 """A score is the model's own, for every architecture: what ``model(**inputs).logits`` is, or one sentence."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -169,6 +170,16 @@ def test_a_tokenizer_without_an_end_puts_none(word_tokenizer, tmp_path):
     rows = [tokenizer(f"{p} {a}")["input_ids"] for p, a in zip(PROMPTS, ANSWERS, strict=True)]
     assert scorer.encode(PROMPTS, ANSWERS) == rows
     assert scorer.score(PROMPTS, ANSWERS) == pytest.approx([own(model, row) for row in rows], abs=1e-5)
+
+
+@pytest.mark.parametrize("bias", ["0.5x", None, float("nan"), True])
+def test_a_bias_that_is_no_number(word_tokenizer, tmp_path, bias):
+    scalar("llama").save_pretrained(tmp_path)
+    word_tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "score_bias": bias}))
+    with pytest.raises(UserError, match=r"config\.json: score_bias is .*it must be a number"):
+        RewardScorer.load(tmp_path)
 
 
 # --- one sentence ----------------------------------------------------------------------------------------

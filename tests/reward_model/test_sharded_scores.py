@@ -6,6 +6,7 @@ from transformers import AutoModelForSequenceClassification
 
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.heads import load_reward
+from ppo_vs_dpo.models.loading.pretrained import load_policy
 from ppo_vs_dpo.models.passes.inference import Ranks, inference_settings
 from ppo_vs_dpo.models.sharding.deepspeed import is_sharded, whole
 from ppo_vs_dpo.reward_model.scorer import RewardScorer
@@ -33,6 +34,24 @@ def score(folders: dict) -> dict:
             left = not any(p.any() for p in head.parameters() if p.dim() == 2)
         found[kind] = (ranks.merge(scores, len(PROMPTS)), scorer.reader.fast, scorer.reader.causal, left)
     return found
+
+
+def answer(folder: str) -> torch.Tensor:
+    """Logits of a policy in pieces."""
+    ranks = Ranks(torch.distributed.get_rank(), 2, inference_settings(settings_of("zero3"), torch.float32))
+    frozen = ranks.load(load_policy, folder, ModelConfig())
+    with torch.no_grad():
+        return frozen.model(torch.tensor([[6, 7, 8]])).logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_policy_is_complete_in_pieces(tiny_llama, tmp_path, tied):
+    """What a folder lacks is told apart from what is tied."""
+    model = tiny_llama(0, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    for found in on_ranks(2, answer, str(tmp_path)):
+        torch.testing.assert_close(found, model(torch.tensor([[6, 7, 8]])).logits.detach(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow

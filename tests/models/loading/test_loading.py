@@ -7,12 +7,14 @@ import time
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, write_json
 from ppo_vs_dpo.models.loading import pretrained
 from ppo_vs_dpo.models.loading.config import LoraSettings, ModelConfig
+from ppo_vs_dpo.models.loading.heads import load_reward
 from ppo_vs_dpo.models.loading.prepared import disable_dropout
 from ppo_vs_dpo.models.loading.pretrained import (
     build_policy,
@@ -152,6 +154,63 @@ def test_what_stands_in_the_way_of_a_folder(folder, tmp_path):
     get_peft_model(model, settings).save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match=r"could not load an adapter from .*size mismatch .*do not fit"):
         load_policy(tmp_path / "adapter")
+
+
+def without(folder, *names):
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if k not in names}, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_hidden_layers": 3}, r"lacks 9 weights .*model\.layers\.2\.input_layernorm\.weight"),
+        ({"num_hidden_layers": 1}, r"has 9 weights that the model of its config\.json has no place for"),
+        ("lm_head.weight", r"lacks 1 weights .*\(lm_head\.weight\).*Is it a reward model, or a backbone alone\?"),
+        ("model.layers.1.mlp.up_proj.weight", r"lacks 1 weights .*they would be random"),
+        ("model.norm.weight", r"lacks 1 weights"),
+    ],
+)
+def test_a_policy_is_the_one_that_its_folder_holds(folder, change, said):
+    """transformers draws what is missing and drops what is over, with a note on the console."""
+    if isinstance(change, dict):
+        write_json(folder / "config.json", {**read_json(folder / "config.json"), **change})
+    else:
+        without(folder, change)
+    with pytest.raises(UserError, match=said):
+        load_policy(folder)
+    if change == "lm_head.weight":
+        assert load_value_or_reward(folder).score.out_features == 1  # which has no use for it
+        return
+    with pytest.raises(UserError, match=r"weights"):
+        load_value_or_reward(folder)
+
+
+def test_a_reward_models_folder_is_no_policy(folder, word_tokenizer):
+    load_value_or_reward(folder).save_pretrained(folder)
+    with pytest.raises(UserError, match="Is it a reward model"):
+        load_policy(folder)
+    write_json(folder / "config.json", {**read_json(folder / "config.json"), "num_hidden_layers": 1})
+    with pytest.raises(UserError, match="describes a smaller model than the one that was saved"):
+        load_reward(folder)
+
+
+def test_tied_weights_and_foreign_heads_are_nothing_to_complain_of(tiny_llama, tmp_path):
+    """An output layer that is the embedding is saved once; a value head beside a language model is not its own."""
+    model = tiny_llama(0, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    save_file({**weights, "v_head.0.weight": torch.zeros(1, 16)}, tmp_path / "model.safetensors", {"format": "pt"})
+    ids = torch.tensor([[6, 7, 8]])
+    assert torch.equal(load_policy(tmp_path)(ids).logits, model(ids).logits)
+
+
+def test_weights_that_cannot_be_read(folder):
+    (folder / "model.safetensors").write_bytes(b"<html>")
+    for load in (load_policy, load_value_or_reward, load_reward):
+        with pytest.raises(UserError, match=r"the weights in .* cannot be read"):
+            load(folder)
 
 
 def test_prompts(word_tokenizer):

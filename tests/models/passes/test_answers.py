@@ -70,6 +70,11 @@ def test_what_a_name_cannot_be_loaded_as(tmp_path, word_tokenizer):
         load_policy(tmp_path)
 
 
+def test_a_model_that_is_not_in_memory(word_tokenizer):
+    with pytest.raises(UserError, match=r"parts of the policy are not in memory \(device_map"):
+        check_language_model(tiny("llama", AutoModelForCausalLM).to("meta"), word_tokenizer, "the policy")
+
+
 def test_a_probe_changes_nothing():
     model = tiny("bert", AutoModelForCausalLM, is_decoder=True).train()
     config = AutoConfig.for_model("bert", vocab_size=20)

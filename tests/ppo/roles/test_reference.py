@@ -201,6 +201,14 @@ def test_a_model_of_which_nothing_trains(make_trainer, tiny_llama, tiny_reward, 
         make_trainer({"value_model": tiny_reward(0).requires_grad_(False)})
 
 
+def test_a_quantised_policy_needs_adapters(make_trainer, tiny_llama):
+    """What transformers' own Trainer refuses: the little that is not quantised would train, and nothing be said."""
+    policy = tiny_llama(0)
+    policy.hf_quantizer, policy.quantization_method = object(), "gptq"
+    with pytest.raises(UserError, match=r"the policy is quantised \(gptq\): .* Pass peft_config"):
+        make_trainer({"model": policy})
+
+
 @pytest.mark.parametrize("kind", ["vera", "ia3", "rslora"])
 def test_other_adapters_keep_the_model_given(make_trainer, tiny_llama, kind):
     configs = {
