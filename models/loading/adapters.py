@@ -10,6 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.loading.config import ModelConfig
+from ppo_vs_dpo.models.loading.files import raw_config, weights_of
 
 
 def is_peft(model: torch.nn.Module) -> bool:
@@ -106,6 +108,39 @@ def _ends(model: PreTrainedModel) -> tuple[torch.nn.Module | None, torch.nn.Modu
     """The embedding and the output layer, or what PEFT has put around them."""
     outputs = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return model.get_input_embeddings(), outputs
+
+
+def check_base(model: torch.nn.Module, path: str, config: ModelConfig) -> torch.nn.Module:
+    """What loading an adapter draws at random without a word: embeddings of tokens that its base lacks, and an output
+    layer where the base is a backbone or a reward model.
+
+    Args:
+        model: a PEFT model, as loaded from ``path``.
+        path: the adapter's folder.
+        config: how it was loaded.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        UserError: something was drawn.
+    """
+    base = str(next(iter(model.peft_config.values())).base_model_name_or_path)
+    known, saved, inner = weights_of(base, config), weights_of(path, config), model.get_base_model()
+    inputs, outputs = _ends(inner)
+    names = {id(module): name.rpartition(".")[2] for name, module in inner.named_modules()}
+    size, before = getattr(inputs, "num_embeddings", None), raw_config(base, config).get("vocab_size")
+    if size and before and size > before and not any(names[id(inputs)] in key for key in saved):
+        raise UserError(
+            f"the adapter {path} comes with a tokenizer of {size} tokens, its base {base} has {before}, and the "
+            f"adapter does not hold the new ones' embeddings: they would be random. Save it with them "
+            f"(save_embedding_layers=True, or modules_to_save), or give the base that it was trained on."
+        )
+    tied = any(getattr(c, "tie_word_embeddings", False) for c in (inner.config, inner.config.get_text_config()))
+    head = None if outputs is None or tied else names[id(outputs)]
+    if head and known and not any(head in key.split(".") for key in (*known, *saved)):
+        raise UserError(f"{base}, the base of the adapter {path}, lacks {head}: it would be random. Is it a backbone?")
+    return model
 
 
 def _tied_and_adapted(model: PreTrainedModel) -> list[torch.nn.Module]:

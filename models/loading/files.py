@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from ppo_vs_dpo.artifacts.errors import UserError
@@ -55,6 +55,13 @@ def check_local(path: str, what: str) -> None:
     if local.is_dir() and not any((local / name).exists() for name in needed):
         found = ", ".join(sorted(item.name for item in local.iterdir())[:6]) or "nothing"
         raise UserError(f"{path} does not hold {what}: it has no {needed[0]} (found: {found}).")
+
+
+def of_another_kind(path: str, kwargs: dict[str, Any]) -> str:
+    """What a folder's model is, where it is not of the class that was asked for."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=kwargs.get("trust_remote_code", False))
+    kind = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "a model"
+    return f"it is {kind} of the type {config.model_type}, which transformers does not know as such."
 
 
 def check_complete(model: PreTrainedModel, path: str, missing: Iterable[str]) -> None:

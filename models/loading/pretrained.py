@@ -18,13 +18,14 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.models.loading.adapters import merge
+from ppo_vs_dpo.models.loading.adapters import check_base, merge
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.files import (
     check_complete,
     check_layers,
     check_local,
     copy_marks,
+    of_another_kind,
     restore_bias,
     revision_of,
     unreadable,
@@ -46,7 +47,7 @@ def _load(loader: Any, path: str, what: str, **kwargs: Any) -> Any:
         elif isinstance(error, ImportError):
             advice = "Install what it needs, or take the model in another form."
         elif "Unrecognized configuration class" in first:
-            first, advice = _of_another_kind(path, kwargs), f"Give {what}."
+            first, advice = of_another_kind(path, kwargs), f"Give {what}."
         raise UserError(f"could not load {what} from {path}: {first} {advice}") from error
     except SafetensorError as error:
         raise unreadable(path, error) from error
@@ -57,12 +58,6 @@ def _load(loader: Any, path: str, what: str, **kwargs: Any) -> Any:
             f"could not load {what} from {path}: {' '.join(lines[:2])} The weights do not fit its configuration (an "
             f"adapter of another base or vocabulary, a changed config.json)."
         ) from error
-
-
-def _of_another_kind(path: str, kwargs: dict[str, Any]) -> str:
-    config = AutoConfig.from_pretrained(path, trust_remote_code=kwargs.get("trust_remote_code", False))
-    kind = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "a model"
-    return f"it is {kind} of the type {config.model_type}, which transformers does not know as such."
 
 
 def fetch_code(path: str, revision: str | None = None) -> None:
@@ -241,7 +236,8 @@ def load_policy(
         refuse_adapter(path, quantization)
         from peft import AutoPeftModelForCausalLM
 
-        model = merge(_load(AutoPeftModelForCausalLM.from_pretrained, path, "an adapter", **_kwargs(config)), path)
+        model = _load(AutoPeftModelForCausalLM.from_pretrained, path, "an adapter", **_kwargs(config))
+        model = merge(check_base(model, path, config), path)
     else:
         model, report = _load(
             AutoModelForCausalLM.from_pretrained,

@@ -1,8 +1,11 @@
 """Adapters: merged they are the model that was trained, also on tied embeddings; what cannot be carried is named."""
 
+import copy
+
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, VeraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ppo_vs_dpo.artifacts.errors import UserError
@@ -128,3 +131,35 @@ def test_a_reward_model_under_adapters(base, tmp_path):
     ids = torch.tensor([[3, 4, 5, 2]])
     with torch.no_grad():
         torch.testing.assert_close(load_reward(tmp_path / "adapter")(ids).logits, policy(ids).logits)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_new_tokens_without_their_embeddings(base, word_tokenizer, tmp_path, held):
+    """Loading enlarges the base for the tokenizer beside the adapter: by random rows, unless the adapter has them."""
+    model, tokenizer = base(), copy.deepcopy(word_tokenizer)
+    tokenizer.add_tokens(["<new>", "<newer>"])
+    model.resize_token_embeddings(len(tokenizer))
+    policy = disturbed(get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], **CAUSAL)))
+    policy.save_pretrained(tmp_path / "adapter", save_embedding_layers=held)
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    if held:
+        torch.testing.assert_close(answers(load_policy(tmp_path / "adapter")), answers(policy), atol=2e-5, rtol=0)
+        return
+    with pytest.raises(UserError, match=r"a tokenizer of 22 tokens, its base .* has 20, .* would be random"):
+        load_policy(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_whose_base_has_no_head(base, tmp_path, tied):
+    policy = disturbed(
+        get_peft_model(base(tie_word_embeddings=tied), LoraConfig(r=2, target_modules=["q_proj"], **CAUSAL))
+    )
+    policy.save_pretrained(tmp_path / "adapter")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights.pop("lm_head.weight", None)
+    save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    if tied:
+        torch.testing.assert_close(answers(load_policy(tmp_path / "adapter")), answers(policy), atol=2e-5, rtol=0)
+        return
+    with pytest.raises(UserError, match=r"the base of the adapter .* lacks lm_head: it would be random"):
+        load_policy(tmp_path / "adapter")
