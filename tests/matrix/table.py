@@ -38,12 +38,14 @@ def row(name: str) -> list[str]:
     return cells
 
 
-def table(names: list[str]) -> str:
-    """Markdown."""
+def table(names: list[str], page: str = "") -> str:
+    """Markdown; rows of other architectures than ``names`` are those of the ``page``."""
     head = ["architecture", *MEASURES]
     lines = [head, ["---"] * len(head)]
-    for name in names:
-        lines.append(row(name))
+    there = [[cell.strip() for cell in line.strip("| ").split("|")] for line in page.splitlines()]
+    known = {cells[0].strip("`"): cells for cells in there if len(cells) == len(head)}
+    for name in ARCHITECTURES if page else names:
+        lines.append(row(name) if name in names or name not in known else known[name])
         sys.stderr.write(" | ".join(lines[-1]) + "\n")
     refused = f"Refused, since padding reaches their state: {', '.join(f'`{name}`' for name in REFUSED)}."
     return "\n".join([f"| {' | '.join(cells)} |" for cells in lines]) + f"\n\n{refused}\n"
@@ -53,7 +55,7 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path, help="a page with the two marks between which the table stands")
-    parser.add_argument("names", nargs="*", help="architectures; all by default")
+    parser.add_argument("names", nargs="*", help="architectures; all by default, and the rows of others stay")
     asked = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers_logging.set_verbosity_error()
@@ -61,11 +63,12 @@ def main() -> None:
     datasets.disable_progress_bars()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    found = table(asked.names or list(ARCHITECTURES))
+    names = asked.names or list(ARCHITECTURES)
     if asked.write is None:
-        print(found)
+        print(table(names))
         return
     text = asked.write.read_text(encoding="utf-8")
+    found = table(names, text)
     begin, end = map(re.escape, MARKS)
     text = re.sub(f"{begin}.*{end}", f"{MARKS[0]}\n{found}{MARKS[1]}", text, flags=re.DOTALL)
     asked.write.write_text(text, encoding="utf-8")
