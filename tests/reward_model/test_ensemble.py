@@ -5,6 +5,7 @@ import torch
 from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.settings import split
 from ppo_vs_dpo.artifacts.files import read_json
 from ppo_vs_dpo.models.loading.heads import load_reward
 from ppo_vs_dpo.ppo.stage.config import reward_models
@@ -85,7 +86,7 @@ def test_slope_by_hand():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"ensemble": 0}, "at least 1"),
+        ({"ensemble": 0}, "reward_model.ensemble is 0; it must be at least 1"),
         ({"average_weights": True}, "ensemble to 2 or more"),
         ({"ensemble": 2, "path": "x"}, "takes one that is trained"),
         ({"ensemble": 2, "lora": {"r": 2}, "merge_lora": False}, "needs them merged"),
@@ -93,7 +94,7 @@ def test_slope_by_hand():
 )
 def test_what_cannot_be_meant_is_said(settings, words):
     with pytest.raises(UserError, match=words):
-        RewardModelStage(**settings)
+        split(settings, RewardModelStage, where="reward_model")
 
 
 def test_who_plans_knows_how_many_there_are():

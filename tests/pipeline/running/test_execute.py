@@ -267,9 +267,14 @@ def interrupted(run, job, attempt):
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
+    # Tests that were started in the background have the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=stop).start()
-    with pytest.raises(KeyboardInterrupt):
-        go(run, [job])
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            go(run, [job])
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def failed(run, job, attempt):
