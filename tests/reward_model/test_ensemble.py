@@ -5,8 +5,8 @@ import torch
 from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.artifacts.settings import split
 from ppo_vs_dpo.artifacts.files import read_json
+from ppo_vs_dpo.artifacts.settings import split
 from ppo_vs_dpo.models.loading.heads import load_reward
 from ppo_vs_dpo.ppo.stage.config import reward_models
 from ppo_vs_dpo.reward_model.config import RewardModelStage
