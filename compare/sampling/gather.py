@@ -110,8 +110,11 @@ class Gatherer:
 
 
 def may_fork(workers: int, ranks: Ranks) -> bool:
-    """Whether work is shared between forked processes: asked for, by one rank, without a GPU (it survives no fork)."""
-    if workers < 2 or not ranks.alone:
+    """Whether work is shared between forked processes: asked for, by one rank, without a GPU (it survives no fork).
+
+    Nor do OpenMP's threads: a fork of a process that has several waits for them for ever.
+    """
+    if workers < 2 or not ranks.alone or torch.get_num_threads() > 1:
         return False
     return not torch.accelerator.is_available() and "fork" in multiprocessing.get_all_start_methods()
 
