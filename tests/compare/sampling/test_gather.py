@@ -27,8 +27,11 @@ def test_several_threads_end_too():
         from types import SimpleNamespace
         import torch
         from ppo_vs_dpo.compare.sampling.gather import in_processes, may_fork
+
+        def product(n):
+            return (torch.ones(n, n) @ torch.ones(n, n)).sum().item()
+
         torch.set_num_threads(2)
-        product = lambda n: (torch.ones(n, n) @ torch.ones(n, n)).sum().item()
         product(800)
         if may_fork(2, SimpleNamespace(alone=True)):
             list(in_processes(product, [800, 801], 2))
