@@ -1,7 +1,10 @@
 """The ``compare`` section of the configuration."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+from ppo_vs_dpo.artifacts.settings import nearest
 
 # On which prompts a main point was chosen: none (fixed beforehand), validation prompts, or those of the comparison.
 CHOSEN_ON = ("fixed", "validation", "heldout")
@@ -71,7 +74,7 @@ class CompareStage:
 
     def problems(self) -> list[str]:
         """What cannot be meant, a sentence each; the command asks before the first stage starts."""
-        found = []
+        found = [*_unknown_steps(self.checkpoints or {}), *_unknown_draws(self.best_of or {})]
         if self.temperature <= 0:
             found.append("compare.temperature is 0: a greedy policy has no KL. Put 0 into compare.other_temperatures.")
         too_large = [n for n in self.best_of_n if not 1 <= n <= self.pool_size]
@@ -89,3 +92,23 @@ class CompareStage:
         if not 0 < self.delta < 0.5:
             found.append(f"compare.delta is {self.delta}; it must lie between 0 and 0.5 (0.05 is 5 points).")
         return found
+
+
+def _unknown_steps(checkpoints: dict[str, Any]) -> Iterator[str]:
+    for stage, steps in checkpoints.items():
+        where = f"compare.checkpoints.{stage}"
+        if stage not in ("ppo", "dpo"):
+            yield f"{where}: only ppo and dpo have checkpoints of a policy.{nearest(stage, ['ppo', 'dpo'])}"
+        elif steps != "all" and not (
+            isinstance(steps, list) and all(type(step) is int and step > 0 for step in steps)
+        ):
+            yield f"{where} is {steps!r}; it must be a list of steps, [8, 16], or all."
+
+
+def _unknown_draws(best_of: dict[str, Any]) -> Iterator[str]:
+    for name, ns in best_of.items():
+        where = f"compare.best_of.{name}"
+        if name == "sft":
+            yield f"{where}: the reference's values of n are compare.best_of_n."
+        elif not (isinstance(ns, list) and ns and all(type(n) is int and 1 <= n <= 1024 for n in ns)):
+            yield f"{where} is {ns!r}; it must be a list of values of n, [4, 16]."

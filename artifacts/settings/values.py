@@ -46,7 +46,7 @@ _FIELDS = {
 }
 LIMITS = {name: interval for interval, names in _FIELDS.items() for name in names.split()}
 BY_SECTION: dict[str, dict[str, str]] = {
-    "compare": {"other_temperatures": "[0,)"},
+    "compare": {"other_temperatures": "[0,)", "temperature": "[0,)"},
     "data": {"samples": "[2,)", "test_prompts": "[0,)", "label_clamp": "(0.5,1]"},
     "judge": {"temperature": "[0,)", "repeats": _COUNTS, "max_completion_tokens": _COUNTS},
     "reward_model": {},

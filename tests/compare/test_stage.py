@@ -246,7 +246,7 @@ def test_temperatures_and_another_model(run):
     ("change", "message"),
     [
         ("best_of_n: [9]", "9 is not in 1..pool_size"),
-        ("temperature: 0", "compare.temperature is 0; it must be above 0"),
+        ("temperature: 0", "a greedy policy has no KL"),
         ("n_prompt: 5", "Did you mean n_prompts"),
         ("policies: {sft: {path: x}}", "the name is taken"),
         ("policies: {a: {completions: /nowhere.jsonl}}", "does not exist"),

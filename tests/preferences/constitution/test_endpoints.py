@@ -90,6 +90,14 @@ def ask(text="Hi", seed=1):
     return Request([{"role": "user", "content": text}], seed)
 
 
+def asked_at(server, retries, **sizes):
+    """The section ``data`` of a constitution whose helper and critic are one endpoint."""
+    url = {"base_url": server.url, "api_key_env": "TEST_KEY"}
+    endpoint = {"kind": "openai", "model": "m", **url, "retries": retries}
+    common = {"source": "constitution", "constitution": "testbed", "rounds": 1}
+    return {**common, "helper": endpoint, "critic": endpoint, **sizes}
+
+
 def test_answers_keep_their_numbers_and_the_settings_are_sent(server):
     server.behave = lambda number, body: (200, reply(f" to {body['messages'][-1]['content']} ", finish="stop"))
     answers = dict(model_of(server).answer([ask(f"q{i}", seed=i) for i in range(10)]))
@@ -283,15 +291,7 @@ def test_a_run_leaves_out_what_the_endpoint_refuses_and_counts_it(server, tmp_pa
             refused.add(first)
         return REFUSING["content filter"] if asked else (200, reply(f"Answer {number}."))
 
-    endpoint = {"kind": "openai", "model": "m", "base_url": server.url, "api_key_env": "TEST_KEY", "retries": 0}
-    data = {
-        "source": "constitution",
-        "constitution": "testbed",
-        "rounds": 1,
-        "helper": endpoint,
-        "critic": endpoint,
-        **{"train_prompts": 20, "test_prompts": 4, "heldout_prompts": 4, "sft_examples": 30},
-    }
+    data = asked_at(server, retries=0, train_prompts=20, test_prompts=4, heldout_prompts=4, sft_examples=30)
     run = with_policy(make_run(tmp_path / "run", data), testbed_policy)
     run_here(run, "data")
     server.behave = behave
@@ -307,15 +307,7 @@ def test_a_run_leaves_out_what_the_endpoint_refuses_and_counts_it(server, tmp_pa
 
 def test_the_key_is_in_nothing_that_a_failing_process_leaves(server, tmp_path, testbed_policy):
     """As the pipeline starts it, its output caught; the endpoint throws the key back in every form it can."""
-    endpoint = {"kind": "openai", "model": "m", "base_url": server.url, "api_key_env": "TEST_KEY", "retries": 1}
-    data = {
-        "source": "constitution",
-        "constitution": "testbed",
-        "rounds": 1,
-        "helper": endpoint,
-        "critic": endpoint,
-        **{"train_prompts": 4, "test_prompts": 2, "heldout_prompts": 2, "sft_examples": 30},
-    }
+    data = asked_at(server, retries=1, train_prompts=4, test_prompts=2, heldout_prompts=2, sft_examples=30)
     run = with_policy(make_run(tmp_path / "run", data), testbed_policy)
     run_here(run, "data")
     troubles = [
