@@ -37,7 +37,6 @@ from ppo_vs_dpo.compare.report.verdict import sentences, warnings, would_change
 from ppo_vs_dpo.compare.sampling.completions import Draws, split_draws
 from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender, along_training, contenders_of
 from ppo_vs_dpo.compare.sampling.gather import Gatherer, heldout_accuracy, model_config_of, score_all
-from ppo_vs_dpo.compare.sampling.kl import written_answers
 from ppo_vs_dpo.compare.sampling.policies import (
     REFERENCE,
     Policy,
@@ -138,7 +137,7 @@ def run_compare(context: StageContext) -> None:
             settings,
             how,
             found.learned,
-            written_answers(found.pairs, prompts.ids),
+            prompts.answers,
         ),
         "optimum": optimal_figures(contenders, draws, scoring, found.enumerated, context.run, settings, how),
         "reward_model": reward_model_figures(context),

@@ -15,7 +15,6 @@ from ppo_vs_dpo.compare.statistics.rates import wilson
 from ppo_vs_dpo.models.passes.logprobs import logits_in_pieces, pad_batch
 from ppo_vs_dpo.models.text.encoding import encode_prompts
 from ppo_vs_dpo.models.text.prompts import encode_completion
-from ppo_vs_dpo.preferences.schema import prompt_id
 
 
 @dataclass
@@ -157,17 +156,3 @@ def agreement_with_labels(right: float, n: float) -> dict[str, Any]:
 def one_turn(pair: dict[str, Any]) -> bool:
     """Whether both answers of a pair are one message, or plain text."""
     return all(isinstance(pair[side], str) or len(pair[side]) == 1 for side in ("chosen", "rejected"))
-
-
-def written_answers(pairs: Sequence[dict[str, Any]], ids: Sequence[str]) -> list[str | None]:
-    """For each prompt (by its fingerprint) the chosen answer of a held-out pair, which nobody trained on.
-
-    Where a prompt has several pairs, the first one's; ``None`` where it has none.
-    """
-    found: dict[str, str] = {}
-    for pair in pairs:
-        if one_turn(pair):
-            chosen = pair["chosen"]
-            text = chosen if isinstance(chosen, str) else str(chosen[-1]["content"])
-            found.setdefault(prompt_id(pair["prompt"]), text)
-    return [found.get(one) for one in ids]

@@ -1,6 +1,6 @@
 """Which policies a run offers for comparison, and which prompts they are compared on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from ppo_vs_dpo.artifacts.guards.outputs import content_id
 from ppo_vs_dpo.artifacts.run import RunFolder, point_name
 from ppo_vs_dpo.compare.config import CompareStage
 from ppo_vs_dpo.compare.statistics.clusters import clusters_of, near_training
-from ppo_vs_dpo.preferences.schema import prompt_id
+from ppo_vs_dpo.preferences.schema import Text, prompt_id
 
 REFERENCE = "sft"
 
@@ -53,6 +53,7 @@ class Prompts:
         repeated: how many were left out because the same prompt stood there before.
         clusters: ``(P,)`` which of them are one unit of evidence (`clusters_of`); ``None``: each one is.
         near_training: how many are of a dialogue that was trained on, or near duplicates of a training prompt.
+        answers: the chosen answer to each in the pairs that it was held out with; ``None`` where none is known.
     """
 
     prompts: list[Any]
@@ -61,6 +62,7 @@ class Prompts:
     repeated: int = 0
     clusters: np.ndarray | None = None
     near_training: int = 0
+    answers: Sequence[str | None] = ()
 
     @property
     def units(self) -> int:
@@ -280,7 +282,14 @@ def heldout_prompts(run: RunFolder, limit: int, near_duplicate: float = 1.0) -> 
     kept = kept[:limit]
     texts = [prompts[row] for row in kept]
     near = len(near_training(texts, training_prompts(run), near_duplicate))
-    return Prompts(texts, [ids[row] for row in kept], dropped, repeated, clusters_of(texts, near_duplicate), near)
+    clusters, answers = clusters_of(texts, near_duplicate), [None] * len(kept)
+    if "reference" in table.column_names:
+        answers = [_text(table[row]["reference"]) for row in kept]
+    return Prompts(texts, [ids[row] for row in kept], dropped, repeated, clusters, near, answers)
+
+
+def _text(answer: Text | None) -> str | None:
+    return answer if answer is None or isinstance(answer, str) else str(answer[0]["content"])
 
 
 def tuning_of(run: RunFolder, settings: CompareStage) -> dict[str, dict[str, Any]]:

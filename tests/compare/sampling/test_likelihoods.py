@@ -6,13 +6,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from scipy.stats import binomtest
 
-from ppo_vs_dpo.compare.sampling.kl import agreement_with_labels, on_heldout_pairs, written_answers
+from ppo_vs_dpo.artifacts.files import write_parquet
+from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.compare.sampling.kl import agreement_with_labels, on_heldout_pairs
+from ppo_vs_dpo.compare.sampling.policies import heldout_prompts
 from ppo_vs_dpo.compare.sampling.quality import rouge_l
 from ppo_vs_dpo.models.text.encoding import encode_prompts
 from ppo_vs_dpo.models.text.prompts import encode_completion
-from ppo_vs_dpo.preferences.schema import prompt_id
 
 PROMPTS = ["the film was", "a story", "one more"]
 ANSWERS = ["good", "bad and long", "fine , I think", "never again"]
@@ -73,7 +76,6 @@ def test_dialogues_and_no_pairs(known):
     several = [{"prompt": "a", "chosen": turns, "rejected": "b"}]
     empty = SimpleNamespace(model=reference.model, tokenizer=reference.tokenizer, pairs=several)
     assert on_heldout_pairs(policy, empty, seed=1) is None
-    assert written_answers(several, [prompt_id("a")]) == [None]
 
 
 def test_agreement_with_labels():
@@ -91,12 +93,13 @@ def test_rouge_l_by_hand():
     assert rouge_l([text], [None]) is None
 
 
-def test_answers_are_found_by_their_prompt():
+def test_answers_come_with_their_prompts(tmp_path):
+    """The split keeps the chosen answer beside a held-out prompt, as text or as messages."""
+    (tmp_path / "config.yaml").write_text("{}")
     said = [{"role": "assistant", "content": "hello"}]
-    asked = [{"role": "user", "content": "hi"}]
-    pairs = [
-        {"prompt": "p", "chosen": "first", "rejected": "r"},
-        {"prompt": "p", "chosen": "second", "rejected": "r"},
-        {"prompt": asked, "chosen": said, "rejected": said},
-    ]
-    assert written_answers(pairs, [prompt_id(asked), prompt_id("q"), prompt_id("p")]) == ["hello", None, "first"]
+    for answers, texts in (([said, None, said], ["hello", None, "hello"]), (["a", "b", None], ["a", "b", None])):
+        table = Dataset.from_dict({"prompt": ["p", "q", "r"], "reference": answers})
+        write_parquet(tmp_path / "data" / "prompts_heldout.parquet", table)
+        assert heldout_prompts(RunFolder(tmp_path), 3).answers == texts
+    write_parquet(tmp_path / "data" / "prompts_heldout.parquet", table.remove_columns("reference"))
+    assert heldout_prompts(RunFolder(tmp_path), 2).answers == [None, None]
