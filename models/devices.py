@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.config import ModelConfig
 
 
@@ -43,3 +44,12 @@ def arithmetic(model: ModelConfig, passed: dict[str, Any], accelerator: bool) ->
     if passed.get("tf32") is not None or (accelerator and has_tf32()):
         found["tf32"] = chosen("tf32", True)
     return found
+
+
+def not_finite(model: torch.nn.Module, does: str) -> UserError:
+    """The error of a model that ``does`` something ("gives ordinary tokens scores") with NaN or infinity."""
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return UserError(
+        f"{type(model).__name__} {does} that are not finite: its weights hold NaN or infinity, or its numbers "
+        f"overflow in {dtype}. Get the weights again, or load them in another dtype (model.dtype)."
+    )

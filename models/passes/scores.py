@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.devices import not_finite
 from ppo_vs_dpo.models.loading.pretrained import context_length
 from ppo_vs_dpo.models.passes.logprobs import backbone, score_head_of, sequence_scores
 from ppo_vs_dpo.models.passes.logprobs import base as inside
@@ -45,7 +46,7 @@ class Reader:
         causal: a token's state does not depend on what follows it.
 
     Raises:
-        UserError: it does not give one number a sequence.
+        UserError: it does not give one number a sequence, or gives NaN.
     """
 
     def __init__(
@@ -96,6 +97,8 @@ class Reader:
                         f"gives one number. Take a sequence-classification model with one label."
                     )
             expected = torch.cat(own)
+            if not expected.isfinite().all():
+                raise not_finite(inside(model), "gives ordinary tokens scores")
             allowed = TOLERANCE * (1 + expected.abs()) if full else HALF_TOLERANCE * expected.std()
             self.fast = self._agrees(model, rows, expected, allowed, fast=True)
             if not self.fast:

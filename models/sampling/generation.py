@@ -14,6 +14,7 @@ import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.devices import not_finite
 from ppo_vs_dpo.models.passes.head import rows_logprobs
 from ppo_vs_dpo.models.passes.packed import can_pack
 from ppo_vs_dpo.models.passes.padding import LOW_PRECISION, TOLERANCE, check_rows, without_router
@@ -175,7 +176,8 @@ def generate(
 
     Raises:
         UserError: an empty prompt (names its number), stop strings without a tokenizer, log-probabilities at
-            temperature 0, a model that reads padding, rows beyond where its positions change.
+            temperature 0, a model that reads padding or whose logits are not finite, rows beyond where its
+            positions change.
     """
     for number, ids in enumerate(prompt_ids):
         if not ids:
@@ -238,6 +240,7 @@ def _generate_batch(
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     # The rows that are still decoded: their numbers, whether they have ended since the last look, and where.
     alive, over, length = torch.arange(len(prompts), device=device), finished.clone(), lengths.clone()
+    finite = torch.ones((), dtype=torch.bool, device=device)
     every = _look_every(device, sampling)
     stops = _stop_strings(sampling, tokenizer)
     # The last token is not read.
@@ -248,6 +251,8 @@ def _generate_batch(
     attention_mask = torch.nn.functional.pad(attention_mask, (0, most), value=1)
 
     for step in range(most):
+        # NaN has no place in a distribution: the inverse of it is the last token, for ever.
+        finite = finite & logits.amax().isfinite()
         picked = pick_tokens(logits, uniforms[alive, step], sampling)
         tokens[alive, step] = picked
         if figures is not None:
@@ -261,8 +266,10 @@ def _generate_batch(
         last = step + 1 == most
         if last or (step + 1) % every == 0:
             finished[alive], lengths[alive] = over, length
-            gone = [] if last else over.tolist()
-            if any(gone):
+            *gone, sound = torch.cat([over, finite[None]]).tolist()
+            if not sound:
+                raise not_finite(model, "gives next tokens scores")
+            if any(gone) and not last:
                 rows = close_gaps(gone)
                 if not rows:
                     break

@@ -197,6 +197,14 @@ def test_more_than_one_number_a_sequence(word_tokenizer):
         RewardScorer(tiny("llama", AutoModelForCausalLM), word_tokenizer)
 
 
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_weights_that_are_no_numbers(kind, word_tokenizer):
+    model = scalar(kind)
+    next(iter(model.parameters())).data.fill_(torch.nan)
+    with pytest.raises(UserError, match=r"gives ordinary tokens scores that are not finite.*overflow in float32"):
+        RewardScorer(model, word_tokenizer)
+
+
 def test_contexts(word_tokenizer):
     """RoBERTa's first positions belong to its padding token."""
     assert context_length(scalar("roberta")) == 63

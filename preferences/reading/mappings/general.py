@@ -199,7 +199,8 @@ def _other_texts(row: dict[str, Any]) -> list[str]:
 
 
 def _no_prompt(row: dict[str, Any]) -> str:
-    others = _other_texts(row)
+    # The likeliest name first: beside a question, a context is what it is about.
+    others = sorted(_other_texts(row), key=lambda name: QUESTIONS.index(name) if name in QUESTIONS else len(QUESTIONS))
     hint = f"name it with columns: prompt={others[0]}" if others else "name the column with columns: prompt=NAME"
     what = "no prompt" if "prompt" not in row else f"prompt is empty{'' if row['prompt'] == '' else ' (null)'}"
     return f"{what}; the row has {', '.join(map(str, row))}. If the question stands in another column, {hint}"

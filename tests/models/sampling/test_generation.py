@@ -252,6 +252,17 @@ def test_bad_input(tiny_llama):
         SamplingConfig(top_p=0.0)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_a_model_of_nan_is_not_sampled_from(tiny_llama, temperature, broken):
+    # Its inverse of the distribution is one token for ever, which looks like a model that has collapsed.
+    model = tiny_llama()
+    model.get_output_embeddings().weight.data[3] = broken
+    sampling = SamplingConfig(max_new_tokens=4, temperature=temperature)
+    with pytest.raises(UserError, match="LlamaForCausalLM gives next tokens scores that are not finite"):
+        generate(model, [[5, 6], [7]], sampling, eos_token_ids=[2], seeds=[1, 2])
+
+
 @pytest.mark.parametrize("kind", ["named", "added", "with text"])
 def test_stop_strings_of_special_tokens(tiny_llama, word_tokenizer, kind):
     """``<|im_end|>`` and the like are no part of the plain text, and end a response all the same."""

@@ -50,6 +50,11 @@ BROKEN = {
         lines({"request": "Capital of France?", "chosen": "The capital is Paris", "rejected": "The capital is Lyon"}),
         ("missing_field", "prompt=request"),
     ),
+    "a context before the question, whose column is the likelier prompt": (
+        ".jsonl",
+        lines({"context": "A map.", "question": "Which one?", "chosen": "That is Paris", "rejected": "That is Lyon"}),
+        ("missing_field", "prompt=question"),
+    ),
     "a prompt that is null": (
         ".jsonl",
         lines({"prompt": None, "chosen": "The capital is Rome", "rejected": "The capital is Oslo"}),
