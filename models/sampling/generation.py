@@ -20,6 +20,7 @@ from ppo_vs_dpo.models.passes.packed import can_pack
 from ppo_vs_dpo.models.passes.padding import LOW_PRECISION, TOLERANCE, check_rows, without_router
 from ppo_vs_dpo.models.sampling.kv_cache import ReservedCache, close_gaps, rows_that_fit
 from ppo_vs_dpo.models.sharding.deepspeed import is_sharded
+from ppo_vs_dpo.models.text.stops import by_kind, stopped
 
 # Prompts of similar length that are read together; each run is padded to its own longest.
 PROMPT_RUNS = 4
@@ -240,9 +241,9 @@ def _generate_batch(
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     # The rows that are still decoded: their numbers, whether they have ended since the last look, and where.
     alive, over, length = torch.arange(len(prompts), device=device), finished.clone(), lengths.clone()
-    finite = torch.ones((), dtype=torch.bool, device=device)
+    peaks = torch.zeros((), device=device)
     every = _look_every(device, sampling)
-    stops = _stop_strings(sampling, tokenizer)
+    stops = by_kind(sampling.stop_strings, tokenizer) if sampling.stop_strings else {}
     # The last token is not read.
     cache = ReservedCache(model.config, capacity=longest + most - 1)
     logits = _read_prompts(model, input_ids, attention_mask, widths, cache)
@@ -251,25 +252,23 @@ def _generate_batch(
     attention_mask = torch.nn.functional.pad(attention_mask, (0, most), value=1)
 
     for step in range(most):
-        # NaN has no place in a distribution: the inverse of it is the last token, for ever.
-        finite = finite & logits.amax().isfinite()
+        # NaN has no place in a distribution: the inverse of it is the last token, for ever. A sum hands it on.
+        peaks += logits.amax()
         picked = pick_tokens(logits, uniforms[alive, step], sampling)
         tokens[alive, step] = picked
         if figures is not None:
             figures[:, alive, step] = torch.stack(rows_logprobs(logits, picked, sampling.temperature))
         ended = torch.isin(picked, eos_tensor)
         if sampling.stop_strings:
-            ended |= torch.tensor(_stopped(tokens[alive, : step + 1], tokenizer, stops), device=device)
+            ended |= torch.tensor(stopped(tokens[alive, : step + 1], tokenizer, stops), device=device)
         # What a row samples after its end is cut off below.
         length = torch.where(ended & ~over, step + 1, length)
         over = over | ended
         last = step + 1 == most
         if last or (step + 1) % every == 0:
             finished[alive], lengths[alive] = over, length
-            *gone, sound = torch.cat([over, finite[None]]).tolist()
-            if not sound:
-                raise not_finite(model, "gives next tokens scores")
-            if any(gone) and not last:
+            gone = [] if last else over.tolist()
+            if any(gone):
                 rows = close_gaps(gone)
                 if not rows:
                     break
@@ -279,36 +278,17 @@ def _generate_batch(
         if not last:
             mask = _step_mask(model, cache, attention_mask[:, : longest + step + 1], padded)
             logits = _read(model, picked[:, None], mask, position_ids + step, cache)
+    ends = torch.stack([lengths, finished.long(), peaks.isfinite().long().expand_as(lengths)])
+    lengths, finished, finite = ends.tolist()
+    if not all(finite):
+        raise not_finite(model, "gives next tokens scores")
     completions = [
-        Generated(row[:length], bool(end))
-        for row, length, end in zip(tokens.tolist(), lengths.tolist(), finished.tolist(), strict=True)
+        Generated(row[:length], bool(end)) for row, length, end in zip(tokens.tolist(), lengths, finished, strict=True)
     ]
     if figures is not None:
         for one, logprobs, entropy in zip(completions, *figures.tolist(), strict=True):
             one.logprobs, one.entropy = logprobs[: len(one.token_ids)], entropy[: len(one.token_ids)]
     return completions
-
-
-def _stop_strings(sampling: SamplingConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict[bool, list[str]]:
-    """The stop strings that are looked for in the plain text (under True), and those that hold special tokens
-    (``<|im_end|>``), which plain text leaves out."""
-    kinds: dict[bool, list[str]] = {True: [], False: []}
-    if sampling.stop_strings:
-        special = {*tokenizer.all_special_tokens}
-        special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        for stop in sampling.stop_strings:
-            kinds[not any(token in stop for token in special)].append(stop)
-    return kinds
-
-
-def _stopped(tokens: torch.Tensor, tokenizer: PreTrainedTokenizerBase, stops: dict[bool, list[str]]) -> list[bool]:
-    """Which rows of ``tokens`` ``(B, n)`` hold a stop string."""
-    stopped = [False] * len(tokens)
-    for plain, strings in stops.items():
-        if strings:
-            texts = tokenizer.batch_decode(tokens, skip_special_tokens=plain)
-            stopped = [was or any(s in text for s in strings) for was, text in zip(stopped, texts, strict=True)]
-    return stopped
 
 
 def _look_every(device: torch.device, sampling: SamplingConfig) -> int:
