@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import cached_file
 
 from ppo_vs_dpo.artifacts.errors import UserError
@@ -43,6 +49,22 @@ def raw_config(path: str, config: ModelConfig) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def wrapped(path: str, config: ModelConfig) -> tuple[PretrainedConfig, dict[str, str]] | None:
+    """Where a class of its own wraps the model, as Huang et al. 2024 released their reward models (a ``ScalarModel``:
+    ``base_config``, weights ``lm_backbone...``, a ``scalar_head``): the model inside, and what its weights are called.
+
+    Returns:
+        The configuration of a sequence-classification model with one label, and patterns of the folder's names with
+        what they are there; ``None`` for all other models.
+    """
+    inner = raw_config(path, config).get("base_config")
+    if not isinstance(inner, dict) or inner.get("model_type") not in CONFIG_MAPPING:
+        return None
+    settings = CONFIG_MAPPING[inner["model_type"]].from_dict({**inner, "num_labels": 1})
+    prefix = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(settings)].base_model_prefix
+    return settings, {r"^lm_backbone\.": f"{prefix}."}
 
 
 def check_local(path: str, what: str) -> None:

@@ -9,6 +9,7 @@ that was. Other projects keep it under other names; ``head`` names it:
 | TRL's ``AutoModelForCausalLMWithValueHead`` | ``v_head.summary.weight`` | ``v_head`` |
 | LLaMA-Factory | ``value_head.safetensors`` with ``v_head.summary.weight`` | ``v_head`` |
 | OpenRLHF | ``value_head.weight`` (older) or ``score.weight`` | ``value_head`` or nothing |
+| Huang et al. 2024 (N+) | ``scalar_head.weight``, ``lm_backbone...``, ``base_config`` and ``bias`` | nothing |
 """
 
 import re
@@ -37,7 +38,7 @@ from ppo_vs_dpo.models.loading.pretrained import is_adapter, load_scalar_model, 
 
 # What a scalar head is called here and there; the last part of the name is weight or bias.
 _HEADS = re.compile(
-    r"(^|\.)(score|classifier|classification_head|logits_proj|v_head|value_head|reward_head|regression_head)(\.|$)"
+    r"(^|\.)(score|classifier|classification_head|logits_proj|v_head|value_head|scalar_head|reward_head|regression_head)(\.|$)"
 )
 _OWN = ("score", "classifier", "classification_head", "logits_proj", "sequence_summary")
 # Of those that transformers has, the layer whose outputs are the labels.
@@ -124,7 +125,8 @@ def check_reward(path: str | Path, config: ModelConfig | None = None, head: str 
 
 def named_head(path: str | Path, config: ModelConfig | None = None) -> str | None:
     """What a folder's own ``config.json`` says about its head."""
-    return raw_config(str(path), config or ModelConfig()).get(HEAD_KEY)
+    raw = raw_config(str(path), config or ModelConfig())
+    return raw.get(HEAD_KEY) or ("scalar_head" if "base_config" in raw else None)
 
 
 def _check_labels(path: str, config: ModelConfig) -> None:
@@ -203,11 +205,16 @@ def _put_head(model: PreTrainedModel, path: str, name: str, weight: torch.Tensor
 
 
 def _normalise(model: PreTrainedModel, path: str, config: ModelConfig) -> None:
-    """OpenRLHF's reward models may say the mean and deviation of their scores: (score - mean) / std, in the head."""
+    """(score - mean) / std, in the head, where a folder says so: OpenRLHF's reward models may give both, those of
+    Huang et al. 2024 the mean of the reference summaries' scores as ``bias`` (detail 15)."""
     raw = raw_config(path, config)
-    if not (raw.get("normalize_reward") and isinstance(raw.get("std"), int | float) and raw["std"] > 0):
+    if "base_config" in raw and isinstance(raw.get("bias"), int | float):
+        mean, std = float(raw["bias"]), 1.0
+    elif raw.get("normalize_reward") and isinstance(raw.get("std"), int | float) and raw["std"] > 0:
+        mean, std = float(raw.get("mean", 0.0)), float(raw["std"])
+    else:
         return
-    head, mean, std = score_head(model), float(raw.get("mean", 0.0)), float(raw["std"])
+    head = score_head(model)
     with torch.no_grad():
         if head.bias is None:
             head.bias = torch.nn.Parameter(head.weight.new_zeros(1))

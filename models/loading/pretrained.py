@@ -29,6 +29,7 @@ from ppo_vs_dpo.models.loading.files import (
     restore_bias,
     revision_of,
     unreadable,
+    wrapped,
 )
 from ppo_vs_dpo.models.loading.prepared import prepare, score_head
 
@@ -301,18 +302,22 @@ def load_scalar_model(
     """
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
+    inside = wrapped(path, config)
+    form = {"num_labels": 1} if inside is None else {"config": inside[0], "key_mapping": inside[1]}
     try:
         model, report = _load(
             AutoModelForSequenceClassification.from_pretrained,
             path,
             what,
-            num_labels=1,
+            **form,
             revision=revision_of(path, config),
             output_loading_info=True,
             **_kwargs(config, quantization),
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
+    if inside is not None:
+        vars(model).pop("_weight_conversions", None)  # else it is saved under those names again
     check_layers(model, path, report["unexpected_keys"])
     return model, sorted(report["missing_keys"])
 

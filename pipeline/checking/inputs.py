@@ -318,8 +318,12 @@ def of_the_hub(path: str, where: str) -> None:
     """Refuse a model's name that is neither a folder's nor to be had from the Hub; its configuration alone is read."""
     from transformers import AutoConfig
 
+    from ppo_vs_dpo.models.loading.config import ModelConfig
+    from ppo_vs_dpo.models.loading.files import wrapped
+
     try:
-        AutoConfig.from_pretrained(path)
+        if wrapped(path, ModelConfig()) is None:
+            AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{where}={path}: {not_found(path, error)}") from error
 
