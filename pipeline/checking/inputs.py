@@ -43,12 +43,18 @@ def said(look: Callable[[], Any], where: str = "") -> list[str]:
     return []
 
 
+def listed(look: Callable[[], list[str]]) -> list[str]:
+    """What a look that gives sentences found; one that cannot go on says why, and the other looks are still made."""
+    found: list[str] = []
+    return [*said(lambda: found.extend(look())), *found]
+
+
 def problems(config: dict[str, Any], stages: list[str]) -> list[str]:
     """Everything that the stages would refuse, as far as it can be known before they run."""
     found: list[str] = []
     for stage in TRAINING:
         if stage in stages:
-            found += doubled(OmegaConf.create(config), stage)
+            found += listed(lambda stage=stage: doubled(OmegaConf.create(config), stage))
             for point in [{}, *points_of(OmegaConf.create(config), stage)]:
                 found += said(lambda stage=stage, point=point: arguments_of(config, stage, point), f"{stage}: ")
     model = said(lambda: architecture_of(config), "model: ")
@@ -57,18 +63,18 @@ def problems(config: dict[str, Any], stages: list[str]) -> list[str]:
         section = config.get(stage) or {}
         if stage in stages and section.get("lora") and not model and not section.get("skip_training"):
             found += said(lambda stage=stage: adapted_layers(config, stage), f"{stage}.lora: ")
-    found += functions(config, stages)
-    found += [line for stage in stages for line in files(config, stage)]
+    found += listed(lambda: functions(config, stages))
+    for stage in stages:
+        found += listed(lambda stage=stage: files(config, stage))
     if "data" in stages and not model:
-        found += first_rows(config)
+        found += listed(lambda: first_rows(config))
     if "reward_model" in stages:
         given = config.get("reward_model") or {}
-        found += scores_of(given.get("path"), given.get("head"), "reward_model.path")
+        found += listed(lambda: scores_of(given.get("path"), given.get("head"), "reward_model.path"))
     if "compare" in stages:
-        found += judges(config)
-        found += policies(config)
-        found += compared(config)
-    return found
+        for look in (judges, policies, compared):
+            found += listed(lambda look=look: look(config))
+    return list(dict.fromkeys(found))
 
 
 def arguments_of(config: dict[str, Any], stage: str, point: dict[str, Any]) -> None:

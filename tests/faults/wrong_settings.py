@@ -96,8 +96,11 @@ def campaign(some: int | None = None, say=print) -> dict[str, list[str]]:
             key = re.escape(one.partition("=")[0])
             (refused if any(re.search(rf"{key}\b", line) for line in found) else alone).append(one)
     for override in alone:
-        if complaints([override]):
-            refused.append(override)
+        try:
+            if complaints([override]):
+                refused.append(override)
+        except Exception as error:  # the others are tried, and this one has missed its bar
+            say(f"{override}: {type(error).__name__}: {error}")
     taken = [one for one in chosen if one not in refused]
     for override in taken:
         say(f"taken: {override}")

@@ -176,6 +176,7 @@ def test_what_is_refused_later_is_said_in_the_same_round(monkeypatch):
         "compare.confidence=2": "compare.confidence is 2",
         "compare.judges=[{kind: nun}]": "compare.judges[0]: kind must be",
         "compare.policies={a: {path: /nowhere}}": "/nowhere does not exist",
+        "data.source=nowhere": "data.source is 'nowhere'",
         "launch.nodes=2": "srun",
     }
     monkeypatch.setattr(
