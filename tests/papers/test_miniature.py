@@ -11,9 +11,9 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, write_json
 from ppo_vs_dpo.papers.claims import Statement, figure
 from ppo_vs_dpo.papers.miniature import Miniature, code_of, report_path, run, stored
-from ppo_vs_dpo.papers.page import Checked, document, markdown, write_pages
+from ppo_vs_dpo.papers.page import Checked, claim_rows, document, markdown, write_pages
 from ppo_vs_dpo.papers.paper import Paper, paper, papers
-from ppo_vs_dpo.papers.settings import full_settings
+from ppo_vs_dpo.papers.settings import CONFIGS, full_settings
 from ppo_vs_dpo.pipeline.cli import dispatch
 
 
@@ -137,6 +137,27 @@ def test_the_command(tmp_path, capsys):
     assert "**held**" in (tmp_path / "papers.md").read_text()
     assert dispatch(["paper", *folder, "list"]) == 0
     assert re.search(r"in miniature: \d+ held", capsys.readouterr().out)
+
+
+# The fast third of the miniatures: seconds each.
+FAST = ("gao2022", "raft2023", "cai2022", "ziegler2019", "coste2023")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAST)
+def test_what_the_table_says_is_found_again(name, tmp_path):
+    table = (Path(__file__).parents[2] / "docs" / "papers.md").read_text(encoding="utf-8")
+    assert dispatch(["paper", "--folder", str(tmp_path), "run", name]) == 0
+    one = paper(name)
+    found = one.claims(stored(tmp_path, one, Miniature.load(name)))
+    assert len(found) == len(one.statements) > 0
+    for row in claim_rows(found):
+        claim, verdict = row[0], row[-1]
+        assert any(line.startswith(f"| {claim} |") and line.endswith(f"{verdict} |") for line in table.splitlines()), row
+
+
+def test_the_fast_third_is_a_third():
+    assert 3 * len(FAST) >= sum((CONFIGS / one.name / "mini.yaml").is_file() for one in papers())
 
 
 @pytest.mark.parametrize(
