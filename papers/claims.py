@@ -19,29 +19,21 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim and its check.
+    """A statement and its check.
 
     Attributes:
-        text: what the paper claims, in our words.
-        source: where the paper says it.
-        expected: the paper's own figure, or the direction.
+        statement: what the paper claims.
         measured: our figure: the mean over seeds, or the worst of them where the claim is about all.
         interval: of that figure: 95 % over seeds (Student's t), or the range where the claim is about all.
         held: `HELD`, `NOT_HELD` or `UNDECIDED`.
-        quantity: what is measured, with its unit.
-        bar: what the interval is held against, in words.
         seeds: how many runs stand behind it.
     """
 
-    text: str
-    source: str
-    expected: str
+    statement: "Statement"
     measured: float
     interval: tuple[float, float]
     held: str
-    quantity: str = ""
-    bar: str = ""
-    seeds: int = 0
+    seeds: int
 
 
 @dataclass(frozen=True)
@@ -97,17 +89,7 @@ class Statement:
         else:
             measured, interval = mean_interval(values)
             held = decide(interval, self.least, self.most)
-        return Claim(
-            self.text,
-            self.source,
-            self.expected,
-            measured,
-            interval,
-            held,
-            quantity=self.quantity,
-            bar=self.bar,
-            seeds=len(values),
-        )
+        return Claim(self, measured, interval, held, len(values))
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:

@@ -116,12 +116,7 @@ def run(
 ) -> list[Report]:
     """Make the reports that are missing; what is there with the same settings is not made again.
 
-    Args:
-        paper: whose.
-        miniature: its settings.
-        folder: where reports lie.
-        pipeline: runs the pipeline with overrides for a seed and returns the run's folder.
-        say: told what is going on.
+    ``pipeline`` runs the pipeline with overrides for a seed and returns the run's folder.
 
     Raises:
         UserError: the miniature is a run and the paper cannot read one, or the other way round.

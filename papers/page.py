@@ -3,9 +3,9 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ppo_vs_dpo.artifacts.card import cell, table
 from ppo_vs_dpo.artifacts.files import write_json, write_text
@@ -71,11 +71,11 @@ def claim_rows(claims: Sequence[Claim]) -> list[list[str]]:
     """Cells of a table of claims."""
     return [
         [
-            f"{cell(claim.text)} ({cell(claim.source)})",
-            cell(claim.expected),
-            f"{number(claim.measured)}: {cell(claim.quantity)}",
+            f"{cell(claim.statement.text)} ({cell(claim.statement.source)})",
+            cell(claim.statement.expected),
+            f"{number(claim.measured)}: {cell(claim.statement.quantity)}",
             interval(claim),
-            claim.bar,
+            claim.statement.bar,
             f"**{claim.held}**",
         ]
         for claim in claims
@@ -96,7 +96,16 @@ def picture(checked: Checked) -> "Figure | None":
     with matplotlib.rc_context(RC):
         figure, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
         checked.paper.draw(axes, checked.reports)
+        # What every seed draws is named once.
+        handles = {name: h for h, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+        axes.legend(handles.values(), handles, frameon=False, fontsize=8)
     return figure
+
+
+def guesses(checked: Checked) -> list[tuple[str, str]]:
+    """What did not hold, and our best guess why."""
+    failed = [claim.statement.text for claim in checked.claims if claim.held != "held"]
+    return [(text, checked.paper.explanations[text]) for text in failed if text in checked.paper.explanations]
 
 
 def markdown(checked: Checked) -> str:
@@ -111,8 +120,7 @@ def markdown(checked: Checked) -> str:
         parts += [f"In miniature: {state(checked)}"]
     if checked.paper.draw is not None and checked.reports:
         parts += ["![The paper's figure, from our runs](figures/figure.svg)"]
-    explained = [f"- *{cell(claim.text)}* Our guess: {paper.explanations[claim.text]}" for claim in claims
-                 if claim.held != "held" and claim.text in paper.explanations]  # fmt: skip
+    explained = [f"- *{cell(text)}* Our guess: {why}" for text, why in guesses(checked)]
     if explained:
         parts += ["What did not hold, and why (guesses, none of them tested):", "\n".join(explained)]
     if paper.published:
@@ -123,6 +131,13 @@ def markdown(checked: Checked) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def as_row(claim: Claim) -> dict[str, Any]:
+    """A claim as ``claims.json`` has it."""
+    said = ("text", "source", "expected", "quantity", "bar")
+    found = {name: getattr(claim, name) for name in ("measured", "interval", "held", "seeds")}
+    return {**{name: getattr(claim.statement, name) for name in said}, **found}
+
+
 def write_pages(folder: Path, checked: Checked) -> None:
     """``claims.json``, ``report.md``, ``report.html`` and ``figures/`` of one paper."""
     import jinja2
@@ -131,7 +146,7 @@ def write_pages(folder: Path, checked: Checked) -> None:
     from ppo_vs_dpo.compare.report.pages import TEMPLATES
     from ppo_vs_dpo.compare.report.plots import element_of, write_figure
 
-    write_json(folder / "claims.json", [asdict(claim) for claim in checked.claims])
+    write_json(folder / "claims.json", [as_row(claim) for claim in checked.claims])
     drawn = picture(checked)
     chart = Markup("")
     if drawn is not None:
@@ -251,9 +266,8 @@ def document(checked: Sequence[Checked]) -> str:
             seeds = ", ".join(str(report["seed"]) for report in one.reports)
             lines += ["", f"In miniature: {one.paper.world}. Seeds {seeds}; {one.minutes:.1f} minutes."]
             lines += ["", table(CLAIM_HEAD, claim_rows(one.claims))]
-            for claim in one.claims:
-                if claim.held != "held" and claim.text in one.paper.explanations:
-                    lines += ["", f"*{cell(claim.text)}*: our guess, not tested: {one.paper.explanations[claim.text]}"]
+            for text, why in guesses(one):
+                lines += ["", f"*{cell(text)}*: our guess, not tested: {why}"]
         else:
             lines += ["", f"In miniature: {state(one)}"]
         if one.paper.published:

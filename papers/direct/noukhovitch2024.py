@@ -41,15 +41,13 @@ def simulate(seed: int, settings: dict[str, Any]) -> Report:
 def draw(axes: Any, reports: Sequence[Report]) -> None:
     """Gold against staleness."""
     colours = {"dpo": "#D55E00", "rloo": "#0072B2"}
-    for number, report in enumerate(reports):
+    for report in reports:
         for method, shown in METHODS.items():
             places = sorted(int(k.split()[-1]) for k in report["figures"] if k.startswith(method) and k[-1].isdigit())
             values = [report["figures"][f"{method} {place}"] for place in places]
-            axes.plot(places, values, "o-", color=colours[method], alpha=0.6, label=shown if number == 0 else None)
+            axes.plot(places, values, "o-", color=colours[method], alpha=0.6, label=shown)
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("updates between two drawings of samples")
-    axes.set_ylabel("best gold within a KL, mean over KLs")
-    axes.legend(frameon=False, fontsize=8)
+    axes.set(xlabel="updates between two drawings of samples", ylabel="best gold within a KL, mean over KLs")
 
 
 PAPER = Paper(

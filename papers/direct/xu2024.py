@@ -52,12 +52,11 @@ def draw(axes: Any, reports: Sequence[Report]) -> None:
         for offset, (method, colour) in enumerate((("dpo", "#D55E00"), ("ppo", "#0072B2"))):
             values = [report["figures"][f"{method} {beta} unseen mass"] for report in reports]
             places = number + 0.25 * offset + np.linspace(-0.05, 0.05, len(values))
-            axes.scatter(places, values, color=colour, s=14, label=method.upper() if number == 0 else None)
+            axes.scatter(places, values, color=colour, s=14, label=method.upper())
     mean = np.mean([report["figures"]["reference unseen mass"] for report in reports])
     axes.axhline(mean, color="#444444", linestyle="--", label="reference, mean")
     axes.set_xticks([number + 0.125 for number in range(len(betas))], [f"beta {beta}" for beta in betas])
     axes.set_ylabel("mass on responses that no pair has")
-    axes.legend(frameon=False, fontsize=8)
 
 
 PAPER = Paper(

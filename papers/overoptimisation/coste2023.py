@@ -144,9 +144,7 @@ def draw(axes: Any, reports: Sequence[Report]) -> None:
         distance = np.mean([report["curves"][name]["distance"] for report in reports], axis=0)
         gold = np.mean([report["curves"][name]["gold"] for report in reports], axis=0)
         axes.plot(distance, gold, "--" if name.startswith("RL") else "-", color=colour, label=name)
-    axes.set_xlabel("sqrt KL(policy, reference), nats^½")
-    axes.set_ylabel("gold reward, standard deviations")
-    axes.legend(frameon=False, fontsize=7)
+    axes.set(xlabel="sqrt KL(policy, reference), nats^½", ylabel="gold reward, standard deviations")
 
 
 def _gain(name: str, text: str, source: str) -> Statement:

@@ -56,16 +56,14 @@ def draw(axes: Any, reports: Sequence[Report]) -> None:
     colours = {"dpo": "#D55E00", "ipo": "#0072B2", "slic": "#009E73"}
     for kind in LOSSES:
         labels = [label for label in reports[0]["curves"] if label.startswith(f"{kind} ")]
-        for number, report in enumerate(reports):
+        for report in reports:
             points = sorted(
                 (np.sqrt(max(report["figures"][f"{label} kl"], 0)), report["figures"][f"{label} end"])
                 for label in labels
             )
-            name = f"{kind.upper()}, by beta" if number == 0 else None
+            name = f"{kind.upper()}, by beta"
             axes.plot(*zip(*points, strict=True), "o-", color=colours[kind], alpha=0.5, markersize=3, label=name)
-    axes.set_xlabel("sqrt KL(policy, reference) at the end, nats^½")
-    axes.set_ylabel("gold reward, standard deviations")
-    axes.legend(frameon=False, fontsize=8)
+    axes.set(xlabel="sqrt KL(policy, reference) at the end, nats^½", ylabel="gold reward, standard deviations")
 
 
 def _hump(kind: str) -> Statement:

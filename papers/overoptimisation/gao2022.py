@@ -90,16 +90,8 @@ def draw(axes: Any, reports: Sequence[Report]) -> None:
             kind, _, method = label.split(" ")
             style = "-" if method == "best_of_n" else "--"
             name = f"{kind} reward model, {'best-of-n' if style == '-' else 'RL (exact)'}"
-            axes.plot(
-                curve["distance"],
-                curve["gold"],
-                style,
-                color=colours[kind],
-                label=name if report is reports[0] else None,
-            )
-    axes.set_xlabel("sqrt KL(policy, reference), nats^½")
-    axes.set_ylabel("gold reward, standard deviations")
-    axes.legend(frameon=False, fontsize=8)
+            axes.plot(curve["distance"], curve["gold"], style, color=colours[kind], label=name)
+    axes.set(xlabel="sqrt KL(policy, reference), nats^½", ylabel="gold reward, standard deviations")
 
 
 PAPER = Paper(

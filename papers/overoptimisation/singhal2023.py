@@ -18,7 +18,6 @@ def draw(axes: Any, reports: Sequence[Report]) -> None:
     axes.axhline(1.0, color="#444444", linestyle="--", label="nothing of the gain is length")
     axes.set_xticks([0, 1], ["PPO", "DPO"])
     axes.set_ylabel("share of the gain in score within lengths")
-    axes.legend(frameon=False, fontsize=8)
 
 
 PAPER = Paper(

@@ -72,14 +72,9 @@ def _labels(written: list[tuple[str, str]], principle: Any, seed: int, settings:
 
 def draw(axes: Any, reports: Sequence[Report]) -> None:
     """Violations a review over the rounds."""
-    for number, report in enumerate(reports):
-        curve = report["curves"]["violations"]
-        axes.plot(
-            range(len(curve)), curve, "o-", color="#0072B2", alpha=0.6, label="violations" if not number else None
-        )
-    axes.set_xlabel("rounds of critique and revision")
-    axes.set_ylabel("violations of principles in a review, mean")
-    axes.legend(frameon=False, fontsize=8)
+    for report in reports:
+        axes.plot(report["curves"]["violations"], "o-", color="#0072B2", alpha=0.6, label="violations")
+    axes.set(xlabel="rounds of critique and revision", ylabel="violations of principles in a review, mean")
 
 
 PAPER = Paper(

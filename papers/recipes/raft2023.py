@@ -48,22 +48,10 @@ def simulate(seed: int, settings: dict[str, Any]) -> Report:
 
 def draw(axes: Any, reports: Sequence[Report]) -> None:
     """Gold and score over RAFT's rounds."""
-    for number, report in enumerate(reports):
-        rounds = range(len(report["curves"]["gold"]))
-        axes.plot(
-            rounds, report["curves"]["gold"], "o-", color="#0072B2", alpha=0.5, label="gold" if not number else None
-        )
-        axes.plot(
-            rounds,
-            report["curves"]["score"],
-            "s--",
-            color="#D55E00",
-            alpha=0.5,
-            label="reward model" if not number else None,
-        )
-    axes.set_xlabel("rounds of RAFT")
-    axes.set_ylabel("mean reward")
-    axes.legend(frameon=False, fontsize=8)
+    for report in reports:
+        axes.plot(report["curves"]["gold"], "o-", color="#0072B2", alpha=0.5, label="gold")
+        axes.plot(report["curves"]["score"], "s--", color="#D55E00", alpha=0.5, label="reward model")
+    axes.set(xlabel="rounds of RAFT", ylabel="mean reward")
 
 
 PAPER = Paper(

@@ -59,9 +59,7 @@ def draw(axes: Any, reports: Sequence[Report]) -> None:
     """KL over the updates, each target and start a line, the first seed."""
     for label, curve in reports[0]["curves"].items():
         axes.plot(curve["kl"], label=f"target {label}")
-    axes.set_xlabel("updates")
-    axes.set_ylabel("KL(policy, reference), nats")
-    axes.legend(frameon=False, fontsize=7)
+    axes.set(xlabel="updates", ylabel="KL(policy, reference), nats")
 
 
 PAPER = Paper(

@@ -46,10 +46,8 @@ def laws(model: torch.nn.Module) -> torch.Tensor:
 def world(seed: int, covered: int, noisy: bool) -> Cells:
     """Rewards, a reference fitted to a random law, and all pairs among ``covered`` responses of each prompt.
 
-    Args:
-        seed: of everything.
-        covered: how many responses of each prompt are compared; the best one is among them.
-        noisy: labels by Bradley and Terry's probabilities; else gold's order, for certain.
+    The best response is among them. ``noisy``: labels by Bradley and Terry's probabilities; else gold's order, for
+    certain.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)

@@ -74,12 +74,8 @@ def held_out(tree: Tree, count: int, seed: int) -> tuple[torch.Tensor, torch.Ten
 def rlhf(tree: Tree, simple: bool, beta: float, settings: dict[str, Any], seed: int) -> Track:
     """A reward model on ``pairs`` pairs of the reference, then exact gradients of E r - beta KL from the reference.
 
-    Args:
-        tree: the world.
-        simple: the reward model sees single actions only and is linear; else it is a number for every response.
-        beta: of the penalty.
-        settings: of training.
-        seed: of the draws.
+    With ``simple`` the reward model sees single actions only and is linear; else it is a number for every
+    response.
     """
     generator = torch.Generator().manual_seed(seed)
     winners, losers = labelled(tree, tree.reference, settings["pairs"], generator)
@@ -120,11 +116,8 @@ def curves(tracks: dict[str, list[Track]], kl: np.ndarray) -> tuple[dict[str, np
 
 def draw_curves(axes: Any, reports: Sequence[dict[str, Any]], shown: dict[str, tuple[str, str, str]]) -> None:
     """The reports' `curves`, each by its name, colour and line."""
-    for number, report in enumerate(reports):
+    for report in reports:
         for name, curve in report["curves"].items():
             label, colour, line = shown[name]
-            of = label if number == 0 else None
-            axes.plot(np.sqrt(curve["kl"]), curve["gold"], line, color=colour, alpha=0.6, label=of)
-    axes.set_xlabel("sqrt KL(policy, reference), nats^½")
-    axes.set_ylabel("best gold within that KL, standard deviations")
-    axes.legend(frameon=False, fontsize=8)
+            axes.plot(np.sqrt(curve["kl"]), curve["gold"], line, color=colour, alpha=0.6, label=label)
+    axes.set(xlabel="sqrt KL(policy, reference), nats^½", ylabel="best gold within that KL, standard deviations")

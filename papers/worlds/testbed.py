@@ -117,13 +117,11 @@ def _first_update(folder: Path) -> dict[str, float]:
 def draw(axes: Any, reports: Any) -> None:
     """Gold against the square root of KL: PPO and DPO by their coefficients, best-of-n."""
     styles = {"ppo": ("#0072B2", "o"), "dpo": ("#D55E00", "s"), "best_of_n": ("#009E73", "^")}
-    for number, report in enumerate(reports):
+    for report in reports:
         for method, (colour, marker) in styles.items():
             chosen = [p for p in report["points"] if p["method"] == method and p["along"] in ("sweep", "n")]
             rows = sorted((np.sqrt(max(p["kl"], 0.0)), p["gold"]) for p in chosen if p["gold"] is not None)
-            name = method.replace("_", "-") if number == 0 else None
             if rows:
+                name = method.replace("_", "-")
                 axes.plot(*zip(*rows, strict=True), marker=marker, color=colour, alpha=0.6, markersize=4, label=name)
-    axes.set_xlabel("sqrt KL(policy, SFT), nats^½")
-    axes.set_ylabel("gold reward")
-    axes.legend(frameon=False, fontsize=8)
+    axes.set(xlabel="sqrt KL(policy, SFT), nats^½", ylabel="gold reward")

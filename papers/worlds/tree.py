@@ -50,11 +50,7 @@ class Tree:
 def world(seed: int, depth: int, interaction: float, hidden: int = 32) -> Tree:
     """A tree, a random reference, gold.
 
-    Args:
-        seed: of all.
-        depth: actions of a response.
-        interaction: weight of gold's pairwise terms; 0 makes it additive.
-        hidden: width of the networks.
+    With ``interaction`` 0, the weight of gold's pairwise terms, gold is additive.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)

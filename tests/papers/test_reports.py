@@ -38,13 +38,13 @@ def test_every_paper_with_claims_has_a_miniature_and_stored_reports():
 @pytest.mark.parametrize("name", CHECKED)
 def test_reports_that_say_what_the_paper_says(name):
     claims = paper(name).claims(reports(STORED[name]["right"]))
-    assert [claim.text for claim in claims if claim.held != HELD] == []
+    assert [claim.statement.text for claim in claims if claim.held != HELD] == []
 
 
 @pytest.mark.parametrize("name", CHECKED)
 def test_reports_that_say_the_opposite(name):
     claims = paper(name).claims(reports(STORED[name]["wrong"]))
-    assert [claim.text for claim in claims if claim.held != NOT_HELD] == []
+    assert [claim.statement.text for claim in claims if claim.held != NOT_HELD] == []
 
 
 @pytest.mark.parametrize("name", CHECKED)
