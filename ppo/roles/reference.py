@@ -72,18 +72,15 @@ class Reference:
             model.requires_grad_(False)
             model.eval()
         self.model, self.policy = model, policy
+        # One for the whole run: what is looked at once a model is looked at once.
+        self.without = WithoutAdapters(policy) if model is None else None
         # The weights that `follow` moves, in fp32: this rank's pieces under ZeRO-3.
         self.slow: dict[str, torch.Tensor] = {}
         # How often it has moved.
         self.version = 0
 
     def prepare(self, accelerator: Accelerator, moves: bool = False) -> None:
-        """Put it on the device, or under DeepSpeed's ZeRO-3 into an inference engine.
-
-        Args:
-            accelerator: of the trainer.
-            moves: `follow` will be called.
-        """
+        """Put it on the device, or under DeepSpeed's ZeRO-3 into an inference engine."""
         if self.model is not None:
             if not sharded(accelerator) and not is_peft(self.policy):
                 # Loaded in another dtype than what trains it would round otherwise, and the KL would never be 0.
@@ -94,7 +91,7 @@ class Reference:
     def module(self) -> nn.Module:
         """The reference, ready for forward passes and generation."""
         if self.model is None:
-            return WithoutAdapters(self.policy)
+            return self.without
         # A DeepSpeed engine works by hooks on the module inside it.
         return getattr(self.model, "module", self.model)
 
@@ -133,11 +130,7 @@ class Reference:
 
     @torch.no_grad()
     def state(self, keep: bool) -> dict[str, torch.Tensor]:
-        """Its weights on the host, whole and as exact as they are kept; all ranks must call this.
-
-        Args:
-            keep: whether this rank wants them.
-        """
+        """Its weights on the host, whole and as exact as they are kept; all ranks must call this."""
         found = whole_state(self.module, keep)
         for name, parameter in self.module.named_parameters():
             slow = self.slow.get(name)
@@ -215,10 +208,7 @@ def sharded(accelerator: Accelerator) -> bool:
 def prepare_frozen(model: nn.Module, accelerator: Accelerator, halve: bool = True) -> nn.Module:
     """Place a frozen model: ZeRO-3 shards it, everything else holds it whole on each rank.
 
-    Args:
-        model: that nobody trains.
-        accelerator: of the trainer.
-        halve: under autocast, hold linear layers in the dtype that they compute in.
+    ``halve``: under autocast, linear layers are held in the dtype that they compute in.
     """
     if isinstance(model, SharedRole):
         # Its base is in the policy's engine already.

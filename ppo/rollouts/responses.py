@@ -100,17 +100,7 @@ def score_rollout(
     args: PPOConfig,
     bias: float,
 ) -> None:
-    """Step 3: fill in scores, dense rewards and final scores.
-
-    Args:
-        roles: of the run.
-        prompts: of the run.
-        rows: of the prompts, this rank's.
-        generated: the responses.
-        accelerator: of the trainer.
-        rollout: with everything sampled in place.
-        args: the settings.
-        bias: subtracted from scores.
+    """Step 3: fill in scores, dense rewards and final scores (less ``bias``) of a rollout with its samples in place.
 
     Raises:
         Unusable: the reward gave something that cannot be used.
@@ -205,11 +195,6 @@ def final_scores(
     return torch.where(finished, final, penalised)
 
 
-def _differs(part: Rollout, args: PPOConfig) -> torch.Tensor | None:
-    """Where values count, by a convention that counts them elsewhere than at the tokens; else ``None``."""
-    return part.value_mask if args.conventions.score_after_last else None
-
-
 @torch.no_grad()
 def forward(
     roles: Roles, rollout: Rollout, generated: list[Generated], args: PPOConfig, accelerator: Accelerator
@@ -235,11 +220,11 @@ def forward(
         most = int(global_max(torch.tensor(float(len(groups)), device=accelerator.device)))
         groups = micro_batches(rollout.extents.total, size, tokens, most)
     for rows in groups:
-        part = rollout.select(rows).to(accelerator.device)
-        batch = part.batch()
-        out = roles.trained(
-            batch, temperature, value_mask=_differs(part, args), with_policy=not known, with_entropy=not known
-        )
+        part = rollout.select(rows)
+        batch = part.batch().to(accelerator.device)
+        # Where values count elsewhere than at the tokens, by a convention.
+        differs = part.value_mask.to(accelerator.device) if args.conventions.score_after_last else None
+        out = roles.trained(batch, temperature, value_mask=differs, with_policy=not known, with_entropy=not known)
         with roles.computing():
             out["ref_logprobs"] = roles.reference.logprobs(batch, temperature)
         width = part.mask.shape[1]

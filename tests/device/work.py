@@ -349,7 +349,7 @@ JOBS: dict[str, Callable[[Probe, Path], dict[str, Any]]] = {
 
 
 def main() -> None:
-    """Run jobs and print their counts as JSON; with ``--lines`` also where the host waits."""
+    """Run jobs and print their counts as JSON; with ``--lines`` also where the host waits and copies."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("jobs", nargs="*", default=list(JOBS))
     parser.add_argument("--lines", action="store_true")
@@ -365,8 +365,9 @@ def main() -> None:
         if given.lines:
             for name, counts in probe.parts.items():
                 sys.stderr.write(f"[{job}: {name}] largest {counts.largest}\n")
-                for where, times in counts.waits.most_common(25):
-                    sys.stderr.write(f"  {times:5} {where}\n")
+                for kind, lines in (("waits", counts.waits), ("uploads", counts.uploads)):
+                    for where, times in lines.most_common(25):
+                        sys.stderr.write(f"  {times:5} {kind} {where}\n")
     if given.record:
         kept = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
         write_text(RECORD, json.dumps({**kept, **found}, indent=1) + "\n")

@@ -32,7 +32,7 @@ def test_compare_asks_its_models_in_it(monkeypatch):
         raise Reached(torch.is_autocast_enabled("cpu"))
 
     monkeypatch.setattr(stage, "make_judges", judges)
-    monkeypatch.setattr(stage, "model_config_of", lambda run: ModelConfig(bf16=True))
+    monkeypatch.setattr(stage, "model_settings", lambda context: ModelConfig(bf16=True))
     monkeypatch.setattr(stage.Ranks, "join", classmethod(lambda cls, *arguments: cls()))
     with pytest.raises(Reached) as raised:
         stage.ask_models(_Anything(), _Anything(), None, [])

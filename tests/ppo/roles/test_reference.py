@@ -43,6 +43,8 @@ def test_every_initialisation_starts_from_the_model_given(make_trainer, tiny_lla
         {"model": tiny_llama(0), "peft_config": lora(init_lora_weights=init, use_dora=init == "gaussian")}, **STILL
     )
     torch.testing.assert_close(answers(trainer.roles.reference.module), given, atol=1e-4, rtol=0)
+    # One module, so that what is looked at once a model (its masks, its cache) is looked at once.
+    assert trainer.roles.reference.module is trainer.roles.reference.module
     # Only an initialisation that rewrites the base costs a second copy of it.
     assert (trainer.roles.reference.model is None) == (init in (True, "gaussian", "orthogonal"))
     trainer.train()
