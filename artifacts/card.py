@@ -78,11 +78,7 @@ LOAD = {
 def write_card(folder: Path, stage: str, config: dict[str, Any], figures: dict[str, Any]) -> None:
     """Write ``README.md`` into a model's folder.
 
-    Args:
-        folder: the saved model.
-        stage: which stage made it.
-        config: the run's whole configuration, resolved.
-        figures: of the stage's ``done.json``; scalars and one level of nesting are shown.
+    Of ``figures``, those of the stage's ``done.json``, scalars and one level of nesting are shown.
     """
     import yaml
     from huggingface_hub import ModelCard, ModelCardData

@@ -60,6 +60,12 @@ def printable(text: str) -> str:
     return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def short(value: Any, limit: int = 120) -> str:
+    """A value as Python writes it, cut where that is long."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 def say(text: str) -> None:
     """Write text to standard output as a terminal may show it; all that the package says goes through here."""
     sys.stdout.write(printable(text))

@@ -177,9 +177,8 @@ def stage_main(
 def begin(context: StageContext, held: contextlib.ExitStack) -> Callable[[], None]:
     """Make sure that this process works on its stage alone, that it ends with its launcher, and on what it works.
 
-    Args:
-        context: the stage. Started by hand it has no fingerprint yet, and gets the one that the command would give.
-        held: holds the locks.
+    ``context``: started by hand it has no fingerprint yet, and gets the one that the command would give; ``held``
+    holds the locks.
 
     Returns:
         What to call when this process, and all others of the stage, have ended in order.

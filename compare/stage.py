@@ -36,7 +36,7 @@ from ppo_vs_dpo.compare.report.tables import write_completions, write_judgements
 from ppo_vs_dpo.compare.report.verdict import sentences, warnings, would_change
 from ppo_vs_dpo.compare.sampling.completions import Draws, split_draws
 from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender, along_training, contenders_of
-from ppo_vs_dpo.compare.sampling.gather import Gatherer, heldout_accuracy, model_config_of, score_all
+from ppo_vs_dpo.compare.sampling.gather import Gatherer, heldout_accuracy, score_all
 from ppo_vs_dpo.compare.sampling.policies import (
     REFERENCE,
     Policy,
@@ -50,6 +50,7 @@ from ppo_vs_dpo.compare.sampling.policies import (
 )
 from ppo_vs_dpo.models.passes.inference import Ranks
 from ppo_vs_dpo.models.sharding.deepspeed import held_bytes, named_step, tell_held_bytes
+from ppo_vs_dpo.models.training import model_settings
 from ppo_vs_dpo.preferences.judging.llm import Comparison, Judgement, LLMJudge
 
 # Version of report.json; docs/compare.md describes the fields.
@@ -208,7 +209,7 @@ def ask_models(
 
     The main process goes on alone: a judge that reads may take longer than ranks wait for each other.
     """
-    config = model_config_of(context.run)
+    config = model_settings(context)
     ranks = Ranks.join(context, config, context.run.stage_dir(REFERENCE) / "model")
     with named_step(lambda: f"compare, {ranks.step}"), ranks.computing(config):
         scoring, reading = make_judges(context, settings.judges, ranks)

@@ -9,12 +9,11 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.text.encoding import (
     MASKS,
     drop_long,
-    encode_pair_file,
-    encode_pairs,
+    encoded_pairs,
+    soft_label_batch,
     soft_labels,
     turn_masks,
 )
@@ -45,12 +44,7 @@ def dpo_dataset(
     Raises:
         UserError: no rows, chat data without a chat template, pairs that do not fit.
     """
-    if isinstance(pairs, Path):
-        encoded = encode_pair_file(tokenizer, pairs, cache or pairs.parent / "tokens")
-    elif len(pairs) == 0:
-        raise UserError("pairs/train.parquet has no rows: there is nothing to learn from.")
-    else:
-        encoded = encode_pairs(tokenizer, pairs)
+    encoded = encoded_pairs(tokenizer, pairs, cache)
     if limit is not None and limit < len(encoded):
         encoded = encoded.select(range(limit))
     encoded = drop_long(encoded, encoded["length"][:], max_length, context, "dpo")
@@ -74,7 +68,4 @@ class PairCollator(DataCollatorForPreference):
                 if example.get(name) is not None:
                     start, mask = len(example["prompt_ids"]), torch.tensor(example[name], dtype=torch.long)
                     batch["completion_mask"][half * len(examples) + row, start : start + len(mask)] = mask
-        if "soft_label" in examples[0]:
-            labels = [1.0 if row["soft_label"] is None else row["soft_label"] for row in examples]
-            batch["soft_label"] = torch.tensor(labels, dtype=torch.float)
-        return batch
+        return {**batch, **soft_label_batch(examples)}

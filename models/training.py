@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback
 from transformers.utils import logging as transformers_logging
 
@@ -28,6 +28,7 @@ from ppo_vs_dpo.artifacts.settings.values import of_another_type, out_of_range
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.models.callbacks import RunCallback
 from ppo_vs_dpo.models.devices import arithmetic
+from ppo_vs_dpo.models.loading.adapters import is_peft
 from ppo_vs_dpo.models.loading.adapters import merge as merge_adapters
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.pretrained import load_policy, load_value_or_reward
@@ -267,53 +268,50 @@ def parameter_counts(trainer: Trainer) -> dict[str, int]:
 
 
 def save_model(
-    trainer: Trainer,
-    context: StageContext,
-    tokenizer: PreTrainedTokenizerBase,
-    merge: bool = True,
+    trainer: Trainer, context: StageContext, tokenizer: PreTrainedTokenizerBase, merge: bool = True
 ) -> Path:
-    """Save the trained model and its tokenizer as ``<stage>/model``, whole or not at all.
+    """Save the trained model and its tokenizer by `write_model`, on the main process; all processes must call this.
 
-    Args:
-        trainer: after training; its model may be wrapped (DDP, DeepSpeed, PEFT).
-        context: the stage.
-        tokenizer: saved beside the model.
-        merge: LoRA only: ``model`` is the merged model, ``adapter`` the adapter; else ``model`` is the adapter.
-
-    Returns:
-        The model's folder. Written by the main process; all processes must call this.
+    The trainer's model may be wrapped (DDP, DeepSpeed, PEFT). Returns its folder.
     """
-    target = context.dir / "model"
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    is_peft = hasattr(model, "merge_and_unload")
-    first = context.dir / "adapter" if is_peft and merge else target
+    weights = None
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         # A collective: the shards meet on the main process.
-        _save_sharded(trainer, first, tokenizer)
-    elif trainer.args.should_save:
-        with atomic_folder(first) as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    if is_peft and merge and trainer.args.should_save:
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or in_4bit(model):
-            # Merged from the files, into the base as it was saved: the model in memory is in pieces, or in 4 bits.
-            load = load_value_or_reward if getattr(model.config, "num_labels", 2) == 1 else load_policy
-            with unsharded_loading():
-                merged = load(first, model_settings(context))
-        else:
-            merged = merge_adapters(model, str(first))
-        with atomic_folder(target) as folder:
-            merged.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.args.should_save:
+        write_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, context, weights, merge)
     # The main process may have merged and saved for longer than a collective waits.
     meet()
-    return target
+    return context.dir / "model"
 
 
-def _save_sharded(trainer: Trainer, target: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if not trainer.args.should_save:
+def write_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    context: StageContext,
+    weights: dict[str, torch.Tensor] | None = None,
+    merge: bool = True,
+    adapters: list[str] | None = None,
+) -> None:
+    """Write a model and its tokenizer as ``<stage>/model``, whole or not at all.
+
+    Of a model with adapters ``model`` is the merged one, and ``adapter`` the adapter; without ``merge`` ``model`` is
+    that. ``weights`` are the model's where it is in pieces itself; ``adapters`` are its own, where it has others, too.
+    """
+    target = context.dir / "model"
+    first = context.dir / "adapter" if is_peft(model) and merge else target
+    with atomic_folder(first) as folder:
+        model.save_pretrained(folder, state_dict=weights, **({"selected_adapters": adapters} if adapters else {}))
+        tokenizer.save_pretrained(folder)
+    if first == target:
         return
+    if weights is not None or in_4bit(model):
+        # Merged from the files, into the base as it was saved: the model in memory is in pieces, or in 4 bits.
+        load = load_value_or_reward if getattr(model.config, "num_labels", 2) == 1 else load_policy
+        with unsharded_loading():
+            merged = load(first, model_settings(context))
+    else:
+        merged = merge_adapters(model, str(first), adapters)
     with atomic_folder(target) as folder:
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder, state_dict=state)
+        merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

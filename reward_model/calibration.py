@@ -83,13 +83,7 @@ def log_loss(delta: np.ndarray) -> float:
 
 
 def by_margin(delta: np.ndarray, margin: np.ndarray, ceiling: np.ndarray | None = None, bins: int = 5) -> list[dict]:
-    """Accuracy in bins of equal size by ``margin``, smallest first.
-
-    Args:
-        delta: ``(N,)``.
-        margin: ``(N,)``, how far apart the two sides are, >= 0.
-        ceiling: ``(N,)``, each pair's own accuracy ceiling.
-    """
+    """Accuracy in bins of equal size by ``margin``, smallest first."""
     order = np.argsort(margin, kind="stable")
     table = []
     for members in np.array_split(order, bins):

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.models.text.encoding import drop_long, encode_pair_file, encode_pairs, soft_labels
+from ppo_vs_dpo.models.text.encoding import drop_long, encoded_pairs, soft_label_batch, soft_labels
 
 COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 
@@ -40,12 +39,7 @@ def reward_dataset(
     Raises:
         UserError: no rows, no margin in any, chat data without a chat template, pairs that do not fit.
     """
-    if isinstance(pairs, Path):
-        encoded = encode_pair_file(tokenizer, pairs, cache or pairs.parent / "tokens")
-    elif len(pairs) == 0:
-        raise UserError("pairs/train.parquet has no rows: there is nothing to learn from.")
-    else:
-        encoded = encode_pairs(tokenizer, pairs)
+    encoded = encoded_pairs(tokenizer, pairs, cache)
     if use_margin:
         encoded = _checked_margins(encoded)
     encoded = drop_long(encoded, encoded["length"][:], max_length, context, "reward_model")
@@ -92,8 +86,4 @@ class PairCollator(DataCollatorForPreference):
         whole = [{**row, **{side: row.get("prompt_ids", []) + row[side] for side in sides}} for row in examples]
         if "margin" in whole[0]:
             whole = [{**row, "margin": row["margin"] or 0.0} for row in whole]
-        batch = super().torch_call(whole)
-        if "soft_label" in examples[0]:
-            labels = [1.0 if row["soft_label"] is None else row["soft_label"] for row in examples]
-            batch["soft_label"] = torch.tensor(labels, dtype=torch.float)
-        return batch
+        return {**super().torch_call(whole), **soft_label_batch(examples)}

@@ -41,10 +41,7 @@ def average(folders: Sequence[Path], target: Path, config: ModelConfig | None = 
 
     They must come from one start (an SFT policy and one head), or their mean means nothing.
 
-    Args:
-        folders: of the members; configuration and tokenizer are the first one's.
-        target: is replaced.
-        config: dtype of the run.
+    Configuration and tokenizer are the first one's; ``target`` is replaced.
     """
     model = load_reward(folders[0], config)
     total = {name: tensor.double() for name, tensor in model.state_dict().items() if tensor.is_floating_point()}

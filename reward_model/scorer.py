@@ -195,11 +195,7 @@ class RewardScorer:
     def check_context(self, prompts: Sequence[Prompt], max_new_tokens: int, who: str, key: str) -> None:
         """The longest prompt and a whole response must fit into the model's context.
 
-        Args:
-            prompts: all that will be scored.
-            max_new_tokens: budget of a response, in the policy's tokens.
-            who: for the message.
-            key: the setting that holds the budget.
+        ``max_new_tokens`` are in the policy's tokens; ``key`` is the setting that holds them.
 
         Raises:
             UserError: they do not.

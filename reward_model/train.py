@@ -23,13 +23,7 @@ from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.models.loading.config import LoraSettings, ModelConfig
 from ppo_vs_dpo.models.loading.files import BIAS_KEY, FOREIGN_KEY, HEAD_KEY
 from ppo_vs_dpo.models.loading.prepared import score_head, train_in_full
-from ppo_vs_dpo.models.loading.pretrained import (
-    context_length,
-    eos_token_ids,
-    load_policy,
-    load_tokenizer,
-    load_value_or_reward,
-)
+from ppo_vs_dpo.models.loading.pretrained import context_length, load_sampler, load_tokenizer, load_value_or_reward
 from ppo_vs_dpo.models.loading.quantized import quantization
 from ppo_vs_dpo.models.loading.vocabulary import check_tokens
 from ppo_vs_dpo.models.passes.logprobs import backbone, base
@@ -106,10 +100,7 @@ def sft_samples(context: StageContext, settings: RewardModelStage) -> dict[str, 
 
     They are drawn by the run's seed and the prompt's number, so a resumed stage draws the same.
     """
-    folder = context.run.path("sft", "model")
-    model, tokenizer = load_policy(folder, model_settings(context)), load_tokenizer(folder)
-    if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
+    model, tokenizer, ends = load_sampler(context.run.path("sft", "model"), model_settings(context))
     prompts = read_parquet(context.run.path("data", "prompts_train.parquet"), ["prompt"])["prompt"][: settings.samples]
     limit = context_length(model)
     room = None if limit is None else limit - settings.sample_max_new_tokens
@@ -120,7 +111,7 @@ def sft_samples(context: StageContext, settings: RewardModelStage) -> dict[str, 
         model,
         [ids[row] for row in kept],
         sampling,
-        eos_token_ids=eos_token_ids(model, tokenizer),
+        eos_token_ids=ends,
         seeds=[row_seed(context.seed, "reward_model", row) for row in kept],
         progress=lambda done, total: context.progress(done, total, "sampling"),
     )
@@ -242,12 +233,6 @@ def fit(
     context: StageContext, settings: RewardModelStage, args: RewardConfig, head_seed: int
 ) -> tuple[PairRewardTrainer, Dataset, dict]:
     """Train one model and save it; a member of an ensemble has a context of its own.
-
-    Args:
-        context: whose folder the model goes to.
-        settings: the stage's.
-        args: the trainer's, of that context.
-        head_seed: of a head that is drawn.
 
     Returns:
         The trainer, the pairs it trained on, TRL's summary.

@@ -8,10 +8,10 @@ many bytes as a whole one: it is deleted.
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from ppo_vs_dpo.artifacts.errors import warn
-from ppo_vs_dpo.artifacts.files import fingerprint_file, read_marker, write_json
+from ppo_vs_dpo.artifacts.files import read_marker, write_json
+from ppo_vs_dpo.artifacts.guards.outputs import damage, listed
 
 STAMP = "checkpoint.json"
 # A checkpoint under this name is being deleted.
@@ -20,22 +20,14 @@ UNFINISHED = "unfinished-"
 HASHED = 64 << 20
 
 
-def _entry(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
-    return {"bytes": size, "sha256": fingerprint_file(path) if size <= HASHED else None}
-
-
 def stamp(folder: Path, fingerprint: str | None, resumable: bool = True) -> None:
     """Say that a checkpoint is whole, and of which settings.
 
-    Args:
-        folder: with all its files, of all ranks.
-        fingerprint: the stage's.
-        resumable: it holds the optimizer's state, not the model alone.
+    A ``resumable`` one holds the optimizer's state, not the model alone.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != STAMP)
-    listed = {path.relative_to(folder).as_posix(): _entry(path) for path in files}
-    write_json(folder / STAMP, {"fingerprint": fingerprint, "resumable": resumable, "files": listed})
+    made = {"fingerprint": fingerprint, "resumable": resumable, "files": listed(folder, files, HASHED)}
+    write_json(folder / STAMP, made)
 
 
 def why_not(folder: Path, fingerprint: str | None) -> str | None:
@@ -47,15 +39,7 @@ def why_not(folder: Path, fingerprint: str | None) -> str | None:
         return "it was made with other settings"
     if not written.get("resumable", True):
         return "it holds the model alone (save_only_model)"
-    for name, entry in written["files"].items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is gone"
-        if not isinstance(entry, dict) or path.stat().st_size != entry.get("bytes"):
-            return f"{name} is not as long as it was written"
-        if entry.get("sha256") and fingerprint_file(path) != entry["sha256"]:
-            return f"{name} was changed after it was written"
-    return None
+    return next(iter(damage(folder, written["files"], hashes=True)), None)
 
 
 def numbered(root: Path) -> list[Path]:

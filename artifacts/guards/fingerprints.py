@@ -92,9 +92,7 @@ def needs_of(config: DictConfig, stage: str) -> tuple[str, ...]:
 def fingerprints(config: DictConfig, digests: Digests | None = None) -> dict[str, tuple[str, dict[str, str]]]:
     """Of every job of a run: the hash of all that its result depends on, and the hash of each part under its name.
 
-    Args:
-        config: resolved.
-        digests: where hashes of files are kept that did not change; ``None`` reads them all.
+    ``digests`` keeps the hashes of files that did not change; ``None`` reads them all.
     """
     inputs = external_inputs(config, digests or Digests(None))
     found: dict[str, tuple[str, dict[str, str]]] = {}

@@ -5,7 +5,8 @@
 """
 
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,24 @@ def output_files(folder: Path) -> Iterator[Path]:
 
 
 def list_outputs(folder: Path) -> dict[str, dict[str, Any]]:
-    """``{name: {bytes, sha256}}`` of a stage's result."""
-    return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": fingerprint_file(path)}
-        for path in output_files(folder)
-    }
+    """`listed` of a stage's result."""
+    return listed(folder, output_files(folder))
+
+
+def listed(folder: Path, paths: Iterable[Path], hashed: float = math.inf) -> dict[str, dict[str, Any]]:
+    """``{name: {bytes, sha256}}`` of files in a folder; of those with more bytes than ``hashed`` no hash."""
+    found = {}
+    for path in paths:
+        size = path.stat().st_size
+        digest = fingerprint_file(path) if size <= hashed else None
+        found[path.relative_to(folder).as_posix()] = {"bytes": size, "sha256": digest}
+    return found
 
 
 def damage(folder: Path, outputs: Any, hashes: bool = False) -> list[str]:
-    """What is wrong with a stage's files, a few words each; empty where all is as it was written.
+    """What is wrong with files that `listed` listed, a few words each; empty where all is as it was written.
 
-    Args:
-        folder: the stage's.
-        outputs: as `list_outputs` gave them.
-        hashes: read every byte, too.
+    With ``hashes`` every byte is read, too.
     """
     if not isinstance(outputs, dict) or not all(_is_entry(written) for written in outputs.values()):
         return ["its list of files cannot be read"]
@@ -53,7 +58,7 @@ def damage(folder: Path, outputs: Any, hashes: bool = False) -> list[str]:
             found.append(f"{name} is gone")
         elif path.stat().st_size != written["bytes"]:
             found.append(f"{name} has {path.stat().st_size} bytes and was written with {written['bytes']}")
-        elif hashes and fingerprint_file(path) != written["sha256"]:
+        elif hashes and written["sha256"] and fingerprint_file(path) != written["sha256"]:
             found.append(f"{name} was changed after it was written")
     return found
 

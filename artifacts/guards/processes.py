@@ -186,11 +186,7 @@ def beat(folder: Path, rank: int) -> Callable[[], None]:
 
 
 class Pulses:
-    """The beats of a job's ranks as this machine sees them: by its own clock, which the others' need not agree with.
-
-    Args:
-        folder: where they are.
-    """
+    """The beats of a job's ranks as this machine sees them: by its own clock, with which others need not agree."""
 
     def __init__(self, folder: Path):
         self.folder = folder

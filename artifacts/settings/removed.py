@@ -47,11 +47,7 @@ TRAINER = {
 def refuse_removed(where: str, given: Iterable[str], removed: dict[str, str], valid: Iterable[str]) -> None:
     """Say what replaced each argument that is not there any more.
 
-    Args:
-        where: the class, for the message.
-        given: names of keyword arguments.
-        removed: name -> what took its place.
-        valid: names that are taken.
+    ``removed``: name -> what took its place; ``valid``: names that are taken.
 
     Raises:
         UserError: an argument of TRL's that is gone, all of them at once.

@@ -100,13 +100,7 @@ def in_words(interval: str) -> str:
 
 
 def of_another_type(section: dict[str, Any], cls: type, where: str) -> list[str]:
-    """One sentence for each value that its field's annotation does not allow.
-
-    Args:
-        section: keys of the class only.
-        cls: a dataclass, TRL's or transformers' or ours.
-        where: the section's name, for messages.
-    """
+    """One sentence for each value that its field's annotation does not allow."""
     hints = _hints(cls)
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     found = []

@@ -140,13 +140,7 @@ def use_kl(
     Every interval is cut to what the KLs allow, and so is its estimate (the most likely rate that is possible; what
     was seen is then ``raw``); one that lies wholly outside is left as it is and marked (``outside``).
 
-    Args:
-        entries: of `win_rates`, each pair's two directions one after the other.
-        of: name -> the policy, one a run.
-        own: of each run, all draws of its reference.
-        settings: of the intervals.
-        shared: the runs share their prompts.
-        clusters: of each run's prompts.
+    ``entries`` has each pair's two directions one after the other, ``own`` of each run all draws of its reference.
     """
     found = []
     for entry in entries[::2]:

@@ -23,12 +23,7 @@ def control(
 ) -> dict[str, Any] | None:
     """SFT against SFT on independent draws: the yardstick must say "no difference", by the exact law of that null.
 
-    Args:
-        baseline: draws of the reference.
-        pool: further ones.
-        judge: who judges.
-        settings: of the interval.
-        controls: how many the report has, best-of-n's included: they share `CONTROL_LEVEL`.
+    All ``controls`` of a report, best-of-n's included, share `CONTROL_LEVEL`.
     """
     if pool is None or judge not in pool.scores:
         return None
@@ -82,14 +77,7 @@ def positive_control(
     Of n + 1 independent draws of SFT the best is equally likely to be each. The largest n over the reference is taken.
     p is of the exact law (`own_judge_p`): all draws are independent given their prompts, those of several runs too.
 
-    Args:
-        win_rates: entries, of the judge that best-of-n selects by.
-        tables: that judge's preferences, one a run.
-        settings: of the interval.
-        draws: of the reference a prompt: in the pool, in the baseline.
-        controls: see `control`.
-        shared: the runs share their prompts.
-        clusters: of each run's prompts.
+    ``draws``: of the reference a prompt, in the pool and in the baseline; the others as in `control` and `spread`.
     """
     own = [e for e in win_rates if e["judge"] == PROXY and e["versus"] == REFERENCE]
     own = [e for e in own if e["policy"].removeprefix("best_of_").isdigit() and e["ties"] <= FEW_TIES]

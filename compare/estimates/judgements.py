@@ -16,9 +16,9 @@ from ppo_vs_dpo.compare.estimates.win_rates import PairTable
 from ppo_vs_dpo.compare.judges.agreement import position_bias
 from ppo_vs_dpo.compare.judges.scores import FunctionJudge, RewardModelJudge
 from ppo_vs_dpo.compare.sampling.contenders import Contender, shown_columns
-from ppo_vs_dpo.compare.sampling.gather import model_config_of
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Prompts
 from ppo_vs_dpo.models.passes.inference import Ranks
+from ppo_vs_dpo.models.training import model_settings
 from ppo_vs_dpo.preferences.judging.cache import Cache
 from ppo_vs_dpo.preferences.judging.llm import ORDERS, Comparison, Judgement, LLMJudge, LLMJudgeConfig
 from ppo_vs_dpo.preferences.schema import text_of
@@ -66,7 +66,7 @@ def make_judges(
         scoring[-1].in_sample = True  # PPO was trained to please it
     if context.run.done("reward_model") is not None:
         folder = context.run.stage_dir("reward_model") / "model"
-        scoring.append(RewardModelJudge(folder, model_config_of(context.run), ranks))
+        scoring.append(RewardModelJudge(folder, model_settings(context), ranks))
     cache = Cache(replies_file(context))
     taken = {judge.name for judge in scoring}
     for number, entry in enumerate(entries):
@@ -103,7 +103,7 @@ def _scoring(
     if entry["kind"] == "function":
         return FunctionJudge(str(entry[key]), name)
     head = entry.get("head")
-    judge = RewardModelJudge(str(entry[key]), model_config_of(context.run), ranks, name, head and str(head))
+    judge = RewardModelJudge(str(entry[key]), model_settings(context), ranks, name, head and str(head))
     judge.in_sample = False  # no policy of this run was trained on it
     return judge
 

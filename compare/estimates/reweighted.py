@@ -39,11 +39,7 @@ def log_ratios(contender: Contender, own: list[Draws]) -> np.ndarray | None:
 def reweighted(ours: Contender, theirs: Contender, own: list[Draws], judge: str) -> np.ndarray | None:
     """``(P,)`` values whose mean is the win rate of one policy over the other; ``None`` where it cannot be had so.
 
-    Args:
-        ours: a policy.
-        theirs: another one.
-        own: all draws of the reference at the temperature of the comparison, scored.
-        judge: a judge that scores.
+    ``own`` are all draws of the reference at the temperature of the comparison, scored by ``judge``.
     """
     if not own or not all(judge in one.scores for one in own):
         return None

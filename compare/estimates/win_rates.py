@@ -208,12 +208,8 @@ def win_rates(
 ) -> list[dict[str, Any]]:
     """Both directions of every pair: they add up to 1 exactly.
 
-    Args:
-        table: preferences of the unordered pairs.
-        judge: who judged.
-        settings: of the intervals.
-        lengths: policy -> mean length ``(P,)``; with it, length-controlled win rates are added.
-        difficulty: let the length-controlled model know how hard a prompt is.
+    With ``lengths`` (policy -> mean length ``(P,)``) length-controlled win rates are added; with ``difficulty``
+    their model knows how hard a prompt is.
     """
     known = np.isfinite(table.preferences)
     if not known.all():
@@ -337,13 +333,8 @@ def power_line(
 ) -> dict[str, Any]:
     """What this many prompts can show: a difference, and equality within ``delta``.
 
-    Args:
-        table: preferences of the main judge.
-        policy: of the pair.
-        versus: its other side.
-        settings: of the tests.
-        delta: what matters.
-        reweighted: ``(P,)`` values of `reweighted`, where the report's figure is their mean: their spread counts.
+    ``reweighted`` ``(P,)``: values of `reweighted`, where the report's figure is their mean; their spread counts
+    then.
     """
     preference = table.of(policy, versus) if reweighted is None else reweighted
     known = np.isfinite(preference)

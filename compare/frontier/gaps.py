@@ -69,13 +69,6 @@ def enumerate_policies(
     """Probabilities and rewards of all completions, or ``None`` where there are too many.
 
     All ranks must call this: each works on its share of the prompts, which have equally many completions.
-
-    Args:
-        contenders: the policies at the main temperature.
-        policies: where their models are.
-        scoring: the judges that score.
-        gatherer: has the reference policy.
-        settings: of the stage.
     """
     judges = asked(scoring)
     if not judges:
@@ -117,17 +110,7 @@ def optimal_figures(
     settings: CompareStage,
     how: Settings,
 ) -> dict[str, Any] | None:
-    """The section ``optimum`` of the report, or ``None`` where nothing honest can be said.
-
-    Args:
-        contenders: the policies at the main temperature.
-        draws: all completions with their scores.
-        scoring: the judges that score.
-        enumerated: from `enumerate_policies`.
-        run: says which beta each policy was trained with.
-        settings: of the stage.
-        how: of the intervals.
-    """
+    """The section ``optimum`` of the report, or ``None`` where nothing honest can be said."""
     judges = [judge.name for judge in asked(scoring)]
     if not judges:
         return None

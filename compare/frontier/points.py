@@ -164,11 +164,7 @@ def frontier(
     (checkpoints of the main run, by step), ``n`` (best-of-n) or ``other``. See `over_optimised` for the mark: against
     an *earlier* point of its line.
 
-    Args:
-        runs: each with its contenders and checkpoints.
-        policies: entries of the report, checkpoints included; what is not among them is left out.
-        settings: of the intervals.
-        shared: the runs share their prompts.
+    What is not among ``policies``, the report's entries, checkpoints included, is left out.
     """
     everywhere = [name for name in policies if all(run.has(name) for run in runs)]
     first = runs[0]

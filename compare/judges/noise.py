@@ -172,13 +172,8 @@ def add_corrections(
 ) -> list[dict[str, Any]]:
     """Put ``noise_corrected`` into the win rates of a judge that was asked again; both directions.
 
-    Args:
-        entries: ``report["win_rates"]``.
-        judge: its name.
-        runs: all of its judgements, run by run.
-        confidence: see `corrected`.
-        shared: the runs share their prompts: those count that it was asked about again in every run.
-        unit_of: of each run, prompt id -> its unit of evidence.
+    ``runs`` has all of the judge's judgements, run by run. With ``shared`` those prompts count that it was asked
+    about again in every run; ``unit_of``: of each run, prompt id -> its unit of evidence.
     """
     units = list(unit_of) or [None] * len(runs)
     found_of = [repeated(judgements) for judgements in runs]

@@ -14,6 +14,7 @@ from ppo_vs_dpo.compare.estimates.ranking import ranking
 from ppo_vs_dpo.compare.estimates.reweighted import reweighted
 from ppo_vs_dpo.compare.estimates.win_rates import PairTable, Settings, reverse
 from ppo_vs_dpo.compare.judges.scores import preference_by_score
+from ppo_vs_dpo.compare.report.decision import find
 from ppo_vs_dpo.compare.sampling.completions import Draws
 from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender, uniform
 from ppo_vs_dpo.compare.sampling.kl import agreement_with_labels
@@ -171,18 +172,11 @@ def _ties(table: PairTable, policy: str, versus: str) -> float:
     return float(np.nanmean(table.ties[:, table.pairs.index(pair)]))
 
 
-def entry_of(run: Run, policy: str, versus: str, judge: str) -> dict[str, Any] | None:
-    """A win rate of one run's own report."""
-    wanted = (policy, versus, judge)
-    entries = run.report["win_rates"]
-    return next((e for e in entries if (e["policy"], e["versus"], e["judge"]) == wanted), None)
-
-
 def pooled_length_control(
     runs: list[Run], policy: str, versus: str, judge: str, settings: Settings
 ) -> dict[str, Any] | None:
     """Each run's length-controlled win rate, brought together; ``None`` where a run has none."""
-    fits = [(entry_of(run, policy, versus, judge) or {}).get("length_controlled") for run in runs]
+    fits = [(find(run.report, policy, versus, judge) or {}).get("length_controlled") for run in runs]
     if not all(fits):
         return None
     rates = [fit["win_rate"] for fit in fits]

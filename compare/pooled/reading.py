@@ -63,9 +63,7 @@ def load_all(roots: list[str]) -> tuple[list[Run], list[str]]:
 def load(root: str | Path, only: Sequence[str] | None = None) -> Run:
     """Read a finished comparison back from its Parquet file.
 
-    Args:
-        root: the run folder.
-        only: ids of the prompts that are kept, in this order; all by default.
+    ``only``: ids of the prompts that are kept, in this order; all by default.
 
     Raises:
         UserError: not a run, not compared yet, written by another version, or truncated.

@@ -5,7 +5,6 @@ seed would move a figure is in them, which no single run can say.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from ppo_vs_dpo.artifacts.errors import UserError, explain_os_error, in_help, say, warn
+from ppo_vs_dpo.artifacts.errors import UserError, in_help, say
 from ppo_vs_dpo.artifacts.files import read_json, sha256_of
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.compare.estimates.allowed import sampled_as_measured, use_kl
@@ -245,33 +244,23 @@ def own_folder(runs: list[Run]) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command."""
+    """The command.
+
+    Raises:
+        UserError: runs that cannot be pooled.
+    """
     parser = argparse.ArgumentParser(prog="ppo-vs-dpo compare", description=in_help(__doc__.split("\n\n")[0]))
     parser.add_argument("runs", nargs="+", metavar="RUN", help="finished run folders, one a seed")
     parser.add_argument("--output", metavar="FOLDER", help="where to write; default: pooled/ beside the first run")
     arguments = parser.parse_args(argv)
-    try:
-        if len(arguments.runs) == 1:
-            alone = RunFolder(arguments.runs[0]).path("compare", "report.html")
-            raise UserError(f"one run is not pooled: its report is {alone}. Name the runs of other seeds, too.")
-        runs, notes = load_all(arguments.runs)
-        own = runs[0].report["settings"]
-        report = pool(runs, Settings(own["resamples"], own["seeds"][0], own["confidence"]), notes)
-        folder = Path(arguments.output) if arguments.output else own_folder(runs)
-        samples = pooled_samples(runs, list(report["policies"]), list(report["judges"]))
-        write_pages(folder, report, samples, " + ".join(run.root.name for run in runs))
-    except UserError as error:
-        warn(f"error: {error}\n")
-        return 2
-    except OSError as error:
-        explained = explain_os_error(error)
-        if explained is None:
-            raise
-        warn(f"error: {explained}\n")
-        return 2
+    if len(arguments.runs) == 1:
+        alone = RunFolder(arguments.runs[0]).path("compare", "report.html")
+        raise UserError(f"one run is not pooled: its report is {alone}. Name the runs of other seeds, too.")
+    runs, notes = load_all(arguments.runs)
+    own = runs[0].report["settings"]
+    report = pool(runs, Settings(own["resamples"], own["seeds"][0], own["confidence"]), notes)
+    folder = Path(arguments.output) if arguments.output else own_folder(runs)
+    samples = pooled_samples(runs, list(report["policies"]), list(report["judges"]))
+    write_pages(folder, report, samples, " + ".join(run.root.name for run in runs))
     say("\n".join(report["verdict"]) + f"\n\nReport: {folder / 'report.html'}\n")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -48,17 +48,9 @@ def figures(
 ) -> dict[str, Any]:
     """All figures of the report.
 
-    Args:
-        contenders: the policies at the main temperature.
-        checkpoints: points along training.
-        draws: all completions with their scores.
-        scored: pair tables of the judges that score every completion.
-        tables: those, and the tables of the judges that read.
-        logprobs: from `best_of_n_logprobs`.
-        settings: of the stage.
-        how: of all intervals and tests.
-        learned: policy -> what was learned while its completions were drawn.
-        answers: ``P`` chosen answers of held-out pairs to the same prompts, where there are any.
+    ``scored`` are the pair tables of the judges that score every completion, ``tables`` those and the ones of
+    judges that read; ``learned``: policy -> what was learned while its completions were drawn; ``answers``: ``P``
+    chosen answers of held-out pairs to the same prompts, where there are any.
     """
     judges, all_judges = list(scored), list(tables)
     pool = pool_of(draws)

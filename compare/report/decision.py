@@ -66,12 +66,7 @@ def outcome(entry: dict[str, Any], p: float, alpha: float, delta: float, forbidd
     Equal comes first: delta was set before as the smallest difference that matters, and a smaller one that is shown to
     be there (``lead``) is still smaller.
 
-    Args:
-        entry: a win rate.
-        p: corrected for its family.
-        alpha: the level.
-        delta: what matters.
-        forbidden: something stands against any verdict by this judge.
+    ``p`` is corrected for its family; ``forbidden``: something stands against any verdict by this judge.
     """
     shown = p <= alpha and not entry["ci"][0] <= 0.5 <= entry["ci"][1]
     # What KL does not allow is no win: something is not what it is taken for.

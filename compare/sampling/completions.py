@@ -237,18 +237,36 @@ def draw_part(
         )
         of_row = np.stack([found.exact, found.k1, found.k3, found.logprob, found.reference_logprob], axis=1)
         measures = dict(zip(MEASURES, np.stack(ranks.merge(of_row, n), axis=1), strict=True))
+    texts = [decode_completion(tokenizer, sample.token_ids) for sample in generated]
+    finished, tokens = zip(*((sample.finished, sample.token_ids) for sample in generated), strict=True)
+    return table_of(name, part.role, part.temperature, slots, ids, texts, finished, tokens, measures)
+
+
+def table_of(
+    name: str,
+    role: str,
+    temperature: float,
+    slots: list[tuple[int, int]],
+    ids: list[str],
+    texts: Sequence[str],
+    finished: Sequence[bool],
+    tokens: Sequence[list[int]],
+    measures: dict[str, np.ndarray],
+) -> pa.Table:
+    """Completions as rows; ``slots`` say of each which draw it is, and of which of the prompts ``ids``."""
+    n = len(slots)
     return pa.table(
         {
             "policy": [name] * n,
-            "role": [part.role] * n,
-            "temperature": np.full(n, float(part.temperature)),
+            "role": [role] * n,
+            "temperature": np.full(n, float(temperature)),
             "draw": np.array([draw for draw, _ in slots], dtype=np.int32),
             "row": np.array([row for _, row in slots], dtype=np.int32),
             "prompt_id": [ids[row] for _, row in slots],
-            "completion": [decode_completion(tokenizer, sample.token_ids) for sample in generated],
-            "finished": np.array([sample.finished for sample in generated]),
-            "tokens": np.array([len(sample.token_ids) for sample in generated], dtype=np.int32),
-            "token_ids": pa.array([sample.token_ids for sample in generated], type=pa.list_(pa.int32())),
+            "completion": list(texts),
+            "finished": np.array(finished),
+            "tokens": np.array([len(one) for one in tokens], dtype=np.int32),
+            "token_ids": pa.array(tokens, type=pa.list_(pa.int32())),
             **measures,
         }
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from ppo_vs_dpo.compare.config import CompareStage
-from ppo_vs_dpo.compare.sampling.completions import MEASURES, Reference
+from ppo_vs_dpo.compare.sampling.completions import MEASURES, Reference, table_of
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Policy, Prompts
 from ppo_vs_dpo.compare.sampling.rows import match
 from ppo_vs_dpo.models.text.encoding import encode_completions
@@ -41,21 +41,9 @@ def completions_elsewhere(
         tokens = [list(range(len(text.split()))) for text in texts]
     else:
         tokens = encode_completions(reference.tokenizer, texts, finished)
-    n = len(slots)
-    table = pa.table(
-        {
-            "policy": [policy.name] * n,
-            "role": ["baseline" if policy.name == REFERENCE else "sample"] * n,
-            "temperature": np.full(n, float(settings.temperature)),
-            "draw": np.array([draw for draw, _ in slots], dtype=np.int32),
-            "row": np.array([row for _, row in slots], dtype=np.int32),
-            "prompt_id": [prompts.ids[row] for _, row in slots],
-            "completion": texts,
-            "finished": np.array(finished),
-            "tokens": np.array([len(ids_) for ids_ in tokens], dtype=np.int32),
-            "token_ids": pa.array(tokens, type=pa.list_(pa.int32())),
-            **{measure: np.full(n, np.nan) for measure in MEASURES},
-        }
-    )
+    role = "baseline" if policy.name == REFERENCE else "sample"
+    measures = {measure: np.full(len(slots), np.nan) for measure in MEASURES}
+    temperature = settings.temperature
+    table = table_of(policy.name, role, temperature, slots, prompts.ids, texts, finished, tokens, measures)
     unknown = ("displacement", "tokens_generated", "seconds", "parameters")
     return table, {"measurable": False, **dict.fromkeys(unknown)}

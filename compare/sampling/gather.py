@@ -12,7 +12,6 @@ import torch
 from ppo_vs_dpo.artifacts.files import read_parquet
 from ppo_vs_dpo.artifacts.guards.outputs import content_id
 from ppo_vs_dpo.artifacts.guards.processes import die_with_parent
-from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.compare.config import CompareStage
 from ppo_vs_dpo.compare.sampling.completions import (
@@ -25,16 +24,8 @@ from ppo_vs_dpo.compare.sampling.completions import (
 )
 from ppo_vs_dpo.compare.sampling.elsewhere import NoReference, completions_elsewhere
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Policy, Prompts, model_content
-from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.passes.inference import Ranks
-
-
-def model_config_of(run: RunFolder) -> ModelConfig:
-    """The ``model`` section as `ModelConfig`."""
-    from omegaconf import OmegaConf
-
-    section = OmegaConf.to_container(run.config.get("model") or OmegaConf.create({}), resolve=True)
-    return ModelConfig(**{key: section[key] for key in ModelConfig.__dataclass_fields__ if key in section})
+from ppo_vs_dpo.models.training import model_settings
 
 
 class Gatherer:
@@ -44,7 +35,7 @@ class Gatherer:
         self.context, self.settings, self.prompts, self.ranks = context, settings, prompts, ranks
         # Beside the stages: what was drawn outlives a change of any setting that it does not depend on.
         self.folder = context.run.cache("completions")
-        self.model_config = model_config_of(context.run)
+        self.model_config = model_settings(context)
         # Whose tokens and probabilities they are; pairs are what log-probabilities are compared on, too.
         done, pairs = context.run.require(REFERENCE), context.run.done("pairs") or {}
         self.reference_identity = [

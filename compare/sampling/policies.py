@@ -224,8 +224,8 @@ def _point(name: str) -> dict[str, Any]:
 TRAINING = (("data", "prompts_train.parquet"), ("pairs", "train.parquet"), ("data", "sft_train.parquet"))
 
 
-def training_prompts(run: RunFolder) -> Iterator[Any]:
-    """Every prompt that some stage of this run was trained on, once."""
+def training_prompts(run: RunFolder) -> Iterator[tuple[str, Any]]:
+    """Every prompt that some stage of this run was trained on, once, behind its fingerprint."""
     seen: set[str] = set()
     for parts in TRAINING:
         path = run.path(*parts)
@@ -236,22 +236,7 @@ def training_prompts(run: RunFolder) -> Iterator[Any]:
         for identity, prompt in zip(ids, table["prompt"], strict=True):
             if identity not in seen:
                 seen.add(identity)
-                yield prompt
-
-
-def training_prompt_ids(run: RunFolder) -> set[str]:
-    """Fingerprints of every prompt that some stage of this run was trained on."""
-    seen: set[str] = set()
-    for parts in TRAINING:
-        path = run.path(*parts)
-        if not path.is_file():
-            continue
-        table = read_parquet(path)
-        if "prompt_id" in table.column_names:
-            seen.update(table["prompt_id"])
-        elif "prompt" in table.column_names:
-            seen.update(map(prompt_id, table["prompt"]))
-    return seen
+                yield identity, prompt
 
 
 def heldout_prompts(run: RunFolder, limit: int, near_duplicate: float = 1.0) -> Prompts:
@@ -266,7 +251,7 @@ def heldout_prompts(run: RunFolder, limit: int, near_duplicate: float = 1.0) -> 
     ids = list(table["prompt_id"]) if "prompt_id" in table.column_names else [prompt_id(prompt) for prompt in prompts]
     if not prompts:
         raise UserError(f"{path} holds no prompts.")
-    trained = training_prompt_ids(run)
+    trained = {identity for identity, _ in training_prompts(run)}
     untrained = [row for row in range(len(ids)) if ids[row] not in trained]
     # The same prompt twice would get the same completions twice.
     first: dict[str, int] = {}
@@ -281,7 +266,7 @@ def heldout_prompts(run: RunFolder, limit: int, near_duplicate: float = 1.0) -> 
     dropped, repeated = len(ids) - len(untrained), len(untrained) - len(kept)
     kept = kept[:limit]
     texts = [prompts[row] for row in kept]
-    near = len(near_training(texts, training_prompts(run), near_duplicate))
+    near = len(near_training(texts, (prompt for _, prompt in training_prompts(run)), near_duplicate))
     clusters, answers = clusters_of(texts, near_duplicate), [None] * len(kept)
     if "reference" in table.column_names:
         answers = [_text(table[row]["reference"]) for row in kept]
@@ -351,9 +336,7 @@ def check_pair_set(run: RunFolder) -> dict[str, Any] | None:
 def pair_differences(trained: dict[str, dict[str, Any]], soft_labels: dict[str, bool | None]) -> list[str]:
     """Where the branches did not learn the same from the same pairs; a sentence each.
 
-    Args:
-        trained: stage -> what it trained on (`models.text.trained_on.trained_on`).
-        soft_labels: stage -> whether it took the pairs' probabilities, where they have any.
+    ``soft_labels``: stage -> whether it took the pairs' probabilities, where they have any.
     """
     first = trained.get("reward_model")
     found = []

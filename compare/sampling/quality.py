@@ -84,10 +84,8 @@ def rouge_l(texts: Sequence[str], answers: Sequence[str | None]) -> float | None
 def quality(contender: Contender, columns: np.ndarray, answers: Sequence[str | None]) -> dict[str, float | None]:
     """Figures of one completion a prompt.
 
-    Args:
-        contender: the policy.
-        columns: ``(P,)`` which draw of each prompt is read.
-        answers: ``P`` chosen answers of held-out pairs, ``None`` where a prompt has none.
+    ``columns`` ``(P,)`` say which draw of each prompt is read, ``answers`` are ``P`` chosen answers of held-out
+    pairs.
     """
     draws = contender.draws
     per = draws.shape[1]

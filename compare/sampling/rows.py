@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, short
 from ppo_vs_dpo.preferences.reading.readers import Broken, read_files
 from ppo_vs_dpo.preferences.schema import Text, prompt_id, text_of
 
@@ -69,25 +69,21 @@ def match(path: str | Path, prompts: list[Text], ids: list[str], samples: int, w
         for name in names:
             by_name.setdefault(name, []).append((text, finished))
 
-    found, short = [], []
+    found, lacking = [], []
     for row, prompt in enumerate(prompts):
         names = [ids[row], *names_of(prompt)]
         mine = next((by_name[name] for name in names if name in by_name), [])
         found.append(mine)
-        short += [row] if len(mine) < samples else []
-    if short:
+        lacking += [row] if len(mine) < samples else []
+    if lacking:
+        theirs, there = short(text_of(prompts[lacking[0]]), 90), short(first_there, 90)
         raise UserError(
-            f"{where} has fewer than {samples} completions for {len(short)} of {len(prompts)} prompts. The first is "
-            f"{ids[short[0]]}, {_short(text_of(prompts[short[0]]))}; the file's own first is {_short(first_there)}. "
+            f"{where} has fewer than {samples} completions for {len(lacking)} of {len(prompts)} prompts. The first is "
+            f"{ids[lacking[0]]}, {theirs}; the file's own first is {there}. "
             f"Each row needs the prompt as it stands in the prompts' file (a text, or a list of messages), or its "
             f"prompt_id, and completion."
         )
     return found
-
-
-def _short(text: Any) -> str:
-    shown = repr(text)
-    return shown if len(shown) <= 90 else shown[:87] + "..."
 
 
 def _plain(prompt: Any) -> Any:

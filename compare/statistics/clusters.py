@@ -54,10 +54,7 @@ def clusters_of(prompts: list[Any], near_duplicate: float) -> np.ndarray:
 def near_training(prompts: list[Any], training: Iterable[Any], near_duplicate: float) -> np.ndarray:
     """Rows of the prompts that belong together with a training prompt, as `clusters_of` means it.
 
-    Args:
-        prompts: those of a comparison.
-        training: those that something was trained on; passed over once.
-        near_duplicate: as in `clusters_of`.
+    ``training`` is passed over once.
     """
     rows_of: dict[tuple[str, str], set[int]] = {}
     kinds = {"opening": _opening, "exchange": _exchange}

@@ -23,14 +23,8 @@ def fit_soft_labels(
 ) -> np.ndarray:
     """Coefficients of a logistic regression on soft labels: each row counts once as 1 and once as 0, by its weight.
 
-    Args:
-        design: ``(P, k)``.
-        preferences: ``(P,)`` in [0, 1].
-        strength: scikit-learn's ``C``.
-        penalty: ``l1`` or ``l2``.
-        weights: ``(P,)`` of the rows; 1 by default.
-        tolerance: where the solver stops.
-        iterations: at most.
+    ``design`` is ``(P, k)``, ``preferences`` ``(P,)`` in [0, 1], ``strength`` scikit-learn's ``C``, ``weights``
+    ``(P,)`` of the rows (1 by default).
 
     Raises:
         ValueError: all preferences are 0, or all are 1.

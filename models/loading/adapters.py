@@ -29,10 +29,6 @@ def kind_of(settings: Any) -> str:
 def check_adapters(model: torch.nn.Module, what: str) -> None:
     """A model's adapters must be held by PEFT, be switched on, and add no positions.
 
-    Args:
-        model: any.
-        what: names it in messages.
-
     Raises:
         UserError: they are not; names how.
     """
@@ -85,10 +81,7 @@ def merge(model: torch.nn.Module, what: str = "the model", names: list[str] | No
     Where the output layer is the embedding (tied) and one of them has an adapter, they are two afterwards: added into
     the one tensor the adapter would act on both, which is not the model that was trained.
 
-    Args:
-        model: a PEFT model.
-        what: names it in messages.
-        names: of the adapters; those that are active by default.
+    ``names``: of the adapters; those that are active by default.
 
     Raises:
         UserError: adapters that are no sum of weights; names their kind.
@@ -113,11 +106,6 @@ def _ends(model: PreTrainedModel) -> tuple[torch.nn.Module | None, torch.nn.Modu
 def check_base(model: torch.nn.Module, path: str, config: ModelConfig) -> torch.nn.Module:
     """What loading an adapter draws at random without a word: embeddings of tokens that its base lacks, and an output
     layer where the base is a backbone or a reward model.
-
-    Args:
-        model: a PEFT model, as loaded from ``path``.
-        path: the adapter's folder.
-        config: how it was loaded.
 
     Returns:
         ``model``.

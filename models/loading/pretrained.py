@@ -139,10 +139,7 @@ def load_tokenizer(
 def let_pad(tokenizer: PreTrainedTokenizerBase, what: str, writes: bool = True) -> None:
     """Give a tokenizer without a padding token a spare special one, or its end-of-sequence token.
 
-    Args:
-        tokenizer: changed in place.
-        what: names it in messages.
-        writes: its model writes responses, which must end.
+    ``writes``: its model writes responses, which must end.
 
     Raises:
         UserError: it has no end-of-sequence token.
@@ -251,6 +248,16 @@ def load_policy(
         check_complete(model, path, report["missing_keys"])
         check_layers(model, path, report["unexpected_keys"])
     return prepare(model, trainable, quantization)
+
+
+def load_sampler(
+    path: str | Path, config: ModelConfig | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[int]]:
+    """A policy on the accelerator where there is one, its tokenizer, and the tokens that end its completions."""
+    model, tokenizer = load_policy(path, config), load_tokenizer(path, config)
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    return model, tokenizer, eos_token_ids(model, tokenizer)
 
 
 def load_value_or_reward(

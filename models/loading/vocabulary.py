@@ -9,11 +9,6 @@ from ppo_vs_dpo.artifacts.errors import UserError
 def check_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, what: str) -> None:
     """Every token that the tokenizer can give must have an embedding.
 
-    Args:
-        model: reads what the tokenizer writes.
-        tokenizer: which.
-        what: names the model in the message.
-
     Raises:
         UserError: it has not.
     """

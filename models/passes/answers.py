@@ -23,10 +23,7 @@ LEAVE_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 def check_language_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase | None, what: str) -> None:
     """A policy or a reference: next-token logits of a decoder, for every token of its tokenizer.
 
-    Args:
-        model: as it was given.
-        tokenizer: that writes its input; ``None``: not known here.
-        what: names it in messages, as ``the policy``.
+    ``what`` names it in messages; without a ``tokenizer`` (not known here) its tokens are not looked at.
 
     Raises:
         UserError: it is something else; names what.

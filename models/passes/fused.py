@@ -112,11 +112,8 @@ def attention(
 ) -> torch.Tensor:
     """Self-attention of packed tokens.
 
-    Args:
-        normal: ``(1, T, d)``, normalised.
-        position_embeddings: cosines and sines ``(1, T, width of a head)``.
-        groups: `Packing.groups`.
-        keep: ``(N,)`` places whose states are wanted; ``None`` for all.
+    ``normal`` is ``(1, T, d)``, normalised; ``position_embeddings`` are cosines and sines ``(1, T, width of a
+    head)``; ``keep`` ``(N,)`` are the places whose states are wanted, ``None`` for all.
 
     Returns:
         ``(1, N, d)``.
@@ -150,11 +147,8 @@ def layer_forward(
 ) -> torch.Tensor:
     """A layer's ``forward``: ours for packed rows, transformers' own for others.
 
-    Args:
-        hidden_states: ``(1, T, d)``.
-        packed_groups: `Packing.groups`; ``None`` where rows are not packed.
-        packed_keep: ``(N,)`` places whose states are wanted from the last layer.
-        last: whether this is that layer.
+    States ``(1, T, d)``; ``packed_groups`` are `Packing.groups`, ``None`` where rows are not packed;
+    ``packed_keep`` ``(N,)`` are the places whose states are wanted from the ``last`` layer.
 
     Returns:
         ``(1, N, d)`` from the last layer where places are given, else ``(1, T, d)``.

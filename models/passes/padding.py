@@ -39,10 +39,6 @@ def without_router(model: PreTrainedModel) -> dict[str, Any]:
 def check_length(model: torch.nn.Module, longest: int) -> None:
     """No row may reach where a rotary embedding changes for all positions at once (LongRoPE).
 
-    Args:
-        model: a causal language model, or its backbone.
-        longest: tokens of the longest row of the batch.
-
     Raises:
         UserError: one does.
     """

@@ -162,11 +162,6 @@ def rows_that_fit(model: PreTrainedModel, columns: int, wanted: int) -> int:
     """Rows decoded at once: those wanted, or as many as the device's free memory takes; at least one.
 
     Which rows share a batch changes nothing but rounding, so the limit needs no setting.
-
-    Args:
-        model: a causal language model.
-        columns: tokens of the longest row.
-        wanted: rows.
     """
     parameter = next(model.parameters())
     free = free_bytes(parameter.device)

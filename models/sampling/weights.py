@@ -110,11 +110,8 @@ def buckets(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The weights in some dtype, a bucket at a time; all ranks must go through all of them.
 
-    Args:
-        policy: see `weights_of`.
-        dtype: of what comes out.
-        keep: whether this rank wants them; the others help to gather, and get empty buckets.
-        size: bytes of a bucket (`BUCKET`); a single larger tensor is one of its own.
+    Ranks that do not ``keep`` them help to gather, and get empty buckets; a single tensor of more than ``size``
+    bytes is a bucket of its own.
     """
     bucket: list[Weight] = []
     size, held = BUCKET if size is None else size, 0
@@ -139,13 +136,7 @@ def _addresses(bucket: list[Weight]) -> set[int]:
 def named_weights(
     policy: torch.nn.Module, dtype: torch.dtype | None = None, size: int | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """All weights of a policy by name, one after another, on every rank; under ZeRO-3 a bucket at a time is whole.
-
-    Args:
-        policy: see `weights_of`.
-        dtype: of what comes out; ``None``: as it is.
-        size: bytes of a bucket.
-    """
+    """All weights of a policy by name, one after another, on every rank; under ZeRO-3 a bucket at a time is whole."""
     if dtype is None:
         for weight in weights_of(policy):
             with whole(weight.parts, write=False):

@@ -56,11 +56,7 @@ def _full(parameter: torch.nn.Parameter, key: str | None = None) -> torch.Tensor
 def save_trained(engine: torch.nn.Module, folder: Path, rank: int, ranks: int) -> None:
     """Write the trained weights in fp32 and the optimizer's state; all ranks must call this.
 
-    Args:
-        engine: a DeepSpeed engine with an optimizer, ZeRO stage 1, 2 or 3.
-        folder: exists; takes ``trained.json`` and one safetensors file a rank.
-        rank: of this process.
-        ranks: how many there are.
+    ``folder`` exists, and takes ``trained.json`` and one safetensors file a rank.
     """
     optimizer, flat = _partitions(engine)
     _link_moments(engine)
@@ -160,10 +156,7 @@ def check_trained(engine: torch.nn.Module, folder: Path) -> "Saved":
 def load_trained(engine: torch.nn.Module, folder: Path, optimizer_too: bool = True) -> None:
     """Put a saved state into an engine, whatever the numbers of ranks and the ZeRO stages of the two.
 
-    Args:
-        engine: with the same trained parameters.
-        folder: from `save_trained`.
-        optimizer_too: else weights only.
+    ``folder`` is from `save_trained`; without ``optimizer_too`` weights only.
 
     Raises:
         UserError: see `check_trained`; nothing has been changed then.

@@ -46,10 +46,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]
 def marks_inside(marks: frozenset[str], value: Prompt, answer: bool = False) -> list[str]:
     """Marks that a text carries where only the template, or the end of an answer, may put them.
 
-    Args:
-        marks: from `marks_of`.
-        value: a prompt or an answer.
-        answer: the end of an answer may have one (it is taken off).
+    ``marks`` are from `marks_of`; the end of an ``answer`` may have one (it is taken off).
     """
     if not answer and not is_conversational(value):
         return []  # a text prompt may be rendered

@@ -9,9 +9,11 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -40,10 +42,7 @@ def encode_prompts(
 ) -> list[list[int]]:
     """`models.text.prompts.encode_prompt` of every prompt.
 
-    Args:
-        tokenizer: of the model that reads them.
-        prompts: texts or conversations.
-        first_row: number of the first one in its file, for messages.
+    ``first_row`` is the number of the first one in its file, for messages.
 
     Raises:
         UserError: an empty prompt (names its row), conversations without a chat template.
@@ -93,6 +92,19 @@ def encode_answers(
     for row in several:
         ids[row], masks[row] = encode_turns(tokenizer, prompts[row], completions[row], ends[row])
     return ids, masks
+
+
+def encoded_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Dataset | Path, cache: Path | None = None) -> Dataset:
+    """What a branch learns from: `encode_pairs` of rows in memory, or `encode_pair_file` (by default beside the file).
+
+    Raises:
+        UserError: no rows, or what those raise.
+    """
+    if isinstance(pairs, Path):
+        return encode_pair_file(tokenizer, pairs, cache or pairs.parent / "tokens")
+    if len(pairs) == 0:
+        raise UserError("pairs/train.parquet has no rows: there is nothing to learn from.")
+    return encode_pairs(tokenizer, pairs)
 
 
 def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Dataset) -> Dataset:
@@ -230,6 +242,14 @@ def soft_labels(encoded: Dataset, where: str) -> list[str]:
     return [] if all(label is None for label in labels) else ["soft_label"]
 
 
+def soft_label_batch(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """``soft_label`` ``(B,)`` where the rows have it, 1 for a pair without one."""
+    if "soft_label" not in rows[0]:
+        return {}
+    labels = [1.0 if row["soft_label"] is None else row["soft_label"] for row in rows]
+    return {"soft_label": torch.tensor(labels, dtype=torch.float)}
+
+
 def left_out(given: int, kept: int, where: str, limit: int | None) -> list[str]:
     """A sentence where rows were left out for their length, to be said on the console."""
     if given == kept:
@@ -241,13 +261,6 @@ def drop_long(rows: Dataset, lengths: Sequence[int], limit: int | None, context:
     """Leave out rows longer than ``limit``; what is left must fit into the model.
 
     Pairs are dropped, never cut: the reward model and DPO must learn from the same ends.
-
-    Args:
-        rows: encoded rows.
-        lengths: tokens of each.
-        limit: ``max_length`` of the stage, ``None`` for no limit.
-        context: the model's context length, ``None`` where it has none.
-        where: the stage, for messages.
 
     Raises:
         UserError: all rows are too long, or one does not fit into the context; names it.

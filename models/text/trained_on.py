@@ -14,11 +14,6 @@ TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 def trained_on(dataset: Dataset, given: int, epochs: float | None = None) -> dict[str, Any]:
     """The identity of the pairs in a trainer.
 
-    Args:
-        dataset: encoded pairs, after all drops.
-        given: how many there were before.
-        epochs: passes over them, as far as training went.
-
     Returns:
         ``hash`` (SHA-256 over the rows' tokens, whatever their order), ``pairs``, ``left_out``, ``epochs``.
     """

@@ -18,11 +18,7 @@ def encode_turns(
     Each of the assistant's turns has the tokens that it has as a single answer to the conversation before it (so that
     what is trained is what is sampled); what stands between them is the template's.
 
-    Args:
-        tokenizer: of the model that reads them.
-        prompt: the conversation before.
-        turns: messages, the first and the last of them the assistant's.
-        finished: whether the last turn has its EOS.
+    The first and the last of the ``turns`` are the assistant's; ``finished``: the last one has its EOS.
 
     Returns:
         The token ids, and for each of them 1 where it is the assistant's own, EOS included, and 0 where it is not.

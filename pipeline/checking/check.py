@@ -28,10 +28,6 @@ PATIENCE = 300.0
 def load_checked(overrides: list[str], launcher: Callable[[Any], Any]) -> DictConfig:
     """`compose.load`; where that complains, all that the stages would refuse besides is said with it.
 
-    Args:
-        overrides: as on the command line.
-        launcher: as for `check_run`.
-
     Raises:
         UserError: all of it at once.
     """

@@ -130,10 +130,6 @@ def hydra_configs() -> Iterator[None]:
 def load(overrides: list[str], check_missing: bool = True) -> DictConfig:
     """Compose, resolve and check a configuration.
 
-    Args:
-        overrides: as on the command line (``experiment=quickstart``, ``ppo.kl_coef=0.1``).
-        check_missing: required keys must be set.
-
     Returns:
         The resolved configuration, ``experiment`` and ``name`` filled in.
 
@@ -180,14 +176,8 @@ def finish(
 ) -> DictConfig:
     """Name the run, drop Hydra's own section, empty what was given as ``{}``, check and resolve.
 
-    Args:
-        config: as Hydra composed it.
-        experiment: its name, from `chosen`.
-        overrides: those that the run's name is made of.
-        multirun: name it after all of them.
-        check_missing: required keys must be set.
-        emptied: all overrides, where ``overrides`` are not all.
-        problems: what has been found wrong with it so far.
+    ``overrides`` are those that the run's name is made of (with ``multirun`` all of them), ``emptied`` all, where
+    those are not all; ``problems`` is what has been found wrong so far.
     """
     plain = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
     OmegaConf.set_struct(plain, False)

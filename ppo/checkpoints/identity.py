@@ -73,14 +73,7 @@ IN_GROUPS = {"weight_decay": "weight_decay", "adam_beta1": "betas", "adam_beta2"
 
 
 def identity(args: PPOConfig, size: int, updates: int, prompt_ids: list[list[int]]) -> dict[str, Any]:
-    """What must be equal for going on from a checkpoint.
-
-    Args:
-        args: the settings.
-        size: responses an update.
-        updates: of the run.
-        prompt_ids: to train on.
-    """
+    """What must be equal for going on from a checkpoint."""
     names = (one.name for one in dataclasses.fields(args) if one.init and one.name not in FREE)
     mine = {name: getattr(args, name) for name in names}
     content = hashlib.sha256(json.dumps(prompt_ids).encode()).hexdigest()[:16]

@@ -39,15 +39,7 @@ def trained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 class Checkpoints:
-    """A run's checkpoints: ``checkpoint-N`` with the policy as a Hub folder, and the exact state of the run beside it.
-
-    Args:
-        roles: whose weights are kept.
-        loop: the state that is kept, and put back.
-        args: the settings.
-        accelerator: of the trainer.
-        settings: `identity.identity` of the run.
-    """
+    """A run's checkpoints: ``checkpoint-N`` with the policy as a Hub folder, and the run's exact state beside it."""
 
     def __init__(
         self, roles: Roles, loop: LoopState, args: PPOConfig, accelerator: Accelerator, settings: dict[str, Any]
@@ -57,13 +49,7 @@ class Checkpoints:
         self.sharded = accelerator.distributed_type == DistributedType.DEEPSPEED
 
     def write(self, optimizer: Optimizer, scheduler: LRScheduler, stateful: list[ExportableState]) -> Path:
-        """Write one; all ranks must call this. The folder appears under its name only when it is complete, on all.
-
-        Args:
-            optimizer: of the trained weights.
-            scheduler: of its learning rates.
-            stateful: callbacks whose states travel in ``trainer_state.json``, as the Trainer has it.
-        """
+        """Write one; all ranks must call this. The folder appears under its name only when it is complete, on all."""
         progress, writes = self.loop.progress, self.args.should_save
         target = self.root / f"checkpoint-{self.loop.step}"
         if progress.best_global_step:

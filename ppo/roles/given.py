@@ -81,10 +81,6 @@ def value_model_from(reward_model: PreTrainedModel | None, policy: PreTrainedMod
     """What the value model starts from: a copy of the reward model (N+ detail 22), or the policy with a head of zeros.
 
     With a head of zeros all values are 0 at first: advantages start as what the rewards themselves say.
-
-    Args:
-        reward_model: one that reads the policy's tokens, or ``None``.
-        policy: its backbone serves where there is no such reward model.
     """
     if reward_model is not None:
         copied = whole_copy(reward_model)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ppo_vs_dpo.artifacts.awaiting import wait_for
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, short
 from ppo_vs_dpo.models.loading.files import BIAS_KEY
 from ppo_vs_dpo.models.loading.pretrained import context_length
 from ppo_vs_dpo.models.loading.vocabulary import check_tokens
@@ -82,11 +82,6 @@ class ModelReward:
 class EnsembleReward:
     """Several reward models as one: their mean, the worst, or the mean less their disagreement (`shaping.combined`).
 
-    Args:
-        members: at least two, of one tokenizer.
-        kind: one of those of `PPOConfig.reward_ensemble`.
-        coef: of ``uncertainty``.
-
     Raises:
         UserError: members of other vocabularies than the first.
     """
@@ -145,7 +140,7 @@ class FunctionReward:
             where = (
                 ""
                 if row is None
-                else f" for sample {row} (prompt {_short(prompts[row])}, completion {_short(completions[row])})"
+                else f" for sample {row} (prompt {short(prompts[row])}, completion {short(completions[row])})"
             )
             raise RewardError(f"{self.name} raised {type(error).__name__}: {error}{where}.", row) from error
 
@@ -164,17 +159,8 @@ class FunctionReward:
         return None
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
 class Rewards:
     """A weighted sum of rewards; with one part, that part.
-
-    Args:
-        parts: at least one.
-        weights: one each; 1 by default.
 
     Raises:
         UserError: no part, or another number of weights.
@@ -209,11 +195,6 @@ class Rewards:
 
     def check_context(self, prompts: Sequence, longest: int, response_length: int) -> None:
         """Prompt and response must fit into every reward model, before anything is sampled.
-
-        Args:
-            prompts: all of them.
-            longest: tokens of the longest, in the policy's tokens.
-            response_length: budget of a response.
 
         Raises:
             UserError: they do not.

@@ -83,9 +83,6 @@ class Roles:
 
         Vocabularies are padded to different sizes, and what no tokenizer writes a policy may sample all the same.
 
-        Args:
-            responses: token ids.
-
         Raises:
             RewardError: value or reward model has fewer; names the token.
         """

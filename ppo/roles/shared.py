@@ -23,11 +23,7 @@ POLICY, VALUE, REWARD = "default", "value", "reward"
 
 
 class SharedBase:
-    """The adapters' layers of one model, and which adapter is on.
-
-    Args:
-        model: a ``peft.PeftModel`` with all adapters.
-    """
+    """The adapters' layers of one model, and which adapter is on."""
 
     def __init__(self, model: nn.Module):
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -81,13 +77,7 @@ class Switched(nn.Module):
 
 
 class SharedRole(nn.Module):
-    """A value or reward model on the shared base: an adapter and a scalar head.
-
-    Args:
-        shared: the base.
-        adapter: name of this role's adapter in it.
-        head: ``(hidden) -> 1``.
-    """
+    """A value or reward model on the shared base: an adapter and a scalar head."""
 
     base_model_prefix = "transformer"
     is_gradient_checkpointing = False

@@ -94,10 +94,7 @@ class PolicyAndValue(nn.Module):
 def optimizer_groups(model: PolicyAndValue, decay: set[str], args: PPOConfig) -> list[dict]:
     """Parameter groups: policy and value, each with and without weight decay, each role with its learning rate.
 
-    Args:
-        model: the trained module.
-        decay: names of parameters that decay (the Trainer's own rule: no biases, no norms).
-        args: the settings.
+    ``decay``: names of parameters that decay (the Trainer's own rule: no biases, no norms).
     """
     value_lr = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
     groups = []

@@ -88,12 +88,7 @@ def with_values(rollout: Rollout, args: PPOConfig) -> tuple[torch.Tensor, torch.
 
 
 def estimate(rollout: Rollout, args: PPOConfig) -> Rollout:
-    """Fill in advantages and returns by ``args.advantage``; gives the rollout of all ranks.
-
-    Args:
-        rollout: this rank's, with rewards and, for GAE, values.
-        args: the settings.
-    """
+    """Fill in advantages and returns by ``args.advantage``; gives the rollout of all ranks."""
     k, unbiased = args.samples_per_prompt, args.conventions.unbiased
     if args.loss != "ppo":  # It compares scores; there is nothing to estimate.
         return rollout.gather()

@@ -53,9 +53,7 @@ class Unusable(UserError):
 def non_finite(rollout: Rollout, what: str, args: PPOConfig, sharded: bool) -> Unusable:
     """A loss or gradient norm that is not a finite number.
 
-    Args:
-        what: which.
-        sharded: DeepSpeed has stepped already.
+    ``sharded``: DeepSpeed has stepped already.
     """
     kept = "The weights are those before it"
     if sharded:
@@ -89,10 +87,7 @@ def check_first_kl(rollout: Rollout, dtype: torch.dtype, is_start: bool) -> None
     A reference that was passed may be another model on purpose (a run that goes on from a trained policy): then the
     distance is said, once.
 
-    Args:
-        rollout: of the first update.
-        dtype: of the policy's forward pass.
-        is_start: the reference was made from the policy.
+    ``is_start``: the reference was made from the policy.
 
     Raises:
         Unusable: it is more than rounding, and the reference was made from the policy.
@@ -126,11 +121,7 @@ def check_first_kl(rollout: Rollout, dtype: torch.dtype, is_start: bool) -> None
 def check_first_ratio(rollout: Rollout, deviation: dict[str, float], number: int, dtype: torch.dtype) -> None:
     """Stop when the policy that trains is not the policy that sampled (N+: ratio exactly 1 on the first pass).
 
-    Args:
-        rollout: that the update trained on.
-        deviation: `ppo.updates.update.Update.deviation`.
-        number: of the update, from 1.
-        dtype: of the policy's forward pass.
+    ``deviation`` is `ppo.updates.update.Update.deviation`.
 
     Raises:
         Unusable: it is more than rounding.
@@ -155,12 +146,6 @@ def check_agreement(rollout: Rollout, number: int, dtype: torch.dtype, device: t
     """Stop when an engine with weights of its own samples from another policy than the one that trains.
 
     Rounding gives mean differences below 1e-3 nats in fp32, and of a few hundredths in bf16.
-
-    Args:
-        rollout: with the log-probabilities of both.
-        number: of the update, from 1.
-        dtype: of the policy's forward pass.
-        device: where the ranks meet.
 
     Raises:
         Unusable: it is more than rounding, on any rank.

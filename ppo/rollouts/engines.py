@@ -23,13 +23,6 @@ def make_engine(
 ) -> Engine:
     """The engine that ``ppo.generation_engine`` names.
 
-    Args:
-        policy: what it will sample.
-        tokenizer: the policy's.
-        args: the settings.
-        accelerator: of the trainer.
-        longest_prompt: tokens.
-
     Raises:
         UserError: it cannot work with the other settings, is not installed, or cannot run the policy.
     """

@@ -158,11 +158,6 @@ class PromptSet:
 
         The prompts are shuffled afresh for each pass over them (N+ detail 21); updates take them in turn. The answer
         is a function of the arguments alone, so a resumed run needs no cursor.
-
-        Args:
-            update: from 0.
-            size: prompts per update.
-            seed: the run's.
         """
         positions = np.arange(update * size, (update + 1) * size)
         passes = positions // len(self)

@@ -13,16 +13,15 @@ from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.artifacts.files import atomic_folder, read_parquet
+from ppo_vs_dpo.artifacts.files import read_parquet
 from ppo_vs_dpo.artifacts.settings import split
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.models.callbacks import RunCallback
-from ppo_vs_dpo.models.loading.adapters import is_peft, merge
-from ppo_vs_dpo.models.loading.pretrained import load_policy, load_tokenizer
-from ppo_vs_dpo.models.loading.quantized import in_4bit
+from ppo_vs_dpo.models.loading.adapters import is_peft
+from ppo_vs_dpo.models.loading.pretrained import load_tokenizer
 from ppo_vs_dpo.models.resuming import readable, resume_point
-from ppo_vs_dpo.models.sharding.deepspeed import tell_held_bytes, unsharded_loading, whole_state
-from ppo_vs_dpo.models.training import model_settings, training_arguments
+from ppo_vs_dpo.models.sharding.deepspeed import tell_held_bytes, whole_state
+from ppo_vs_dpo.models.training import model_settings, training_arguments, write_model
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.roles.judge import JudgeReward, judge_settings
 from ppo_vs_dpo.ppo.stage.config import JUDGE, PPOStage
@@ -71,11 +70,7 @@ def split_prompts(prompts: Dataset, validation: int, seed: int) -> tuple[Dataset
 
 
 def can_choose_best(passed: dict[str, Any]) -> bool:
-    """Whether the stage evaluates and keeps checkpoints, so that it can end with the best of them.
-
-    Args:
-        passed: the keys of the section that are `PPOConfig`'s.
-    """
+    """Whether the stage evaluates and keeps checkpoints, so that it can end with the best of them."""
     evaluates = passed.get("eval_strategy") not in (None, False, "no")
     return evaluates and passed.get("save_strategy") not in (False, "no") and not passed.get("save_only_model")
 
@@ -163,23 +158,12 @@ def save_final(trainer: PPOTrainer, context: StageContext) -> None:
 
     With adapters, ``adapter/`` holds them too. All processes must call this.
     """
-    policy, tokenizer, is_main = trainer.policy, trainer.processing_class, trainer.is_world_process_zero()
-    weights = None
+    policy, weights, is_main = trainer.policy, None, trainer.is_world_process_zero()
     if trainer.is_deepspeed_enabled:
         # A collective: one parameter at a time meets on the main process.
         weights = whole_state(policy, keep=is_main, trained_only=is_peft(policy))
     if is_main:
-        if is_peft(policy):
-            with atomic_folder(context.dir / "adapter") as folder:
-                policy.save_pretrained(folder, state_dict=weights, selected_adapters=[policy.active_adapter])
-            if weights is None and not in_4bit(policy):
-                policy = merge(policy, names=[policy.active_adapter])
-            else:
-                # Merged from the files, into the base as it was saved: in memory it is in pieces, or in 4 bits.
-                with unsharded_loading():
-                    policy = load_policy(context.dir / "adapter", model_settings(context))
-                weights = None
-        with atomic_folder(context.dir / "model") as folder:
-            policy.save_pretrained(folder, state_dict=weights)
-            tokenizer.save_pretrained(folder)
+        # On a shared base the other roles' adapters are not the policy's to save.
+        own = [policy.active_adapter] if is_peft(policy) else None
+        write_model(policy, trainer.processing_class, context, weights, adapters=own)
     trainer.accelerator.wait_for_everyone()

@@ -19,9 +19,7 @@ def chosen_and_rejected(rollout: Rollout, k: int) -> Rollout:
 
     Of equal scores the first counts as best and the last as worst, so that the two are never the same row.
 
-    Args:
-        rollout: whole; ``k`` neighbouring rows are the responses to a prompt.
-        k: at least 2.
+    Of a whole rollout ``k`` neighbouring rows, at least 2, are the responses to a prompt.
     """
     scores = rollout.final_scores.view(-1, k)
     first = torch.arange(len(scores), device=scores.device) * k

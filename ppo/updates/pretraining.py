@@ -15,12 +15,7 @@ from ppo_vs_dpo.ppo.config import PPOConfig
 class PretrainingText:
     """Texts as token ids, drawn in shuffled order, shared among ranks and micro-batches.
 
-    Args:
-        dataset: with a column ``text``, or ``prompt`` and ``completion``.
-        tokenizer: the policy's.
-        max_length: tokens kept of a text.
-        batch_size: texts per minibatch; ``None``: as many as the minibatch has responses.
-        seed: the run's.
+    ``max_length`` tokens are kept of a text; ``batch_size`` ``None``: as many as the minibatch has responses.
 
     Raises:
         UserError: no such columns, or no text of at least two tokens.

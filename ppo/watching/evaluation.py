@@ -25,11 +25,6 @@ class Evaluator:
 
     The seeds of the samples are the same at each evaluation, and the same for the reference: two evaluations differ
     by the policies, not by the draw.
-
-    Args:
-        roles: of the run.
-        args: the settings.
-        accelerator: of the trainer.
     """
 
     def __init__(self, roles: Roles, args: PPOConfig, accelerator: Accelerator):
@@ -59,12 +54,6 @@ class Evaluator:
 
     def run(self, prompts: PromptSet, prefix: str, step: int, score_bias: float) -> dict[str, float]:
         """Measure the policy.
-
-        Args:
-            prompts: to respond to.
-            prefix: of the names.
-            step: updates done, for the file of samples.
-            score_bias: subtracted from scores.
 
         Returns:
             ``reward`` (final score), ``reward_se``, ``score`` (as the reward gave it), ``reference_score``, ``kl``
@@ -103,12 +92,7 @@ class Evaluator:
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
     def completions(self, prompts: PromptSet, limit: int | None = None) -> list[dict]:
-        """A response to each prompt and its score, in the prompts' order, on every rank.
-
-        Args:
-            prompts: to respond to.
-            limit: the first so many.
-        """
+        """A response to each prompt and its score, in the prompts' order, on every rank."""
         total = len(prompts) if limit is None else min(limit, len(prompts))
         rows = self._share(total)
         generated, scores = self._draw(prompts, rows, "evaluation")
@@ -165,10 +149,6 @@ class Evaluator:
         """Mean score of the reference completions of prompts: the bias that brings them to 0 (N+ detail 15).
 
         The column ``completion`` of the data where it exists, else samples of the reference.
-
-        Args:
-            prompts: to train on.
-            limit: how many to look at.
         """
         total = min(limit, len(prompts))
         rows = self._share(total)

@@ -47,11 +47,8 @@ def size_of(model: nn.Module | None) -> int:
 def update_flops(sizes: Sizes, tokens: int, passes: float, value_only: bool = False) -> float:
     """Floating-point operations of one update.
 
-    Args:
-        sizes: of the models.
-        tokens: real tokens of the rollout, prompts and responses.
-        passes: passes over the rollout that trained (fewer than planned after an early stop).
-        value_only: the policy was not trained in this update.
+    ``tokens`` are the rollout's real ones, prompts and responses; ``passes`` those over it that trained (fewer
+    than planned after an early stop).
     """
     rollout = sizes.policy + sizes.reward  # sampling (one forward pass, with a cache) and scoring
     forward = sizes.policy + sizes.value + sizes.reference  # log-probabilities and values

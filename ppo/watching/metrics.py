@@ -12,16 +12,7 @@ from ppo_vs_dpo.ppo.updates.update import Update
 def update_metrics(
     rollout: Rollout, done: Update, args: PPOConfig, kl_coef: float, rates: dict[str, float], other_engine: bool
 ) -> dict[str, float]:
-    """Everything the log says about one update, but times.
-
-    Args:
-        rollout: it trained on, whole and gathered.
-        done: what it left.
-        args: the settings.
-        kl_coef: of the rollout.
-        rates: learning rates of the roles.
-        other_engine: the rollout was sampled by an engine with weights of its own.
-    """
+    """Everything the log says about one update, but times."""
     metrics = {**rollout_metrics(rollout, kl_coef), **done.metrics}
     if other_engine:
         metrics.update(engine_metrics(rollout, args.importance_sampling_cap, args.importance_sampling))

@@ -73,16 +73,12 @@ class Runner:
         key: Key,
         ask: Callable[[Sequence[Request]], Iterator[tuple[int, Any]]],
         conversation: Callable[[Item], Text],
-        more: Callable[[Item], dict[str, Any]] = lambda item: {},
+        drawn: Callable[[Item], Principle] | None = None,
     ) -> None:
         """Do one step for all items that lack it.
 
-        Args:
-            items: prompts.
-            key: (what, round) of the step.
-            ask: `Model.answer` or `Model.choose`.
-            conversation: what the model is given.
-            more: what is logged besides the result.
+        ``ask`` is `Model.answer` or `Model.choose`; the principle that was ``drawn`` for an item is logged,
+        too.
         """
         what, round = key
         todo = [item for item in items if key not in item.steps and not item.refused]
@@ -92,7 +88,8 @@ class Runner:
             requests = [Request(conversation(item), row_seed(self.seed, item.prompt_id, what, round)) for item in some]
             for number, result in ask(requests):
                 item = some[number]
-                step = {"prompt_id": item.prompt_id, "what": what, "round": round, **_as_fields(result), **more(item)}
+                under = {"principle": drawn(item).id} if drawn is not None else {}
+                step = {"prompt_id": item.prompt_id, "what": what, "round": round, **_as_fields(result), **under}
                 self.log.append([step])
                 item.steps[key] = step
                 self._tell(1, what)
@@ -137,16 +134,14 @@ def critique_and_revise(
     """
     runner.run(items, ("answer", 0), helper.answer, lambda item: _opened(item.prompt, system))
     for round in range(1, rounds + 1):
-
-        def current(item: Item, round: int = round) -> str:
-            return item.text("answer", 0) if round == 1 else item.text("revision", round - 1)
+        current = ("answer", 0) if round == 1 else ("revision", round - 1)
 
         def drawn(item: Item, round: int = round) -> Principle:
             return draw_principle(principles, runner.seed, item.prompt_id, "critique", round)
 
         def to_criticise(item: Item, current=current, drawn=drawn) -> Text:
             before = _opened([*few_shot, *_messages(item.prompt)], system)
-            return [*before, message("assistant", current(item)), message("user", drawn(item).critique)]
+            return [*before, message("assistant", item.text(*current)), message("user", drawn(item).critique)]
 
         def to_revise(item: Item, drawn=drawn, to_criticise=to_criticise, round: int = round) -> Text:
             return [
@@ -155,11 +150,8 @@ def critique_and_revise(
                 message("user", drawn(item).revision),
             ]
 
-        def principle(item: Item, drawn=drawn) -> dict[str, str]:
-            return {"principle": drawn(item).id}
-
-        runner.run(items, ("critique", round), critic.answer, to_criticise, principle)
-        runner.run(items, ("revision", round), critic.answer, to_revise, principle)
+        runner.run(items, ("critique", round), critic.answer, to_criticise, drawn)
+        runner.run(items, ("revision", round), critic.answer, to_revise, drawn)
 
 
 def question(prompt: Text, principle: Principle, first: str, second: str, closing: str = CHOOSE) -> Text:
@@ -195,9 +187,6 @@ def compare_samples(
     def drawn(item: Item) -> Principle:
         return draw_principle(principles, runner.seed, item.prompt_id, "choice", 0)
 
-    def principle(item: Item) -> dict[str, str]:
-        return {"principle": drawn(item).id}
-
     for order in (0, 1):
 
         def ask(item: Item, closing: str, order: int = order) -> Text:
@@ -213,8 +202,8 @@ def compare_samples(
             return [*ask(item, THINK), message("assistant", item.text("reasoning", order)), message("user", CHOOSE)]
 
         if chain_of_thought:
-            runner.run(different, ("reasoning", order), judge.answer, to_reason, principle)
-        runner.run(different, ("choice", order), judge.choose, to_choose, principle)
+            runner.run(different, ("reasoning", order), judge.answer, to_reason, drawn)
+        runner.run(different, ("choice", order), judge.choose, to_choose, drawn)
 
 
 def preference_log_odds(first_shown: float, second_shown: float) -> float:

@@ -11,7 +11,7 @@ import torch
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.config import ModelConfig
-from ppo_vs_dpo.models.loading.pretrained import context_length, eos_token_ids, load_policy, load_tokenizer
+from ppo_vs_dpo.models.loading.pretrained import context_length, load_sampler
 from ppo_vs_dpo.models.passes.logprobs import pad_batch
 from ppo_vs_dpo.models.sampling.chat import ChatEndpoint, EndpointDown, GarbageError, Refused, Reply, after_thinking
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate
@@ -66,10 +66,7 @@ class LocalModel:
     """
 
     def __init__(self, path: str, sampling: SamplingConfig, config: ModelConfig | None = None):
-        self.model, self.tokenizer = load_policy(path, config), load_tokenizer(path, config)
-        if torch.accelerator.is_available():
-            self.model.to(torch.accelerator.current_accelerator())
-        self.eos = eos_token_ids(self.model, self.tokenizer)
+        self.model, self.tokenizer, self.eos = load_sampler(path, config)
         self.sampling = sampling
 
     def _encode(self, conversation: Text) -> list[int]:
@@ -231,11 +228,7 @@ def _log_odds(reply: Reply) -> float | None:
 def load_model(settings: Endpoint, sampling: SamplingConfig, policy: str, config: ModelConfig | None = None) -> Model:
     """The model that an endpoint's settings describe.
 
-    Args:
-        settings: helper, critic or judge of the configuration.
-        sampling: budget, temperature and batch size.
-        policy: the model where ``settings.model`` is null.
-        config: how local models are loaded.
+    It is ``policy`` where ``settings.model`` is null.
 
     Raises:
         UserError: it cannot be loaded, or its key is missing.

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import read_json
 from ppo_vs_dpo.preferences.reading.mappings import UnmappableError, parse_dialogue
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "constitution"
@@ -100,11 +101,9 @@ def load_few_shot(path: str | None) -> list[dict[str, str]]:
     if path is None:
         return []
     try:
-        transcripts = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"data.few_shot: {path} does not exist.") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"data.few_shot: {path}, line {error.lineno}: not valid JSON ({error.msg}).") from None
+        transcripts = read_json(path)
+    except UserError as error:
+        raise UserError(f"data.few_shot: {error}") from None
     if not isinstance(transcripts, list) or not all(isinstance(text, str) for text in transcripts):
         raise UserError(f"data.few_shot: {path} must hold a list of transcripts.")
     # The paper's transcripts end with the header of the next question.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.artifacts.files import atomic_folder, atomic_path, read_parquet, write_parquet
+from ppo_vs_dpo.artifacts.files import atomic_folder, atomic_path, read_parquet
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.models.loading.pretrained import load_tokenizer
 from ppo_vs_dpo.models.training import model_settings
@@ -33,19 +33,13 @@ def data_step(context: StageContext, settings: MadePairs) -> None:
 
 
 def _testbed(context: StageContext, settings: MadePairs) -> dict[str, int]:
-    from ppo_vs_dpo.preferences.testbed.grammar import distinct_prompts, reviews
-    from ppo_vs_dpo.preferences.testbed.tokenizer import build_tokenizer
+    from ppo_vs_dpo.preferences.testbed.grammar import distinct_prompts
+    from ppo_vs_dpo.preferences.testbed.world import write_world
 
-    examples = list(reviews(context.seed, settings.sft_examples))
-    write_parquet(
-        context.dir / "sft_train.parquet",
-        {"prompt": [prompt for prompt, _ in examples], "completion": [completion for _, completion in examples]},
-    )
-    with atomic_folder(context.dir / "tokenizer") as folder:
-        build_tokenizer().save_pretrained(folder)
+    figures = write_world(context, settings.sft_examples)
     sizes = {name: getattr(settings, f"{name}_prompts") for name in SPLITS}
     prompts = {name: distinct_prompts(context.seed, name, size) for name, size in sizes.items()}
-    return _write(context, prompts) | {"sft_examples": len(examples)}
+    return _write(context, prompts) | {"sft_examples": figures["sft_examples"]}
 
 
 def run_folder(path: str) -> Path | None:

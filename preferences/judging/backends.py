@@ -31,10 +31,8 @@ class Backend(Protocol):
 class OpenAIBackend:
     """Any endpoint that speaks OpenAI's chat-completions protocol (`models.sampling.chat.ChatEndpoint`).
 
-    Args:
-        endpoint: the model at its endpoint.
-        logprobs: ask for log-probabilities of the verdict; switched off if the endpoint refuses them.
-        reasoning: the model thinks before it answers: its budget is ``max_completion_tokens``.
+    ``logprobs``: the verdict's are asked for, until the endpoint refuses them; ``reasoning``: the model thinks
+    before it answers, and its budget is ``max_completion_tokens``.
     """
 
     def __init__(self, endpoint: ChatEndpoint, logprobs: bool = True, reasoning: bool = False):
@@ -67,23 +65,14 @@ class OpenAIBackend:
 
 
 class LocalBackend:
-    """A chat model loaded in this process.
-
-    Args:
-        path: Hub name or folder.
-        model_config: how to load it.
-    """
+    """A chat model loaded in this process."""
 
     def __init__(self, path: str, model_config: Any = None):
-        from ppo_vs_dpo.models.loading.pretrained import eos_token_ids, load_policy, load_tokenizer
+        from ppo_vs_dpo.models.loading.pretrained import load_sampler
 
         self.path = path
         self._content = content_of(path)
-        self._tokenizer = load_tokenizer(path, model_config)
-        self._model = load_policy(path, model_config)
-        if torch.accelerator.is_available():
-            self._model.to(torch.accelerator.current_accelerator())
-        self._eos = eos_token_ids(self._model, self._tokenizer)
+        self._model, self._tokenizer, self._eos = load_sampler(path, model_config)
         self._lock = threading.Lock()
 
     def identity(self) -> dict[str, Any]:

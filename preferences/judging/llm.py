@@ -150,13 +150,7 @@ def preference_from_tokens(template: JudgeTemplate, reply: Reply) -> float | Non
 
 
 class LLMJudge:
-    """Asks a language model about pairs of completions.
-
-    Args:
-        config: settings.
-        backend: where replies come from; from the settings where not given.
-        cache: where replies are kept.
-    """
+    """Asks a language model about pairs of completions."""
 
     in_sample = False
 

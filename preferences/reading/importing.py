@@ -148,16 +148,7 @@ def stage_pairs(
 ) -> int:
     """Write the valid pairs of ``rows`` to ``out`` with a column ``place``.
 
-    Args:
-        rows: from `preferences.reading.readers`.
-        out: a Parquet file.
-        report: counts are added to it.
-        checker: what it has seen before counts as seen.
-        options: of the mapping.
-        format: name of the mapping, or ``auto``.
-        limits: token limits.
-        max_pairs: stop reading after so many.
-        progress: called with the number of rows read.
+    What ``checker`` has seen before counts as seen; ``progress`` is called with the number of rows read.
 
     Returns:
         The number of pairs written.

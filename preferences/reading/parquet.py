@@ -95,21 +95,12 @@ def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str
 def without_empty_columns(path: Path, columns: Iterable[str]) -> None:
     """Take the columns out of a file that hold nothing in any row (a ``margin`` that no source gave)."""
     with pq.ParquetFile(path) as table:
-        groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
-        names = table.schema_arrow.names
-        empty = [name for name in columns if name in names and all(_all_null(group, name, names) for group in groups)]
-        if not empty or not groups:
+        names, rows = table.schema_arrow.names, table.metadata.num_rows
+        empty = [name for name in columns if name in names and table.read([name])[name].null_count == rows]
+        if not empty or not rows:
             return
         kept = [name for name in names if name not in empty]
         schema = pa.schema([table.schema_arrow.field(name) for name in kept])
         with atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as out:
             for batch in table.iter_batches(batch_size=_CHUNK, columns=kept):
                 out.write_batch(batch)
-
-
-def _all_null(group: pq.RowGroupMetaData, name: str, names: list[str]) -> bool:
-    for number in range(group.num_columns):
-        column = group.column(number)
-        if column.path_in_schema == name:
-            return column.statistics is not None and column.statistics.null_count == group.num_rows
-    return False

@@ -56,12 +56,6 @@ def read_prompts(
 ) -> Iterator[Text]:
     """Different prompts of a file, a folder or a Hub set.
 
-    Args:
-        path: where they are.
-        split: the Hub's split.
-        conversational: make messages of texts; ``None``: as they are.
-        limit: at most so many.
-
     Raises:
         UserError: the first row that cannot be read or has no prompt; names its place.
     """

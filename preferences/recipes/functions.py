@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ppo_vs_dpo.artifacts.awaiting import wait_for
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, short
 
 
 class ScoreError(UserError):
@@ -53,13 +53,6 @@ def score_with(
 def as_scores(name: str, found: Any, prompts: Sequence, completions: Sequence, finite: bool = True) -> list[float]:
     """The scores of ``N`` completions as plain numbers.
 
-    Args:
-        name: of the function, for messages.
-        found: what it returned.
-        prompts: ``N`` prompts.
-        completions: ``N`` completions.
-        finite: NaN and infinity are refused, too.
-
     Raises:
         ScoreError: anything but ``N`` finite numbers; names the function and, where it is one sample's fault, that
             sample.
@@ -83,7 +76,7 @@ def as_scores(name: str, found: Any, prompts: Sequence, completions: Sequence, f
         values = values.to_list()
     elif not isinstance(values, list | tuple):
         raise ScoreError(
-            f"{name} returned {type(found).__name__} {_short(found)} for {n} completions; a list with one number each "
+            f"{name} returned {type(found).__name__} {short(found)} for {n} completions; a list with one number each "
             f"is needed."
         )
     if len(values) != n:
@@ -94,8 +87,8 @@ def as_scores(name: str, found: Any, prompts: Sequence, completions: Sequence, f
     for row, value in enumerate(values):
         if not _is_number(value, finite):
             raise ScoreError(
-                f"{name} returned {_short(value)} for sample {row} (prompt {_short(prompts[row])}, completion "
-                f"{_short(completions[row])}); it must be a finite number.{_hint(value)}",
+                f"{name} returned {short(value)} for sample {row} (prompt {short(prompts[row])}, completion "
+                f"{short(completions[row])}); it must be a finite number.{_hint(value)}",
                 row,
             )
     return [float(value) for value in values]
@@ -119,18 +112,8 @@ def _hint(value: Any) -> str:
     return " Await it in the function (asyncio.gather)." if inspect.isawaitable(value) else ""
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
 def sums_of_dense(name: str, found: Any, tokens: list[int]) -> tuple[Any, list[list[float]] | None]:
     """Dense rewards, one number a token, as scores (their sums), and themselves; a plain score has none.
-
-    Args:
-        name: of the function.
-        found: what it returned; untouched where nothing in it is dense.
-        tokens: of each response.
 
     Raises:
         ScoreError: another number of them than there are tokens, or one that is not finite; names the sample.

@@ -14,9 +14,7 @@ from ppo_vs_dpo.artifacts.run import RunFolder
 class StepLog:
     """Lines of JSON that a killed run leaves whole, but for the last one, which is then done again.
 
-    Args:
-        path: the file.
-        identity: what the steps depend on. A log made from something else is started anew.
+    A log made from another ``identity``, what the steps depend on, is started anew.
     """
 
     def __init__(self, path: Path, identity: Any):

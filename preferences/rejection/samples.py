@@ -4,10 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ppo_vs_dpo.models.loading.config import ModelConfig
-from ppo_vs_dpo.models.loading.pretrained import eos_token_ids, load_policy, load_tokenizer
+from ppo_vs_dpo.models.loading.pretrained import load_sampler
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate, row_seed
 from ppo_vs_dpo.models.text.prompts import decode_completion, encode_prompt
 from ppo_vs_dpo.preferences.recipes.steplog import StepLog
@@ -21,19 +19,13 @@ class Sampler:
     """Draws completions of a policy; a completion depends on the prompt, the draw and the seed, on nothing else."""
 
     def __init__(self, policy: str | Path, sampling: SamplingConfig, seed: int, config: ModelConfig | None = None):
-        self.model, self.tokenizer = load_policy(policy, config), load_tokenizer(policy, config)
-        if torch.accelerator.is_available():
-            self.model.to(torch.accelerator.current_accelerator())
+        self.model, self.tokenizer, self.eos = load_sampler(policy, config)
         self.sampling, self.seed = sampling, seed
-        self.eos = eos_token_ids(self.model, self.tokenizer)
 
     def draw(self, prompts: Sequence[Text], ids: Sequence[str], samples: int) -> list[list[dict[str, Any]]]:
         """``samples`` completions of each prompt, as ``{"text", "finished"}``.
 
-        Args:
-            prompts: N prompts.
-            ids: their ids, which seed the draws.
-            samples: n.
+        The ``ids`` of the prompts seed the draws.
         """
         encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         generated = generate(

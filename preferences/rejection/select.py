@@ -39,10 +39,7 @@ def acceptance(scores: Sequence[float], beta: float, r_max: float | None = None)
 
     Draws from p that are accepted follow pi*(y) = p(y) exp(r(y) / beta) / Z; the rate is Z exp(-r_max / beta).
 
-    Args:
-        scores: (n,) scores.
-        beta: temperature.
-        r_max: the highest score there is; the highest of ``scores`` where it is not known.
+    ``r_max`` is the highest score there is; the highest of ``scores`` where it is not known.
 
     Returns:
         (n,) probabilities.

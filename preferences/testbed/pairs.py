@@ -7,7 +7,7 @@ import numpy as np
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_parquet, write_parquet
 from ppo_vs_dpo.artifacts.stage import StageContext
-from ppo_vs_dpo.models.loading.pretrained import eos_token_ids, load_policy, load_tokenizer
+from ppo_vs_dpo.models.loading.pretrained import load_sampler
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate, row_seed
 from ppo_vs_dpo.models.text.prompts import decode_completion, encode_prompt
 from ppo_vs_dpo.preferences.config import ReviewTestbed
@@ -66,14 +66,12 @@ class _Sampler:
     """Draws pairs of different, finished samples; counts what had to be drawn again or dropped."""
 
     def __init__(self, context: StageContext, settings: ReviewTestbed, total: int):
-        folder = context.run.path("sft", "model")
-        self.model, self.tokenizer = load_policy(folder), load_tokenizer(folder)
+        self.model, self.tokenizer, self.eos = load_sampler(context.run.path("sft", "model"))
         self.sampling = SamplingConfig(
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             batch_size=settings.generation_batch_size,
         )
-        self.eos = eos_token_ids(self.model, self.tokenizer)
         self.context, self.total, self.done = context, total, 0
         self.redrawn = self.dropped = 0
 

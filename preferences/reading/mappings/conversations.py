@@ -18,10 +18,7 @@ def conversation_pair(
     given, or where it is a text that the conversations ask too, the prompt is what the two conversations share, up to
     the assistant's turn in which they part.
 
-    Args:
-        prompt: messages, a text, or ``None``.
-        chosen: messages of the better side, whole or the answer alone.
-        rejected: of the worse side.
+    ``chosen`` and ``rejected`` are whole conversations, or the answers alone.
 
     Raises:
         UnmappableError: the sides answer different prompts, there is no prompt, or a side does not begin and end with

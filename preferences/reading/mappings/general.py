@@ -291,11 +291,7 @@ def _marked_pair(chosen: str, rejected: str) -> dict[str, Any]:
 def _check_all_read(row: dict[str, Any], used: set[str], pair: dict[str, Any], waved: set[str]) -> None:
     """What belongs in front of the question must be in the prompt, or be named.
 
-    Args:
-        row: under the schema's names.
-        used: columns that were read or waved through.
-        pair: what came of it.
-        waved: parts that are not to be read, whatever their column is called.
+    ``waved`` are parts that are not to be read, whatever their column is called.
     """
     asked = [name for name in row if (part := part_of(name)) and part not in waved and name not in used]
     if not asked:

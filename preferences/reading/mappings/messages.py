@@ -98,10 +98,7 @@ def _holds_messages(value: dict[str, Any]) -> bool:
 def messages_of(value: list, name: str, beside: bool = False) -> list[Message]:
     """Messages in the one form.
 
-    Args:
-        value: as the source has them.
-        name: of the column.
-        beside: keep tool calls and reasoning beside the text (``tool_calls``, ``reasoning_content``).
+    ``beside`` keeps tool calls and reasoning beside the text (``tool_calls``, ``reasoning_content``).
 
     Raises:
         UnmappableError: an unknown role, no text, or something that is not text.
@@ -225,10 +222,6 @@ DIALOGUE = ("\n\nHuman:", "\n\nAssistant:")
 
 def parse_dialogue(text: str, speakers: dict[str, str] = _SPEAKERS) -> list[Message]:
     """Messages of a ``\\n\\nHuman: ... \\n\\nAssistant: ...`` dialogue; neighbours of one role are joined.
-
-    Args:
-        text: the dialogue.
-        speakers: heading -> role.
 
     Raises:
         UnmappableError: text before the first turn, or no turn at all.

@@ -20,11 +20,7 @@ Messages = list[dict[str, Any]]
 
 
 class Renderer:
-    """From a pair of messages to a pair of texts, as the chat template writes them.
-
-    Args:
-        tokenizer: of the model that reads them.
-    """
+    """From a pair of messages to a pair of texts, as the chat template writes them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         require_chat_template(tokenizer)

@@ -21,12 +21,12 @@ def three(tmp_path):
 SPOIL = {
     "optimizer.pt is gone": lambda folder: (folder / "optimizer.pt").unlink(),
     "rng_state.pth is gone": lambda folder: ((folder / "rng_state.pth").unlink(), (folder / "rng_state.pth").mkdir()),
-    "is not as long": lambda folder: (folder / "optimizer.pt").write_text("x"),
+    "optimizer.pt has 1 bytes and was written with": lambda folder: (folder / "optimizer.pt").write_text("x"),
     "was changed after": lambda folder: (folder / "rng_state.pth").write_text('{"step": 11}'),
     "gone or cannot be read": lambda folder: (folder / guard.STAMP).write_text("[]"),
     "made with other settings": lambda folder: guard.stamp(folder, "others"),
     "holds the model alone": lambda folder: guard.stamp(folder, "settings", resumable=False),
-    "is not as long as": lambda folder: (folder / guard.STAMP).write_text(
+    "its list of files cannot be read": lambda folder: (folder / guard.STAMP).write_text(
         json.dumps({"fingerprint": "settings", "files": {"optimizer.pt": 3}})
     ),
 }

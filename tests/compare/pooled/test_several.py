@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, read_parquet, write_json
 from ppo_vs_dpo.artifacts.guards.outputs import list_outputs
 from ppo_vs_dpo.compare.estimates.win_rates import Settings
@@ -159,13 +160,13 @@ def test_everything_of_a_single_report_is_pooled(runs, tmp_path):
         assert title in page
 
 
-def test_truncated_judgements_are_named(runs, tmp_path, capsys):
+def test_truncated_judgements_are_named(runs, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(runs[1], other)
     path = other / "compare" / "judgements.parquet"
     path.write_bytes(path.read_bytes()[:500])
-    assert main([str(runs[0]), str(other), "--output", str(tmp_path / "out")]) == 2
-    assert "is damaged (judgements.parquet has 500 bytes" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"is damaged \(judgements.parquet has 500 bytes"):
+        main([str(runs[0]), str(other), "--output", str(tmp_path / "out")])
     assert len(read_parquet(runs[1] / "compare" / "judgements.parquet")) > 0
 
 
@@ -267,7 +268,7 @@ def test_a_policy_that_one_run_lacks_is_left_out(runs, tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_pooled(runs, tmp_path, capsys, damage, message):
+def test_what_cannot_be_pooled(runs, tmp_path, damage, message):
     other = tmp_path / "other"
     shutil.copytree(runs[0], other)
     damage(other)
@@ -278,15 +279,15 @@ def test_what_cannot_be_pooled(runs, tmp_path, capsys, damage, message):
         vouched = read_json(other / "compare" / "done.json")
         vouched["outputs"] = list_outputs(other / "compare")
         write_json(other / "compare" / "done.json", vouched)
-    assert main([str(runs[0]), str(other), "--output", str(tmp_path / "out")]) == 2
-    assert message in capsys.readouterr().err
+    with pytest.raises(UserError, match=re.escape(message)):
+        main([str(runs[0]), str(other), "--output", str(tmp_path / "out")])
 
 
-def test_one_seed_with_different_pairs(runs, tmp_path, capsys):
+def test_one_seed_with_different_pairs(runs, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(runs[0], other)
     for name in ("pairs", "dpo", "dpo,beta=1.0", "reward_model"):
         done(other, name, pair_set={"hash": "cd" * 32, "n_train": 4, "n_test": 2})
     compare(other)
-    assert main([str(runs[0]), str(other)]) == 2
-    assert "both have seed 3 and different pair sets" in capsys.readouterr().err
+    with pytest.raises(UserError, match="both have seed 3 and different pair sets"):
+        main([str(runs[0]), str(other)])

@@ -13,8 +13,6 @@ from ppo_vs_dpo.compare.estimates.metrics.base import NumbersMetric, checked
 
 
 class CalibrationError(NumbersMetric):
-    """Expected calibration error and Brier score of preference probabilities."""
-
     columns = ("probabilities", "references")
 
     def _compute(self, probabilities, references, bins=10):

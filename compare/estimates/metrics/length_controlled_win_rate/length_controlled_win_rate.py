@@ -13,8 +13,6 @@ from ppo_vs_dpo.compare.estimates.metrics.base import NumbersMetric, checked
 
 
 class LengthControlledWinRate(NumbersMetric):
-    """Length-controlled win rate of AlpacaEval 2 (Dubois et al. 2024)."""
-
     columns = ("preferences", "lengths", "other_lengths")
 
     def _compute(self, preferences, lengths, other_lengths, confidence=0.95, regularised=False):

@@ -12,8 +12,6 @@ from ppo_vs_dpo.compare.statistics.rates import wilson
 
 
 class PreferenceAccuracy(NumbersMetric):
-    """How often a reward model or an implicit reward ranks a pair as its label does."""
-
     columns = ("chosen_scores", "rejected_scores")
 
     def _compute(self, chosen_scores, rejected_scores, confidence=0.95):

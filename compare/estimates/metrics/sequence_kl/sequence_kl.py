@@ -14,8 +14,6 @@ from ppo_vs_dpo.compare.statistics.intervals import mean_interval
 
 
 class SequenceKl(NumbersMetric):
-    """KL of sampled completions to a reference, from sequence log-probabilities."""
-
     columns = ("logprobs", "reference_logprobs")
 
     def _compute(self, logprobs, reference_logprobs, confidence=0.95):

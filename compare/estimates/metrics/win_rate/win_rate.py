@@ -12,8 +12,6 @@ from ppo_vs_dpo.compare.statistics.significance import win_rates_with_p
 
 
 class WinRate(NumbersMetric):
-    """Win rate with its interval and test."""
-
     columns = ("preferences",)
 
     def _compute(self, preferences, confidence=0.95, flips=9999, seed=0):
