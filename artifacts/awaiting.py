@@ -30,10 +30,6 @@ def _loop() -> asyncio.AbstractEventLoop:
 def wait_for(awaitable: Awaitable[Value], seconds: float | None = None) -> Value:
     """The result of an awaitable; whatever it raises is raised here.
 
-    Args:
-        awaitable: a coroutine, task or future of any loop.
-        seconds: it is cancelled after so long.
-
     Raises:
         TimeoutError: it took longer.
     """

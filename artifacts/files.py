@@ -126,7 +126,6 @@ def read_marker(path: str | Path, set_aside: bool = False, keys: dict[str, Any] 
     What a marker says is only whether something may be skipped, so an unreadable one costs work, never an error.
 
     Args:
-        path: the file.
         set_aside: rename an unreadable one to ``<name>.unreadable`` and say so.
         keys: what it must have, ``{key: type or types}``.
     """

@@ -128,9 +128,6 @@ def stage_main(
     """Run a stage from the command line: ``python -m <stage> RUN [--point key=value]``.
 
     Args:
-        stage: its name, and its section in the configuration.
-        run_stage: the stage.
-        argv: arguments instead of ``sys.argv[1:]``.
         choices: a room with several steps offers them as ``--step``; then ``stage`` names the room only.
 
     Exit codes: 0 done, 2 the user can mend it, 130 interrupted (the same command goes on), 1 a defect.

@@ -34,11 +34,8 @@ def dpo_dataset(
 
     Args:
         pairs: ``prompt``, ``chosen``, ``rejected`` and perhaps ``soft_label``; in memory, or a Parquet file.
-        tokenizer: of the policy.
         max_length: pairs with a longer sequence are left out (the reward model leaves out the same ones).
-        context: the model's context length.
         use_soft_labels: keep ``soft_label`` where there is one.
-        limit: take the first so many pairs; ``None`` takes all.
         cache: for a file: the folder of token ids (`models.text.encoding.encode_pair_file`).
 
     Raises:

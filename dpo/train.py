@@ -43,14 +43,11 @@ def build_trainer(
 
     Args:
         model: the policy, where training starts.
-        tokenizer: its tokenizer.
         dataset: pairs from `dpo.data.dpo_dataset`, or texts in TRL's preference format.
         args: arguments; see `dpo.config.smoothed_loss` for cDPO.
         reference: another model than ``model``; ``None`` takes ``model`` as it is now: its log-probabilities are
             computed before the first step, or, with LoRA, with adapters off.
-        lora: train adapters.
         test: pairs to evaluate on, in the same form.
-        callbacks: more callbacks.
         reference_cache: a folder that keeps reference log-probabilities between runs.
         reference_id: names the reference in that folder.
         starts_from_reference: ``reference`` is a copy of ``model``; without one it is so anyway.

@@ -34,8 +34,6 @@ def readable(checkpoint: Path | None, context: StageContext, has_begun: Callable
     """Around training: a checkpoint that does not load is set aside, so that the same command goes on from another.
 
     Args:
-        checkpoint: what is gone on from.
-        context: the stage.
         has_begun: whether a step has been taken since; what fails then is not the checkpoint's fault.
 
     Raises:

@@ -76,7 +76,6 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: s
     Args:
         logprobs: any shape, of the sampled tokens under the policy.
         ref_logprobs: the same shape, under the reference.
-        estimator: ``"k1"``, ``"k2"`` or ``"k3"``.
 
     Raises:
         ValueError: another estimator.
@@ -111,7 +110,6 @@ def token_rewards(
         ref_logprobs: ``(B, T)`` under the reference.
         mask: ``(B, T)``. A row without real tokens gets no reward.
         kl_coef: beta, >= 0.
-        kl_estimator: see `kl_estimate`.
         score_mask: ``(B, T)``; the score lands on the last True of this mask instead. TRL <= 1.12 and
             summarize-from-feedback put it one position after the last token.
 

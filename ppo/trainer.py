@@ -332,12 +332,7 @@ class PPOTrainer(Trainer):
             self.control = self.callback_handler.on_save(args, self.state, self.control)
 
     def evaluate(self, eval_dataset: Dataset | None = None, ignore_keys=None, metric_key_prefix: str = "eval"):
-        """Sample on the evaluation prompts; log reward, KL with standard error, length, EOS rate and the objective.
-
-        Args:
-            eval_dataset: other prompts than those of the constructor.
-            metric_key_prefix: of the names.
-        """
+        """Sample on the evaluation prompts; log reward, KL with standard error, length, EOS rate and the objective."""
         prompts = self.eval_prompts
         if eval_dataset is not None:
             prompts = PromptSet(eval_dataset, self.processing_class, None, False, "eval_dataset")

@@ -29,9 +29,7 @@ def reward_dataset(
     Args:
         pairs: ``prompt``, ``chosen``, ``rejected`` and, where they are used, ``margin`` and ``soft_label``; in memory,
             or a Parquet file.
-        tokenizer: of the reward model.
         max_length: pairs with a longer sequence are left out.
-        context: the model's context length.
         use_margin: keep ``margin``; TRL subtracts it in the loss wherever the column exists.
         use_soft_labels: keep ``soft_label`` where there is one.
         cache: for a file: the folder of token ids (`models.text.encoding.encode_pair_file`).

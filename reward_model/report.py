@@ -52,7 +52,6 @@ def build_report(
     """The figures of the report.
 
     Args:
-        test: `scored_pairs` of held-out pairs.
         train_delta: ``(M,)`` score differences of training pairs.
         samples: ``scores`` and ``finished`` of SFT samples.
         labels_from_gold: labels were drawn by Bradley-Terry from ``chosen_score`` and ``rejected_score``.

@@ -143,8 +143,6 @@ class RewardScorer:
 
         Args:
             path: folder (whole model or adapter) or Hub name.
-            model_config: dtype and attention of the run.
-            batch_size: sequences scored at once.
             head: the name of a head that other projects made (`models.loading.heads`): ``v_head``, ``value_head``.
 
         Raises:
@@ -218,8 +216,6 @@ class RewardScorer:
         """Score texts or conversations, which this model's own tokenizer encodes.
 
         Args:
-            prompts: ``N`` prompts.
-            completions: ``N`` completions.
             finished: whether each ended by itself; an unfinished one has no EOS and is read at its last token.
 
         Returns:

@@ -30,10 +30,8 @@ def sft_dataset(
 
     Args:
         examples: columns of one of `FORMATS`.
-        tokenizer: of the model.
         completion_only_loss: no loss on the prompt nor on others' turns (the default for prompt and completion).
         max_length: longer examples are left out.
-        context: the model's context length.
 
     Raises:
         UserError: no known columns, an empty data set, chat data without a chat template, rows that do not fit.

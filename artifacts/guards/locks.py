@@ -47,9 +47,7 @@ def hold(path: Path, what: str, shared: bool = False, patience: float = 0.0) -> 
     """Hold a lock until the block ends; the file goes with it.
 
     Args:
-        path: the lock's file.
         what: what is held, for the message.
-        shared: others may share it.
         patience: seconds to wait for it.
 
     Raises:

@@ -24,11 +24,6 @@ def worth_keeping(folder: Path) -> bool:
 def move_aside(root: Path, name: str, folder: Path) -> Path | None:
     """Take a stage's folder out of the way by renaming it.
 
-    Args:
-        root: of the run.
-        name: of the stage, ``"ppo"`` or ``"ppo,kl_coef=0.0"``.
-        folder: where it is.
-
     Returns:
         Where it is kept; ``None`` where there was none, or nothing in it took work (it is then deleted).
     """

@@ -43,10 +43,8 @@ def split(
     """Split a stage's section into its own settings and keyword arguments for the argument class.
 
     Args:
-        section: the stage's section as a plain dict.
         own: a dataclass with the stage's own keys; values are checked against its types.
         args: the argument class the other keys belong to (``trl.SFTConfig`` and the like).
-        where: the section's name, for messages.
         kind: see `out_of_range`.
 
     Returns:

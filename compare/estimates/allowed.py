@@ -45,8 +45,6 @@ def allowed(
         ours: a policy, one a run.
         theirs: the other one, likewise; each run against its own reference. The bound is on the mean over runs (phi is
             concave).
-        shared: the runs share their prompts.
-        clusters: of each run's prompts.
     """
     one, other = ours[0], theirs[0]
     if one.name == REFERENCE:

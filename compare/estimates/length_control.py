@@ -152,7 +152,6 @@ def length_controlled(
         preferences: ``(P,)`` in [0, 1].
         length_difference: ``(P,)`` length of the policy's completion minus the other's.
         difficulty: ``(P,)`` of each prompt, optional.
-        confidence: of the interval.
         clusters: ``(P,)`` which prompts are one unit of evidence; each its own by default.
         regularised: choose an L1 penalty by cross-validation, as AlpacaEval does; else plain maximum likelihood.
         extrapolate: give a figure where lengths do not overlap, too, and say so in it; else refuse.

@@ -83,9 +83,6 @@ def ranking(
         groups: ``(P_s, K)`` preferences for the first of each pair, one array a run.
         names: ``M`` policies; those in no pair are left out.
         reference: has strength 0, where it is among them.
-        shared: the runs share their prompts.
-        clusters: of each run's prompts.
-        confidence: of the intervals.
 
     Returns:
         ``{"entries": [{policy, strength, ci, rank, rank_ci}], "note"}``; strengths are log-odds of a win. Without

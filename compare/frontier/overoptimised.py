@@ -33,8 +33,6 @@ def over_optimised(
         gold: ``(P_s, K)`` gold rewards, one array a run.
         proxy: rewards of the model that was optimised, likewise.
         tests: how many points are tested in the whole report.
-        shared: the runs share their prompts.
-        clusters: of each run's prompts.
         confidence: 1 less the chance that a report with nothing to mark marks something.
     """
     labels = list(clusters) or [None] * len(gold)

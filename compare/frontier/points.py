@@ -53,10 +53,6 @@ def matched_kl(
 
     Args:
         runs: each with the table of the main judge.
-        a: one of the two.
-        b: the other.
-        settings: of the intervals.
-        shared: the runs share their prompts.
         entry: the win rate of ``a`` over ``b`` that the report shows: where the two are compared as they are, that is
             the figure. ``None``: it is worked out here.
 

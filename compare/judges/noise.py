@@ -134,9 +134,6 @@ def corrected(
 
     Args:
         runs: from `repeated`, one a run.
-        confidence: of the interval.
-        shared: the runs have the same prompts, in the same order.
-        clusters: of each run's prompts, which of them are one unit; each its own by default.
 
     Returns:
         ``win_rate`` and ``ci`` in [0, 1], ``flip_rate``, ``n`` prompts; or ``refused`` with the reason.

@@ -59,13 +59,9 @@ def sequence_kl(
     come from another policy than the one measured, and the report says so.
 
     Args:
-        policy: a causal language model.
         reference: one with the same vocabulary.
-        prompt_ids: ``N`` prompts.
         response_ids: ``N`` completions, EOS included where there is one.
-        pad_id: any token.
         temperature: logits of both are divided by it; above 0.
-        batch_size: rows of one forward pass.
     """
     device = next(policy.parameters()).device
     sums = np.zeros((5, len(prompt_ids)))

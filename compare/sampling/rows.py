@@ -31,7 +31,6 @@ def read_completions(path: str | Path, where: str) -> list[tuple[Text | None, st
 
     Args:
         path: JSON, JSON lines, CSV or Parquet, also ``.gz``.
-        where: for messages.
 
     Raises:
         UserError: a row that cannot be read, without a text, or without a prompt; names file and line.

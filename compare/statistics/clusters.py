@@ -32,7 +32,6 @@ def clusters_of(prompts: list[Any], near_duplicate: float) -> np.ndarray:
     more. What is linked to the same prompt is linked.
 
     Args:
-        prompts: texts or conversations.
         near_duplicate: 1 and above: only the same text and the same dialogue count.
     """
     n = len(prompts)

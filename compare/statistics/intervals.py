@@ -230,9 +230,7 @@ def mean_interval(
 
     Args:
         values: ``(P,)`` or ``(P, K)``, one row a prompt.
-        confidence: of the interval.
         bounds: ``(lowest, highest)`` possible value, to which the interval is cut.
-        clusters: ``(P,)`` of the prompts.
         by_skewness: follow the skewness of the data; not for differences, whose skewness is mostly noise.
 
     Returns:

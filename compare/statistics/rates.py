@@ -135,9 +135,6 @@ def rate_over(
 
     Args:
         groups: ``(P_s,)`` values, one array a run; at least two prompts in each.
-        confidence: of the interval.
-        shared: the runs share their prompts.
-        clusters: of each run's prompts.
         outward: see `spread`; of several runs.
     """
     labels = list(clusters) or [None] * len(groups)

@@ -88,8 +88,6 @@ def sign_flip_p(
 
     Args:
         preferences: ``(P, K)``.
-        flips: random swaps.
-        seed: of them.
         clusters: ``(P,)``; a cluster is swapped as a whole.
     """
     centred = np.asarray(preferences, dtype=np.float64) - 0.5
@@ -214,10 +212,6 @@ def win_rates_with_p(
         preferences: ``(P, K)``.
         exact_p: ``(K,)`` from `label_permutation_p`; NaN where that test does not apply (a weighted choice among
             draws) and the interval's own p stands alone. ``None``: names are swapped (`sign_flip_p`).
-        confidence: 1 - alpha.
-        flips: random swaps.
-        seed: of them.
-        clusters: ``(P,)`` of the prompts.
     """
     interval = win_rate_interval(preferences, confidence=confidence, clusters=clusters)
     own = win_rate_p(preferences, clusters=clusters)

@@ -90,8 +90,6 @@ def check_complete(model: PreTrainedModel, path: str, missing: Iterable[str]) ->
     """A loaded model must be the one that its folder holds: no weight drawn at random.
 
     Args:
-        model: as transformers has loaded it.
-        path: from where.
         missing: the names of weights that ``from_pretrained(output_loading_info=True)`` did not find.
 
     Raises:

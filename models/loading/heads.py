@@ -56,7 +56,6 @@ def load_reward(
 
     Args:
         path: Hub name or folder, a whole model or an adapter.
-        config: how to load it.
         head: the name of a head that other projects made; see the table above. By default what ``score_head`` in the
             folder's ``config.json`` says (`reward_model.train.take_given` writes it).
         trainable: parameters require gradients: a value model that starts as this reward model.

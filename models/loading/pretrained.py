@@ -107,8 +107,6 @@ def load_tokenizer(
     end-of-sequence token. Both are safe here: masks, never ids, decide what is real.
 
     Args:
-        path: Hub name or folder.
-        config: how to load it.
         writes: its model writes responses, which must be able to end; encoders that only score need no such token.
 
     Raises:
@@ -221,7 +219,6 @@ def load_policy(
 
     Args:
         path: Hub name or folder (whole model or PEFT adapter).
-        config: how to load it.
         trainable: parameters require gradients. Dropout is off in either case.
         quantization: a transformers quantisation config (`models.loading.quantized`); the weights are then frozen.
 

@@ -217,10 +217,8 @@ def head_logprobs(
     of tokens make the same number of calls.
 
     Args:
-        head: the language-model head.
         states: ``(N, d)``.
         tokens: ``(N,)``.
-        temperature: logits are divided by it.
         with_entropy: also the entropy of each distribution, in nats, with its gradient.
 
     Returns:

@@ -86,7 +86,6 @@ class Ranks:
 
         Args:
             context: the stage; its run's ``deepspeed`` section says whether models are split (ZeRO-3).
-            config: how models are loaded.
             reference: folder whose saved dtype counts where ``model.dtype`` is auto.
         """
         world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -133,8 +132,6 @@ class Ranks:
 
         Args:
             loader: `models.loading.pretrained.load_policy` or `models.loading.heads.load_reward`.
-            path: Hub name or folder.
-            config: how to load it.
             whole: the loader changes weights, which must not be in pieces then.
         """
         if self.settings is None:

@@ -179,7 +179,6 @@ def response_logprobs(
         print(logprobs.shape)  # (1, tokens of the longest response)
 
     Args:
-        model: a causal language model.
         batch: from `pad_batch`.
         temperature: logits are divided by it, so that these are the probabilities the tokens were drawn with.
         with_entropy: also the entropy of each next-token distribution, in nats.
@@ -209,7 +208,6 @@ def logits_in_pieces(
 
     Args:
         models: causal language models with one vocabulary.
-        batch: from `pad_batch`.
         rows: of a piece; by default as many as `models.passes.head.rows_at_once` says.
 
     Yields:

@@ -207,9 +207,7 @@ def attend(
 
     Args:
         query: ``(T, H * width)``; ``key`` and ``value`` ``(T, H_kv * width)``.
-        width: of a head.
         groups: `Packing.groups`.
-        dropout: of attention weights.
         scaling: of the products; ``1 / sqrt(width)`` by default.
 
     Returns:

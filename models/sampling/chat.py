@@ -170,8 +170,6 @@ class ChatEndpoint:
         """One reply, as ``read`` takes it.
 
         Args:
-            messages: the conversation.
-            budget: tokens of the reply.
             reasoning: the model thinks first: the budget goes by the name that includes thinking.
             read: what to make of the reply; by a `GarbageError` it asks for another one.
             parameters: ``temperature``, ``seed``, ``logprobs`` and the like; what the endpoint does not know is left
@@ -267,7 +265,6 @@ def completion(client: Any, timeout: float, **parameters: Any) -> Any:
     Args:
         client: an ``openai.AsyncOpenAI``.
         timeout: seconds for all of it. The client's own is for each read: a byte a second would never end.
-        parameters: of the request.
 
     Raises:
         TimeoutError: it took longer.

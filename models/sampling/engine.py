@@ -44,7 +44,6 @@ class Engine(Protocol):
 
         Args:
             prompt_ids: ``N`` prompts as token ids, none empty.
-            sampling: how to draw.
             seeds: ``N`` seeds, one a row: the same seeds and weights give the same completions.
 
         Returns:

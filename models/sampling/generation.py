@@ -162,10 +162,7 @@ def generate(
             print(tokenizer.decode(one.token_ids), one.finished)
 
     Args:
-        model: a causal language model.
         prompt_ids: ``N`` prompts as token ids, none empty.
-        sampling: how to draw.
-        eos_token_ids: tokens that end a completion.
         seeds: ``N`` seeds, one a row; see `row_seed`.
         tokenizer: needed for ``stop_strings`` only.
         progress: called with (rows done, N).

@@ -122,8 +122,6 @@ class ReservedCache(DynamicCache):
 
         Args:
             rows: which of the ``batch`` rows.
-            batch: rows of this cache.
-            length: columns of this cache.
         """
         if not self.reserves:
             yield self

@@ -30,7 +30,6 @@ def transfer_for(wish: str, device: torch.device, offered: Callable[[], str]) ->
     Args:
         wish: ``ppo.vllm_weight_transfer``; ``auto`` is what the server was started for where the trainer can do it,
             too, else files.
-        device: of the trainer's weights.
         offered: what the server was started for (``--weight-transfer-config``); empty for nothing.
 
     Raises:

@@ -58,7 +58,6 @@ def start_deepspeed(use_cpu: bool, timeout: float | None = None) -> None:
     On a CPU: gloo, and none of DeepSpeed's own kernels (they would be compiled at the first collective).
 
     Args:
-        use_cpu: train on the CPU.
         timeout: seconds a collective may take; `PATIENCE` where nothing is said (DeepSpeed's own default is a third).
 
     Raises:
@@ -210,7 +209,6 @@ def check_settings(args: Any, stage: str) -> None:
 
     Args:
         args: ``transformers.TrainingArguments`` with a ``deepspeed`` configuration.
-        stage: the section that they came from.
 
     Raises:
         UserError: a value contradicts a key; names both.

@@ -122,8 +122,6 @@ def encode_pair_file(tokenizer: PreTrainedTokenizerBase, path: Path, cache: Path
     """`encode_pairs` of a Parquet file, a thousand pairs at a time: neither texts nor token ids fill the memory.
 
     Args:
-        tokenizer: of the model that reads them.
-        path: the pairs.
         cache: a folder for token ids. They are named by the content of the pairs and the tokenizer: who comes second
             (the other branch, a sweep point, a resumed run) finds them there.
 

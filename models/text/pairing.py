@@ -28,7 +28,6 @@ def style_of(tokenizer: PreTrainedTokenizerBase, causal: bool, own_rule: bool) -
       cards of most published reward models do it; texts are continued.
 
     Args:
-        tokenizer: the reward model's.
         causal: from `models.passes.scores.Reader`.
         own_rule: the model was trained elsewhere.
     """

@@ -21,10 +21,7 @@ def reward_model(
     """One member: a small network from the common start, minibatches in its own order.
 
     Args:
-        bits: the world.
         labels: ``(winners, losers)``.
-        seed: of the order, and of the head where it is its own.
-        settings: of training.
         own_head: draw the head as Coste et al.'s seeds do; else it starts at 0 in every member, as averaging weights
             needs (WARM starts all from one probe).
     """

@@ -97,7 +97,6 @@ def within_lengths(
         scores: ``(N,)`` their scores.
         new_tokens: ``(M,)`` lengths after.
         new_scores: ``(M,)`` their scores.
-        width: of a bin, tokens.
     """
     gains, weights = [], []
     for bin_ in np.unique(new_tokens // width):

@@ -132,10 +132,7 @@ def train(
     """Adam from the reference on a loss of the policy's law.
 
     Args:
-        tree: the world.
         loss: of the log-probabilities ``(Y,)``.
-        steps: updates.
-        lr: learning rate.
         looks: how often the policy is measured, evenly, the start and the end among them.
         pairs: ``(winners, losers)`` on which log-probability of the chosen and accuracy are taken.
         before: called before each update, to draw new samples.

@@ -64,10 +64,7 @@ def check_run(
     """Look at everything that the stages to do would refuse.
 
     Args:
-        config: resolved.
-        stages: those that are to run.
         launcher: refuses a section ``launch`` by which nothing can be started (`pipeline.running.launch`).
-        environment: of the process that looks.
 
     Raises:
         UserError: all of it at once.
@@ -92,11 +89,8 @@ def check_once(
     What a run still has to do gets less from one command to the next: stages that were looked at among others count.
 
     Args:
-        run: the run folder.
         stages: those that are to run, each with the hash of all that it depends on: a file that it names and that is
             gone or another one since is looked at again.
-        launcher: as for `check_run`.
-        environment: as for `check_run`.
 
     Raises:
         UserError: all that is wrong.

@@ -12,14 +12,7 @@ from ppo_vs_dpo.artifacts.settings import nearest
 
 
 def late(made: TrainingArguments, stage: str, rewards: int = 1, ranks: int = 1) -> Iterator[str]:
-    """A sentence for each setting that makes a stage fail, or do nothing, after it has begun.
-
-    Args:
-        made: the stage's arguments.
-        stage: its name.
-        rewards: parts of PPO's reward.
-        ranks: processes that it runs on.
-    """
+    """A sentence for each setting that makes a stage fail, or do nothing, after it has begun."""
     yield from _schedule(made, stage)
     if made.save_strategy == "best" and made.eval_strategy == "no":
         yield f"{stage}.save_strategy=best saves at evaluations, and there are none: use steps, epoch or no."

@@ -41,7 +41,6 @@ def with_experiment(arguments: list[str], commands: tuple[str, ...] = ()) -> lis
     """``quickstart seed=2`` -> ``experiment=quickstart seed=2``: a bare first word is an experiment's name.
 
     Args:
-        arguments: what was typed, after the command's own word.
         commands: words that would also have been understood, for the message.
 
     Raises:

@@ -97,9 +97,6 @@ def estimate(shape: Shape, job: Job, sharding: Sharding, gpu: Gpu) -> Estimate:
 
     Args:
         shape: of the policy; value and reward models have its backbone.
-        job: what the stage does.
-        sharding: how it is spread.
-        gpu: on what.
     """
     rank, targets = job.adapters or (0, ())
 

@@ -165,10 +165,7 @@ def held(role: str, parameters: int, trained: int, sharding: Sharding, halved: i
     """What a rank holds of one role between passes (ZeRO, figure 1; K = 12 for Adam with fp32 weights).
 
     Args:
-        role: its name.
-        parameters: of the whole model.
         trained: how many of them train: all, none, or the adapters'.
-        sharding: of the run.
         halved: how many frozen ones are in linear layers of their own, held in 16-bit without DeepSpeed, too.
         quantized: how many are held in 4 bits; never under DeepSpeed.
     """
@@ -234,10 +231,6 @@ def activations(
     """What a pass over ``tokens`` tokens keeps for its backward pass.
 
     Args:
-        shape: of the model.
-        tokens: real ones.
-        checkpointing: activations are computed again.
-        sharding: of the run.
         share: of the tokens whose states are wanted from the last layer (responses, last tokens): it leaves out the
             others' queries and feed-forward.
         adapted: inputs of adapters in a layer, in numbers a token; ``None`` where all weights train.
@@ -302,9 +295,6 @@ def forward_flops(shape: Shape, rows: int, length: int, logits: int = 0) -> floa
     """FLOPs of one forward pass over ``rows`` sequences: 2 a weight and token (KAP), and attention.
 
     Args:
-        shape: of the model.
-        rows: sequences.
-        length: tokens of each.
         logits: positions at which the vocabulary's logits are computed; none for a scalar head.
     """
     head = 2.0 * logits * shape.vocabulary * shape.hidden

@@ -33,11 +33,7 @@ def job_of(config: Any, stage: str, ranks: int, prompt: int, architecture: Any) 
     """A stage of a resolved configuration.
 
     Args:
-        config: composed (`pipeline.composing.compose.load`).
-        stage: one of `STAGES`.
-        ranks: GPUs.
         prompt: tokens of a prompt, where the configuration does not bound them.
-        architecture: the model's transformers configuration.
     """
     section = config.get(stage) or {}
 

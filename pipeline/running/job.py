@@ -204,12 +204,7 @@ def root_cause(text: str) -> tuple[int, int] | None:
 
 
 def explain_end(one: Running, hung: str | None = None) -> str:
-    """Why a job ended as it did, where its log is, and what the same command will do.
-
-    Args:
-        one: the job, ended.
-        hung: why it was ended by the command.
-    """
+    """Why a job ended as it did, where its log is, and what the same command will do."""
     code, name = one.process.returncode, one.job.name
     back = one.put_back()
     place = f"\n\nThe whole log: {one.log_path}\nThe same command goes on from where this stopped."

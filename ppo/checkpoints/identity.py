@@ -87,9 +87,6 @@ def changed(saved: dict[str, Any], current: dict[str, Any], allowed: list[str] |
 
     Args:
         saved: `identity` that a checkpoint holds. What an older version did not write is not compared.
-        current: that of this run.
-        allowed: ``resume_with``.
-        where: the checkpoint.
 
     Raises:
         UserError: one that may not; names all of them, with both values.

@@ -275,14 +275,10 @@ def make_rewards(
     Args:
         reward_model: a model, its name, a scorer, ``None``; a list of the first three is an ensemble.
         reward_funcs: a function or several.
-        tokenizer: the policy's.
         own_tokenizer: the reward model's; by default the one that lies where the model was loaded from, by name or as
             an object, else the policy's.
         weights: model first, then functions.
-        batch_size: rows per forward pass of the model.
         policy: whose tokens a reward model without a tokenizer is taken to read.
-        ensemble: how the models of a list are one reward.
-        ensemble_coef: of ``uncertainty``.
     """
     parts: list[Any] = []
     if isinstance(reward_model, list | tuple):

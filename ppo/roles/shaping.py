@@ -48,7 +48,6 @@ def normalised_apart(parts: torch.Tensor, weights: torch.Tensor, k: int) -> torc
 
     Args:
         parts: ``(N, M)``.
-        weights: ``(M,)``.
         k: responses to a prompt, at least 2.
 
     Returns:

@@ -39,8 +39,6 @@ class PolicyAndValue(nn.Module):
         """Log-probabilities, entropies and values of the response tokens.
 
         Args:
-            batch: ``B`` prompts and responses.
-            temperature: of the log-probabilities.
             value_mask: ``(B, R)``, where values count; the response mask by default.
             with_policy: False computes values only (warm-up of the value model).
             with_entropy: also the entropies, with gradients.

@@ -23,7 +23,6 @@ def rloo(rewards: torch.Tensor, k: int) -> torch.Tensor:
 
     Args:
         rewards: ``(G k,)``, groups of ``k`` neighbours.
-        k: responses to a prompt.
     """
     groups = rewards.view(-1, k)
     return ((groups - groups.mean(1, keepdim=True)) * (k / (k - 1))).flatten()
@@ -36,7 +35,6 @@ def grpo(rewards: torch.Tensor, k: int, divide_by_std: bool = True) -> torch.Ten
 
     Args:
         rewards: ``(G k,)``, groups of ``k`` neighbours.
-        k: responses to a prompt.
         divide_by_std: the division; it weighs prompts with little spread up.
     """
     groups = rewards.view(-1, k)
@@ -51,8 +49,6 @@ def reinforce_pp(rollout: Rollout, k: int, gamma: float) -> torch.Tensor:
 
     Args:
         rollout: with rewards; whole where ``k > 1``.
-        k: responses to a prompt.
-        gamma: discount.
 
     Returns:
         ``(N, R)``, 0 at masked positions.

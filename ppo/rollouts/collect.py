@@ -31,14 +31,10 @@ def collect(
 
     Args:
         roles: who samples, scores and is compared with.
-        prompts: to draw from.
-        args: the settings.
-        accelerator: of the trainer.
         number: of the update, from 0; prompts and samples depend on it and the seed alone.
         size: responses, over all ranks.
         kl_coef: weight of the KL penalty in the rewards, where ``kl_in`` is ``"reward"``.
         score_bias: subtracted from scores.
-        clock: takes the time of each phase.
 
     Raises:
         Unusable: a reward cannot be used, or an engine samples from another policy than the one that trains.

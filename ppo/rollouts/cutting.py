@@ -15,8 +15,6 @@ def minibatches(rows: int, number: int, seed: int, update: int, epoch: int, grou
 
     Args:
         rows: of the whole rollout.
-        number: how many.
-        seed: the run's seed.
         update: which update, from 0.
         epoch: which pass over this rollout, from 0.
         group: so many neighbouring rows stay together.

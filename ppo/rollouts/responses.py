@@ -172,10 +172,6 @@ def final_scores(
     """Scores after length, shaping, bias (N+ detail 15), clip (Xu et al. 2024) and the penalty for a missing EOS (23).
 
     Args:
-        scores: ``(N,)`` of the rewards.
-        finished: ``(N,)`` bool.
-        args: the settings.
-        bias: subtracted.
         lengths: ``(N,)`` tokens of the responses, where ``length_coef`` is not 0.
         length_coef: subtracted for each of them.
         references: ``(N, m)`` scores of the reference's responses, where the score is shaped by them (PAR).

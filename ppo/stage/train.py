@@ -41,7 +41,6 @@ def split_prompts(prompts: Dataset, validation: int, seed: int) -> tuple[Dataset
     Args:
         prompts: with a column ``prompt``, and ``prompt_id`` where there is one.
         validation: how many different prompts to set aside; 0 for none.
-        seed: of the choice.
 
     Returns:
         ``(training prompts, validation prompts or None)``.

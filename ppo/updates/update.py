@@ -62,13 +62,9 @@ def update(
 
     Args:
         model: `ppo.roles.trained.PolicyAndValue`, prepared.
-        optimizer: prepared with it.
         rollout: of all ranks, with advantages and returns.
-        args: the settings.
-        accelerator: of the trainer.
         number: of the update, from 0. The first ``args.value_warmup_updates`` leave the policy as it is.
         kl_coef: the coefficient of the moment; a loss term under ``kl_in="loss"``.
-        ptx: pretraining texts, or ``None``.
 
     Raises:
         Unusable: a loss or a gradient is not finite, on any rank; the weights have not been touched by it.

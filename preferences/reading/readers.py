@@ -249,10 +249,6 @@ def read_hub(
     """Rows of a data set on the Hub.
 
     Args:
-        name: ``owner/name``.
-        split: one of its splits.
-        subset: its configuration, where it has several.
-        revision: branch, tag or commit.
         streaming: read while downloading, keep nothing on disk; for sets larger than the disk or the patience.
 
     Raises:

@@ -15,7 +15,6 @@ def load_gold(name: str, key: str = "data.gold") -> Callable[..., list[float]]:
 
     Args:
         name: ``my_file.py:function``, or ``package.module:function`` (the working folder counts as a place to look).
-        key: the key, for messages.
 
     Raises:
         UserError: no such file, module or function; or the file cannot be run.

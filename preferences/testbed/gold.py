@@ -60,13 +60,7 @@ def words_of(text: str) -> list[str]:
 
 
 def gold_parts(prompt: str, completion: str, finished: bool = True) -> GoldParts:
-    """Take one completion apart.
-
-    Args:
-        prompt: the opening of the review.
-        completion: its continuation.
-        finished: whether the completion ended by itself (EOS).
-    """
+    """Take one completion apart."""
     words = words_of(completion)
     seen: Counter[str] = Counter()
     sentiment, repeated_words, before = 0.0, 0, ""
@@ -99,8 +93,6 @@ def gold_reward(
     """Gold reward of each completion.
 
     Args:
-        prompts: openings.
-        completions: continuations, one for each prompt.
         finished: whether each ended by itself; all of them where not given.
         columns: ignored; every gold function of the project is called with the data set's columns.
 

@@ -38,8 +38,6 @@ def statistics_of(
     share of rows on the thinner side of equal length.
 
     Args:
-        rows: annotations of one model.
-        where: for messages.
         difficulty: instruction -> how hard it is, from other models' files, for a third term in the minimal model.
         leaderboard: what the leaderboard's full model needs (`compare.statistics.leaderboard`).
         numbers: instruction -> its number in the evaluation set; by default rows stand in that order.
