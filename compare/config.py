@@ -12,40 +12,7 @@ CHOSEN_ON = ("fixed", "validation", "heldout")
 
 @dataclass
 class CompareStage:
-    """How the policies of a run are compared.
-
-    Attributes:
-        n_prompts: held-out prompts, at most; the first ones of ``data/prompts_heldout.parquet``.
-        max_new_tokens: response budget of every policy, EOS included.
-        temperature: of sampling *and* of the KL (papers.md 3.5.4: they must agree).
-        other_temperatures: further temperatures at which each trained policy is sampled once; 0 is greedy.
-        top_k: 0 samples from the whole distribution; anything else samples another policy, and KL is then flagged.
-        top_p: 1 samples from the whole distribution; see ``top_k``.
-        batch_size: completions decoded at once, on each rank.
-        workers: policies that draw at the same time, each in a process of its own (CPU only, and where no ranks share
-            the work); changes no figure.
-        samples: draws a prompt from each trained policy.
-        baseline_draws: draws a prompt from the reference (sft), shared by no other estimate.
-        pool_size: further draws a prompt from the reference: best-of-n selects from these, the control uses them.
-        best_of_n: values of n over the reference; each at most ``pool_size``.
-        best_of: best-of-n over other policies, ``{ppo: [4]}``; each draws a pool of twice its largest n.
-        checkpoints: points along training, ``{ppo: [8, 16], dpo: all}``: steps of the main runs whose checkpoints are
-            there; they stand on the frontier, not in the matrix.
-        length_difficulty: add how hard a prompt is to the length-controlled model (AlpacaEval 2's third term).
-        enumerate_up_to: where all prompts together have no more completions than this, they are enumerated, and the
-            optimal frontier is exact; 0 never does.
-        policies: further policies: ``{name: {path: MODEL}}`` or ``{name: {completions: FILE}}``.
-        judges: further judges; see ``docs/compare.md``. The gold function and the reward model are always asked.
-        check_pairs: held-out pairs that each judge that reads is asked about, too: without it no verdict is given by
-            such a judge, where the run has pairs. Two requests a pair.
-        tuning: how each method's main point was found, ``{ppo: {settings: 12, chosen_on: validation}}``: how many
-            settings were tried, and on which prompts the main one was chosen (`CHOSEN_ON`); recorded and printed.
-        near_duplicate: prompts of one dialogue and equal ones are one unit of evidence, and so are those whose
-            5-character shingles overlap at least this much (Jaccard); 1 and above: only the first two kinds.
-        delta: the smallest difference of a win rate from 1/2 that matters; set before, for "equal within delta".
-        resamples: a fifth of the random sign flips that test a judge that reads; all other tests are exact.
-        confidence: of all intervals; 1 - confidence is the level of every test.
-    """
+    """How the policies of a run are compared; each key has its comment in ``configs/compare/default.yaml``."""
 
     n_prompts: int = 512
     max_new_tokens: int = 64

@@ -12,16 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class DPOStage:
-    """The stage's own keys.
-
-    Attributes:
-        reference_path: the reference policy; ``None`` is the run's SFT policy, which training also starts from.
-        use_soft_labels: where the pairs have ``soft_label``, the probability that chosen is better, train with the
-            cross-entropy to it; else every pair counts as certain.
-        lora: train adapters instead of all weights; the reference is then the model with adapters off.
-        merge_lora: save the merged model (and the adapter beside it); else the adapter alone.
-        test_pairs: at most so many test pairs for the implicit accuracy at the end; ``None`` takes all.
-    """
+    """The stage's own keys; each has its comment in ``configs/dpo/default.yaml``."""
 
     reference_path: str | None = None
     use_soft_labels: bool = True

@@ -1,4 +1,7 @@
-"""The ``data`` section of the configuration: one dataclass for each kind of source."""
+"""The ``data`` section of the configuration: one dataclass for each kind of source.
+
+Each key has its comment in ``configs/data``, in the file of its source.
+"""
 
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any
@@ -9,20 +12,7 @@ from ppo_vs_dpo.artifacts.settings import nearest, split
 
 @dataclass
 class ReviewTestbed:
-    """The controlled testbed: reviews from a grammar, pairs from two samples of the SFT policy, labels from gold.
-
-    Attributes:
-        source: ``testbed``.
-        gold: the gold reward, ``package.module:function``.
-        sft_examples: reviews that the SFT policy learns from.
-        train_prompts: prompts that PPO draws from.
-        heldout_prompts: prompts that ``compare`` uses and no training split holds.
-        pairs: training pairs (two samples each); prompts are used again where there are more pairs than prompts.
-        test_pairs: held-out pairs, on prompts of their own.
-        max_new_tokens: budget of a sample, end of sequence included.
-        temperature: of the samples.
-        generation_batch_size: samples drawn at once.
-    """
+    """The controlled testbed: reviews from a grammar, pairs from two samples of the SFT policy, labels from gold."""
 
     source: str = "testbed"
     gold: str = "ppo_vs_dpo.preferences.testbed.gold:gold_reward"
@@ -38,38 +28,7 @@ class ReviewTestbed:
 
 @dataclass
 class GivenPairs:
-    """Pairs that are there: on the Hub, in files, or in the configuration itself.
-
-    Attributes:
-        source: ``pairs``.
-        path: a Hub name, a file (``.jsonl``, ``.json``, ``.parquet``, ``.csv``; ``.gz`` too) or a folder of files.
-        inline: in place of ``path``: the pairs themselves, ``{prompt: [...], chosen: [...], rejected: [...]}``.
-        format: ``auto`` or a name in `preferences.reading.mappings.MAPPINGS`.
-        columns: part of a pair (`preferences.reading.mappings.PARTS`) -> the source's name for it.
-        split: the Hub's split to train on.
-        subset: the Hub's configuration.
-        revision: the Hub's branch, tag or commit.
-        streaming: read from the Hub without keeping a copy.
-        test_path: a file with test pairs; else a share of the prompts is kept for them.
-        test_split: the Hub's split with test pairs.
-        prompts_path: further prompts for PPO: a file with a column ``prompt`` or ``messages``.
-        conversational: make messages of texts (true) or texts of messages (false); null: as they are.
-        rendered: write conversations out with the model's chat template, tools, tool calls and reasoning included.
-        min_score_ratio: SHP: least ratio of the two comments' votes.
-        dimension: PKU-SafeRLHF: ``helpful`` or ``safe``.
-        drop_both_unsafe: PKU-SafeRLHF: leave out pairs without a safe response.
-        drop_both_safe: PKU-SafeRLHF: leave out pairs without an unsafe response.
-        max_pairs: stop reading after so many usable pairs.
-        test_fraction: share of the prompts whose pairs are for testing, where there is no test split.
-        heldout_fraction: share of the prompts that ``compare`` judges on and that no pair set holds.
-        heldout_prompts: at most so many of them.
-        max_prompt_tokens: longer prompts count as truncated; null: no limit.
-        max_response_tokens: longer responses count as truncated; null: no limit.
-        sft: ``chosen`` makes SFT examples of the preferred responses (Preferred-FT); ``none`` makes none.
-        sft_path: SFT examples from a file or Hub set instead: ``prompt`` and ``completion``, or N+'s columns.
-        gold: a known reward to judge by, ``package.module:function``, or null.
-        on_problem: kind of problem -> ``error``, ``drop`` or ``keep``, over the defaults of the validation.
-    """
+    """Pairs that are there: on the Hub, in files, or in the configuration itself."""
 
     source: str = "pairs"
     path: str | None = None
@@ -113,24 +72,7 @@ class GivenPairs:
 
 @dataclass
 class MadePairs:
-    """Where the prompts come from when the pairs are made from them; the base of the sources that make pairs.
-
-    Attributes:
-        source: which source.
-        prompts_path: ``testbed``; a run's folder ``data`` (its prompts are used again); a file or a Hub name.
-        split: the Hub's split.
-        conversational: make messages of texts; null: as they are.
-        prefix_words: ``[2, 8]`` cuts prompts of so many words off the texts (IMDb); the rest is for SFT. ``[]``: off.
-        train_prompts: prompts to make training pairs from, and for PPO.
-        test_prompts: prompts to make test pairs from.
-        heldout_prompts: prompts that ``compare`` judges on.
-        sft_examples: testbed and ``prefix_words``: texts that the SFT policy learns from.
-        gold: a known reward, ``package.module:function``, or null.
-        max_new_tokens: budget of a response.
-        temperature: of the samples.
-        top_p: keep the smallest set of tokens with this mass.
-        generation_batch_size: responses drawn at once.
-    """
+    """Where the prompts come from when the pairs are made from them; the base of the sources that make pairs."""
 
     source: str = "rejection"
     prompts_path: str = "testbed"
@@ -154,18 +96,7 @@ class MadePairs:
 
 @dataclass
 class RejectionSampling(MadePairs):
-    """Pairs and SFT examples chosen among many samples of a policy by a scorer.
-
-    Attributes:
-        policy: a model folder or Hub name; null: the run's SFT policy.
-        reward_model: a reward model's folder or Hub name; null: ``gold`` scores.
-        scorer: how a reward model is loaded, ``package.module:class``; it has ``load(path).score(prompts, texts)``.
-        samples: n, samples for each prompt.
-        rule: ``best_vs_worst``, ``rso`` or ``bradley_terry``.
-        rso_beta: RSO: temperature of the acceptance exp((r - r_max) / beta).
-        pairs_per_prompt: RSO and Bradley-Terry: at most so many pairs of one prompt.
-        prompts_per_step: prompts sampled and scored before their samples are written down.
-    """
+    """Pairs and SFT examples chosen among many samples of a policy by a scorer."""
 
     source: str = "rejection"
     policy: str | None = None
@@ -187,18 +118,7 @@ class RejectionSampling(MadePairs):
 
 @dataclass
 class Endpoint:
-    """A model that answers conversations.
-
-    Attributes:
-        kind: ``local``, ``openai`` (any OpenAI-compatible endpoint) or ``python``.
-        model: local: a folder or Hub name, null for the run's SFT policy; openai: the model's name there.
-        base_url: openai: address of the endpoint; null: the client's default.
-        api_key_env: openai: the environment variable that holds the key; the key itself is never written anywhere.
-        timeout: openai: seconds to wait for an answer.
-        retries: openai: further attempts, with growing pauses, where it is busy, slow or answers nonsense.
-        requests_at_once: openai: requests on their way at the same time.
-        function: python: ``package.module:factory`` of an object with ``answer`` and ``choose``.
-    """
+    """A model that answers conversations."""
 
     kind: str = "local"
     model: str | None = None
@@ -220,24 +140,7 @@ class Endpoint:
 
 @dataclass
 class ConstitutionalPairs(MadePairs):
-    """Constitutional AI (Bai et al. 2022b): pairs from principles instead of people.
-
-    Attributes:
-        constitution: a YAML file of ours, a name in configs/constitution, or the paper's JSON file.
-        mode: ``revision`` (original against revision), ``feedback`` (a judge chooses between two samples) or ``both``.
-        rounds: critiques and revisions, one after the other.
-        few_shot: a JSON file with the paper's worked examples, shown before each critique; null: none.
-        system: a system message before every answer and revision, e.g. to ask for short ones; it is not part of the
-            pairs' prompts. Null: none.
-        helper: who answers.
-        critic: who criticises and revises.
-        judge: who chooses.
-        chain_of_thought: the judge reasons in its own words before it chooses.
-        label_clamp: soft labels stay within [1 - label_clamp, label_clamp]; null: 0.6 (the paper's 40-60 %) with
-            ``chain_of_thought``, no limit without.
-        max_growth: a revision of more than so many times the original's words is a runaway.
-        batch: conversations answered before they are written down.
-    """
+    """Constitutional AI (Bai et al. 2022b): pairs from principles instead of people."""
 
     source: str = "constitution"
     constitution: str = "default"

@@ -8,27 +8,7 @@ from ppo_vs_dpo.models.loading.config import LoraSettings
 
 @dataclass
 class RewardModelStage:
-    """The stage's own keys.
-
-    Attributes:
-        head_init: ``zero``, or ``normal`` for N(0, 1/sqrt(d+1)) (Huang et al. 2024, detail 11).
-        use_margin: train with the pairs' ``margin`` in the loss, -log sigma(delta - margin) (Llama 2, eq. 2).
-        use_soft_labels: where the pairs have ``soft_label``, the probability that chosen is better, train with the
-            cross-entropy to it (Bai et al. 2022b); else every pair counts as certain.
-        ensemble: so many reward models, of other seeds (data order, and the head where it is drawn); PPO's reward is
-            what ``ppo.reward_ensemble`` makes of their scores.
-        average_weights: the ensemble's weights are averaged into one model instead (WARM); all start from one head.
-        path: a reward model that is trained already, a folder or a name on the Hub: it takes the place of training one
-            (its scores are centred and judged on the run's held-out pairs like any other's).
-        head: the name of that model's head, where another project made it (`models.loading.heads`).
-        lora: train adapters (and the head) instead of all weights.
-        merge_lora: save the merged model (and the adapter beside it); else the adapter alone.
-        samples: SFT samples that the scores are centred on.
-        sample_max_new_tokens: their budget, EOS included.
-        scoring_batch_size: sequences scored at once.
-        test_pairs: at most so many test pairs in the report, and as many training pairs; ``None`` takes all.
-        label_noise: share of labels believed wrong, where no gold reward tells the ceiling (0.3 for HH).
-    """
+    """The stage's own keys; each has its comment in ``configs/reward_model/default.yaml``."""
 
     path: str | None = None
     head: str | None = None

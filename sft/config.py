@@ -7,13 +7,7 @@ from ppo_vs_dpo.models.loading.config import LoraSettings
 
 @dataclass
 class SFTStage:
-    """The stage's own keys.
-
-    Attributes:
-        skip_training: take the model of ``model.path`` as the SFT policy as it is.
-        lora: train adapters instead of all weights.
-        merge_lora: save the merged model (and the adapter beside it); else the adapter alone.
-    """
+    """The stage's own keys; each has its comment in ``configs/sft/default.yaml``."""
 
     skip_training: bool = False
     lora: LoraSettings | None = None

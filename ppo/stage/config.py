@@ -33,23 +33,8 @@ def reward_models(config: Mapping[str, Any]) -> int:
 
 @dataclass
 class PPOStage:
-    """Keys of the ``ppo`` section that belong to the stage, not to `ppo.config.PPOConfig`.
-
-    Attributes:
-        lora: train adapters instead of all weights (policy and value model); null trains everything.
-        shared_base: with ``lora``: policy, value and reward model are adapters on one frozen base, the reference is
-            that base; the reward model must have been trained as an adapter. One copy of the weights instead of four.
-        validation_prompts: training prompts set aside for the evaluation during training; the held-out prompts of the
-            verdict are never seen here.
-        value_from: ``reward_model`` (N+ detail 22) or ``policy``: what the value model starts from.
-        value_path: a value model's own checkpoint, a folder or a name on the Hub, in place of both: a
-            sequence-classification model with one label that reads the policy's tokens.
-        reward: what is optimised: ``reward_model`` (of the run), ``judge``, a function ``my_file.py:function``, or a
-            list whose sum is weighted by ``reward_weights``.
-        judge: who judges, where ``reward`` names ``judge``: the keys of a judge of kind llm in ``compare.judges``. Its
-            ``max_cost`` is that of the whole stage.
-        gold_reward: optimise the run's known gold reward (``data.gold``) instead of the reward model (DPO paper's
-            PPO-GT).
+    """Keys of the ``ppo`` section that belong to the stage, not to `ppo.config.PPOConfig`; each has its comment in
+    ``configs/ppo/default.yaml``.
     """
 
     lora: LoraSettings | None = None

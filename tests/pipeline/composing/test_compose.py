@@ -8,6 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.settings import field_names
 from ppo_vs_dpo.papers.settings import commented
 from ppo_vs_dpo.pipeline.cli import COMMANDS, dispatch, with_config_dir
 from ppo_vs_dpo.pipeline.composing.compose import experiments, load, prepare_overrides, run_name
@@ -188,6 +189,13 @@ def test_every_key_has_a_comment(path: Path):
         pytest.skip("a constitution is data, not settings")
     missing = [key for key in settings_in(config) if key not in known and key.split(".")[0] != "defaults"]
     assert not missing, f"keys without a comment above them: {missing}"
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_own_key_of_a_stage_has_its_comment(section):
+    files = (CONFIGS / section).glob("*.yaml")
+    said = {key for path in files for key, _, comment in commented(path) if comment}
+    assert set(field_names(load_class(SECTIONS[section][0]))) <= said
 
 
 def test_show_prints_every_key_with_its_comment_and_can_be_read_back():
