@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets
 from transformers.utils import logging
 from trl.trainer.dpo_trainer import DPOTrainer
@@ -15,6 +14,7 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_parquet, sha256_of, write_parquet
 from ppo_vs_dpo.dpo.data import COLUMNS, PairCollator
 from ppo_vs_dpo.models.passes.unpadded import skip_padding
+from ppo_vs_dpo.models.sharding.collectives import of_first
 from ppo_vs_dpo.models.text.encoding import MASKS
 
 logger = logging.get_logger(__name__)
@@ -152,9 +152,7 @@ class PairTrainer(DPOTrainer):
             return super()._precompute_ref_logps(dataset, name, batch_size)
         path = self.reference_cache / f"{self._reference_key(dataset, batch_size)}.parquet"
         # All ranks must go the same way, also where one of them is late and the file is there by then.
-        found = [path.is_file()]
-        broadcast_object_list(found, from_process=0)
-        if found[0]:
+        if of_first(path.is_file()):
             return concatenate_datasets([dataset, read_parquet(path, REFERENCE_COLUMNS)], axis=1)
         known = {file["filename"] for file in dataset.cache_files}
         dataset = super()._precompute_ref_logps(dataset, name, batch_size)

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 
-import torch
 from safetensors import SafetensorError
 
 from ppo_vs_dpo.artifacts.errors import UserError, warn
 from ppo_vs_dpo.artifacts.guards.checkpoints import newest_whole, set_aside
 from ppo_vs_dpo.artifacts.guards.refusals import of_a_pickle
 from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.models.sharding.collectives import of_first
 
 
 def resume_point(context: StageContext, folder: str | Path) -> Path | None:
@@ -21,12 +21,10 @@ def resume_point(context: StageContext, folder: str | Path) -> Path | None:
 
     The main process decides, and sets aside what is not fit.
     """
-    found = [newest_whole(Path(folder), context.fingerprint) if context.is_main_process else None]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(found)
-    if found[0] is not None and context.is_main_process:
-        warn(f"going on from {found[0]}\n")
-    return found[0]
+    found = of_first(newest_whole(Path(folder), context.fingerprint) if context.is_main_process else None)
+    if found is not None and context.is_main_process:
+        warn(f"going on from {found}\n")
+    return found
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from ppo_vs_dpo.models.devices import arithmetic
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.prepared import halve_frozen
 from ppo_vs_dpo.models.loading.pretrained import is_adapter
+from ppo_vs_dpo.models.sharding.collectives import of_first
 from ppo_vs_dpo.models.sharding.deepspeed import deepspeed_settings, gathered, start_deepspeed, unsharded_loading
 
 Value = TypeVar("Value")
@@ -164,11 +165,7 @@ class Ranks:
 
     def agree(self, make: Callable[[], Value]) -> Value:
         """What ``make`` gives on the main process, on every rank."""
-        if self.world == 1:
-            return make()
-        box = [make() if self.is_main else None]
-        torch.distributed.broadcast_object_list(box, src=0)
-        return box[0]
+        return of_first(make() if self.is_main else None)
 
     def leave(self) -> bool:
         """End the common work; True on the main process, which goes on alone. Split models are of no more use."""

@@ -27,6 +27,7 @@ from ppo_vs_dpo.models.sampling.generation import Generated, SamplingConfig
 from ppo_vs_dpo.models.sampling.vllm_colocated import check_sampling
 from ppo_vs_dpo.models.sampling.vllm_transfer import Transfer, transfer_for
 from ppo_vs_dpo.models.sampling.weights import buckets, check_mergeable
+from ppo_vs_dpo.models.sharding.collectives import is_first, of_first, several
 
 # Requests under way at once; the server batches them as it can.
 REQUESTS = 64
@@ -84,9 +85,10 @@ class VLLMServerEngine:
         device = next(policy.parameters()).device
         kind, world = self._agreed(lambda: self._choose(transfer, device))
         if kind != "files":
-            given = (kind, self._ask, self.url, dtype, _rank(), world, policy)
+            rank = dist.get_rank() if several() else 0
+            given = (kind, self._ask, self.url, dtype, rank, world, policy)
             self.transfer = self._together(lambda: Transfer(*given))
-        elif _rank() == 0:
+        elif is_first():
             Path(folder).mkdir(parents=True, exist_ok=True)
             for left in Path(folder).glob(f"{PREFIX}*"):  # of a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
@@ -101,14 +103,14 @@ class VLLMServerEngine:
             self._together(lambda: self.transfer.send(model))
         else:
             self._together(lambda: self._by_files(model))
-        if _rank() == 0:
+        if is_first():
             self._ask("/reset_prefix_cache", {})
 
     def _by_files(self, model: PreTrainedModel) -> None:
         error, names = None, []
-        for number, bucket in enumerate(buckets(model, self.dtype, keep=_rank() == 0)):
+        for number, bucket in enumerate(buckets(model, self.dtype, keep=is_first())):
             # A rank that gave up still helps to gather what is left.
-            if _rank() == 0 and error is None:
+            if is_first() and error is None:
                 try:
                     self._write(number, bucket)
                     names += bucket
@@ -116,7 +118,7 @@ class VLLMServerEngine:
                     error = UserError(f"weights for the vLLM server: {self.folder.name} cannot be written: {raised}")
         if error is not None:
             raise error
-        if _rank() == 0:
+        if is_first():
             self._send(number + 1, len(names))
 
     def _together(self, work: Callable[[], Any]) -> Any:
@@ -126,7 +128,7 @@ class VLLMServerEngine:
             result = work()
         except UserError as raised:
             error = raised
-        said = self._told(str(error) if error else None)
+        said = of_first(str(error) if error else None)
         if error is not None or said:
             raise error or UserError(said)
         return result
@@ -136,18 +138,10 @@ class VLLMServerEngine:
         found: list[Any] = []
 
         def first() -> None:
-            found.append(ask() if _rank() == 0 else None)
+            found.append(ask() if is_first() else None)
 
         self._together(first)
-        return self._told(found[0])
-
-    def _told(self, value: Any) -> Any:
-        """The first rank's value, on all."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+        return of_first(found[0])
 
     def _choose(self, wish: str, device: torch.device) -> tuple[str, int]:
         """How weights go, and to how many GPUs."""
@@ -237,7 +231,3 @@ class VLLMServerEngine:
                 f"{self.url} (ppo.vllm_server_base_url) is no vLLM server: it answers {path} with {text[:80]!r}."
             )
         return found
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -1,16 +1,32 @@
 """Sums, maxima and waiting over ranks, where there are several; on one process nothing is exchanged."""
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from ppo_vs_dpo.models.sharding.watch import meet
+from ppo_vs_dpo.models.sharding.watch import meet, ranks
+
+Value = TypeVar("Value")
 
 
 def several() -> bool:
     """Whether this process is one of several that work together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return ranks() > 1
+
+
+def is_first() -> bool:
+    """Whether this process is the first of those, or the only one."""
+    return not several() or dist.get_rank() == 0
+
+
+def of_first(value: Value) -> Value:
+    """The first rank's value, on all."""
+    box = [value]
+    if several():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def global_sum(x: torch.Tensor) -> torch.Tensor:
