@@ -28,16 +28,11 @@ PARTS = ("prompt", "chosen", "rejected", "system", "input", "history", *OPTIONAL
 
 @dataclass
 class MappingOptions:
-    """What a mapping may be told.
+    """What a mapping may be told: keys of the ``data`` section (``configs/data/files.yaml``), and how to render.
 
     Attributes:
         columns: one of `PARTS` -> the source's name, e.g. ``{"chosen": "better_answer"}``; an empty name says that
             the source's column of that name is not to be read.
-        conversational: make messages of plain texts (true) or plain texts of messages (false); ``None``: as they are.
-        min_score_ratio: SHP: least ratio of the two comments' votes.
-        dimension: PKU-SafeRLHF: ``helpful`` or ``safe``.
-        drop_both_unsafe: PKU-SafeRLHF: leave out pairs without a safe response (Xu et al. 2024, Table 2).
-        drop_both_safe: PKU-SafeRLHF: leave out pairs without an unsafe response.
         render: writes a pair of messages out as text (`mappings.rendered`), with what stands beside their text.
 
     Raises:
