@@ -19,6 +19,25 @@ class UserError(Exception):
     """
 
 
+class Complaint(UserError):
+    """Every problem of a configuration.
+
+    Attributes:
+        problems: a sentence each.
+        config: as far as it could be composed, for whoever looks at the rest of it; ``None`` where it could not.
+    """
+
+    def __init__(self, problems: list[str], config: Any = None):
+        self.problems, self.config = list(dict.fromkeys(problems)), config
+        super().__init__("\n  ".join(["the configuration has errors:", *self.problems]))
+
+
+def first_sentence(error: Any) -> str:
+    """The first line of what an error says, or its name where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
 def explain_os_error(error: OSError) -> str | None:
     """One sentence for an operating-system error that a user can act on, or ``None`` for all others."""
     # A rename has two names: what was written bears a temporary one.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import Complaint, UserError
 from ppo_vs_dpo.artifacts.files import read_json
 from ppo_vs_dpo.artifacts.guards.versions import differences, made_by
 from ppo_vs_dpo.artifacts.run import STAGES
@@ -248,7 +248,7 @@ def check_settings(settings: CompareStage) -> None:
         UserError: all of them at once.
     """
     if problems := settings.problems():
-        raise UserError("\n  ".join(["the configuration has errors:", *problems]))
+        raise Complaint(problems)
 
 
 def check_best_of(settings: CompareStage, policies: list[Policy]) -> None:

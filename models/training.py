@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_callback import ExportableState, PrinterCallback
 from transformers.utils import logging as transformers_logging
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import Complaint, UserError, first_sentence
 from ppo_vs_dpo.artifacts.files import atomic_folder
 from ppo_vs_dpo.artifacts.resources import parameter_size
 from ppo_vs_dpo.artifacts.settings import field_names, nearest
@@ -81,7 +81,7 @@ def training_arguments(cls: type[Arguments], context: StageContext, passed: dict
     check_values({**defaults, **passed}, context.stage)
     wrong = [*of_another_type(passed, cls, context.stage), *out_of_range(passed, context.stage)]
     if wrong:
-        raise UserError("\n  ".join(["the configuration has errors:", *wrong]))
+        raise Complaint(wrong)
     try:
         with warnings.catch_warnings():
             # TRL still sets the old name of a setting that transformers renamed; nothing for the user to do.
@@ -92,7 +92,7 @@ def training_arguments(cls: type[Arguments], context: StageContext, passed: dict
         hint = nearest(match.group(1), field_names(cls)) if match else ""
         raise UserError(f"{context.stage}: {error}.{hint}") from error
     except (ValueError, NotImplementedError) as error:
-        raise UserError(f"{context.stage}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{context.stage}: {first_sentence(error)}") from error
     if sharding is not None:
         check_settings(args, context.stage)
     if args.disable_tqdm:
@@ -132,7 +132,7 @@ def model_settings(context: StageContext) -> ModelConfig:
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), section))
     except OmegaConfBaseException as error:
-        raise UserError(f"model.{error.full_key or ''}: {str(error.msg or error).splitlines()[0]}") from error
+        raise UserError(f"model.{error.full_key or ''}: {first_sentence(error.msg or error)}") from error
 
 
 class LogBeforeSaving(TrainerCallback, ExportableState):

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, first_sentence
 from ppo_vs_dpo.artifacts.files import finite, read_json, sha256_of, write_json
 from ppo_vs_dpo.papers.claims import Report
 from ppo_vs_dpo.papers.paper import Paper
@@ -50,7 +50,7 @@ class Miniature:
         try:
             found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), OmegaConf.load(path)))
         except OmegaConfBaseException as error:
-            raise UserError(f"{path}: {str(error.msg or error).splitlines()[0]}") from error
+            raise UserError(f"{path}: {first_sentence(error.msg or error)}") from error
         if bool(found.world) == bool(found.run):
             raise UserError(f"{path}: a miniature has either a world or a run.")
         if not found.seeds:

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ppo_vs_dpo.artifacts.errors import UserError, in_help, say
+from ppo_vs_dpo.artifacts.errors import Complaint, UserError, first_sentence, in_help, say
 from ppo_vs_dpo.artifacts.files import fingerprint_file, read_json, sha256_of, write_json, write_parquet, write_text
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.artifacts.stage import StageContext
@@ -240,7 +240,7 @@ def settings_of(overrides: list[str]) -> dict[str, Any]:
         if f"compare.{key}" not in keys:
             OmegaConf.update(config, f"compare.{key}", value, merge=False)
     if problems := check_section("compare", config.compare, "ppo_vs_dpo.compare.config:CompareStage"):
-        raise UserError("\n  ".join(["the configuration has errors:", *problems]))
+        raise Complaint(problems)
     return OmegaConf.to_container(config, resolve=True)
 
 
@@ -307,7 +307,7 @@ def link(folder: Path, source: str) -> dict[str, str]:
         try:
             path = Path(snapshot_download(source))
         except (HfHubHTTPError, OSError, ValueError) as error:
-            raise UserError(f"--reference {source}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"--reference {source}: {first_sentence(error)}") from error
     model.symlink_to(path.resolve(), target_is_directory=True)
     return {"given": source}
 

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl.trainer.reward_config import RewardConfig
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, first_sentence
 from ppo_vs_dpo.artifacts.files import atomic_folder, read_json, read_parquet, write_json
 from ppo_vs_dpo.artifacts.settings import split
 from ppo_vs_dpo.artifacts.stage import StageContext
@@ -207,7 +207,7 @@ def take_given(
             folder = Path(snapshot_download(source))
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             raise UserError(
-                f"reward_model.path={source}: {str(error).splitlines()[0]} Give a folder, or a name on the Hub."
+                f"reward_model.path={source}: {first_sentence(error)} Give a folder, or a name on the Hub."
             ) from error
     with atomic_folder(context.dir / "model") as target:
         for file in sorted(folder.iterdir()):

@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from pickle import UnpicklingError
 
-from ppo_vs_dpo.artifacts.errors import UserError, explain_os_error
+from ppo_vs_dpo.artifacts.errors import UserError, explain_os_error, first_sentence
 
 # Libraries that check what they are given: what they refuse is about settings or inputs, not a defect of this project.
 LIBRARIES = ("trl", "transformers", "peft", "accelerate", "datasets", "deepspeed", "huggingface_hub", "tokenizers")
@@ -78,12 +78,6 @@ def refused_by(error: BaseException) -> str | None:
         return None
     package = parts[len(parts) - parts[::-1].index("site-packages")]
     return package if package in LIBRARIES else None
-
-
-def first_sentence(error: BaseException) -> str:
-    """The message's first line, with the exception's name where it has none."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def of_a_defect(error: BaseException) -> str:

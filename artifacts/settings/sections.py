@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import Complaint
 from ppo_vs_dpo.artifacts.settings.rules import refused_keys
 from ppo_vs_dpo.artifacts.settings.values import out_of_range
 
@@ -67,4 +67,4 @@ def split(
             return OmegaConf.to_object(settings), passed
     except OmegaConfBaseException as error:
         problems.append(f"{where}.{error.full_key or ''}: {error.msg or error}".splitlines()[0])
-    raise UserError("\n  ".join(["the configuration has errors:", *problems]))
+    raise Complaint(problems)

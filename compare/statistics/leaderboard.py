@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import expit
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, first_sentence
 from ppo_vs_dpo.compare.statistics.soft_logistic import chosen_strength, fit_soft_labels
 
 REPOSITORY = "tatsu-lab/alpaca_eval"
@@ -177,7 +177,7 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(hf_hub_download(REPOSITORY, name, repo_type="dataset"))
     except OSError as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_sentence(error)
         raise UserError(
             f"{name} of the data set {REPOSITORY} could not be had from the Hub ({first}). Download it once, and give "
             f"its folder to --leaderboard."

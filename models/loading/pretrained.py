@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, first_sentence
 from ppo_vs_dpo.models.loading.adapters import check_base, merge
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.files import (
@@ -41,7 +41,7 @@ def _load(loader: Any, path: str, what: str, **kwargs: Any) -> Any:
             fetch_code(path, kwargs.get("revision"))
         return loader(path, **kwargs)
     except (OSError, ValueError, ImportError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_sentence(error)
         advice = "Check the name, log in for a gated model (`hf auth login`), or give a local folder in model.path."
         if "custom code" in first:
             advice = "It runs only if you ask for it: read it, and set model.trust_remote_code=true."

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, first_sentence
 from ppo_vs_dpo.models.devices import not_finite
 from ppo_vs_dpo.models.loading.pretrained import context_length
 from ppo_vs_dpo.models.passes.logprobs import backbone, score_head_of, sequence_scores
@@ -165,7 +165,7 @@ def _tensors(rows: list[list[int]], pad_id: int, device) -> tuple[torch.Tensor, 
 
 
 def _unusable(model: torch.nn.Module, error: Exception) -> UserError:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    first = first_sentence(error)
     return UserError(f"{type(inside(model)).__name__} cannot score a sequence of token ids: {first}")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from ppo_vs_dpo.artifacts.awaiting import wait_for
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, first_sentence
 
 # Longest pause that an endpoint may ask for (Retry-After), in seconds.
 LONGEST_PAUSE = 60.0
@@ -307,8 +307,7 @@ def without_secrets(url: str) -> str:
 
 def first_line(error: Any) -> str:
     """The first line of an error, 200 characters at most, without control characters."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return "".join(c if c.isprintable() else " " for c in lines[0])[:200]
+    return "".join(c if c.isprintable() else " " for c in first_sentence(error))[:200]
 
 
 def reply_of(body: Any) -> Reply:

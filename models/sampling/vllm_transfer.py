@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, first_sentence
 from ppo_vs_dpo.models.sampling.weights import BUCKET, buckets, weights_of
 
 # Bytes of one message; vLLM keeps two of them on either side.
@@ -124,7 +124,7 @@ class Transfer:
             )
         except (RuntimeError, ValueError, OSError, UserError) as error:
             raise UserError(
-                f"ppo.vllm_weight_transfer={kind}: the server at {url} did not join ({str(error).splitlines()[0]}). "
+                f"ppo.vllm_weight_transfer={kind}: the server at {url} did not join ({first_sentence(error)}). "
                 f"Its log says more; ppo.vllm_weight_transfer=files needs no connection."
             ) from error
 
@@ -138,7 +138,7 @@ class Transfer:
         try:
             self.engine.send_weights()
         except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"the weights did not reach the vLLM server: {str(error).splitlines()[0]}") from error
+            raise UserError(f"the weights did not reach the vLLM server: {first_sentence(error)}") from error
         finally:
             # A rank that gave up still helps to gather what is left.
             self.source.finish()

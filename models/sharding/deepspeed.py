@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from ppo_vs_dpo.artifacts.errors import UserError, warn
+from ppo_vs_dpo.artifacts.errors import UserError, first_sentence, warn
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.models.sharding.watch import PATIENCE, watched
 
@@ -104,7 +104,7 @@ def named_step(name: Callable[[], str], patience: float = PATIENCE) -> Iterator[
             raise
         raise UserError(
             f"rank {os.environ.get('RANK', '0')} waited in vain for another rank in this step: {name()} "
-            f"({str(error).splitlines()[0][-160:]}). A rank that hangs or is much slower stalls all: look for it in "
+            f"({first_sentence(error)[-160:]}). A rank that hangs or is much slower stalls all: look for it in "
             f"the log. ddp_timeout sets the patience, in seconds."
         ) from error
 

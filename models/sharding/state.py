@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, first_sentence
 from ppo_vs_dpo.artifacts.files import read_json, write_json
 from ppo_vs_dpo.models.sharding.deepspeed import is_sharded, whole
 
@@ -107,7 +107,7 @@ class Saved:
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{self.folder} is not complete: {file}, the part of rank {file[8:-12]} of {self.index['ranks']}, "
-                f"cannot be read ({str(error).splitlines()[0]}). If ranks write to disks of their own, bring their "
+                f"cannot be read ({first_sentence(error)}). If ranks write to disks of their own, bring their "
                 f"files together. Else delete this checkpoint: the run goes on from the one before."
             ) from error
 

@@ -14,12 +14,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ppo_vs_dpo.artifacts.errors import UserError, printable, say
+from ppo_vs_dpo.artifacts.errors import Complaint, UserError, printable, say
 from ppo_vs_dpo.artifacts.files import read_marker, sha256_of, write_json
 from ppo_vs_dpo.artifacts.guards.processes import die_with_parent
 from ppo_vs_dpo.artifacts.guards.versions import made_by
 from ppo_vs_dpo.artifacts.run import STAGES, RunFolder
-from ppo_vs_dpo.pipeline.composing.compose import Complaint, load
+from ppo_vs_dpo.pipeline.composing.compose import load
 
 # Seconds after which the look at the arguments is given up; a stage will then say itself what is wrong.
 PATIENCE = 300.0

@@ -7,6 +7,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.optimization import get_scheduler
 
+from ppo_vs_dpo.artifacts.errors import first_sentence
 from ppo_vs_dpo.artifacts.guards.fingerprints import points_of
 from ppo_vs_dpo.artifacts.settings import nearest
 
@@ -33,7 +34,7 @@ def _schedule(made: TrainingArguments, stage: str) -> Iterator[str]:
     try:
         Trainer.get_optimizer_cls_and_kwargs(made)
     except (ValueError, ImportError, TypeError) as error:
-        yield f"{stage}.optim={getattr(made.optim, 'value', made.optim)}: {str(error).strip().splitlines()[0]}"
+        yield f"{stage}.optim={getattr(made.optim, 'value', made.optim)}: {first_sentence(error)}"
     try:
         get_scheduler(
             made.lr_scheduler_type,
@@ -43,7 +44,7 @@ def _schedule(made: TrainingArguments, stage: str) -> Iterator[str]:
             scheduler_specific_kwargs=made.lr_scheduler_kwargs or None,
         )
     except (ValueError, TypeError, KeyError) as error:
-        said = str(error).strip().splitlines()[0]
+        said = first_sentence(error)
         yield f"{stage}.lr_scheduler_kwargs do not fit lr_scheduler_type={made.lr_scheduler_type.value}: {said}"
 
 

@@ -14,7 +14,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from ppo_vs_dpo.artifacts.errors import UserError, printable
+from ppo_vs_dpo.artifacts.errors import Complaint, UserError, first_sentence, printable
 from ppo_vs_dpo.artifacts.run import STAGES
 from ppo_vs_dpo.artifacts.settings import key_of, nearest, refused_keys
 from ppo_vs_dpo.artifacts.settings.values import out_of_range
@@ -31,19 +31,6 @@ LONGEST_NAME = 120
 LONGEST_PART = 255
 # Mappings whose keys are somebody else's: any name is taken.
 OPEN_SECTIONS = ("model.architecture.", "launch.expected_seconds.", "deepspeed.")
-
-
-class Complaint(UserError):
-    """Every problem of a configuration.
-
-    Attributes:
-        problems: a sentence each.
-        config: as far as it could be composed, for whoever looks at the rest of it; ``None`` where it could not.
-    """
-
-    def __init__(self, problems: list[str], config: DictConfig | None = None):
-        self.problems, self.config = list(dict.fromkeys(problems)), config
-        super().__init__("\n  ".join(["the configuration has errors:", *self.problems]))
 
 
 def prepare_overrides(overrides: list[str]) -> list[str]:
@@ -70,7 +57,7 @@ def sort_overrides(overrides: list[str]) -> tuple[list[str], list[str]]:
         parsed = OverridesParser.create().parse_overrides(everywhere(overrides))
     except HydraException as error:
         raise UserError(
-            f"cannot read the command line: {str(error).splitlines()[0]}. After the experiment's name, which stands "
+            f"cannot read the command line: {first_sentence(error)}. After the experiment's name, which stands "
             f"first, all is key=value."
         ) from None
     problems, prepared = [], []
@@ -198,7 +185,7 @@ def finish(
             raise Complaint(found, plain)
         OmegaConf.resolve(plain)
     except InterpolationResolutionError as error:
-        raise UserError(f"the configuration cannot be resolved: {str(error).splitlines()[0]}") from None
+        raise UserError(f"the configuration cannot be resolved: {first_sentence(error)}") from None
     return plain
 
 
@@ -365,7 +352,7 @@ def check_section(section: str, values: DictConfig | dict, own: str, complete: b
         try:
             OmegaConf.merge(OmegaConf.structured(own_class), {key: value})
         except OmegaConfBaseException as error:
-            first = str(error.msg or error).splitlines()[0]
+            first = first_sentence(error.msg or error)
             problems.append(f"{section}.{error.full_key or key}: {first}")
     problems += out_of_range(plain_of(values), section)
     # A merge lets a default stand where a file says ???; what is still to be set is asked for, not judged.

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ppo_vs_dpo.artifacts.errors import UserError, say
+from ppo_vs_dpo.artifacts.errors import UserError, first_sentence, say
 from ppo_vs_dpo.artifacts.files import read_json, write_json
 from ppo_vs_dpo.artifacts.run import RunFolder
 
@@ -75,7 +75,7 @@ def push_folder(folder, repo_id: str, stage: str, private: bool | None = None, r
     except (HTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise UserError(
             f"{stage}.push_to_hub: {repo_id} could not be pushed ({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0]}). Nothing is lost: log in with `hf auth login` or set HF_TOKEN, "
+            f"{first_sentence(error)}). Nothing is lost: log in with `hf auth login` or set HF_TOKEN, "
             f"check {stage}.hub_model_id, and give the same command again."
         ) from error
     return url

@@ -19,8 +19,12 @@ from ppo_vs_dpo.ppo.config.problems import problems
 from ppo_vs_dpo.ppo.config.tables import CONVENTIONS, ESTIMATORS, Conventions
 
 
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
 def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+    return field(default=default, metadata=_help(text))
 
 
 @dataclass
@@ -87,13 +91,15 @@ class PPOConfig(TrainingArguments):
         "warning says so.",
     )
     top_p: float = _option(1.0, "1 samples from the policy itself (N+, InstructGPT).")
-    generation_kwargs: dict | str | None = _option(
-        None,
-        "More sampling settings (fields of models.generation.SamplingConfig); they win over the fields above.",
+    generation_kwargs: dict | str | None = field(
+        default=None,
+        metadata=_help(
+            "More sampling settings (fields of models.generation.SamplingConfig); they win over the fields above."
+        ),
     )
-    stop_strings: list[str] | None = _option(
-        None,
-        "A response also ends where one of these appears. None: at EOS only (N+ detail 3).",
+    stop_strings: list[str] | None = field(
+        default=None,
+        metadata=_help("A response also ends where one of these appears. None: at EOS only (N+ detail 3)."),
     )
     local_rollout_forward_batch_size: int = _option(64, "Rows per forward pass without gradients, per rank (TRL: 64).")
     micro_batch_tokens: int | None = _option(
@@ -157,9 +163,9 @@ class PPOConfig(TrainingArguments):
     ds3_gather_for_generation: bool = _option(True, "ZeRO-3: gather the weights once per rollout (TRL).")
 
     # -- the reward
-    reward_weights: list[float] | None = _option(
-        None,
-        "One per reward (model first, then functions). Default: 1 each, a plain sum (TRL's GRPO).",
+    reward_weights: list[float] | None = field(
+        default=None,
+        metadata=_help("One per reward (model first, then functions). Default: 1 each, a plain sum (TRL's GRPO)."),
     )
     reward_aggregation: Literal["sum", "normalize_then_sum"] = _option(
         "sum",
@@ -290,10 +296,12 @@ class PPOConfig(TrainingArguments):
         "before the first step, or when another engine's log-probabilities are further from the trainer's than "
         "rounding.",
     )
-    resume_with: list[str] | None = _option(
-        None,
-        "Settings that may differ from the checkpoint's when the run goes on, e.g. [learning_rate, max_steps]; "
-        "each change is logged. Any other difference stops the run.",
+    resume_with: list[str] | None = field(
+        default=None,
+        metadata=_help(
+            "Settings that may differ from the checkpoint's when the run goes on, e.g. [learning_rate, max_steps]; "
+            "each change is logged. Any other difference stops the run."
+        ),
     )
     diagnose: bool = _option(True, "Warn in words when a run goes bad.")
     parity: Literal["trl-1.12", "summarize-from-feedback"] | None = _option(

@@ -5,7 +5,7 @@ import copy
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, first_sentence
 from ppo_vs_dpo.models.loading.adapters import check_adapters, is_peft, kind_of, merge, train_active, virtual_tokens
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.prepared import disable_dropout, score_head
@@ -155,4 +155,4 @@ def add_adapters(policy: PreTrainedModel, value_model: PreTrainedModel | None, p
     try:
         return get_peft_model(policy, peft_config), get_peft_model(value_model, value_config)
     except ValueError as error:
-        raise UserError(f"peft_config: {str(error).splitlines()[0]}") from error
+        raise UserError(f"peft_config: {first_sentence(error)}") from error

@@ -8,7 +8,7 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, first_sentence
 from ppo_vs_dpo.models.loading.pretrained import context_length
 from ppo_vs_dpo.models.passes.logprobs import base
 from ppo_vs_dpo.models.text.prompts import encode_prompt, truncate_prompt
@@ -67,7 +67,7 @@ def as_dataset(rows: Any, name: str) -> Dataset | None:
     try:
         return Dataset.from_list(rows)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise UserError(f"{name}: its rows are of different kinds ({str(error).splitlines()[0]}).") from None
+        raise UserError(f"{name}: its rows are of different kinds ({first_sentence(error)}).") from None
 
 
 class PromptSet:

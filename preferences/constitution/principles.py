@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, first_sentence
 from ppo_vs_dpo.artifacts.files import read_json
 from ppo_vs_dpo.preferences.reading.mappings import UnmappableError, parse_dialogue
 
@@ -45,7 +45,7 @@ def load_constitution(name: str) -> list[Principle]:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"data.constitution={name}: {path} cannot be read ({str(error).splitlines()[0]}).") from error
+        raise UserError(f"data.constitution={name}: {path} cannot be read ({first_sentence(error)}).") from error
     if isinstance(content, dict):
         principles = [_from_paper(path, key, entry) for key, entry in content.items()]
     elif isinstance(content, list):

@@ -11,7 +11,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, first_sentence
 from ppo_vs_dpo.artifacts.files import sha256_of
 from ppo_vs_dpo.artifacts.settings import nearest
 from ppo_vs_dpo.models.sampling.chat import Reply, after_thinking
@@ -113,7 +113,7 @@ def load_template(name: str) -> JudgeTemplate:
     try:
         content: Any = OmegaConf.to_container(OmegaConf.load(path))
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
-        raise UserError(f"{path}: not readable YAML ({str(error).splitlines()[0]}).") from None
+        raise UserError(f"{path}: not readable YAML ({first_sentence(error)}).") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: keys {', '.join(KEYS)} are needed.")
     unknown = [f"{key}: no such key.{nearest(str(key), list(KEYS))}" for key in content if key not in KEYS]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, first_sentence
 from ppo_vs_dpo.artifacts.guards.refusals import chain
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
@@ -236,7 +236,7 @@ def _from_parquet(file: Path) -> Iterator[Placed]:
                     number += 1
                     yield f"{file}, row {number}", row
     except (pyarrow.ArrowInvalid, OSError) as error:
-        first = str(error).splitlines()[0]
+        first = first_sentence(error)
         yield f"{file}, after row {number}", Broken("broken_file", f"not a complete Parquet file ({first})")
 
 
@@ -291,7 +291,7 @@ def explain_hub_error(error: BaseException, name: str) -> str | None:
     causes = list(chain(error))
     # By name: the HTTP client below huggingface_hub has changed more than once, the names of its errors have not.
     kinds = {cls.__name__ for item in causes for cls in type(item).__mro__}
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    first = first_sentence(error)
     local = "Or give a local copy: data.path=FILE."
     if "GatedRepoError" in kinds or "gated" in first.lower():
         return (

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import Complaint, UserError
 from ppo_vs_dpo.artifacts.settings import nearest
 from ppo_vs_dpo.preferences.reading.mappings.columns import as_setting
 from ppo_vs_dpo.preferences.schema import OPTIONAL, OPTIONAL_NUMBERS, Text, make_pair, pair_id, text_of
@@ -73,7 +73,7 @@ def policies(configured: dict[str, str] | None = None) -> dict[str, str]:
         else:
             result[kind] = policy
     if wrong:
-        raise UserError("\n  ".join(["the configuration has errors:", *wrong]))
+        raise Complaint(wrong)
     return result
 
 

@@ -5,10 +5,10 @@ import re
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import Complaint, UserError
 from ppo_vs_dpo.artifacts.settings.values import LIMITS
 from ppo_vs_dpo.pipeline.checking.inputs import problems
-from ppo_vs_dpo.pipeline.composing.compose import Complaint, load
+from ppo_vs_dpo.pipeline.composing.compose import load
 from ppo_vs_dpo.pipeline.composing.schema import SECTIONS, section_keys
 from tests.faults.small import STAGES
 

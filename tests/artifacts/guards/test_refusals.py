@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from ppo_vs_dpo.artifacts.errors import UserError, explain_os_error
+from ppo_vs_dpo.artifacts.errors import UserError, explain_os_error, first_sentence
 from ppo_vs_dpo.artifacts.guards import refusals
 
 
@@ -79,3 +79,8 @@ def test_an_operating_system_s_errors_are_sentences(number):
 
 def test_a_user_s_error_is_its_own_words():
     assert refusals.explain(UserError("as it is")) == "as it is"
+
+
+def test_an_error_without_a_word_is_said_by_its_name():
+    assert first_sentence(ValueError()) == "ValueError"
+    assert first_sentence(OSError("\n  a line\nanother")) == "a line"

@@ -6,14 +6,14 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import Complaint, UserError
 from ppo_vs_dpo.artifacts.files import read_marker
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.artifacts.settings.values import allows, inside, of_another_type, out_of_range
 from ppo_vs_dpo.pipeline.checking.check import check_once, load_checked
 from ppo_vs_dpo.pipeline.checking.inputs import problems
 from ppo_vs_dpo.pipeline.checking.verify import main as verify
-from ppo_vs_dpo.pipeline.composing.compose import Complaint, load
+from ppo_vs_dpo.pipeline.composing.compose import load
 from ppo_vs_dpo.pipeline.running.launch import launcher
 from tests.pipeline.chat_model import save_chat_model
 
