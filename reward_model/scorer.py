@@ -19,7 +19,7 @@ from ppo_vs_dpo.models.loading.heads import load_reward, named_head
 from ppo_vs_dpo.models.loading.pretrained import context_length, load_tokenizer
 from ppo_vs_dpo.models.loading.vocabulary import check_tokens
 from ppo_vs_dpo.models.passes.logprobs import base
-from ppo_vs_dpo.models.passes.scores import Reader, is_encoder
+from ppo_vs_dpo.models.passes.scores import Reader, is_encoder, padded_rows
 from ppo_vs_dpo.models.sharding.deepspeed import is_sharded
 from ppo_vs_dpo.models.text.pairing import CONTINUED, encode_sequences, style_of
 from ppo_vs_dpo.models.text.prompts import Prompt
@@ -232,19 +232,12 @@ class RewardScorer:
         for start in range(0, len(order), self.batch_size):
             numbers = order[start : start + self.batch_size]
             some = [rows[number] for number in numbers]
-            longest = max(map(len, some))
-            ids, mask = padded(some, longest, self.reader.pad_id), padded([[1] * len(r) for r in some], longest, 0)
             types = [getattr(row, "token_types", None) for row in some]
-            known = None if None in types else padded(types, longest, 0).to(device)
-            values = self.reader(self.model, ids.to(device), mask.to(device), known) - self.bias
+            known = None if None in types else padded_rows(types, 0, device)[0]
+            values = self.reader(self.model, *padded_rows(some, self.reader.pad_id, device), known) - self.bias
             for number, value in zip(numbers, values.tolist(), strict=True):
                 scores[number] = value
         return scores
-
-
-def padded(rows: Sequence[Sequence[int]], longest: int, fill: int) -> torch.Tensor:
-    """``(B, longest)``, filled on the right."""
-    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])
 
 
 def is_foreign(source: str | Path | torch.nn.Module) -> bool:

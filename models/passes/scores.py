@@ -81,13 +81,13 @@ class Reader:
         full = _is_full(model)
         with _head_that_speaks(model):
             try:
-                own = [self._own(model, *_tensors([row], self.pad_id, device)) for row in rows]
+                own = [self._own(model, *padded_rows([row], self.pad_id, device)) for row in rows]
             except UNKNOWN_SHAPE as error:
                 if end is None:
                     raise _unusable(model, error) from error
                 rows = [[*row, end] for row in rows]
                 try:
-                    own = [self._own(model, *_tensors([row], self.pad_id, device)) for row in rows]
+                    own = [self._own(model, *padded_rows([row], self.pad_id, device)) for row in rows]
                 except UNKNOWN_SHAPE as again:
                     raise _unusable(model, again) from again
             for scores in own:
@@ -109,7 +109,7 @@ class Reader:
         """Whether a padded batch of the rows gives their own scores, by the fast way or by the forward pass."""
         way = self._fast if fast else self._own
         try:
-            found = way(model, *_tensors(rows, self.pad_id, expected.device))
+            found = way(model, *padded_rows(rows, self.pad_id, expected.device))
         except UNKNOWN_SHAPE:
             return False
         return found.shape == expected.shape and bool(((found - expected).abs() <= allowed).all())
@@ -156,7 +156,7 @@ class Reader:
         return logits.squeeze(-1).float() if logits.dim() == 2 and logits.shape[-1] == 1 else logits.float()
 
 
-def _tensors(rows: list[list[int]], pad_id: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+def padded_rows(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded ids and their mask, each ``(B, L)``."""
     longest = max(map(len, rows))
     ids = torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows], device=device)

@@ -219,10 +219,14 @@ def _put(parameter: torch.nn.Parameter, value: torch.Tensor, key: str | None) ->
         arguments = (parameter, value) if key is None else (parameter, value, key)
         (safe_set_full_fp32_param if key is None else safe_set_full_optimizer_state)(*arguments)
         return
+    _put_piece(parameter, piece_of(parameter, value), key)
+
+
+def piece_of(parameter: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    """This rank's piece of a whole value, as ZeRO-3 cuts a parameter; the last one's is filled up with zeros."""
     rank, size = torch.distributed.get_rank(), parameter.ds_tensor.numel()
-    # The last rank's piece is filled up with zeros.
     flat = torch.nn.functional.pad(value.flatten(), (0, size * torch.distributed.get_world_size() - value.numel()))
-    _put_piece(parameter, flat[size * rank : size * (rank + 1)], key)
+    return flat[size * rank : size * (rank + 1)]
 
 
 def _put_piece(parameter: torch.nn.Parameter, piece: torch.Tensor, key: str | None) -> None:

@@ -17,6 +17,7 @@ from ppo_vs_dpo.models.loading.vocabulary import check_same_vocabulary
 from ppo_vs_dpo.models.passes.answers import answers, rewriting_init, same_answers
 from ppo_vs_dpo.models.passes.logprobs import Batch, response_logprobs
 from ppo_vs_dpo.models.sharding.deepspeed import gathered, is_sharded, whole, whole_copy, whole_state
+from ppo_vs_dpo.models.sharding.state import piece_of
 from ppo_vs_dpo.ppo.roles.shared import SharedRole
 
 logger = logging.get_logger(__name__)
@@ -153,9 +154,7 @@ class Reference:
                 continue
             value = state[name].float()
             if is_sharded(parameter) and not getattr(parameter, "ds_persist", False):
-                size, rank = parameter.ds_tensor.numel(), dist.get_rank()
-                value = nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
-                value = value[size * rank : size * (rank + 1)]
+                value = piece_of(parameter, value)
             self.slow[name] = value.to(parameter.device).clone()
 
     def generating(self, engine: nn.Module) -> contextlib.AbstractContextManager:
