@@ -131,24 +131,20 @@ def _arguments(context: StageContext, values: dict[str, Any], own: Any, argument
     from ppo_vs_dpo.models.training import training_arguments
 
     stage = context.stage
-    settings, passed = split(values, own, arguments, where=stage)
+    if stage == "ppo":
+        from ppo_vs_dpo.ppo.roles.judge import judge_settings
+        from ppo_vs_dpo.ppo.stage.train import settings_of
+        from ppo_vs_dpo.preferences.judging.template import load_template
+
+        settings, passed = settings_of(values)
+        if not settings.gold_reward and "judge" in settings.rewards:
+            load_template(judge_settings(settings.judge).template)
+    else:
+        settings, passed = split(values, own, arguments, where=stage)
     if stage == "dpo":
         from ppo_vs_dpo.dpo.config import smoothed_loss
 
         passed = smoothed_loss(passed)
-    if stage == "ppo":
-        if settings.value_from not in ("reward_model", "policy"):
-            raise UserError(f"ppo.value_from is {settings.value_from!r}; it must be reward_model or policy.")
-        from ppo_vs_dpo.ppo.roles.judge import judge_settings
-        from ppo_vs_dpo.ppo.stage.train import can_choose_best
-        from ppo_vs_dpo.preferences.judging.template import load_template
-
-        if not settings.gold_reward and "judge" in settings.rewards:
-            load_template(judge_settings(settings.judge).template)
-        if settings.validation_prompts <= 0:
-            passed["eval_strategy"] = "no"
-        if passed.get("load_best_model_at_end") is None:
-            passed["load_best_model_at_end"] = can_choose_best(passed)
     made = training_arguments(arguments, context, passed)
     refuse_unknown_names(made, stage)
     launch = context.run.config.get("launch") or {}

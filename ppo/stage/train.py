@@ -68,6 +68,22 @@ def split_prompts(prompts: Dataset, validation: int, seed: int) -> tuple[Dataset
     return prompts.select(train), prompts.select(sorted(first.values()))
 
 
+def settings_of(section: dict[str, Any]) -> tuple[PPOStage, dict[str, Any]]:
+    """The stage's own keys, and arguments of `PPOConfig` with what follows from both.
+
+    Raises:
+        UserError: as `artifacts.settings.split`; or ``value_from`` is neither of the two.
+    """
+    own, passed = split(section, PPOStage, PPOConfig, where="ppo")
+    if own.value_from not in ("reward_model", "policy"):
+        raise UserError(f"ppo.value_from is {own.value_from!r}; it must be reward_model or policy.")
+    if own.validation_prompts <= 0:
+        passed["eval_strategy"] = "no"
+    if passed.get("load_best_model_at_end") is None:
+        passed["load_best_model_at_end"] = can_choose_best(passed)
+    return own, passed
+
+
 def can_choose_best(passed: dict[str, Any]) -> bool:
     """Whether the stage evaluates and keeps checkpoints, so that it can end with the best of them."""
     evaluates = passed.get("eval_strategy") not in (None, False, "no")
@@ -96,14 +112,8 @@ def _judge(context: StageContext, own: PPOStage) -> JudgeReward:
 
 def run_stage(context: StageContext) -> None:
     """Train, or go on from the last checkpoint, and leave ``model/`` and ``done.json`` behind."""
-    own, passed = split(context.config, PPOStage, PPOConfig, where="ppo")
-    if own.value_from not in ("reward_model", "policy"):
-        raise UserError(f"ppo.value_from is {own.value_from!r}; it must be reward_model or policy.")
+    own, passed = settings_of(context.config)
     config = model_settings(context)
-    if own.validation_prompts <= 0:
-        passed["eval_strategy"] = "no"
-    if passed.get("load_best_model_at_end") is None:
-        passed["load_best_model_at_end"] = can_choose_best(passed)
     args = training_arguments(PPOConfig, context, passed)
     set_seed(context.seed)
 
