@@ -49,7 +49,7 @@ class RunFolder:
         if config is None and not (self.root / "config.yaml").is_file():
             raise UserError(
                 f"{self.root} is not a run folder: it has no config.yaml. "
-                f"Start a run with `ppo-vs-dpo experiment=...` or name an existing folder."
+                f"Start a run with `ppo-vs-dpo NAME` (`ppo-vs-dpo list` has the names) or name an existing folder."
             )
         self._check_version()
         self.config = read_config(self.root / "config.yaml") if config is None else config

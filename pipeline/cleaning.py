@@ -69,6 +69,7 @@ def main(arguments: list[str]) -> int:
                 shutil.rmtree(place)
         rest = whole - sum(sizes.values())
         say(f"  {'the rest':<12}{rest / 1e6:>9,.1f} MB  models, data, figures, reports: stays\n")
-        if not wanted and any(places.values()):
-            say(f"\nppo-vs-dpo clean {given.run} --remove checkpoints,replaced   (or all: but for cache)\n")
+        there = [kind for kind in KINDS if places[kind] and kind not in ASKED_BY_NAME]
+        if there and not wanted:
+            say(f"\nppo-vs-dpo clean {given.run} --remove {','.join(there)}\n")
     return 0

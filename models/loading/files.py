@@ -86,6 +86,34 @@ def of_another_kind(path: str, kwargs: dict[str, Any]) -> str:
     return f"it is {kind} of the type {config.model_type}, which transformers does not know as such."
 
 
+# What stands before every name in the state of a model that was saved from inside of a wrapper -> the wrapper.
+_WRAPPERS = {
+    "module.": "DistributedDataParallel (or DataParallel)",
+    "_orig_mod.": "torch.compile",
+    "_fsdp_wrapped_module.": "FullyShardedDataParallel",
+}
+
+
+def check_unwrapped(path: str, names: Iterable[str]) -> None:
+    """The weights must be those of a model, not of what was around it in training.
+
+    Args:
+        path: from where.
+        names: of all weights there.
+
+    Raises:
+        UserError: every name begins with a wrapper's.
+    """
+    names = list(names)
+    for prefix, wrapper in _WRAPPERS.items():
+        if names and all(name.startswith(prefix) for name in names):
+            raise UserError(
+                f"{path}: the name of every weight begins with {prefix}: it was saved from inside of {wrapper}, and "
+                f"no model has such names. Save the model itself (accelerator.unwrap_model(model).save_pretrained, or "
+                f"the Trainer's save_model), or take {prefix} off the names in its weights."
+            )
+
+
 def check_complete(model: PreTrainedModel, path: str, missing: Iterable[str]) -> None:
     """A loaded model must be the one that its folder holds: no weight drawn at random.
 
@@ -97,6 +125,7 @@ def check_complete(model: PreTrainedModel, path: str, missing: Iterable[str]) ->
     """
     missing = sorted(missing)
     if missing:
+        check_unwrapped(path, weights_of(path))
         head = model.get_output_embeddings()
         names = {name for name, module in model.named_modules() if head is not None and module is head}
         only = all(key.rpartition(".")[0] in names for key in missing)

@@ -26,6 +26,7 @@ from ppo_vs_dpo.models.loading.files import (
     BIAS_KEY,
     FOREIGN_KEY,
     HEAD_KEY,
+    check_unwrapped,
     copy_marks,
     ends,
     raw_config,
@@ -114,6 +115,7 @@ def check_reward(path: str | Path, config: ModelConfig | None = None, head: str 
     if not Path(path).is_dir():
         return
     known = weights_of(path, config)
+    check_unwrapped(path, known)
     head = head or named_head(path, config)
     if head is not None and not _stems(known, head):
         raise UserError(f"{path} has no head {head}. {_heads_there(known)}")
@@ -142,7 +144,9 @@ def _check_labels(path: str, config: ModelConfig) -> None:
 
 
 def _whole(path: str, config: ModelConfig, quantization: Any) -> tuple[PreTrainedModel, list[str]]:
-    for key, shape in weights_of(path, config).items():
+    known = weights_of(path, config)
+    check_unwrapped(path, known)
+    for key, shape in known.items():
         if any(key == f"{name}.weight" for name in _LAST) and len(shape) == 2 and shape[0] > 1:
             raise UserError(f"{path} has a head with {shape[0]} labels ({key}); a reward model has one.")
     # What is missing is said by whoever calls this, or is asked for.

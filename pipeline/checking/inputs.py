@@ -270,16 +270,18 @@ def _is_a_place(text: str) -> bool:
 
 
 def first_rows(config: dict[str, Any]) -> list[str]:
-    """Read the first rows of given pairs: columns that are not there, text for a chat model."""
-    from ppo_vs_dpo.preferences.config import GivenPairs, data_class, data_settings
+    """Read the first rows of given pairs, or of prompts: columns that are not there, text for a chat model."""
+    from ppo_vs_dpo.preferences.config import GivenPairs, MadePairs, data_class, data_settings
 
-    if data_class(config["data"]) is not GivenPairs:
+    kind = data_class(config["data"])
+    if not issubclass(kind, GivenPairs | MadePairs):
         return []
     from ppo_vs_dpo.models.loading.config import ModelConfig
-    from ppo_vs_dpo.preferences.given.pairs import look
+    from ppo_vs_dpo.preferences.given import pairs, prompts
 
+    look, key = (pairs.look, "path") if kind is GivenPairs else (prompts.look, "prompts_path")
     model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), config["model"]))
-    return said(lambda: look(data_settings(config["data"]), model), "data.path: ")
+    return said(lambda: look(data_settings(config["data"]), model), f"data.{key}: ")
 
 
 def judges(config: dict[str, Any]) -> list[str]:

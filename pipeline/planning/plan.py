@@ -187,7 +187,9 @@ def model_config(config: Any) -> Any:
                 say(f"{section.path} was not reached; its sizes are those that were published.\n")
                 return AutoConfig.for_model(sizes.pop("model_type"), **sizes)
             raise UserError(f"model.path={section.path}: {not_found(section.path, error)}") from error
-    architecture = OmegaConf.to_container(section.architecture, resolve=True)
+    architecture = OmegaConf.to_container(section.get("architecture") or OmegaConf.create({}), resolve=True)
+    if "model_type" not in architecture:
+        raise UserError("model.path: required, and not set.")
     if "vocab_size" not in architecture:
         from ppo_vs_dpo.preferences.testbed.tokenizer import build_tokenizer
 

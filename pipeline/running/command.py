@@ -1,5 +1,6 @@
 """One run from its configuration to its verdict."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from ppo_vs_dpo.artifacts.guards.versions import differences, made_by
 from ppo_vs_dpo.artifacts.run import STAGES, RunFolder
 from ppo_vs_dpo.pipeline.checking.check import check_once
 from ppo_vs_dpo.pipeline.checking.doctor import before_cluster
-from ppo_vs_dpo.pipeline.planning.beforehand import say_cost
+from ppo_vs_dpo.pipeline.planning.cost.beforehand import say_cost
 from ppo_vs_dpo.pipeline.planning.gpus import visible
 from ppo_vs_dpo.pipeline.running import graph
 from ppo_vs_dpo.pipeline.running.execute import execute, locked
@@ -42,7 +43,18 @@ def run_pipeline(config: DictConfig) -> int:
     for stage in config.stages:
         wanted(config, stage)  # a push without a name is refused now, not after hours
     folder = Path(config.output_dir) / config.name
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return _run(folder, config)
+    except UserError:
+        with contextlib.suppress(OSError):  # what is refused leaves nothing behind
+            for one in made:
+                one.rmdir()
+        raise
+
+
+def _run(folder: Path, config: DictConfig) -> int:
     with locked(folder):
         claim(folder, config)
         # Nothing is written before all is looked at: a wrong value costs nothing that is there.

@@ -8,6 +8,7 @@ from pathlib import Path
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import atomic_folder, atomic_path, read_parquet
 from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.pretrained import load_tokenizer
 from ppo_vs_dpo.models.training import model_settings
 from ppo_vs_dpo.preferences.config import MadePairs
@@ -15,10 +16,12 @@ from ppo_vs_dpo.preferences.reading.as_read import text_for_a_chat_model
 from ppo_vs_dpo.preferences.reading.mappings import UnmappableError, value_of
 from ppo_vs_dpo.preferences.reading.parquet import TableWriter, example_schema, prompt_schema
 from ppo_vs_dpo.preferences.reading.prompts import read_prompts
-from ppo_vs_dpo.preferences.reading.readers import whole_rows
+from ppo_vs_dpo.preferences.reading.readers import is_local, whole_rows
 from ppo_vs_dpo.preferences.schema import Text, prompt_id
 
 SPLITS = ("train", "test", "heldout")
+# Prompts that are looked at before the first stage.
+LOOKED_AT = 50
 
 
 def data_step(context: StageContext, settings: MadePairs) -> None:
@@ -74,17 +77,31 @@ def _earlier_run(context: StageContext, settings: MadePairs, folder: Path) -> di
 def _prompts(context: StageContext, settings: MadePairs) -> dict[str, int]:
     wanted = settings.train_prompts + settings.test_prompts + settings.heldout_prompts
     prompts = list(read_prompts(settings.prompts_path, settings.split, settings.conversational, wanted))
-    _check_form(context, settings, prompts)
+    _check_form(model_settings(context), settings, prompts)
     return _write(context, _divide(prompts, settings))
 
 
-def _check_form(context: StageContext, settings: MadePairs, prompts: list[Text]) -> None:
+def look(settings: MadePairs, model: ModelConfig) -> None:
+    """Read the first prompts of a local file as the step will, in a second and without a trace.
+
+    Raises:
+        UserError: what the step would stop for.
+    """
+    path = settings.prompts_path
+    if path == "testbed" or run_folder(path) is not None or not is_local(path) or not Path(path).exists():
+        return
+    if settings.prefix_words:
+        next(_text_rows(settings), None)
+        return
+    _check_form(model, settings, list(read_prompts(path, settings.split, settings.conversational, LOOKED_AT)))
+
+
+def _check_form(model: ModelConfig, settings: MadePairs, prompts: list[Text]) -> None:
     """Plain text for a chat model would be answered without a turn between question and answer.
 
     Raises:
         UserError: the run's model has a chat template, and ``data.conversational`` does not say that text is meant.
     """
-    model = model_settings(context)
     if settings.conversational is not None or model.path is None or not prompts:
         return
     why = text_for_a_chat_model(load_tokenizer(model.path, model), prompts[0])

@@ -4,6 +4,7 @@
 all weigh: what a formula leaves out shows. All sequences have the whole length, as a plan assumes.
 """
 
+import argparse
 import contextlib
 import gc
 import json
@@ -184,8 +185,10 @@ def config_of(case: Case) -> Any:
 
 def main() -> None:
     """Print what is planned and what is counted, as JSON at the end."""
+    parser = argparse.ArgumentParser(prog="python -m tests.device.planned", description=main.__doc__)
+    parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)} (default: all)")
     found = {}
-    for name in sys.argv[1:] or CASES:
+    for name in parser.parse_args().cases or CASES:
         gc.collect()
         with tempfile.TemporaryDirectory() as folder, Probe() as probe, trainers_on_device(), half_precision_kernel():
             counted = measured(CASES[name], probe, Path(folder))

@@ -114,10 +114,29 @@ def inspect(options: argparse.Namespace, progress) -> tuple[Report, dict | None]
         checker.statistics.add(row)
     report.prompts = len(checker.prompts)
     report.statistics = checker.statistics.summary()
-    report.said += [*as_read.said, *([said] if (said := leaks.sentence()) else [])]
+    report.said += [*without_numbers(report), *as_read.said, *([said] if (said := leaks.sentence()) else [])]
     if first is not None and limits.tokenizer is not None:
         report.sequence = sequence_of(limits.tokenizer, first)
     return report, first
+
+
+# What a pair is without a number that others have.
+WITHOUT = {
+    "margin": "with reward_model.use_margin their loss is the plain one",
+    "soft_label": "they are taken for certain",
+    "chosen_score": "figures on scores leave them out",
+    "rejected_score": "figures on scores leave them out",
+}
+
+
+def without_numbers(report: Report) -> list[str]:
+    """A sentence for each column of numbers that some pairs have and others do not."""
+    known = {name: report.statistics[name]["known"] for name in WITHOUT if name in report.statistics}
+    return [
+        f"{report.pairs - n} of {report.pairs} pairs have no {name} (empty, null or NaN): {WITHOUT[name]}."
+        for name, n in known.items()
+        if n < report.pairs
+    ]
 
 
 def columns_of(options: argparse.Namespace) -> dict[str, str]:
@@ -176,7 +195,7 @@ def show(
             does = {"error": "[red]stops[/]", "drop": "dropped", "keep": "kept"}[found.policy]
             table.add_row(f"{kind}\n[dim]{PROBLEMS[kind].words}[/]", str(found.count), does, escape(seen))
         console.print(table)
-    else:
+    elif not (report.refused or without_numbers(report)):
         console.print("No problems found.")
     if report.statistics:
         _show_statistics(report, console)

@@ -13,18 +13,20 @@ from ppo_vs_dpo.preferences.reading.validation import Report
 def following(report: Report, options: argparse.Namespace, columns: dict[str, str], conversation: bool) -> list[str]:
     """Lines that end the report: why a run would stop and the way out, or the command that starts one."""
     source = shlex.quote(options.source)
+    model = f" --model {shlex.quote(options.model)}" if options.model else ""
     fatal = {kind: found for kind, found in report.problems.items() if found.policy == "error" and found.count}
     if report.proposal:
         return [
             f"A run would stop here. The columns are {', '.join(report.columns)}; these names make pairs of them:",
-            f"  ppo-vs-dpo data inspect {source} --columns {as_option(report.proposal)}",
+            f"  ppo-vs-dpo data inspect {source}{model} --columns {as_option(report.proposal)}",
         ]
     if fatal:
         return [f"A run would stop here. {report.remedy(fatal)}"]
     if not report.pairs:
         return ["There is no usable pair."]
     if report.refused:
-        asked = f"  ppo-vs-dpo data inspect {source} --model {shlex.quote(options.model)}"
+        named = f" --columns {as_option(columns)}" if columns else ""
+        asked = f"  ppo-vs-dpo data inspect {source}{model}{named}"
         return [
             "A run would stop here:",
             *(f"  {sentence}" for sentence in report.refused),

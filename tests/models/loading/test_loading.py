@@ -14,7 +14,7 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, write_json
 from ppo_vs_dpo.models.loading import pretrained
 from ppo_vs_dpo.models.loading.config import LoraSettings, ModelConfig
-from ppo_vs_dpo.models.loading.heads import load_reward
+from ppo_vs_dpo.models.loading.heads import check_reward, load_reward
 from ppo_vs_dpo.models.loading.prepared import disable_dropout
 from ppo_vs_dpo.models.loading.pretrained import (
     build_policy,
@@ -184,6 +184,20 @@ def test_a_policy_is_the_one_that_its_folder_holds(folder, change, said):
         return
     with pytest.raises(UserError, match=r"weights"):
         load_value_or_reward(folder)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_weights_that_were_saved_inside_of_a_wrapper(folder, prefix):
+    """Nobody is told that their weights are missing, or to name a head module.score."""
+    weights = load_file(folder / "model.safetensors")
+    weights = {f"{prefix}{key}": value for key, value in weights.items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"every weight begins with {prefix}.*unwrap_model"):
+        load_policy(folder)
+    save_file({**weights, f"{prefix}score.weight": torch.ones(1, 16)}, folder / "model.safetensors", {"format": "pt"})
+    for look in (load_reward, check_reward, load_value_or_reward):
+        with pytest.raises(UserError, match=rf"every weight begins with {prefix}"):
+            look(folder)
 
 
 def test_a_reward_models_folder_is_no_policy(folder, word_tokenizer):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 from omegaconf import OmegaConf
@@ -213,6 +214,28 @@ def test_the_first_rows_are_read_before_the_first_stage(tmp_path, row, more, mes
     assert message in "\n".join(found) if message else found == []
 
 
+@pytest.mark.parametrize(
+    ("row", "more", "message"),
+    [
+        ({"prompt": "Q?"}, [], "data.conversational=true"),
+        ({"prompt": "Q?"}, ["data.conversational=true"], None),
+        ({"messages": [{"role": "user", "content": "Q?"}]}, [], None),
+        ({"answer": "A"}, [], "prompts.jsonl, line 1: no prompt .*the row has answer"),
+    ],
+)
+@pytest.mark.parametrize("experiment", ["constitution_chat", "rejection"])
+def test_the_first_prompts_are_read_before_the_first_stage(tmp_path, row, more, message, experiment):
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(row) + "\n")
+    words = [
+        f"experiment={experiment}",
+        "model=pretrained",
+        f"model.path={save_chat_model(tmp_path / 'model')}",
+        f"data.prompts_path={tmp_path}/prompts.jsonl",
+    ]
+    found = problems(OmegaConf.to_container(load([*words, *more]), resolve=True), ["data"])
+    assert re.search(message, "\n".join(found)) if message else found == []
+
+
 def test_a_model_that_is_nowhere_and_a_function_that_is_not_there_are_named(tmp_path):
     (tmp_path / "mine.py").write_text("def polite(prompts, completions, **columns):\n    return []\n")
     config = load(["experiment=hh", "model.path=nowhere", f"ppo.reward={tmp_path}/mine.py:plite"])
@@ -261,6 +284,34 @@ def test_a_wrong_value_leaves_a_finished_run_as_it_was(tmp_path, monkeypatch):
     assert {path: text for path, text in after.items() if "cache" not in path.parts} == {
         path: text for path, text in before.items() if "cache" not in path.parts
     }
+
+
+def test_a_refused_run_leaves_no_folder_behind(tmp_path, monkeypatch):
+    from ppo_vs_dpo.pipeline.running import command as running
+
+    monkeypatch.setattr("ppo_vs_dpo.pipeline.checking.check.problems_of", lambda *a: ["sft.x is wrong."])
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"sft\.x is wrong"):
+            running.run_pipeline(load(["experiment=quickstart", f"output_dir={tmp_path}/runs/all", "stages=[data]"]))
+        assert not list(tmp_path.iterdir())
+    (tmp_path / "runs").mkdir()  # what was there stays
+    with pytest.raises(UserError, match=r"sft\.x is wrong"):
+        running.run_pipeline(load(["experiment=quickstart", f"output_dir={tmp_path}/runs", "stages=[data]"]))
+    assert list(tmp_path.rglob("*")) == [tmp_path / "runs"]
+
+
+@pytest.mark.parametrize("experiment", ["try", "hh"])
+def test_a_model_that_is_not_named_is_said_once(experiment, monkeypatch):
+    monkeypatch.setattr(
+        "ppo_vs_dpo.pipeline.checking.check.problems_of", lambda config, stages, environment=None: problems(
+            OmegaConf.to_container(config, resolve=True), stages
+        )
+    )  # fmt: skip
+    with pytest.raises(Complaint) as refused:
+        load_checked([f"experiment={experiment}"], launcher)
+    found = refused.value.problems
+    assert found.count("model.path: required, and not set.") == 1
+    assert {*found} <= {"model.path: required, and not set.", "data.path: required, and not set."}
 
 
 def test_what_was_found_in_order_is_not_looked_at_twice(tmp_path, monkeypatch):

@@ -1,15 +1,21 @@
 """What a run says it will cost before it starts, and the speed behind it."""
 
+import gzip
 import json
 import os
 
 import pytest
 from omegaconf import OmegaConf
+from transformers import AutoTokenizer
 
 from ppo_vs_dpo.artifacts.files import write_parquet
 from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.compare.sampling import completions, policies
+from ppo_vs_dpo.compare.stage import CompareStage
 from ppo_vs_dpo.pipeline.composing.compose import load
-from ppo_vs_dpo.pipeline.planning import beforehand, measured
+from ppo_vs_dpo.pipeline.planning.cost import __main__ as afterwards
+from ppo_vs_dpo.pipeline.planning.cost import beforehand, measured, work
+from tests.pipeline.chat_model import save_chat_model
 
 STAGES = ("data", "sft", "pairs", "reward_model", "dpo", "ppo", "compare")
 
@@ -30,22 +36,23 @@ def hh(tmp_path):
 
 def test_responses_and_updates_are_those_of_the_configuration(hh):
     """By hand: 100 updates x 512 responses of 128 tokens, 9 evaluations of 128; 160 pairs in updates of 64."""
-    ppo = beforehand.work_of(hh, "ppo")
+    ppo = work.work_of(hh, "ppo")
     assert (ppo.updates, ppo.responses, ppo.sampled) == (100, 51_200 + 9 * 128, (51_200 + 9 * 128) * 128)
-    reward = beforehand.work_of(hh, "reward_model")
+    reward = work.work_of(hh, "reward_model")
     assert (reward.updates, reward.adapters) == (3, True)
-    assert beforehand.work_of(hh, "sft").updates == 0  # skip_training
-    compare = beforehand.work_of(hh, "compare")
+    assert work.work_of(hh, "sft").updates == 0  # skip_training
+    compare = work.work_of(hh, "compare")
     assert compare.responses == 256 * (4 + 20 + 2 * 1)
 
 
 def test_a_value_model_costs_what_it_trains_on(tmp_path):
     """Without one (a point of a sweep, too) half the trained tokens, a pass and a checkpoint less."""
     run = run_of(tmp_path, "experiment=quickstart", "ppo.samples_per_prompt=4", "ppo.sweep={advantage:[rloo]}")
-    gae, rloo = (beforehand.work_of(run, name) for name in ("ppo", "ppo,advantage=rloo"))
+    gae, rloo = (work.work_of(run, name) for name in ("ppo", "ppo,advantage=rloo"))
     assert rloo.updates == gae.updates
     assert rloo.trained == gae.trained / 2
-    assert rloo.read == gae.read * 3 / 4
+    # The value model read each response once; policy and value model were trained on it in every pass.
+    assert gae.read - rloo.read == gae.trained / 2 / run.config.ppo.num_ppo_epochs
     speed = {"parameters": 10**9, "device": "cpu"}
     alone = run_of(tmp_path / "rloo", "experiment=quickstart", "ppo.samples_per_prompt=4", "ppo.advantage=rloo")
     disk = [float(beforehand.space(r, [w], speed).split()[2]) for r, w in ((run, gae), (alone, rloo))]
@@ -54,18 +61,43 @@ def test_a_value_model_costs_what_it_trains_on(tmp_path):
     assert disk[0] - disk[1] == pytest.approx(kept * 3 * 4, abs=0.2)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "csv", "parquet"])
+def test_a_file_of_pairs_is_counted_in_every_form(tmp_path, kind):
+    """The README's promise: JSON lines, CSV, Parquet, compressed."""
+    rows = [{"prompt": f"{n:04d}" * 10, "chosen": "c" * 40, "rejected": "r" * 40} for n in range(200)]
+    path = tmp_path / f"pairs.{kind}"
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if kind == "parquet":
+        write_parquet(path, rows)
+    elif kind == "csv":
+        path.write_text("prompt,chosen,rejected\n" + "".join(",".join(row.values()) + "\n" for row in rows))
+    else:
+        path.write_bytes(gzip.compress(lines) if kind.endswith("gz") else lines)
+    run = run_of(tmp_path / "run", "experiment=try", "model.path=x", f"data.path={path}")
+    found, length = work.examples(run, "dpo")
+    assert found == pytest.approx(0.8 * 200, abs=1)
+    assert (
+        80 / work.CHARACTERS <= length <= 2 * 80 / work.CHARACTERS or kind == "parquet"
+    )  # what repeats is not stored
+    assert work.test_pairs(run) == pytest.approx(20, abs=1)
+    assert len(work.some_texts(run)) == (16 if "jsonl" in kind else 0)
+    path.write_bytes(path.read_bytes()[:50] if kind != "csv" else b"")
+    work.examples(run, "dpo")  # a torn file is the data stage's to complain of
+
+
 def test_once_the_pairs_are_there_they_are_counted(hh):
     write_parquet(hh.path("pairs", "train.parquet"), [{"prompt": "a" * 80, "chosen": "b" * 80, "rejected": "c"}] * 640)
-    dpo = beforehand.work_of(hh, "dpo")
+    dpo = work.work_of(hh, "dpo")
     assert dpo.updates == 10
-    assert dpo.trained == 10 * 64 * 2 * (160 / beforehand.CHARACTERS)
+    assert dpo.trained == 10 * 64 * 2 * (160 / work.CHARACTERS)
 
 
 def test_a_hub_set_is_not_known_before_it_is_read(tmp_path):
     run = run_of(tmp_path, "experiment=hh", "model.path=x", "data.path=Anthropic/hh-rlhf")
-    assert not beforehand.work_of(run, "dpo").known
+    assert not work.work_of(run, "dpo").known
     speed = {"train": 1e-2, "forward": 1e-4, "decode": 1e-3, "device": "cpu", "parameters": 10**9, "layers": 2}
-    works = [beforehand.work_of(run, name) for name in STAGES]
+    speed |= {"start": 5.0, "step": 0.01, "characters": {}}
+    works = [work.work_of(run, name) for name in STAGES]
     seconds = {work.name: found for work in works if (found := work.seconds(speed)) is not None}
     text = beforehand.table(run, works, seconds, speed)
     assert "52,352" in text
@@ -80,7 +112,7 @@ def test_a_run_that_says_how_long_it_takes_is_not_measured(tmp_path, monkeypatch
     text, seconds = beforehand.say_cost(run, STAGES, {})
     assert seconds["ppo"] == run.config.launch.expected_seconds.ppo
     assert "from launch.expected_seconds" in text
-    assert beforehand.work_of(run, "ppo,kl_coef=0.0").updates == 24
+    assert work.work_of(run, "ppo,kl_coef=0.0").updates == 24
 
 
 def test_named_seconds_follow_what_was_overridden(tmp_path):
@@ -90,7 +122,7 @@ def test_named_seconds_follow_what_was_overridden(tmp_path):
     assert usual == dict(run.config.launch.expected_seconds)
     few = run_of(tmp_path, "experiment=quickstart", "ppo.max_steps=2", "ppo.rollout_batch_size=16", "data.pairs=600")
     found = beforehand.say_cost(few, [*STAGES, "ppo,kl_coef=0.0"], {})[1]
-    assert beforehand.STARTED <= found["ppo"] < usual["ppo"] / 4
+    assert beforehand.STARTED <= found["ppo"] < usual["ppo"] / 3
     assert found["ppo,kl_coef=0.0"] == found["ppo"]
     assert found["dpo"] < usual["dpo"] / 2
     assert found["sft"] == usual["sft"]
@@ -102,9 +134,13 @@ def test_speed_is_measured_once_and_doubles_with_the_layers(tmp_path, monkeypatc
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     plain = OmegaConf.to_container(load(["experiment=quickstart", "sft.lora={r: 2, target_modules: [q_proj]}"]))
     sections = {name: plain[name] for name in ("sft", "reward_model", "dpo", "ppo")}
-    found = measured.ask({"architecture": architecture, "batch": 4, "sections": sections}, environment)
+    found = measured.ask({"architecture": architecture, "sections": sections}, environment)
     assert found["layers"] == 8
     assert found["train"] > found["forward"] > 0
+    assert found["step"] > 0
+    assert found["decode"] > 0
+    assert 1 < found["start"] < 60  # it imported what a stage does
+    assert found["characters"] == {}
     assert found["parameters"] == pytest.approx(2 * 128 * 64 + 8 * (4 * 64 * 64 + 3 * 64 * 256), rel=0.02)
     assert (
         measured.ask({"path": str(tmp_path / "gone")}, environment) is None
@@ -119,9 +155,95 @@ def test_speed_is_measured_once_and_doubles_with_the_layers(tmp_path, monkeypatc
     run = run_of(tmp_path, "experiment=quickstart", "launch.expected_seconds={}")
     assert beforehand.speed_of(run, {}) == beforehand.speed_of(run, {}) == found
     assert len(asked) == 1
-    text = beforehand.table(run, [beforehand.work_of(run, "ppo")], {"ppo": 60.0}, found)
+    text = beforehand.table(run, [work.work_of(run, "ppo")], {"ppo": 60.0}, found)
     assert f"{peaks['ppo'] / 1e9:.1f} GB" in text
     assert "the peak of a stage's process" in text
+
+
+DRAWING = ["compare.n_prompts=8", "compare.baseline_draws=3", "compare.pool_size=5", "compare.best_of_n=[2,4]",
+           "compare.samples=2", "compare.other_temperatures=[0,0.7]", "compare.best_of={ppo: [3]}",
+           "dpo.sweep={beta: [0.1]}", "ppo.sweep=null",
+           "compare.max_new_tokens=10", "compare.batch_size=16"]  # fmt: skip
+
+
+def test_what_compare_draws_is_what_its_stage_plans(tmp_path):
+    """Two tables of one thing: the estimate's, from the configuration alone, and that of the stage's policies."""
+    run = run_of(tmp_path, "experiment=quickstart", *DRAWING)
+    plain = OmegaConf.to_container(run.config.compare, resolve=True)
+    settings = CompareStage(**{key: plain[key] for key in plain if key in CompareStage.__dataclass_fields__})
+    theirs = [("sft", "sft", False), ("ppo", "ppo", False), ("dpo", "dpo", False), ("dpo,beta=0.1", "dpo", False)]
+    theirs += [("ppo,step=4", "ppo", True), ("ppo,step=12", "ppo", True), ("dpo,step=50", "dpo", True)]
+    planned = []
+    for name, method, checkpoint in theirs:
+        policy = policies.Policy(name, method, model="m", checkpoint=checkpoint)
+        plans = completions.plan(policy, settings)
+        planned.append((sum(p.draws for p in plans), sum(p.draws for p in plans if p.measure), checkpoint))
+    ours = [(sum(one.batches), one.read, one.checkpoint) for one in work.drawn(run.config)]
+    assert sorted(ours) == sorted(planned)
+
+
+def test_compare_reads_more_than_it_draws(tmp_path):
+    """By hand: 8 prompts, 2 draws of the reference, 1 of each policy; no pool, one judge that is a model."""
+    run = run_of(tmp_path, "experiment=quickstart", *DRAWING, "compare.baseline_draws=2", "compare.pool_size=0",
+                 "compare.best_of_n=[]", "compare.best_of={}", "compare.samples=1", "compare.checkpoints={}",
+                 "compare.other_temperatures=[]", "dpo.sweep=null")  # fmt: skip
+    found, new = work.work_of(run, "compare"), 10
+    prompt, pair = work.examples(run, "ppo")[1], work.examples(run, "dpo")[1]
+    responses = 8 * (2 + 1 + 1)
+    assert (found.responses, found.sampled) == (responses, responses * new)
+    assert found.steps == 3 * new  # each policy's rows fit into one batch
+    # KL: the reference's own by itself, the others' by policy and reference; once more each other's; the judge's.
+    passes = 8 * (2 * 1 + 2 * 2 + 2) + responses
+    pairs = 2 * work.MEASURED * (1 + 2 + 2) + 2 * work.CHECKED
+    assert found.read == passes * (prompt + new) + pairs * pair + responses * prompt
+    assert found.loads == 3 + 1 + 2
+
+
+def test_seconds_are_starts_loads_tokens_and_steps():
+    speed = {"train": 1e-2, "forward": 1e-3, "decode": 1e-4, "step": 0.5, "start": 3.0, "parameters": work.LOADED / 4}
+    assert work.Work("data").seconds(speed) == 3.0
+    one = work.Work("ppo", 2, trained=100, read=1000, sampled=5000, steps=4, loads=2)
+    assert one.seconds(speed) == pytest.approx(2 * 3.0 + 2 * 1.0 + 1.0 + 1.0 + 0.5 + 2.0)
+    one.ranks, one.adapters = 2, True
+    assert one.seconds(speed) == pytest.approx(6.0 + 2.0 + (2 / 3 + 1.0 + 0.5) / 2 + 2.0)
+
+
+def test_tokens_of_the_models_own_tokenizer_count(tmp_path, monkeypatch):
+    """A template's tokens stand in every prompt: short prompts of a chat model are mostly template."""
+    save_chat_model(tmp_path / "model")
+    texts = [{"prompt": [{"role": "user", "content": "What is 2 plus 2?"}], "chosen": "It is 4."}] * 3
+    found = measured.characters_of_a_token({"path": str(tmp_path / "model"), "texts": texts})
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    ids = tokenizer.apply_chat_template(texts[0]["prompt"], add_generation_prompt=True, return_dict=False)
+    assert found["prompt"] == pytest.approx(len("What is 2 plus 2?") / len(ids))
+    assert measured.characters_of_a_token({"path": str(tmp_path / "model"), "texts": [{"prompt": 3}]}) == {}
+    rows = [{"prompt": "p" * 40, "chosen": "c" * 40, "rejected": "r" * 40}] * 100
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = run_of(tmp_path, "experiment=try", "model.path=x", f"data.path={tmp_path}/pairs.jsonl",
+                 "data.conversational=true")  # fmt: skip
+    assert work.some_texts(run, 1) == [{"prompt": [{"role": "user", "content": "p" * 40}], "chosen": "c" * 40}]
+    write_parquet(run.path("pairs", "train.parquet"), rows)
+    assert work.examples(run, "dpo", {"whole": 8.0})[1] == 10
+
+
+def test_a_finished_run_says_what_was_estimated_and_what_it_took(tmp_path, monkeypatch, capsys):
+    run = run_of(tmp_path, "experiment=quickstart")
+    run.begin("data", "f", {})
+    run.finish("data", "f", 75.0, {})
+    speed = {
+        "train": 1.0,
+        "forward": 1.0,
+        "decode": 1.0,
+        "step": 1.0,
+        "start": 7.0,
+        "parameters": 1.0,
+        "device": "cpu",
+    }
+    monkeypatch.setattr(afterwards, "speed_of", lambda *_: {**speed, "characters": {}})
+    assert afterwards.main([str(tmp_path)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].split() == ["data", "7", "s", "75", "s"]
+    assert len(said) == 4  # no stage that has not finished
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(45, "45 s"), (600, "10 min"), (9000, "2.5 h"), (300_000, "3.5 d")])

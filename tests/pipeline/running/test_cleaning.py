@@ -30,6 +30,9 @@ def test_it_says_what_may_go_and_touches_nothing(run, capsys):
     said = capsys.readouterr().out
     assert "checkpoints       1.0 MB  may go; lost: a finished stage could not be shown along its training" in said
     assert "replaced          1.0 MB  may go" in said
+    assert said.endswith(
+        f"\nppo-vs-dpo clean {run.root} --remove checkpoints,replaced\n"
+    )  # what there is, but for cache
     assert [path for path in sorted(run.root.rglob("*")) if path.name != ".lock"] == before
 
 
@@ -43,6 +46,8 @@ def test_what_is_named_is_removed_and_the_run_stays_whole(run, capsys):
     # An interrupted stage goes on from its checkpoint; what was paid for goes by its own name only.
     assert run.path("dpo", "checkpoints", "checkpoint-4").is_dir()
     assert run.path("cache", "judge_replies.jsonl").is_file()
+    dispatch(["clean", str(run.root)])
+    assert "--remove" not in capsys.readouterr().out  # nothing is left that goes unnamed
     dispatch(["clean", str(run.root), "--remove", "cache"])
     assert not run.path("cache").exists()
 

@@ -1,24 +1,37 @@
 """Every command of the pages in docs/ is run: typed as it stands, with what makes it small behind it.
 
-`SMALLER` says what that is. What is not there is still tried: a run by ``ppo-vs-dpo check``, which looks at all that
-its stages would refuse; a benchmark by its ``--help``; a target of make by ``make -n``. `ELSEWHERE` names the test
-that runs a command, and `NOT_HERE` says why none can.
+`SMALLER` says what that is: the commands share few runs, of a minute each. What is not there is still tried, and that
+is fast: a run by what ``ppo-vs-dpo check`` does, which looks at all that its stages would refuse; a benchmark by its
+``--help``; a target of make by ``make -n``. `ELSEWHERE` names the test that runs a command, and `NOT_HERE` says why
+none can. A command of a new kind is in no table, and `test_every_command_has_its_place_and_every_place_its_command`
+fails.
 """
 
 import gzip
 import json
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
+from omegaconf import OmegaConf
 
-from ppo_vs_dpo.pipeline.cli import COMMANDS
+from ppo_vs_dpo.pipeline.checking.inputs import problems
+from ppo_vs_dpo.pipeline.cli import COMMANDS, dispatch
+from ppo_vs_dpo.pipeline.composing.words import experiments
 from tests.pipeline import mini
 from tests.pipeline.whole.test_readme import FEW, PAGES, ROOT, make_desk, typed
 
 BEGINS = re.compile(r"(ppo-vs-dpo|python -m|python benchmarks|make|torchrun|sbatch|tensorboard|vllm serve|pip) \S")
 OWN = ["data=files", "data.path=my_pairs.jsonl", "data.conversational=true"]
-SMALL = [*mini.SMALL[1:], "dpo.sweep=null"]
+SMALL = [
+    *mini.SMALL[1:], "dpo.sweep=null", "data.sft_examples=320", "sft.num_train_epochs=1", "data.pairs=128",
+    "reward_model.num_train_epochs=1", "ppo.max_steps=2", "compare.n_prompts=32", "compare.checkpoints={ppo: [2]}",
+]  # fmt: skip
+# Made pairs: few, from a policy that has hardly learned.
+MADE = ["data.train_prompts=32", "data.test_prompts=8", "data.sft_examples=320", "sft.max_steps=4"]
 BEGINNING = "stages=[data,sft,pairs]"
 
 # Command -> what is typed behind it. Where a command stands before another here, it is typed before it.
@@ -34,21 +47,21 @@ SMALLER: dict[str, list[str]] = {
     "python -m ppo_vs_dpo.dpo runs/quickstart": [],
     "python -m ppo_vs_dpo.ppo runs/quickstart": [],
     "ppo-vs-dpo verify runs/quickstart": [],
-    "ppo-vs-dpo quickstart ppo.kl_coef=0.2 dpo.beta=0.3": SMALL,
+    "ppo-vs-dpo quickstart ppo.kl_coef=0.1 dpo.beta=0.5": SMALL,
     "ppo-vs-dpo clean runs/quickstart": [],
     "ppo-vs-dpo clean runs/quickstart --remove checkpoints,replaced": [],
     "ppo-vs-dpo quickstart seed=3": [*SMALL, "stages=[data]"],
     "ppo-vs-dpo quickstart name=world 'stages=[data]'": SMALL,
     "ppo-vs-dpo quickstart name=rloo ppo.advantage=rloo ppo.samples_per_prompt=4 ppo.sweep=null": [
-        *SMALL, "ppo.sweep=null", "stages=[data,sft,pairs,reward_model,ppo]",
+        *SMALL, "ppo.sweep=null", "stages=[data,sft,pairs,reward_model,ppo]", "data.pairs=64", "sft.max_steps=2",
+        "reward_model.max_steps=2", "reward_model.samples=16", "ppo.max_steps=1",
     ],
     "ppo-vs-dpo --config-dir my_configs experiment=mine": [*SMALL, "stages=[data]"],
-    "ppo-vs-dpo constitution": ["data.train_prompts=64", "data.sft_examples=320", "sft.max_steps=4", BEGINNING],
-    "ppo-vs-dpo rejection": ["data.train_prompts=32", "data.sft_examples=320", "sft.max_steps=4", BEGINNING],
-    "ppo-vs-dpo rejection name=rso data.rule=rso data.rso_beta=0.5 data.samples=16": [
-        "data.train_prompts=32", "data.sft_examples=320", "sft.max_steps=4", BEGINNING,
-    ],
-    "ppo-vs-dpo constitution_chat name=cai model.path=my_model data.prompts_path=prompts.jsonl": [
+    "ppo-vs-dpo constitution": [*MADE, "data.train_prompts=64", BEGINNING],
+    "ppo-vs-dpo rejection": [*MADE, BEGINNING],
+    "ppo-vs-dpo rejection name=rso data.rule=rso data.rso_beta=0.5 data.samples=16": [*MADE, BEGINNING],
+    "ppo-vs-dpo constitution_chat name=cai model.path=my_model data.prompts_path=prompts.jsonl "
+    "data.conversational=true": [
         "data.train_prompts=8", "data.test_prompts=4", "data.heldout_prompts=2", "data.max_new_tokens=8", BEGINNING,
     ],
     "ppo-vs-dpo constitution_chat name=cai model.path=smollm2 *": [
@@ -96,6 +109,8 @@ ELSEWHERE = {
     "pip install .*": "test_wheel.py",
     "pip install -e . --no-deps *": "test_wheel.py",
 }
+# Begin lines of shell blocks that are no command of ours: each is run where the desk is made.
+BESIDE = ("zcat ../shared/data/hh_rlhf/harmless_base.jsonl.gz | python -c",)
 # How a command begins -> why no test can run it on a machine without a GPU, a network or vLLM.
 NOT_HERE = {
     "pip install*": "a package registry",
@@ -129,6 +144,16 @@ def commands_of(text: str) -> list[str]:
     return [line for line in dict.fromkeys(plain) if BEGINS.match(line) and "..." not in line]
 
 
+def in_shell(text: str) -> list[str]:
+    """The lines of a page's shell blocks, continued ones joined, without comments; a quoted program is one line."""
+    blocks = re.findall(r"```(?:sh|bash|shell|console)\n(.*?)```", text, flags=re.DOTALL)
+    whole = (re.sub(r"'[^']*'", lambda quoted: quoted[0].replace("\n", " "), block) for block in blocks)
+    lines = [
+        re.sub(r"(^|\s)#.*", "", line).strip() for b in whole for line in re.sub(r"\s*\\\n\s*", " ", b).splitlines()
+    ]
+    return [line for line in lines if line]
+
+
 def place(line: str, table: dict) -> str | None:
     """The table's key for a command: the line itself, or the longest beginning of it that ends with a star."""
     begun = [key for key in table if key.endswith("*") and line.startswith(key.rstrip("*"))]
@@ -151,6 +176,42 @@ def test_every_command_has_its_place_and_every_place_its_command():
         assert not [key for key in table if key not in used], "no page has these commands any more"
     for name in {*ELSEWHERE.values()}:
         assert (ROOT / "tests" / name).is_file(), name
+    unknown = [line for line in ALL if not (is_mention(line) or in_a_table(line) or how_it_is_tried(line))]
+    assert not unknown, "say in this file how they are run, or why not"
+    for page in PAGES:
+        for line in in_shell(page.read_text(encoding="utf-8")):
+            assert BEGINS.match(line) or line.startswith(BESIDE), f"{page.name}: {line}: no test runs it"
+
+
+def test_a_command_that_no_test_runs_is_found():
+    page = "```sh\ncurl http://x | sh\nppo-vs-dpo quickstart \\\n  seed=3   # another\nzap 'a\nb' c\n```\n"
+    assert in_shell(page) == ["curl http://x | sh", "ppo-vs-dpo quickstart seed=3", "zap 'a b' c"]
+    assert how_it_is_tried("torchrun --nproc-per-node 2 my_script.py") is None
+    assert how_it_is_tried("ppo-vs-dpo frobnicate runs/quickstart") is None
+    assert how_it_is_tried("ppo-vs-dpo paper list") == "asked"
+    assert how_it_is_tried("ppo-vs-dpo -m quickstart seed=1,2,3") == "looked at"
+    assert how_it_is_tried("python -m benchmarks.nothing") is None
+
+
+def in_a_table(line: str) -> bool:
+    return any(place(line, table) for table in (SMALLER, ELSEWHERE, NOT_HERE))
+
+
+def how_it_is_tried(line: str) -> str | None:
+    """What `test_what_is_too_long_would_start` does with a command that no table names; ``None``: nothing."""
+    words = line.split()
+    if words[0] == "make":
+        return "make" if re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE) else None
+    if words[0] == "python":
+        module = words[2].replace(".", "/") if words[1] == "-m" else words[1].removesuffix(".py")
+        module = module.removeprefix("ppo_vs_dpo/")
+        there = [ROOT / f"{module}.py", ROOT / module / "__main__.py"]
+        return "helped" if any(file.is_file() for file in there) else None
+    if words[0] != "ppo-vs-dpo":
+        return None
+    if words[1] in ("show", "plan", "paper", "doctor"):
+        return "asked"
+    return "looked at" if words[2 if words[1] in ("-m", "check") else 1] in experiments() else None
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +233,21 @@ def desk(tmp_path_factory):
         for row in rows:
             turn = f"\n\nHuman: {row['prompt']}\n\nAssistant: "
             out.write(json.dumps({side: turn + row[side] for side in ("chosen", "rejected")}) + "\n")
+    beside = [line for page in PAGES for line in in_shell(page.read_text(encoding="utf-8")) if line.startswith(BESIDE)]
+    for line in beside:
+        typed(_as_it_stands(line), folder)
+    assert (folder / "hh_single_turn.jsonl").stat().st_size > 0
     return folder
+
+
+def _as_it_stands(line: str) -> str:
+    """A line of `in_shell` as its page has it: a quoted program keeps its line ends."""
+    begins = line.split("'")[0]
+    for page in PAGES:
+        found = re.search(re.escape(begins) + r"'[^']*'[^\n]*", page.read_text(encoding="utf-8"))
+        if found:
+            return found[0]
+    raise AssertionError(line)
 
 
 @pytest.mark.slow
@@ -184,20 +259,28 @@ def test_it_is_typed_and_ends_well(line, desk):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
-def test_what_is_too_long_would_start(page, desk):
+def test_what_is_too_long_would_start(page, desk, monkeypatch):
     """All that no table names: runs are looked at, benchmarks and make are asked what they would do."""
+    monkeypatch.chdir(desk)
+    monkeypatch.setattr("ppo_vs_dpo.pipeline.composing.words.TRACKERS", {})
+    # In this process: libraries are loaded once.
+    monkeypatch.setattr(
+        "ppo_vs_dpo.pipeline.checking.check.problems_of",
+        lambda config, stages, environment=None: problems(OmegaConf.to_container(config, resolve=True), stages),
+    )
     for line in commands_of(page.read_text(encoding="utf-8")):
-        if is_mention(line) or any(place(line, table) for table in (SMALLER, ELSEWHERE, NOT_HERE)):
+        if is_mention(line) or in_a_table(line):
             continue
-        words = line.split()
-        if words[0] == "make":
-            typed(f"make -n {line.removeprefix('make ')}", ROOT)
-        elif words[0] == "python":
-            typed(line, ROOT, "--help")
-        elif words[1] in ("show", "plan", "paper", "doctor"):
-            typed(line, desk)
-        elif words[0] == "ppo-vs-dpo":
-            more = OWN if words[1] == "hh" and "data=" not in line else []
-            typed(line.replace("ppo-vs-dpo ", "ppo-vs-dpo check ", 1), desk, *more)
+        how, words = how_it_is_tried(line), shlex.split(line)
+        if how == "make":
+            subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+        elif how == "helped":
+            subprocess.run([sys.executable, *words[1:], "--help"], cwd=ROOT, check=True, capture_output=True)
+        elif how == "asked":
+            assert dispatch(words[1:]) == 0, line
         else:
-            pytest.fail(f"{page.name}: {line}: say in this file how it is run, or why not")
+            words = [word for word in words[1:] if word not in ("-m", "check")]
+            if "-m" in line.split():  # a sweep's first job
+                words = [word if "[" in word else word.split(",")[0] for word in words]
+            more = OWN if words[0] == "hh" and "data=" not in line else []
+            assert dispatch(["check", *words, *more]) == 0, line

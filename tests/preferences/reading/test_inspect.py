@@ -59,6 +59,21 @@ def test_scores_by_hand():
     assert summary["score_difference"]["chosen_not_higher"] == pytest.approx(2 / 3)
 
 
+def test_numbers_that_some_pairs_lack_are_said(tmp_path, capsys):
+    """Empty, null, NaN or no key: no problem of the data, and nothing to be silent about."""
+    lacking = [{}, {"margin": None}, {"margin": float("nan")}, {"margin": ""}]
+    rows = [{**row, **(lacking[n % 4] if n % 2 else {"margin": 1.0}), "soft_label": 0.9} for n, row in enumerate(ROWS)]
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    half = f"{len(rows) // 2} of {len(rows)} pairs have no margin (empty, null or NaN)"
+    code, report = report_of(capsys, path)
+    assert code == 0
+    assert [one for one in report["said"] if "have no" in one] == [one for one in report["said"] if half in one] != []
+    main([str(path)])
+    said = " ".join(capsys.readouterr().out.split())
+    assert half in said
+    assert "No problems found" not in said
+
+
 def test_every_problem_is_counted_with_its_place_and_nothing_stops(tmp_path, capsys):
     path = tmp_path / "pairs.jsonl"
     lines = [json.dumps(row) for row in ROWS[:3]]
@@ -198,6 +213,16 @@ def test_it_ends_with_the_command_to_type_next(tmp_path, capsys, byte_model, pla
     for part in ("'Question 0? Answer 0.'", "data.conversational=true", "data.conversational=false"):
         assert part in said
     assert said.rstrip().endswith("--conversational false")
+    assert "No problems found" not in said
+    # What was said so far is said again: the model, the columns.
+    odd = write_jsonl(
+        tmp_path / "odd.jsonl", [{"instruction": f"{n}?", "winner": "A", "loser": "B"} for n in range(3)]
+    )
+    names = "prompt=instruction,chosen=winner,rejected=loser"
+    _, said = inspected(capsys, odd, "--model", byte_model)
+    assert said.rstrip().endswith(f"--model {byte_model} --columns {names}")
+    _, said = inspected(capsys, odd, "--model", byte_model, "--columns", names)
+    assert said.rstrip().endswith(f"--model {byte_model} --columns {names} --conversational false")
     code, said = inspected(capsys, path, "--model", byte_model, "--conversational", "true")
     assert code == 0
     assert said.rstrip().endswith(f"{start.format(byte_model)} data.conversational=true")

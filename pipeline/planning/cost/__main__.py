@@ -1,0 +1,51 @@
+"""What a finished run was estimated to cost, beside what it took.
+
+    python -m ppo_vs_dpo.pipeline.planning.cost RUN
+
+The estimate is the one that a run makes before its first stage, with a machine that is measured now and examples that
+are counted; ``launch.expected_seconds`` is not looked at. What it took is from the stages' ``done.json``.
+"""
+
+import argparse
+import os
+import sys
+
+from ppo_vs_dpo.artifacts.errors import UserError, printable, say, warn
+from ppo_vs_dpo.artifacts.run import STAGES, RunFolder
+from ppo_vs_dpo.pipeline.planning.cost.beforehand import speed_of, spell
+from ppo_vs_dpo.pipeline.planning.cost.work import work_of
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print a line for each stage that has finished.
+
+    Raises:
+        UserError: no run there, none of its stages finished, or the model cannot be measured.
+    """
+    parser = argparse.ArgumentParser(prog="python -m ppo_vs_dpo.pipeline.planning.cost", description=__doc__)
+    parser.add_argument("run", help="a run folder")
+    run = RunFolder(parser.parse_args(argv).run)
+    names = [*STAGES[:-1], *run.points("dpo"), *run.points("ppo"), STAGES[-1]]
+    took = {name: float(done["seconds"]) for name in names if (done := run.done(name)) is not None}
+    if not took:
+        raise UserError(f"{run.root}: no stage has finished, so there is nothing to compare an estimate with.")
+    threads = str(run.config.launch.threads)
+    speed = speed_of(run, {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads})
+    if speed is None:
+        raise UserError(f"{run.root}: its model could not be measured (ppo-vs-dpo check says why).")
+    lines, total = [f"{'stage':<22}{'estimated':>12}{'took':>12}"], 0.0
+    for name, seconds in took.items():
+        guess = work_of(run, name, speed["characters"]).seconds(speed)
+        total += guess or 0.0
+        lines.append(f"{name[:21]:<22}{'?' if guess is None else spell(guess):>12}{spell(seconds):>12}")
+    lines.append(f"{'all':<22}{spell(total):>12}{spell(sum(took.values())):>12}")
+    say("\n".join(lines) + f"\nmeasured on {speed['device']}; stages that ran at once are added up\n")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        warn(f"\nerror: {printable(str(error))}\n")
+        sys.exit(2)

@@ -1,0 +1,166 @@
+"""What a run will cost, said before its first stage: responses, tokens, updates, time here, memory, disk."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import read_json, sha256_of, write_json
+from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.pipeline.planning.cost.measured import ask
+from ppo_vs_dpo.pipeline.planning.cost.work import Work, examples, ranks, some_texts, work_of
+from ppo_vs_dpo.ppo.stage.config import trains_values
+
+# Starting a process, loading libraries and a model of the testbed's size, in a run that names its seconds.
+STARTED = 8.0
+# Bumped when an answer has other figures: it is then measured again.
+LAYOUT = 2
+
+
+def say_cost(run: RunFolder, names: Iterable[str], environment: dict[str, str]) -> tuple[str, dict[str, float]]:
+    """The table that stands before the first stage, and the seconds that each job is expected to take.
+
+    A run that says how long its stages take (``launch.expected_seconds``) is not measured.
+    """
+    configured = run.config.launch.expected_seconds
+    speed = None if configured else speed_of(run, environment)
+    works = [work_of(run, name, (speed or {}).get("characters")) for name in names]
+    shares = shares_of_usual(run, [work.name for work in works]) if configured else {}
+    seconds: dict[str, float] = {}
+    for work in works:
+        guess = configured.get(work.name.split(",")[0]) if configured else speed and work.seconds(speed)
+        if guess and configured:
+            start = min(float(guess), STARTED)
+            guess = start + (float(guess) - start) * shares.get(work.name, 1.0)
+        if guess:
+            seconds[work.name] = float(guess)
+    return table(run, works, seconds, speed), seconds
+
+
+def shares_of_usual(run: RunFolder, names: list[str]) -> dict[str, float]:
+    """Tokens of each job beside those of the experiment as its file has it: whose seconds are the ones it names."""
+    from ppo_vs_dpo.pipeline.composing.compose import load
+
+    name = str(run.config.experiment)
+    word = f"paper={name.removeprefix('paper/')}" if name.startswith("paper/") else f"experiment={name}"
+    try:
+        usual = load([word], check_missing=False)
+    except UserError:
+        return {}  # an experiment of somebody's own folder
+    # By the two configurations alone: what has been made so far was made from this one.
+    nowhere = run.root / "nowhere"
+    shares = {}
+    for one in names:
+        here, there = (work_of(RunFolder(nowhere, config), one) for config in (run.config, usual))
+        if here.known and there.known and there.tokens:
+            shares[one] = here.tokens / there.tokens
+    return shares
+
+
+def speed_of(run: RunFolder, environment: dict[str, str]) -> dict[str, Any] | None:
+    """Seconds a token on this machine, measured once for a model and kept in the run's cache."""
+    model = run.config.model
+    question = {
+        "path": model.get("path"),
+        "revision": model.get("revision"),
+        "trust_remote_code": model.get("trust_remote_code"),
+        "architecture": dict(model.get("architecture") or {}),
+        "batch": int((run.config.get("compare") or {}).get("batch_size") or 16),
+        "ranks": ranks(run),
+        "prompt": examples(run, "ppo")[1],
+        "sections": {
+            name: OmegaConf.to_container(run.config[name], resolve=True)
+            for name in ("model", "sft", "reward_model", "dpo", "ppo", "deepspeed")
+            if run.config.get(name) is not None
+        },
+        "texts": some_texts(run),
+        "host": os.uname().nodename,
+    }
+    kept = run.cache("speed.json")
+    asked = sha256_of([LAYOUT, question])
+    if kept.is_file():
+        known = read_json(kept)
+        if isinstance(known, dict) and known.get("asked") == asked:
+            return known["answer"]
+    answer = ask(question, environment)
+    if answer is not None:
+        write_json(kept, {"asked": asked, "answer": answer})
+    return answer
+
+
+# ------------------------------------------------------------------------------------------------------- what is said
+
+
+def table(run: RunFolder, works: list[Work], seconds: dict[str, float], speed: dict[str, Any] | None) -> str:
+    """The table as text."""
+    memory = (speed or {}).get("memory") or {}
+    head = f"{'stage':<22}{'updates':>9}{'responses':>11}{'tokens':>10}{'time':>10}"
+    lines = [head + (f"{'memory':>10}" if memory else "")]
+    for work in works:
+        tokens = work.tokens
+        cells = (
+            "" if work.updates is None else f"{work.updates:,}",
+            f"{work.responses:,}" if work.responses else "",
+            short(tokens) if tokens else "",
+            spell(seconds[work.name]) if work.name in seconds else "?" if not work.known else "",
+        )
+        line = f"{work.name[:21]:<22}{cells[0]:>9}{cells[1]:>11}{cells[2]:>10}{cells[3]:>10}"
+        peak = memory.get(work.name.split(",")[0])
+        lines.append(line + (f"{peak / 1e9:>7.1f} GB" if peak else ""))
+    total = sum(seconds.values())
+    if total:
+        where = f", measured on {speed['device']}" if speed else ", from launch.expected_seconds"
+        open_ = [work.name for work in works if not work.known]
+        more = f", and {', '.join(open_)} once the data is read" if open_ else ""
+        together = total / max(1, min(int(run.config.launch.workers), 2))
+        lines.append(f"about {spell(together)} to {spell(total)} in all{where}{more}; Ctrl-C keeps what is done")
+    else:
+        lines.append("how long that takes is known after the first update; Ctrl-C keeps what is done")
+    if memory:
+        where = "a stage's process" if speed["device"] == "cpu" else "each GPU"
+        beside = f"; {run.config.launch.workers} stages run at once" if int(run.config.launch.workers) > 1 else ""
+        lines.append(f"memory: the peak of {where}, estimated from above{beside}")
+    lines.append(space(run, works, speed))
+    return "\n".join(line for line in lines if line) + "\n"
+
+
+def space(run: RunFolder, works: list[Work], speed: dict[str, Any] | None) -> str:
+    """Disk, where the model's size is known: whole models, and the checkpoints that are kept."""
+    if speed is None:
+        return ""
+    size = speed["parameters"] * (2 if str(run.config.model.get("dtype")) in ("bfloat16", "float16") else 4)
+    total = 0.0
+    for work in works:
+        stage = work.name.split(",")[0]
+        section = run.config.get(stage) or {}
+        if stage in ("data", "pairs", "compare") or section.get("path"):
+            continue
+        if section.get("skip_training"):
+            continue  # linked
+        merged = section.get("merge_lora", True) or not work.adapters
+        total += size if merged else 0.02 * size
+        kept = int(section.get("save_total_limit") or 1) + 1
+        models = 2 if stage == "ppo" and trains_values(section) else int(section.get("ensemble") or 1)
+        # Weights, and AdamW's two moments in fp32.
+        total += kept * models * (0.05 * size if work.adapters else 3 * size)
+    disk = f"{total / 1e9:.1f} GB" if total > 1e8 else f"{total / 1e6:.0f} MB"
+    return f"disk: about {disk} in {run.root} (`ppo-vs-dpo clean {run.root}` says later what may go)"
+
+
+def short(count: float) -> str:
+    """``12.3 M``."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f}"
+
+
+def spell(seconds: float) -> str:
+    """``45 s``, ``12 min``, ``3.5 h``, ``2.1 d``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} d"

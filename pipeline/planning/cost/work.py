@@ -1,0 +1,389 @@
+"""What each job of a run does: updates, tokens trained, read and sampled, models loaded; from the configuration alone.
+
+Once ``data/`` and ``pairs/`` are there, examples are counted as they are.
+"""
+
+import gzip
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from ppo_vs_dpo.artifacts.guards.fingerprints import point_name, points_of
+from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.ppo.stage.config import reward_models, trained_share, trains_values
+
+# trl's and transformers' defaults where a section says nothing.
+BATCH, EPOCHS = 8, 3
+# Characters of a token, about; only for texts that nobody has tokenised yet.
+CHARACTERS = 4
+# A pass through adapters alone leaves out the gradients of the frozen weights: 4 N instead of 6 N FLOPs a token.
+ADAPTERS = 2 / 3
+# Bytes of weights a second, from a disk (or its cache) into a model or back; SmolLM2-135M: 0.54 GB in 1 s, or less.
+LOADED = 5e8
+# Rows that a rollout decodes at once, and pairs that compare reads (models.sampling.generation, compare.sampling.kl,
+# compare.sampling.gather).
+DECODED, MEASURED, CHECKED = 256, 128, 256
+# A policy of at most so many updates with adapters stays near its reference (KL below compare's LOW_KL): it then reads
+# the reference's draws, too (compare.frontier.cross).
+NEAR = 50
+# Rows of a file that are looked at to know how long a text is.
+LOOKED_AT = 200
+
+
+@dataclass
+class Work:
+    """What one job does.
+
+    Attributes:
+        name: of the job.
+        updates: optimizer steps.
+        trained: tokens with gradients.
+        read: tokens of passes without; a prompt that is answered is read, too.
+        sampled: tokens decoded.
+        steps: of decoding, each for all rows that are decoded at once.
+        responses: texts sampled.
+        loads: times that a model's weights are read or written.
+        adapters: whether adapters are trained, not weights.
+        known: whether the number of examples is known; else the data must be read first.
+        ranks: that share the work.
+    """
+
+    name: str
+    updates: int | None = None
+    trained: float = 0.0
+    read: float = 0.0
+    sampled: float = 0.0
+    steps: float = 0.0
+    responses: int = 0
+    loads: int = 0
+    adapters: bool = False
+    known: bool = True
+    ranks: int = 1
+
+    @property
+    def tokens(self) -> float:
+        """All of them."""
+        return self.trained + self.read + self.sampled
+
+    def seconds(self, speed: dict[str, Any]) -> float | None:
+        """On this machine (`measured.ask`); ``None`` where the work is not known.
+
+        A process starts (twice the imports: arguments, data and a Trainer are made, results are written), weights are
+        loaded, and ranks share the tokens.
+        """
+        if not self.known:
+            return None
+        fixed = (2 if self.updates else 1) * speed["start"] + self.loads * 4 * speed["parameters"] / LOADED
+        trained = self.trained * speed["train"] * (ADAPTERS if self.adapters else 1.0)
+        tokens = trained + self.read * speed["forward"] + self.sampled * speed["decode"]
+        return fixed + tokens / self.ranks + self.steps * speed["step"]
+
+
+def work_of(run: RunFolder, name: str, ratios: dict[str, float] | None = None) -> Work:
+    """What a job does, from the configuration and what has been done.
+
+    Args:
+        run: its folder and configuration.
+        name: of the job, ``"ppo,kl_coef=0.0"`` for a point of a sweep.
+        ratios: characters of a token as the run's tokenizer has them (`measured.ask`).
+    """
+    stage = name.split(",")[0]
+    section = run.config.get(stage) or {}
+    if stage in ("data", "pairs"):
+        return _made(run, stage, ratios)
+    if stage == "ppo":
+        return _ppo(run, name, section, ratios)
+    if stage == "compare":
+        return _compare(run, section, ratios)
+    if section.get("skip_training"):
+        return Work(name, updates=0)
+    rows, length = examples(run, stage, ratios)
+    sides = 1 if stage == "sft" else 2
+    batch = int(section.get("per_device_train_batch_size") or BATCH)
+    batch *= int(section.get("gradient_accumulation_steps") or 1) * ranks(run)
+    steps = int(section.get("max_steps") or -1)
+    given = bool(section.get("path"))
+    if steps <= 0 and rows is None and not given:
+        return Work(name, known=False)
+    if given:
+        steps = 0
+    elif steps <= 0:
+        steps = math.ceil(math.ceil(rows / batch) * float(section.get("num_train_epochs") or EPOCHS))
+    length = min(length, int(section.get("max_length") or length))
+    trained = steps * batch * sides * length
+    # DPO reads every pair once under the reference.
+    read = (rows or steps * batch) * sides * length if stage == "dpo" else 0.0
+    # At the end both sides of the test pairs, by the reward model also of as many training pairs, by DPO's two models.
+    tests = min(int(section.get("test_pairs") or 1000), test_pairs(run) or 1000)
+    read += 4 * tests * length if stage != "sft" else 0.0
+    work = Work(name, steps, trained, read, loads=2, adapters=bool(section.get("lora")), ranks=ranks(run))
+    if stage == "reward_model":
+        work.updates, work.trained = (int(section.get("ensemble") or 1) * one for one in (steps, trained))
+        # Samples that its scores are centred on: drawn by the SFT policy, read by itself.
+        new = int(section.get("sample_max_new_tokens") or 64)
+        prompt = examples(run, "ppo", ratios)[1]
+        work.responses = int(section.get("samples") or 0)
+        _decode(work, work.responses, new, prompt, int(section.get("scoring_batch_size") or DECODED), 1)
+        work.read += work.responses * (prompt + new)
+        work.loads += 2
+    return work
+
+
+def _decode(work: Work, rows: int, new: int, prompt: int, at_once: int, among: int) -> None:
+    """Add what decoding takes: each prompt is read, then all rows of a batch get a token a step."""
+    work.sampled += rows * new
+    work.read += rows * prompt
+    work.steps += math.ceil(rows / among / max(at_once, 1)) * new
+
+
+def _made(run: RunFolder, stage: str, ratios: dict[str, float] | None) -> Work:
+    pairs, work = run.config.data.get("pairs"), Work(stage)
+    new = run.config.data.get("max_new_tokens")
+    if stage == "pairs" and isinstance(pairs, int) and new:
+        work.responses, work.loads = 2 * (pairs + int(run.config.data.get("test_pairs") or 0)), 1
+        _decode(work, work.responses, int(new), examples(run, "ppo", ratios)[1], DECODED, 1)
+    return work
+
+
+def _ppo(run: RunFolder, name: str, section: Any, ratios: dict[str, float] | None) -> Work:
+    point = next((one for one in points_of(run.config, "ppo") if point_name("ppo", one) == name), {})
+    section = {**section, **point}
+    batch = int(section.get("per_device_train_batch_size") or BATCH)
+    rollout = section.get("rollout_batch_size") or batch * int(section.get("gradient_accumulation_steps") or 1)
+    rollout = int(rollout) if section.get("rollout_batch_size") else int(rollout) * ranks(run)
+    updates = int(section.get("max_steps") or -1)
+    if updates <= 0:
+        episodes = section.get("total_episodes")
+        if not episodes:
+            return Work(name, known=False)
+        updates = math.ceil(int(episodes) / rollout)
+    response = int(section.get("response_length") or 53)
+    prompt = min(examples(run, "ppo", ratios)[1], int(section.get("max_prompt_length") or 10**9))
+    tokens = updates * rollout * (prompt + response)
+    # Policy and value model (where there is one) are trained on each pass; they, reference and reward read once.
+    values, rewards = trains_values(section), reward_models(run.config)
+    trained = (1.0 + values) * trained_share(section) * tokens * int(section.get("num_ppo_epochs") or 4)
+    work = Work(name, updates, trained, (2.0 + values + rewards) * tokens, adapters=bool(section.get("lora")))
+    work.ranks, work.responses, work.loads = ranks(run), updates * rollout, 3 + values + rewards
+    for _ in range(updates):
+        _decode(work, rollout, response, prompt, DECODED, work.ranks)
+    if section.get("eval_strategy") not in (None, "no", False):
+        times = math.ceil(updates / max(int(section.get("eval_steps") or 1), 1))
+        asked = int(section.get("validation_prompts") or 0)
+        for _ in range(times):
+            _decode(work, asked, response, prompt, DECODED, work.ranks)
+        work.responses += times * asked
+        work.read += (2.0 + rewards) * times * asked * (prompt + response)
+    return work
+
+
+# ---------------------------------------------------------------------------------------------------- compare's passes
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What compare draws from one policy for every prompt (compare.sampling.completions.plan).
+
+    Attributes:
+        batches: draws a prompt, a batch of decoding for each role and temperature.
+        read: draws a prompt that are read for their KL.
+        models: that read them: the reference's own are read once, others by policy and reference.
+        checkpoint: a point along training.
+    """
+
+    batches: tuple[int, ...]
+    read: int
+    models: int
+    checkpoint: bool = False
+
+
+def drawn(config: Any) -> Iterator[Drawn]:
+    """Policy by policy, the reference first; not those whose answers are in a file."""
+    section = config.compare
+    pool, samples = int(section.get("pool_size") or 0), int(section.get("samples") or 1)
+    baseline = int(section.get("baseline_draws") or 4)
+    main = section.get("temperature") or 1.0
+    others = [one for one in section.get("other_temperatures") or [] if one != main]
+    warm = sum(one > 0 for one in others)
+    yield Drawn((baseline, *([pool] if pool else []), *(1 for _ in others)), baseline + warm, 1)
+    best = {key: 2 * max(values) for key, values in (section.get("best_of") or {}).items() if values}
+    names = ["ppo", "dpo"] if "given" not in config else []
+    names += [key for key, one in (section.get("policies") or {}).items() if (one or {}).get("path")]
+    for stage in ("ppo", "dpo") if names[:2] == ["ppo", "dpo"] else ():
+        names += [point_name(stage, point) for point in points_of(config, stage)]
+        steps = (section.get("checkpoints") or {}).get(stage)
+        if steps == "all":
+            steps = range(int((config.get(stage) or {}).get("save_total_limit") or 1))
+        for _ in steps or ():
+            yield Drawn((samples,), samples, 2, checkpoint=True)
+    for name in names:
+        own = [samples, *([best[name]] if name in best else [])]
+        yield Drawn((*own, *(1 for _ in others)), sum(own) + warm, 2)
+
+
+def _compare(run: RunFolder, section: Any, ratios: dict[str, float] | None) -> Work:
+    """Every policy draws; what it drew is read by it and the reference (KL), by each judge that is a model, and in
+    parts by other policies (mixtures, best-of-n); each policy reads held-out pairs, and so does each judge.
+    """
+    prompts, new = int(section.get("n_prompts") or 512), int(section.get("max_new_tokens") or 64)
+    if isinstance(held := run.config.data.get("heldout_prompts"), int):
+        prompts = min(prompts, held)
+    table = run.path("data", "prompts_heldout.parquet")
+    if table.is_file():
+        prompts = min(prompts, _rows(table))
+    prompt = examples(run, "ppo", ratios)[1]
+    length, pair = prompt + new, examples(run, "dpo", ratios)[1]
+    at_once = int(section.get("batch_size") or 512)
+    judges = reward_models(run.config) if run.config.get("reward_model") else 0
+    judges += sum((one or {}).get("kind") == "reward_model" for one in section.get("judges") or [])
+    pairs = test_pairs(run)
+    pairs = 10**9 if pairs is None else pairs
+    work, policies = Work("compare", ranks=ranks(run)), list(drawn(run.config))
+    for one in policies:
+        for draws in one.batches:
+            _decode(work, prompts * draws, new, prompt, at_once, work.ranks)
+        work.read += prompts * one.read * one.models * length
+        work.read += 0 if one.checkpoint else 2 * min(MEASURED, pairs) * one.models * pair
+        work.responses += prompts * sum(one.batches)
+    work.read += judges * (work.responses * length + 2 * min(CHECKED, pairs) * pair)
+    # Best-of-n's choices by the reference; the two main policies' draws, and two of a sweep, by each other.
+    samples = int(section.get("samples") or 1)
+    swept = any((run.config.get(stage) or {}).get("sweep") for stage in ("ppo", "dpo"))
+    near = sum(_stays_near(run.config.get(stage)) for stage in ("ppo", "dpo") if run.config.get(stage))
+    again = len(section.get("best_of_n") or []) + samples * (2 + 2 * swept)
+    again += (near + (near > 0)) * sum(policies[0].batches[:2])
+    work.read += prompts * again * length
+    work.loads = len(policies) + judges + 2 + near
+    return work
+
+
+def _stays_near(section: Any) -> bool:
+    return bool(section.get("lora")) and 0 < int(section.get("max_steps") or -1) <= NEAR
+
+
+# --------------------------------------------------------------------------------------------------- what there is
+
+
+def ranks(run: RunFolder) -> int:
+    """Processes of a training stage."""
+    return int(run.config.launch.processes) * int(run.config.launch.get("nodes") or 1)
+
+
+def test_pairs(run: RunFolder) -> int | None:
+    """How many pairs are held out; ``None``: not known yet."""
+    table = run.path("pairs", "test.parquet")
+    if table.is_file():
+        return _rows(table)
+    configured = run.config.data.get("test_pairs")
+    if isinstance(configured, int):
+        return configured
+    found, share = _lines(run), float(run.config.data.get("test_fraction") or 0)
+    return None if found is None else int(found[0] * share)
+
+
+def examples(run: RunFolder, stage: str, ratios: dict[str, float] | None = None) -> tuple[int | None, int]:
+    """How many examples a stage trains on (``None``: not known yet), and tokens of one, about (ppo: of a prompt)."""
+    data = run.config.data
+    bound = int(data.get("max_prompt_tokens") or 128)
+    if stage != "ppo":
+        bound += int(data.get("max_response_tokens") or data.get("max_new_tokens") or 128)
+    per_token = (ratios or {}).get("prompt" if stage == "ppo" else "whole") or CHARACTERS
+    name, columns = table_of(stage)
+    table = run.path(*name)
+    if table.is_file():
+        lengths = [sum(characters(row[one]) for one in columns if one in row) for row in _first(table, columns)]
+        typical = math.ceil(sum(lengths) / max(len(lengths), 1) / per_token) or bound
+        return _rows(table), min(typical, bound) if data.get("max_prompt_tokens") else typical
+    configured = {"sft": data.get("sft_examples"), "ppo": data.get("train_prompts")}.get(stage, data.get("pairs"))
+    if isinstance(configured, int):
+        return configured, bound
+    found = _lines(run)
+    if found is not None:
+        total, size = found
+        share = 1 - float(data.get("test_fraction") or 0) - float(data.get("heldout_fraction") or 0)
+        # A line holds a prompt and two answers.
+        typical = math.ceil(size / per_token * (1 / 3 if stage == "ppo" else 2 / 3))
+        return int(total * share), min(typical, bound) if data.get("max_prompt_tokens") else typical
+    return None, bound
+
+
+def table_of(stage: str) -> tuple[tuple[str, str], list[str]]:
+    """Where a stage's examples are, and the columns of one (of a pair: one side)."""
+    found = {"sft": ("data", "sft_train.parquet"), "ppo": ("data", "prompts_train.parquet")}
+    return found.get(stage, ("pairs", "train.parquet")), [
+        "prompt",
+        *({"ppo": [], "sft": ["completion"]}.get(stage, ["chosen"])),
+    ]
+
+
+def some_texts(run: RunFolder, number: int = 16) -> list[dict[str, Any]]:
+    """Prompts with an answer, a few, as they are in the run's pairs or its file; for a tokenizer to say how long."""
+    (folder, file), columns = table_of("dpo")
+    table = run.path(folder, file)
+    if table.is_file():
+        return list(islice(_first(table, columns), number))
+    path = Path(str(run.config.data.get("path")))
+    if ".jsonl" not in path.suffixes or not path.is_file():
+        return []
+    try:
+        with _opened(path) as lines:
+            rows = [json.loads(line) for line in islice(lines, number) if line.strip()]
+    except (OSError, EOFError, ValueError):
+        return []  # the data stage says what is wrong with it
+    found = [{key: row[key] for key in columns} for row in rows if isinstance(row, dict) and {*columns} <= {*row}]
+    if run.config.data.get("conversational"):  # text becomes a user's turn
+        ask = lambda text: [{"role": "user", "content": text}] if isinstance(text, str) else text  # noqa: E731
+        found = [{**row, "prompt": ask(row["prompt"])} for row in found]
+    return found
+
+
+def characters(value: Any) -> int:
+    """Of a text, or of a list of messages."""
+    return len(value) if isinstance(value, str) else sum(len(one.get("content") or "") for one in value or [])
+
+
+def _first(table: Path, columns: Iterable[str]) -> list[dict[str, Any]]:
+    import pyarrow.parquet
+
+    file = pyarrow.parquet.ParquetFile(table)
+    there = [one for one in columns if one in file.schema_arrow.names]
+    first = next(file.iter_batches(batch_size=LOOKED_AT, columns=there), None)
+    return first.to_pylist() if first is not None else []
+
+
+def _rows(table: Path) -> int:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(table).metadata.num_rows
+
+
+def _lines(run: RunFolder) -> tuple[int, int] | None:
+    """Rows of the file that the pairs are read from, at most as many as are taken, and bytes of one (not compressed),
+    where a look tells."""
+    path = Path(str(run.config.data.get("path")))
+    suffixes = [one for one in path.suffixes if one in (".jsonl", ".csv", ".parquet", ".gz")]
+    if not path.is_file() or not suffixes or suffixes[0] == ".gz":
+        return None
+    try:
+        if suffixes == [".parquet"]:
+            import pyarrow.parquet
+
+            known = pyarrow.parquet.ParquetFile(path).metadata
+            total = known.num_rows
+            size = sum(known.row_group(group).total_byte_size for group in range(known.num_row_groups))
+        else:
+            total = size = 0
+            with _opened(path) as lines:
+                for line in lines:
+                    total, size = total + bool(line.strip()), size + len(line)
+    except (OSError, EOFError, ValueError):
+        return None  # the data stage says what is wrong with it
+    return min(total, int(run.config.data.get("max_pairs") or total)), math.ceil(size / max(total, 1))
+
+
+def _opened(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
