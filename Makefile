@@ -9,8 +9,10 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
+# Tests in the order of tests/conftest.py: long ones first.
+WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: install browser quickstart papers test test-slow faults bench audit lint format clean
+.PHONY: install browser quickstart papers test coverage test-slow faults bench audit lint format clean
 
 install: $(STAMP)
 
@@ -34,7 +36,11 @@ papers: $(STAMP)
 	@$(BIN)/ppo-vs-dpo paper run --all --table docs/papers.md
 
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup --cov --cov-report=term $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" $(WORKERS) $(ARGS)
+
+# The same tests, traced, and what share of each file they run.
+coverage: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" $(WORKERS) --cov --cov-report=term $(ARGS)
 
 test-slow: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)

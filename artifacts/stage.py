@@ -19,7 +19,7 @@ from ppo_vs_dpo.artifacts.guards import locks, refusals
 from ppo_vs_dpo.artifacts.guards.digests import Digests
 from ppo_vs_dpo.artifacts.guards.fingerprints import NEEDS, fingerprint_of
 from ppo_vs_dpo.artifacts.guards.processes import beat, die_with_parent, lose_no_interrupt
-from ppo_vs_dpo.artifacts.resources import peak_memory
+from ppo_vs_dpo.artifacts.resources import BEFORE, age, cpu_seconds, peak_memory, seconds_by_part
 from ppo_vs_dpo.artifacts.run import RunFolder, point_name
 
 # Seconds between two notes of the time spent so far: what a killed stage loses of its account.
@@ -65,6 +65,7 @@ class StageContext:
         self._spent_before = float(spent) if isinstance(spent, int | float) else 0.0
         self._last_spent = self._started
         self._counted: dict[str, float] = {}
+        self._parts_before = {name: seconds for name, seconds in seconds_by_part().items() if name not in BEFORE}
 
     @property
     def is_main_process(self) -> bool:
@@ -99,11 +100,14 @@ class StageContext:
     def finish(self, **figures: Any) -> None:
         """Write the model's card, where there is a model, and ``done.json`` with figures and cost. Call it last.
 
-        The cost is apart from the figures, for it differs between equal runs: peak memory of the main process, and
-        what the stage counted.
+        The cost is apart from the figures, for it differs between equal runs: peak memory of the main process, what
+        the stage counted, CPU time, and the wall-clock seconds of this attempt by part (`resources.PARTS`).
         """
         if self.is_main_process:
-            cost = {**peak_memory(), **self._counted}
+            times = {name: seconds - self._parts_before.get(name, 0.0) for name, seconds in seconds_by_part().items()}
+            times["other"] = max(0.0, age() - sum(times.values()))
+            cost = {**peak_memory(), **self._counted, "cpu_seconds": round(cpu_seconds(), 2)}
+            cost["times"] = {name: round(seconds, 3) for name, seconds in times.items()}
             model = self.dir / "model"
             # A model that was brought along keeps its own card, where it lies.
             made = "given" not in figures

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from ppo_vs_dpo.artifacts.errors import Complaint, UserError
 from ppo_vs_dpo.artifacts.files import read_json
 from ppo_vs_dpo.artifacts.guards.versions import differences, made_by
+from ppo_vs_dpo.artifacts.resources import part
 from ppo_vs_dpo.artifacts.run import STAGES
 from ppo_vs_dpo.artifacts.settings import nearest, split
 from ppo_vs_dpo.artifacts.stage import StageContext
@@ -218,11 +219,13 @@ def ask_models(
                 judge.check_context(prompts.prompts, settings.max_new_tokens)
         # 2. Completions of every policy, with their KL to the reference.
         gatherer = Gatherer(context, settings, prompts, ranks)
-        gathered = gatherer.all(policies)
+        with part("sampling"):
+            gathered = gatherer.all(policies)
         draws = [one for table, _ in gathered for one in split_draws(table, len(prompts))]
         # 3. Judges that score see every completion.
         for number, judge in enumerate(scoring):
-            score_all(judge, draws, prompts, settings.workers, ranks)
+            with part("scoring"):
+                score_all(judge, draws, prompts, settings.workers, ranks)
             context.progress(80 + 5 * (number + 1) / len(scoring), 100, f"judged by {judge.name}")
         pairs = gatherer.reference.pairs if gatherer.has_model else ()
         checked = {judge.name: heldout_accuracy(judge, pairs, settings.workers, ranks) for judge in scoring}

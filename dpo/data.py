@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from ppo_vs_dpo.artifacts.resources import part
 from ppo_vs_dpo.models.text.encoding import (
     MASKS,
     drop_long,
@@ -21,6 +22,7 @@ from ppo_vs_dpo.models.text.encoding import (
 COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 
 
+@part("tokenising")
 def dpo_dataset(
     pairs: Dataset | Path,
     tokenizer: PreTrainedTokenizerBase,

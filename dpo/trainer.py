@@ -12,6 +12,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_parquet, sha256_of, write_parquet
+from ppo_vs_dpo.artifacts.resources import part
 from ppo_vs_dpo.dpo.data import COLUMNS, PairCollator
 from ppo_vs_dpo.models.passes.unpadded import skip_padding
 from ppo_vs_dpo.models.sharding.collectives import of_first
@@ -146,6 +147,7 @@ class PairTrainer(DPOTrainer):
             return dataset
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
+    @part("scoring")
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         skip_padding(self.accelerator.unwrap_model(self.ref_model or self.model))
         if self.reference_cache is None:

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from ppo_vs_dpo.artifacts.errors import Complaint, UserError, first_sentence
 from ppo_vs_dpo.artifacts.files import atomic_folder
-from ppo_vs_dpo.artifacts.resources import parameter_size
+from ppo_vs_dpo.artifacts.resources import parameter_size, part
 from ppo_vs_dpo.artifacts.settings import field_names, nearest
 from ppo_vs_dpo.artifacts.settings.values import of_another_type, out_of_range
 from ppo_vs_dpo.artifacts.stage import StageContext
@@ -233,13 +233,15 @@ def train(trainer: Trainer, context: StageContext) -> dict[str, float]:
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, LogBeforeSaving):
             callback.trainer = trainer
+    trainer._save_checkpoint = part("saving")(trainer._save_checkpoint)
     try:
         portable = portable_checkpoints() if trainer.is_deepspeed_enabled else contextlib.nullcontext()
         patience = trainer.args.ddp_timeout
         reading = readable(checkpoint, context, lambda: steps.stepped)
         with portable, reading, named_step(lambda: f"{context.stage}, step {trainer.state.global_step + 1}", patience):
             try:
-                summary = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+                with part("training"):
+                    summary = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
             except Ended:
                 summary = trainer._finalize_training(None, 0, time.time()).metrics
         if trainer.is_deepspeed_enabled:
@@ -267,6 +269,7 @@ def parameter_counts(trainer: Trainer) -> dict[str, int]:
     }
 
 
+@part("saving")
 def save_model(
     trainer: Trainer, context: StageContext, tokenizer: PreTrainedTokenizerBase, merge: bool = True
 ) -> Path:

@@ -37,11 +37,14 @@ Often used
   launch.workers=2          stages at once on this machine;  launch.processes=8: ranks of a training stage
   --config-dir DIR          experiments of your own: DIR/experiment/NAME.yaml
   --accept-version          go on with a run that another version began
+  --profile                 at the end, where the time of each stage went
 
 Each stage alone: python -m ppo_vs_dpo.reward_model RUN_FOLDER
 """
 
 COMMANDS = ("list", "show", "plan", "data", "iterate", "paper", "compare", "clean", "check", "verify", "doctor")
+# Options of a run, and the keys that they stand for.
+OPTIONS = {"--accept-version": "launch.accept_version=true", "--profile": "launch.profile=true"}
 # Commands with options, and a help, of their own.
 ASKED = ("plan", "data", "iterate", "paper", "compare", "clean", "doctor", "verify")
 # The others, each in a paragraph.
@@ -176,7 +179,7 @@ def dispatch(arguments: list[str]) -> int:
         return sweep(with_experiment(with_config_dir(rest)))
     if first == "run":
         first, arguments = next(iter(rest), ""), rest
-    mine = ("--config-dir", "--accept-version")
+    mine = ("--config-dir", *OPTIONS)
     unknown = [item for item in arguments if item.startswith("-") and not item.startswith(mine)]
     if unknown:
         plain = (
@@ -187,7 +190,7 @@ def dispatch(arguments: list[str]) -> int:
 
 
 def with_config_dir(arguments: list[str]) -> list[str]:
-    """Turn ``--config-dir DIR`` into Hydra's search path and ``--accept-version`` into its key, for sweeps as well."""
+    """Turn ``--config-dir DIR`` into Hydra's search path, other options into their keys, for sweeps as well."""
     overrides, folders = [], []
     rest = iter(arguments)
     for item in rest:
@@ -195,8 +198,8 @@ def with_config_dir(arguments: list[str]) -> list[str]:
             folders.append(next(rest, ""))
         elif item.startswith("--config-dir="):
             folders.append(item.partition("=")[2])
-        elif item == "--accept-version":
-            overrides.append("launch.accept_version=true")
+        elif item in OPTIONS:
+            overrides.append(OPTIONS[item])
         else:
             overrides.append(item)
     for folder in folders:

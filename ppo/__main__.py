@@ -1,7 +1,10 @@
 """``python -m ppo_vs_dpo.ppo RUN [--point kl_coef=0.0]``"""
 
+from ppo_vs_dpo.artifacts.resources import libraries
 from ppo_vs_dpo.artifacts.stage import stage_main
-from ppo_vs_dpo.ppo.stage.train import run_stage
+
+with libraries():
+    from ppo_vs_dpo.ppo.stage.train import run_stage
 
 if __name__ == "__main__":
     stage_main("ppo", run_stage)

@@ -28,6 +28,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.resources import part
 from ppo_vs_dpo.artifacts.settings import removed
 from ppo_vs_dpo.artifacts.settings.removed import refuse_removed
 from ppo_vs_dpo.models.loading.pretrained import let_pad, load_tokenizer
@@ -368,6 +369,7 @@ class PPOTrainer(Trainer):
     def _stateful(self) -> list[ExportableState]:
         return [one for one in [*self.callback_handler.callbacks, self.control] if isinstance(one, ExportableState)]
 
+    @part("saving")
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
         target = self.checkpoints.write(self.optimizer, self.lr_scheduler, self._stateful())
         if self.args.push_to_hub:

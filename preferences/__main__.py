@@ -8,6 +8,7 @@ import importlib
 
 from omegaconf import OmegaConf
 
+from ppo_vs_dpo.artifacts.resources import libraries
 from ppo_vs_dpo.artifacts.stage import StageContext, stage_main
 from ppo_vs_dpo.preferences.config import data_settings, step_module
 
@@ -16,7 +17,8 @@ def _run(context: StageContext, step: str) -> None:
     section = context.run.config.get("data")
     settings = data_settings({} if section is None else OmegaConf.to_container(section, resolve=True))
     # Imported late: the step loads what its source needs and no more.
-    module = importlib.import_module(step_module(settings.source, step))
+    with libraries():
+        module = importlib.import_module(step_module(settings.source, step))
     getattr(module, f"{step}_step")(context, settings)
 
 

@@ -10,11 +10,13 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.resources import part
 from ppo_vs_dpo.models.text.encoding import drop_long, encoded_pairs, soft_label_batch, soft_labels
 
 COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 
 
+@part("tokenising")
 def reward_dataset(
     pairs: Dataset | Path,
     tokenizer: PreTrainedTokenizerBase,

@@ -13,6 +13,7 @@ import numpy as np
 from datasets import Dataset
 
 from ppo_vs_dpo.artifacts.files import atomic_path, write_json
+from ppo_vs_dpo.artifacts.resources import part
 from ppo_vs_dpo.models.text.encoding import encode_pairs
 from ppo_vs_dpo.preferences.recipes.bradley_terry import accuracy_ceiling, label_entropy, preference_probability
 from ppo_vs_dpo.reward_model import calibration
@@ -42,6 +43,7 @@ def scored_pairs(scorer: RewardScorer, pairs: Dataset, limit: int | None, max_le
     return {"delta": scores[0] - scores[1], "scores": scores, "lengths": lengths, "pairs": encoded}
 
 
+@part("statistics")
 def build_report(
     test: dict[str, Any],
     train_delta: np.ndarray,
@@ -221,6 +223,7 @@ def write_report(
     return report
 
 
+@part("report")
 def plot(report: dict[str, Any], sample_scores: np.ndarray, path: Path) -> None:
     """Three panels: reliability, accuracy by margin, scores of SFT samples."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

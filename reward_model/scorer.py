@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, write_json
+from ppo_vs_dpo.artifacts.resources import part
 from ppo_vs_dpo.models.loading.adapters import check_adapters
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.files import BIAS_KEY, FOREIGN_KEY
@@ -210,6 +211,7 @@ class RewardScorer:
                 f"long prompts out, or take a model with a longer context."
             )
 
+    @part("scoring")
     def score(
         self, prompts: Sequence[Prompt], completions: Sequence[Prompt], finished: Iterable[bool] | None = None
     ) -> list[float]:

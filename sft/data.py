@@ -4,6 +4,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.resources import part
 from ppo_vs_dpo.models.text.encoding import drop_long, encode_answers, encode_prompts
 from ppo_vs_dpo.models.text.prompts import is_conversational, require_chat_template
 
@@ -16,6 +17,7 @@ def own_words(answer: list[int], mask: list[int] | None) -> list[int]:
     return answer if mask is None else [token if own else -100 for token, own in zip(answer, mask, strict=True)]
 
 
+@part("tokenising")
 def sft_dataset(
     examples: Dataset,
     tokenizer: PreTrainedTokenizerBase,

@@ -1,5 +1,6 @@
 """Shared by all tests: one thread, no network, a tiny model and tokenizer built on the spot, the real data."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -11,7 +12,37 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from tests import warm
+
 torch.set_num_threads(1)
+# What tests import makes a million objects and no garbage: a fifth of that time would be the collector's.
+gc.disable()
+
+
+# Files whose tests take longest, to be begun first: the two workers then end together.
+LONG = ("test_wheel.py", "test_trajectories.py", "test_device.py", "test_quickstart.py", "test_ranks.py")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; tests that share a fixture of their module meet in one worker, where it is made once."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    for item in items:
+        if any(found[-1].scope == "module" for found in item._fixtureinfo.name2fixturedefs.values()):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded now stays: each later collection (transformers asks for one a training run) passes over it."""
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.fixture
+def forked():
+    """Programs of this project that the test starts are forks of this process (`tests.warm`)."""
+    with warm.forks():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,8 @@ import signal
 import subprocess
 import sys
 
+from tests import warm
+
 CODE = """
 import importlib, os, runpy, signal, sys
 place, after, module, *arguments = sys.argv[1:]
@@ -39,5 +41,6 @@ def killed_after(place: str, calls: int, module: str, *arguments: str) -> None:
         arguments: its.
     """
     command = [sys.executable, "-c", CODE, place, str(calls), module, *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    with warm.forks():
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]

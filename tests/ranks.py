@@ -1,10 +1,12 @@
 """Several real processes for a test: forked ones joined by gloo, or a stage under torchrun."""
 
+import contextlib
 import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.models.sharding.deepspeed import settled, start_deepspeed
+from tests import warm
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "deepspeed"
 
@@ -75,6 +78,31 @@ def launch(run: RunFolder, stage: str, ranks: int = 2, code: int = 0) -> str:
     )
     assert ended.returncode == code, ended.stderr[-3000:]
     return ended.stdout + ended.stderr
+
+
+def launch_forked(run: RunFolder, stage: str, ranks: int = 2) -> str:
+    """``python -m ppo_vs_dpo.<stage> RUN`` on so many forks of this process, with what torchrun would tell each of
+    them; what they wrote. That torchrun starts them is for `launch` and the slow tests."""
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    count = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    with contextlib.ExitStack() as opened, warm.forks():
+        outputs = [opened.enter_context(tempfile.TemporaryFile("w+")) for _ in range(ranks)]
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-m", f"ppo_vs_dpo.{stage}", str(run.root)],
+                env={**os.environ, **meeting, **count, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+            for rank, out in enumerate(outputs)
+        ]
+        codes = [process.wait(400) for process in started]
+        said = ""
+        for out in outputs:
+            out.seek(0)
+            said += out.read()
+    assert codes == [0] * ranks, said[-3000:]
+    return said
 
 
 def beside_tests(folder: Path) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ppo_vs_dpo.artifacts.resources import part
 from ppo_vs_dpo.compare.config import CompareStage
 from ppo_vs_dpo.compare.estimates.allowed import sampled_as_measured, use_kl
 from ppo_vs_dpo.compare.estimates.controls import control, controls_of, positive_control
@@ -34,6 +35,7 @@ from ppo_vs_dpo.compare.statistics.intervals import mean_interval
 from ppo_vs_dpo.compare.statistics.significance import label_permutation_p, win_rates_with_p
 
 
+@part("statistics")
 def figures(
     contenders: list[Contender],
     checkpoints: list[Contender],

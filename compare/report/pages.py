@@ -1,5 +1,6 @@
 """``report.json``, ``report.html`` (one file, no network), ``report.md`` and ``figures/`` from the same figures."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from markupsafe import Markup
 
 from ppo_vs_dpo.artifacts.errors import printable
 from ppo_vs_dpo.artifacts.files import finite, write_json, write_text
+from ppo_vs_dpo.artifacts.resources import part
 from ppo_vs_dpo.compare.report.decision import head_to_head, main_judge
 from ppo_vs_dpo.compare.report.plots import TITLES, element_of, frontier_plot, shown_rewards, write_figure
 from ppo_vs_dpo.compare.report.verdict import label, names_of, nats, p_text, percent
@@ -21,11 +23,12 @@ TEMPLATES = Path(__file__).parent / "templates"
 LONGEST_TEXT = 4000
 
 
-def environment() -> jinja2.Environment:
-    """Jinja with everything escaped that does not say it is markup."""
+@functools.cache
+def environment(escaped: bool = True) -> jinja2.Environment:
+    """Jinja with everything escaped that does not say it is markup; its templates are compiled once a process."""
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=jinja2.select_autoescape(["html", "j2"], default=True),
+        autoescape=escaped,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -99,6 +102,7 @@ def json_for_script(value: Any) -> Markup:
     return Markup(text)
 
 
+@part("report")
 def write_report(
     folder: Path, report: dict[str, Any], contenders: list[Contender], prompts: Prompts, title: str
 ) -> None:
@@ -172,10 +176,10 @@ def trained_lines(report: dict[str, Any]) -> list[str]:
 
 def render_markdown(report: dict[str, Any]) -> str:
     """The page for a README or a model card."""
-    made = environment()
-    made.autoescape = False
-    text = made.get_template("report.md.j2").render(
-        report=finite(report), judge=main_judge(report), trained=trained_lines(report)
+    text = (
+        environment(escaped=False)
+        .get_template("report.md.j2")
+        .render(report=finite(report), judge=main_judge(report), trained=trained_lines(report))
     )
     return printable(text)  # names and sentences are data, and this page is read on terminals
 

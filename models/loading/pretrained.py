@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ppo_vs_dpo.artifacts.errors import UserError, first_sentence
+from ppo_vs_dpo.artifacts.resources import part
 from ppo_vs_dpo.models.loading.adapters import check_base, merge
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.files import (
@@ -89,6 +90,7 @@ def _kwargs(config: ModelConfig, quantization: Any = None) -> dict[str, Any]:
     return kwargs
 
 
+@part("loading")
 def load_tokenizer(
     path: str | Path, config: ModelConfig | None = None, writes: bool = True
 ) -> PreTrainedTokenizerBase:
@@ -168,6 +170,7 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return sorted({tokenizer.eos_token_id, *(i for i in configured if i is not None)})
 
 
+@part("loading")
 def build_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A causal language model from ``config.architecture``, its weights drawn from torch's current seed.
 
@@ -200,6 +203,7 @@ def is_adapter(path: str | Path) -> bool:
     return (Path(path) / "adapter_config.json").is_file()
 
 
+@part("loading")
 def load_policy(
     path: str | Path,
     config: ModelConfig | None = None,
@@ -257,6 +261,7 @@ def load_sampler(
     return model, tokenizer, eos_token_ids(model, tokenizer)
 
 
+@part("loading")
 def load_value_or_reward(
     path: str | Path,
     config: ModelConfig | None = None,

@@ -14,6 +14,7 @@ import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.resources import part
 from ppo_vs_dpo.models.devices import not_finite
 from ppo_vs_dpo.models.passes.head import rows_logprobs
 from ppo_vs_dpo.models.passes.packed import can_pack
@@ -137,6 +138,7 @@ def _uniforms(seeds: Sequence[int], length: int) -> torch.Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
+@part("sampling")
 def generate(
     model: PreTrainedModel,
     prompt_ids: Sequence[list[int]],

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import atomic_path, fingerprint_file, sha256_of
+from ppo_vs_dpo.artifacts.resources import part
 from ppo_vs_dpo.models.text.prompts import (
     Prompt,
     completion_ids,
@@ -37,6 +38,7 @@ RULES = 2
 _CHUNK = 1_000
 
 
+@part("tokenising")
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], first_row: int = 0
 ) -> list[list[int]]:
@@ -56,6 +58,7 @@ def encode_prompts(
     return encode_texts(tokenizer, prompts)
 
 
+@part("tokenising")
 def encode_completions(
     tokenizer: PreTrainedTokenizerBase, completions: Sequence[Prompt], finished: Iterable[bool] | None = None
 ) -> list[list[int]]:
@@ -107,6 +110,7 @@ def encoded_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Dataset | Path, cac
     return encode_pairs(tokenizer, pairs)
 
 
+@part("tokenising")
 def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Dataset) -> Dataset:
     """Pairs (``prompt``, ``chosen``, ``rejected``) as ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, in memory.
 
@@ -118,6 +122,7 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Dataset) -> Dataset:
     return Dataset(pa.concat_tables(_encoded_tables(tokenizer, batches)))
 
 
+@part("tokenising")
 def encode_pair_file(tokenizer: PreTrainedTokenizerBase, path: Path, cache: Path) -> Dataset:
     """`encode_pairs` of a Parquet file, a thousand pairs at a time: neither texts nor token ids fill the memory.
 

@@ -29,6 +29,7 @@ class LaunchConfig:
     rendezvous: str | None = None
     threads: int = 1
     accept_version: bool = False
+    profile: bool = False
     expected_seconds: dict[str, float] = field(default_factory=dict)
 
 

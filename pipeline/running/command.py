@@ -21,6 +21,7 @@ from ppo_vs_dpo.pipeline.running.job import environment
 from ppo_vs_dpo.pipeline.running.launch import launcher
 from ppo_vs_dpo.pipeline.running.manifest import write_manifest
 from ppo_vs_dpo.pipeline.running.overview import Overview, verdict
+from ppo_vs_dpo.pipeline.running.profile import write_profile
 from ppo_vs_dpo.pipeline.running.publish import publish, wanted
 
 # Settings that make two runs different runs. Others may change: the stages behind them are then stale.
@@ -85,6 +86,8 @@ def _run(folder: Path, config: DictConfig) -> int:
         else:
             make_whole(run, jobs)
             say(f"{folder}: everything is done; nothing changed.\n")
+        if config.launch.get("profile"):
+            write_profile(run, [job.name for job in jobs if job.stage in config.stages])
         say_end(run, next(job for job in graph.build(run) if job.name == "compare"))
         publish(run, list(config.stages))
     return 0

@@ -5,6 +5,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from ppo_vs_dpo.artifacts.resources import part
+
+# Of a stage's account of its time (`artifacts.resources.PARTS`).
+PART = {"generate": "sampling", "score": "scoring", "forward": "scoring", "train": "training"}
+
 
 @dataclass
 class Clock:
@@ -17,5 +22,6 @@ class Clock:
     def __call__(self, name: str) -> Iterator[None]:
         """One phase."""
         started, self.now = time.monotonic(), name.rpartition("/")[2]
-        yield
+        with part(PART[self.now]):
+            yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started

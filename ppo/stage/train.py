@@ -14,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_parquet
+from ppo_vs_dpo.artifacts.resources import part
 from ppo_vs_dpo.artifacts.settings import split
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.models.callbacks import RunCallback
@@ -162,6 +163,7 @@ def run_stage(context: StageContext) -> None:
     )
 
 
+@part("saving")
 def save_final(trainer: PPOTrainer, context: StageContext) -> None:
     """Write ``model/``: a plain folder for ``from_pretrained`` with the tokenizer; adapters are merged.
 

@@ -1,14 +1,17 @@
 """The frame around a stage: settings, points, done.json, exit codes."""
 
+import gc
 import json
 import subprocess
 import sys
 import textwrap
+import threading
 from dataclasses import dataclass
 
 import pytest
 from omegaconf import MISSING
 
+from ppo_vs_dpo.artifacts import resources
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import write_json
 from ppo_vs_dpo.artifacts.run import RunFolder, point_name
@@ -121,6 +124,53 @@ def test_a_folder_without_a_configuration_is_not_a_run(tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 1\n")
     with pytest.raises(UserError, match=r"stage sft of .* has not finished"):
         RunFolder(tmp_path).require("sft")
+
+
+def test_seconds_belong_to_the_inner_part_and_to_the_main_thread(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(resources.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(resources, "_spent", {})
+
+    def work(seconds):
+        now[0] += seconds
+
+    @resources.part("sampling")
+    def sample():
+        work(3.0)
+
+    @resources.part("saving")
+    def save():
+        work(0.25)
+        raise ValueError("full")
+
+    with resources.part("training"):
+        work(1.0)
+        sample()
+        work(0.5)
+        with pytest.raises(ValueError, match="full"):
+            save()
+    elsewhere = threading.Thread(target=sample)
+    elsewhere.start()
+    elsewhere.join()
+    assert resources.seconds_by_part() == {"training": 1.5, "sampling": 3.0, "saving": 0.25}
+
+
+def test_no_garbage_is_looked_for_while_libraries_load(monkeypatch):
+    frozen = gc.get_freeze_count()
+    with resources.libraries():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == frozen  # nothing was loaded
+    with resources.libraries():
+        monkeypatch.setitem(sys.modules, "a_new_library", sys)
+    assert gc.get_freeze_count() > frozen
+    gc.disable()
+    try:
+        with resources.libraries():
+            pass
+        assert not gc.isenabled()  # as it was
+    finally:
+        gc.enable()
 
 
 def test_cost_is_counted_apart_from_the_figures(run):

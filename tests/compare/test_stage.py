@@ -14,6 +14,7 @@ from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.artifacts.stage import StageContext, stage_main
 from ppo_vs_dpo.compare.stage import run_compare
 from ppo_vs_dpo.preferences.schema import prompt_id
+from tests import warm
 from tests.compare.helpers import PROMPTS, check_schema, done, make_run, set_config, small_model, write_prompts
 
 ROOT = Path(__file__).parents[2]
@@ -36,13 +37,14 @@ def figures(report):
 def finished(tmp_path_factory, word_tokenizer):
     """A run that `python -m ppo_vs_dpo.compare` has compared, and the process's output."""
     root = make_run(tmp_path_factory.mktemp("run"), word_tokenizer)
-    process = subprocess.run(
-        [sys.executable, "-m", "ppo_vs_dpo.compare", str(root)],
-        cwd=ROOT,
-        env={**os.environ},
-        capture_output=True,
-        text=True,
-    )
+    with warm.forks():
+        process = subprocess.run(
+            [sys.executable, "-m", "ppo_vs_dpo.compare", str(root)],
+            cwd=ROOT,
+            env={**os.environ},
+            capture_output=True,
+            text=True,
+        )
     assert process.returncode == 0, process.stderr
     return root
 

@@ -20,8 +20,6 @@ SLOW = ("ppo", "ppo lora", "ppo one base", "ppo engine")
 WORSE = 1.05
 # Of the plan's cases those that run with every change; `tests.device.planned` has thirteen.
 PLANNED = ("sft, checkpointing", "dpo, lora", "ppo, one base")
-# One worker for all of them: what they share takes most of their time.
-pytestmark = pytest.mark.xdist_group("pretended device")
 
 
 def work(*jobs: str, module: str = "work", mark: str = "COUNTS") -> dict:

@@ -23,6 +23,7 @@ from ppo_vs_dpo.models.loading.config import LoraSettings
 from ppo_vs_dpo.models.loading.pretrained import load_policy
 from ppo_vs_dpo.models.passes.logprobs import pad_batch, response_logprobs
 from ppo_vs_dpo.models.training import callbacks
+from tests import warm
 from tests.killed import killed_after
 from tests.sft.test_sft import InterruptAt, fails, without_time
 from tests.sft.tiny_run import context_of, make_rows, make_run, weights
@@ -338,7 +339,8 @@ def test_killed_process(word_tokenizer, tiny_llama, tmp_path):
     cut = make_run(tmp_path / "cut", word_tokenizer, tiny_llama(), dpo=settings)
     killed_after("ppo_vs_dpo.models.callbacks.stamp", 2, "ppo_vs_dpo.dpo", str(cut.root))
     assert cut.done("dpo") is None
-    finished = subprocess.run(command(cut), capture_output=True, text=True, check=False)
+    with warm.forks():
+        finished = subprocess.run(command(cut), capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr[-2000:]
     assert "going on from" in finished.stderr
     assert weights(cut.path("dpo", "model")) == weights(whole.path("dpo", "model"))

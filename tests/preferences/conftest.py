@@ -1,5 +1,6 @@
 """Runs and small trained policies for the tests of the data room."""
 
+import contextlib
 import os
 import random
 import subprocess
@@ -24,6 +25,7 @@ from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.preferences.__main__ import run_data, run_pairs
 from ppo_vs_dpo.preferences.testbed.grammar import reviews
 from ppo_vs_dpo.preferences.testbed.tokenizer import build_tokenizer
+from tests import warm
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,10 +37,11 @@ def make_run(folder: Path, data: dict, **sections) -> Path:
     return folder
 
 
-def run_step(folder: Path, step: str, **kwargs) -> subprocess.CompletedProcess:
-    """``python -m ppo_vs_dpo.preferences RUN --step STEP`` as the pipeline starts it."""
+def run_step(folder: Path, step: str, fork: bool = True, **kwargs) -> subprocess.CompletedProcess:
+    """``python -m ppo_vs_dpo.preferences RUN --step STEP`` as the pipeline starts it; by default as a fork."""
     command = [sys.executable, "-m", "ppo_vs_dpo.preferences", str(folder), "--step", step]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **kwargs)
+    with warm.forks() if fork else contextlib.nullcontext():
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **kwargs)
 
 
 def run_here(folder: Path, step: str) -> None:

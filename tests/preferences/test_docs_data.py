@@ -39,7 +39,7 @@ def test_every_source_has_an_example_that_runs(command, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("command", RUNS)
-def test_a_source_that_makes_its_pairs_has_one_too(command, tmp_path, byte_model):
+def test_a_source_that_makes_its_pairs_has_one_too(command, tmp_path, byte_model, forked):
     for name, content in FILES.items():
         (tmp_path / name).write_text(content)
     arguments = shlex.split(command.replace("MODEL", str(byte_model)))

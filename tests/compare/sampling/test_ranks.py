@@ -16,7 +16,7 @@ from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.models.sharding.deepspeed import held_bytes
 from tests.compare.helpers import check_schema, make_run, set_config
 from tests.compare.test_stage import compare, figures
-from tests.ranks import launch, settings_of
+from tests.ranks import launch_forked, settings_of
 
 
 def close(one, other, where: str = "") -> None:
@@ -64,7 +64,7 @@ def on_ranks(alone: Path, root: Path, deepspeed: str | None, ranks: int = 2) -> 
         config = OmegaConf.load(root / "config.yaml")
         config.deepspeed = settings_of(deepspeed)
         OmegaConf.save(config, root / "config.yaml")
-    return launch(RunFolder(root), "compare", ranks)
+    return launch_forked(RunFolder(root), "compare", ranks)
 
 
 def same_report(*roots: Path) -> None:

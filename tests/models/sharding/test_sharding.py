@@ -14,7 +14,7 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, read_jsonl
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.models.sharding.deepspeed import deepspeed_settings, held_bytes
-from tests.ranks import CONFIGS, launch, settings_of
+from tests.ranks import CONFIGS, launch, launch_forked, settings_of
 from tests.sft.tiny_run import context_of, make_run, weights
 
 STAGES = {"sft": sft_train.run_stage, "reward_model": reward_model_train.run_stage, "dpo": dpo_train.run_stage}
@@ -63,7 +63,7 @@ def test_gradient_accumulation_changes_nothing(make, stage):
 def test_dpo_on_two_ranks_is_dpo_on_one(make):
     one, two = make("one", 8), make("two", 4)
     STAGES["dpo"](context_of(one, "dpo"))
-    launch(two, "dpo")
+    launch_forked(two, "dpo")
     agree(losses(one, "dpo"), losses(two, "dpo"))
     assert two.done("dpo")["figures"]["steps"] == UPDATES
 

@@ -208,7 +208,7 @@ def test_show_prints_every_key_with_its_comment_and_can_be_read_back():
     assert OmegaConf.create(text) == load(["experiment=quickstart", "ppo.kl_coef=0.33"])
 
 
-def test_runs_of_a_sweep_are_named_after_what_differs(tmp_path):
+def test_runs_of_a_sweep_are_named_after_what_differs(tmp_path, forked):
     small = ["data.sft_examples=40", "data.train_prompts=20", "data.heldout_prompts=8", "data.pairs=16"]
     words = ["-m", "experiment=quickstart", "seed=1,2", "ppo.kl_coef=0.1,0.2", "stages=[data]", *small]
     line = [sys.executable, "-m", "ppo_vs_dpo.pipeline.cli", *words, f"output_dir={tmp_path}", "data.test_pairs=8"]
@@ -233,7 +233,7 @@ def test_a_long_name_is_cut_and_stays_unique():
     assert all(len(name) < 150 for name in names)
 
 
-def test_a_sweep_is_checked_before_its_first_run(tmp_path):
+def test_a_sweep_is_checked_before_its_first_run(tmp_path, forked):
     words = ["-m", "experiment=quickstart", "seed=1,2", "compare.resamples=200,50", f"output_dir={tmp_path}"]
     line = [sys.executable, "-m", "ppo_vs_dpo.pipeline.cli", *words]
     done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=300, env=mini.environment())

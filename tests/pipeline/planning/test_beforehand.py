@@ -128,7 +128,7 @@ def test_named_seconds_follow_what_was_overridden(tmp_path):
     assert found["sft"] == usual["sft"]
 
 
-def test_speed_is_measured_once_and_doubles_with_the_layers(tmp_path, monkeypatch):
+def test_speed_is_measured_once_and_doubles_with_the_layers(tmp_path, monkeypatch, forked):
     architecture = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 256, "vocab_size": 128}
     architecture |= {"num_attention_heads": 4, "num_hidden_layers": 8}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -6,17 +6,19 @@ import time
 
 import pytest
 
+from tests import warm
 from tests.pipeline import mini
 
-# One run serves all tests here: they must meet in one worker.
-pytestmark = pytest.mark.xdist_group("quickstart")
+# The stages' processes are forks: tests/test_wheel.py starts each as a user's command does.
+pytestmark = pytest.mark.usefixtures("forked")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished small run: its output folder and what the command said."""
     folder = tmp_path_factory.mktemp("runs")
-    return folder, mini.run(folder).stdout
+    with warm.forks():
+        return folder, mini.run(folder, "--profile").stdout
 
 
 def test_it_runs_where_there_is_no_compiler():
@@ -89,6 +91,31 @@ def test_every_stage_says_what_it_cost_and_the_report_adds_it_up(finished):
     assert "best_of_4,policy=ppo" in report["policies"]
     assert report["optimum"]["kind"] == "importance weights"
     assert "What it took" in (run / "compare" / "report.html").read_text()
+
+
+def test_a_table_says_where_the_time_went(finished):
+    folder, said = finished
+    text = (folder / "quickstart" / "profile.md").read_text()
+    assert text in said
+    head, _, *lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    rows = {cells[0]: dict(zip(head[1:], map(float, cells[1:]), strict=True)) for cells in lines}
+    assert {"data", "sft", "pairs", "reward_model", "dpo", "ppo", "compare", "ppo,kl_coef=0.0"} < rows.keys()
+    for name, row in rows.items():
+        parts = {part: seconds for part, seconds in row.items() if part not in ("seconds", "CPU")}
+        assert sum(parts.values()) == pytest.approx(row["seconds"], abs=0.05 * (len(parts) + 1)), name
+        assert row["CPU"] > 0
+        # What no part has is little: the parts are where the work is.
+        assert row["other"] < 0.5 * row["seconds"] + 1, name
+    for stage, parts in {
+        "sft": ["training", "saving"],
+        "pairs": ["sampling"],
+        "reward_model": ["training", "sampling", "scoring"],
+        "dpo": ["training", "scoring"],
+        "ppo": ["training", "sampling", "scoring"],
+        "compare": ["sampling", "statistics", "report"],
+    }.items():
+        times = json.loads((folder / "quickstart" / stage / "done.json").read_text())["cost"]["times"]
+        assert all(times[part] > 0 for part in parts), stage
 
 
 def test_held_out_prompts_are_in_no_training_split(finished):

@@ -48,12 +48,15 @@ def commands() -> list[str]:
     return [line for line in lines if line]
 
 
-def typed(line: str, folder: Path, *more: str) -> str:
-    """Type a line into a shell in ``folder`` and return what it printed; it must end with exit code 0."""
+def typed(line: str, folder: Path, *more: str, shell: bool = True) -> str:
+    """Type a line into a shell in ``folder`` and return what it printed; it must end with exit code 0.
+
+    A line that needs no shell (``shell=False``) is split as one would.
+    """
     environment = {**mini.environment(), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     words = " ".join([line, *(f"'{word}'" for word in more)])
     ended = subprocess.run(
-        ["bash", "-c", words],
+        ["bash", "-c", words] if shell else shlex.split(words),
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -106,9 +109,9 @@ def test_the_readme_fits_on_two_screens_and_says_what_the_papers_page_says():
     ("word", "answer"),
     [("data inspect", "144"), ("show", "kl_coef:"), ("plan", "peak"), ("compare --prompts", "theirs beats mine")],
 )
-def test_commands_that_only_look(word, answer, desk):
+def test_commands_that_only_look(word, answer, desk, forked):
     line = next(line for line in commands() if line.startswith(f"ppo-vs-dpo {word}"))
-    assert answer in typed(line, desk, *SMALLER[line])
+    assert answer in typed(line, desk, *SMALLER[line], shell=False)
 
 
 def test_the_ten_lines_end_in_a_saved_model(desk, monkeypatch):

@@ -88,7 +88,7 @@ def test_the_llama3_recipe_on_a_small_llama(tmp_path, chat_model):
     assert not (run / "ppo").exists()
 
 
-def test_missing_paths_are_named(tmp_path, chat_model):
+def test_missing_paths_are_named(tmp_path, chat_model, forked):
     refused = command(tmp_path, "experiment=hh", "name=a", "model.path=./nowhere", "stages=[data]", check=False)
     assert refused.returncode == 2
     assert "nowhere" in refused.stderr
@@ -115,7 +115,7 @@ def test_missing_paths_are_named(tmp_path, chat_model):
     ],
     ids=["half a line", "a missing column"],
 )
-def test_broken_pairs_are_named(tmp_path, chat_model, own_pairs, line, place):
+def test_broken_pairs_are_named(tmp_path, chat_model, own_pairs, line, place, forked):
     rows = own_pairs.read_text().splitlines()
     rows[6] = line
     own_pairs.write_text("\n".join(rows) + "\n")
@@ -134,7 +134,7 @@ def test_broken_pairs_are_named(tmp_path, chat_model, own_pairs, line, place):
     assert "Traceback" not in refused.stderr
 
 
-def test_chat_data_for_a_model_without_a_chat_template(tmp_path, chat_model, own_pairs):
+def test_chat_data_for_a_model_without_a_chat_template(tmp_path, chat_model, own_pairs, forked):
     plain = tmp_path / "plain_model"
     shutil.copytree(chat_model, plain)
     (plain / "chat_template.jinja").unlink()
@@ -155,7 +155,7 @@ def test_chat_data_for_a_model_without_a_chat_template(tmp_path, chat_model, own
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small read-only file system")
-def test_a_full_disk_and_a_read_only_one(tmp_path):
+def test_a_full_disk_and_a_read_only_one(tmp_path, forked):
     """A real file system of 64 KiB, and the same one read-only: one sentence, exit code 2, no traceback."""
     disk = tmp_path / "disk"
     disk.mkdir()

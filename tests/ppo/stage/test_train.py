@@ -284,7 +284,7 @@ def test_messages_for_bad_settings(run_folder):
         run_stage(StageContext(run, "ppo"))
 
 
-def test_the_command(run_folder):
+def test_the_command(run_folder, forked):
     """``python -m ppo_vs_dpo.ppo RUN`` as a process: exit code 2 and one sentence for a bad setting, no traceback."""
     run = run_folder(temperature=0.0)
     done = subprocess.run(

@@ -317,7 +317,8 @@ def test_the_key_is_in_nothing_that_a_failing_process_leaves(server, tmp_path, t
     ]
     for trouble in troubles:
         server.behave = lambda number, body, trouble=trouble: trouble
-        done = run_step(run, "pairs", env={**os.environ, "OPENAI_LOG": "debug"})
+        # The client reads that variable when it is loaded.
+        done = run_step(run, "pairs", fork=False, env={**os.environ, "OPENAI_LOG": "debug"})
         assert done.returncode == 2
         assert "the same command goes on" in done.stderr
         assert "Traceback" not in done.stderr

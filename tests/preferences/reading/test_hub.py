@@ -15,7 +15,8 @@ from ppo_vs_dpo.preferences.reading.readers import explain_hub_error, read_hub
 from tests.preferences.conftest import ROOT
 
 READ = """
-import sys
+import sys, time
+time.sleep = lambda seconds: None  # between the Hub client's attempts; how many there are is its own affair
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.preferences.reading.readers import read_hub
 try:

@@ -131,7 +131,7 @@ def test_contradictions_are_found_in_both_orders():
     assert report.problems["duplicate"].count == 1
 
 
-def test_the_command_prints_a_table_and_escapes_the_data(tmp_path):
+def test_the_command_prints_a_table_and_escapes_the_data(tmp_path, forked):
     rows = [*ROWS, {"prompt": "[red]bold[/red] [/nothing]", "chosen": "[x]", "rejected": "[x]"}]
     path = write_jsonl(tmp_path / "pairs.jsonl", rows[::-1])
     command = [str(Path(sys.executable).parent / "ppo-vs-dpo"), "data", "inspect", str(path)]

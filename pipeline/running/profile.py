@@ -1,0 +1,43 @@
+"""Where the time of a run's stages went: one table, from what each of them wrote when it ended (``--profile``)."""
+
+from collections.abc import Sequence
+
+from ppo_vs_dpo.artifacts.errors import say
+from ppo_vs_dpo.artifacts.files import write_text
+from ppo_vs_dpo.artifacts.resources import PARTS
+from ppo_vs_dpo.artifacts.run import RunFolder
+
+ABOUT = (
+    "Wall-clock seconds of each finished stage's process from its start on, by part; CPU seconds with those of the "
+    "processes that it started. Of the attempt that finished: interrupted ones before it are left out."
+)
+
+
+def profile(run: RunFolder, names: Sequence[str]) -> str:
+    """The table in Markdown, a row for each job that has finished and one for all of them."""
+    rows: list[tuple[str, dict[str, float], float]] = []
+    without = []
+    for name in names:
+        cost = (run.done(name) or {}).get("cost") or {}
+        if cost.get("times"):
+            rows.append((name, cost["times"], cost.get("cpu_seconds", 0.0)))
+        else:
+            without.append(name)
+    total = {part: sum(times.get(part, 0.0) for _, times, _ in rows) for part in PARTS}
+    rows.append(("together", total, sum(cpu for *_, cpu in rows)))
+    shown = [part for part in PARTS if total[part] >= 0.05]
+    table = [["stage", "seconds", *shown, "CPU"], ["---"] * (len(shown) + 3)]
+    for name, times, cpu in rows:
+        numbers = [sum(times.values()), *(times.get(part, 0.0) for part in shown), cpu]
+        table.append([name, *(f"{number:.1f}" for number in numbers)])
+    lines = [ABOUT, "", *(f"| {' | '.join(cells)} |" for cells in table)]
+    if without:
+        lines += ["", f"Not known: {', '.join(without)}."]
+    return "\n".join(lines) + "\n"
+
+
+def write_profile(run: RunFolder, names: Sequence[str]) -> None:
+    """Write ``profile.md`` into the run folder, and print it."""
+    text = profile(run, names)
+    write_text(run.path("profile.md"), text)
+    say(f"\n{text}")
