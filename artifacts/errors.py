@@ -38,6 +38,29 @@ def first_sentence(error: Any) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+# What the operating system says when it is the disk, the process or the rights that are at fault, and not a file.
+NOT_THE_FILE = frozenset(
+    {errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+    | {errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EINTR}
+)
+
+
+def not_the_file(error: BaseException) -> bool:
+    """Whether reading failed for a reason that says nothing of what was read: it may well be whole.
+
+    True of a disk that does not answer, of missing rights, and of memory that is full, the GPU's as well.
+    """
+    if isinstance(error, OSError):
+        return error.errno in NOT_THE_FILE
+    return out_of_memory(error)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory is full: Python's, torch's or the GPU's."""
+    names = {one.__name__ for one in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
+
+
 def explain_os_error(error: OSError) -> str | None:
     """One sentence for an operating-system error that a user can act on, or ``None`` for all others."""
     # A rename has two names: what was written bears a temporary one.
@@ -49,7 +72,7 @@ def explain_os_error(error: OSError) -> str | None:
     if number == errno.EROFS:
         return f"the file system is read-only{place}. Choose a folder that can be written: output_dir=..."
     if number in (errno.EACCES, errno.EPERM) and error.filename:
-        return f"no permission to write{place}. Choose a folder that can be written: output_dir=..."
+        return f"no permission to read or write{place}. Choose a folder that can be written: output_dir=..."
     if number == errno.ENAMETOOLONG:
         return f"a name is longer than this file system takes{place}. Choose shorter ones: name=..., output_dir=..."
     if number in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST) and error.filename:

@@ -7,11 +7,12 @@ import json
 import math
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ppo_vs_dpo.artifacts.errors import UserError, warn
+from ppo_vs_dpo.artifacts.errors import UserError, not_the_file, warn
 
 # Of this process; it can be read by setting it only.
 UMASK = os.umask(0o022)
@@ -118,9 +119,13 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path} does not exist.") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}).") from None
 
 
-def read_marker(path: str | Path, set_aside: bool = False, keys: dict[str, Any] | None = None) -> dict | None:
+def read_marker(
+    path: str | Path, set_aside: bool = False, keys: dict[str, Any] | None = None, strict: bool = False
+) -> dict | None:
     """A marker file (``done.json`` and its like): a JSON object, or ``None`` where there is none that can be read.
 
     What a marker says is only whether something may be skipped, so an unreadable one costs work, never an error.
@@ -128,6 +133,11 @@ def read_marker(path: str | Path, set_aside: bool = False, keys: dict[str, Any] 
     Args:
         set_aside: rename an unreadable one to ``<name>.unreadable`` and say so.
         keys: what it must have, ``{key: type or types}``.
+        strict: as with ``set_aside``, what is no fault of the file is raised.
+
+    Raises:
+        OSError: with ``set_aside`` or ``strict``, where the disk does not answer, or nobody may read it here: finished
+            work is not to count as missing for that.
     """
     path = Path(path)
     try:
@@ -138,6 +148,8 @@ def read_marker(path: str | Path, set_aside: bool = False, keys: dict[str, Any] 
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
+        if (set_aside or strict) and not_the_file(error):
+            raise
         why = str(error)
     if set_aside:
         aside = path.with_name(f"{path.name}.unreadable")
@@ -179,21 +191,29 @@ def read_jsonl(path: str | Path) -> list[dict]:
     """Read one JSON object a line (``.gz`` too). A torn *last* line, as a crash leaves it, is dropped.
 
     Raises:
-        UserError: any other line is not JSON; names file and line.
+        UserError: any other line is not a JSON object, or a ``.gz`` is not whole; names file and line.
     """
     path = Path(path)
     opener = gzip.open if path.suffix == ".gz" else open
     rows, torn = [], None
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            if torn is not None:
-                raise UserError(f"{path}, line {torn}: not valid JSON.")
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                torn = number
+    try:
+        # As bytes: a line may be torn inside a character.
+        with opener(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                if torn is not None:
+                    raise UserError(f"{path}, line {torn}: not valid JSON.")
+                try:
+                    row = json.loads(line.decode("utf-8"))
+                except ValueError:
+                    torn = number
+                    continue
+                if not isinstance(row, dict):
+                    raise UserError(f"{path}, line {number}: not a JSON object.")
+                rows.append(row)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is not a whole gzip file ({error}).") from None
     return rows
 
 
@@ -215,7 +235,7 @@ def read_parquet(path: str | Path, columns: list[str] | None = None):
     """Read Parquet into an in-memory ``datasets.Dataset`` (no copy is left in a cache folder).
 
     Raises:
-        UserError: the file is missing, truncated, or lacks one of ``columns``.
+        UserError: the file is missing, truncated, spoilt, or lacks one of ``columns``.
     """
     import pyarrow
     import pyarrow.parquet
@@ -225,7 +245,9 @@ def read_parquet(path: str | Path, columns: list[str] | None = None):
         table = pyarrow.parquet.read_table(str(path))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist. Run the stage that writes it first.") from None
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the disk's; Arrow's own, of torn pages, have no number
+            raise
         raise UserError(
             f"{path} is not a complete Parquet file ({error}). Delete it and run its stage again."
         ) from None

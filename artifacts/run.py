@@ -7,7 +7,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ppo_vs_dpo.artifacts.errors import UserError, first_sentence
+from ppo_vs_dpo.artifacts.errors import UserError, first_sentence, not_the_file
 from ppo_vs_dpo.artifacts.files import read_marker, write_json
 from ppo_vs_dpo.artifacts.guards import outputs, replaced
 from ppo_vs_dpo.artifacts.guards.fingerprints import NEEDS, point_name
@@ -204,6 +204,8 @@ def read_config(path: Path) -> DictConfig:
     try:
         config = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        if not_the_file(error):
+            raise
         raise UserError(f"{path} cannot be read: {first_sentence(error)}") from error
     if not isinstance(config, DictConfig):
         raise UserError(f"{path} cannot be read: it holds no keys.")

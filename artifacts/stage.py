@@ -18,7 +18,7 @@ from ppo_vs_dpo.artifacts.files import read_marker, write_json
 from ppo_vs_dpo.artifacts.guards import locks, refusals
 from ppo_vs_dpo.artifacts.guards.digests import Digests
 from ppo_vs_dpo.artifacts.guards.fingerprints import NEEDS, fingerprint_of
-from ppo_vs_dpo.artifacts.guards.processes import beat, die_with_parent, lose_no_interrupt
+from ppo_vs_dpo.artifacts.guards.processes import beat, die_with_parent, lose_no_interrupt, say_where_asked
 from ppo_vs_dpo.artifacts.resources import BEFORE, age, cpu_seconds, peak_memory, seconds_by_part
 from ppo_vs_dpo.artifacts.run import RunFolder, point_name
 
@@ -147,6 +147,7 @@ def stage_main(
     parser.add_argument("--fingerprint", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     lose_no_interrupt()
+    say_where_asked()
     code = 1
     try:
         with contextlib.ExitStack() as held:

@@ -9,7 +9,7 @@ from pickle import UnpicklingError
 
 from safetensors import SafetensorError
 
-from ppo_vs_dpo.artifacts.errors import UserError, warn
+from ppo_vs_dpo.artifacts.errors import UserError, not_the_file, warn
 from ppo_vs_dpo.artifacts.guards.checkpoints import newest_whole, set_aside
 from ppo_vs_dpo.artifacts.guards.refusals import of_a_pickle
 from ppo_vs_dpo.artifacts.stage import StageContext
@@ -40,7 +40,7 @@ def readable(checkpoint: Path | None, context: StageContext, has_begun: Callable
     try:
         yield
     except (OSError, EOFError, ValueError, LookupError, RuntimeError, UnpicklingError, SafetensorError) as error:
-        if checkpoint is None or has_begun() or not _while_reading(error, checkpoint):
+        if checkpoint is None or has_begun() or not_the_file(error) or not _while_reading(error, checkpoint):
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = of_a_pickle(error) if isinstance(error, UnpicklingError) else lines[-1].strip()

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from ppo_vs_dpo.artifacts.errors import Complaint, UserError, first_sentence
 from ppo_vs_dpo.artifacts.files import atomic_folder
+from ppo_vs_dpo.artifacts.guards.refusals import explain
 from ppo_vs_dpo.artifacts.resources import parameter_size, part
 from ppo_vs_dpo.artifacts.settings import field_names, nearest
 from ppo_vs_dpo.artifacts.settings.values import of_another_type, out_of_range
@@ -248,9 +249,9 @@ def train(trainer: Trainer, context: StageContext) -> dict[str, float]:
             _tell_held_bytes(trainer)
         return summary
     except SafetensorError as error:
+        reason = explain(error) or f"{error}. Start the same command again."
         raise UserError(
-            f"{context.stage}: a checkpoint could not be written or read: {error}. If the disk is full, free some "
-            f"space and start the same command again: it goes on from the last complete checkpoint."
+            f"{context.stage}: a checkpoint could not be written or read: {reason} The last complete one stays."
         ) from error
 
 

@@ -32,7 +32,7 @@ def stamp(folder: Path, fingerprint: str | None, resumable: bool = True) -> None
 
 def why_not(folder: Path, fingerprint: str | None) -> str | None:
     """Why a stage cannot go on from a checkpoint, in a few words; ``None`` where it can."""
-    written = read_marker(folder / STAMP, keys={"files": dict})
+    written = read_marker(folder / STAMP, keys={"files": dict}, strict=True)
     if written is None:
         return f"its {STAMP} is gone or cannot be read"
     if written.get("fingerprint") != fingerprint:
@@ -61,7 +61,7 @@ def newest_whole(root: Path, fingerprint: str | None) -> Path | None:
             discard(folder)
             continue
         reason = why_not(folder, fingerprint)
-        best = (read_marker(folder / "trainer_state.json") or {}).get("best_global_step")
+        best = (read_marker(folder / "trainer_state.json", strict=True) or {}).get("best_global_step")
         if reason is None and best and (root / f"checkpoint-{best}") != folder:
             bad = why_not(root / f"checkpoint-{best}", fingerprint)
             reason = f"the best one, checkpoint-{best}, is not whole: {bad}" if bad else None

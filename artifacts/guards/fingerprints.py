@@ -5,6 +5,7 @@ user's own modules that it imports, a template of ours by its name. A list of ke
 """
 
 import ast
+import errno
 import re
 import sysconfig
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ppo_vs_dpo.artifacts.errors import not_the_file
 from ppo_vs_dpo.artifacts.files import read_marker, sha256_of
 from ppo_vs_dpo.artifacts.guards.digests import Digests
 from ppo_vs_dpo.artifacts.guards.versions import ROOMS, ROOT
@@ -173,7 +175,10 @@ def content_of(text: str, key: str, digests: Digests) -> str | None:
     try:
         if path.exists():
             return sha256_of([digests.of(path), *_bases(path, digests)])
-    except OSError:
+    except OSError as error:
+        # A disk that does not answer makes no finished stage stale; what nobody may read here may be no path at all.
+        if not_the_file(error) and error.errno not in (errno.EACCES, errno.EPERM):
+            raise
         return None
     match = FUNCTION.match(text)
     source = source_of(match["module"]) if match else None

@@ -11,7 +11,9 @@ for an hour is alive.
 
 import contextlib
 import ctypes
+import faulthandler
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -95,6 +97,25 @@ def lose_no_interrupt() -> None:
             again.start()
 
     sys.unraisablehook = hook
+
+
+def say_where_asked() -> None:
+    """Let SIGUSR1 print the line that this process is at, and who called it: also where it loops or waits for ever."""
+    if hasattr(faulthandler, "register"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # no stderr of the system's own
+            faulthandler.register(signal.SIGUSR1, all_threads=False)
+
+
+def ask_where(mark: str) -> int:
+    """Have every process that carries a mark and understands it say where it is; how many were asked."""
+    asked = 0
+    for pid in marked(mark):
+        with contextlib.suppress(OSError, ValueError):
+            caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+            if caught and int(caught[1], 16) >> (signal.SIGUSR1 - 1) & 1:
+                os.kill(pid, signal.SIGUSR1)
+                asked += 1
+    return asked
 
 
 def marked(mark: str) -> list[int]:

@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from pickle import UnpicklingError
 
-from ppo_vs_dpo.artifacts.errors import UserError, explain_os_error, first_sentence
+from ppo_vs_dpo.artifacts.errors import UserError, explain_os_error, first_sentence, out_of_memory
 
 # Libraries that check what they are given: what they refuse is about settings or inputs, not a defect of this project.
 LIBRARIES = ("trl", "transformers", "peft", "accelerate", "datasets", "deepspeed", "huggingface_hub", "tokenizers")
@@ -27,6 +27,11 @@ def explain(error: BaseException) -> str | None:
             return said
         if FULL.search(str(one)):
             return explain_os_error(OSError(errno.ENOSPC, "")) or ""
+        if out_of_memory(one):
+            return (
+                f"memory is full: {first_sentence(one)}{_place(one)}. `ppo-vs-dpo plan` says what each stage needs; "
+                f"smaller batches, gradient_checkpointing=true, adapters (lora) or deepspeed=zero3 need less."
+            )
         if isinstance(one, UnpicklingError):
             return f"{_file_of(one) or 'a file of weights'} is not loaded: {of_a_pickle(one)}."
     library = refused_by(error)

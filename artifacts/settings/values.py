@@ -27,7 +27,7 @@ _FIELDS = {
     "(0,)": (
         "logging_steps save_steps eval_steps num_train_epochs ddp_timeout adam_epsilon beta temperature kl_target "
         "kl_horizon rso_beta cliprange cliprange_value score_clip early_stop_kl max_growth timeout "
-        "requests_per_minute alpha near_duplicate lam_alpha"
+        "requests_per_minute alpha near_duplicate lam_alpha stalled_after"
     ),
     "[0,)": (
         "learning_rate value_learning_rate weight_decay max_grad_norm warmup_steps dataloader_num_workers eval_delay "

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.files import read_json
 from ppo_vs_dpo.models.loading.config import ModelConfig
 
 # What a folder's config.json may say of a scalar model, beside what transformers knows: the bias of its scores (this
@@ -222,10 +223,22 @@ def weights_of(path: str, config: ModelConfig | None = None) -> dict[str, tuple[
             except SafetensorError as error:
                 raise unreadable(path, error) from error
         elif name.endswith(".json"):
-            names = json.loads(Path(file).read_text(encoding="utf-8")).get("weight_map", {})
-            found |= {key: found.get(key, ()) for key in names}
+            found |= {key: found.get(key, ()) for key in weight_map(file)}
         else:
             found |= {key: tuple(value.shape) for key, value in _unpickled(file).items()}
+    return found
+
+
+def weight_map(index: str | Path) -> dict[str, str]:
+    """Which file each weight is in, as an index (``model.safetensors.index.json``) says.
+
+    Raises:
+        UserError: it is none.
+    """
+    content = read_json(index)
+    found = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(found, dict):
+        raise UserError(f"{index}: no index of weights (it has no weight_map).")
     return found
 
 
@@ -235,7 +248,7 @@ def tensor_of(path: str, config: ModelConfig, name: str) -> torch.Tensor | None:
     for item in _FILES:
         index = file_of(path, config, item) if item.endswith(".json") else None
         if index is not None:
-            mapping = json.loads(Path(index).read_text(encoding="utf-8")).get("weight_map", {})
+            mapping = weight_map(index)
             parts = sorted({file for key, file in mapping.items() if ends(key, name)})
             files += [(part, file_of(path, config, part)) for part in parts]
     for item, file in files:

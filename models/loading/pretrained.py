@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from ppo_vs_dpo.artifacts.errors import UserError, first_sentence
+from ppo_vs_dpo.artifacts.errors import UserError, first_sentence, not_the_file
 from ppo_vs_dpo.artifacts.resources import part
 from ppo_vs_dpo.models.loading.adapters import check_base, merge
 from ppo_vs_dpo.models.loading.config import ModelConfig
@@ -54,6 +54,8 @@ def _load(loader: Any, path: str, what: str, **kwargs: Any) -> Any:
     except SafetensorError as error:
         raise unreadable(path, error) from error
     except RuntimeError as error:
+        if not_the_file(error):
+            raise
         # What torch says about weights of other shapes: the first lines name them.
         lines = [line.strip() for line in str(error).strip().splitlines()]
         raise UserError(

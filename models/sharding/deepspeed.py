@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError, first_sentence, warn
 from ppo_vs_dpo.artifacts.stage import StageContext
-from ppo_vs_dpo.models.sharding.watch import PATIENCE, watched
+from ppo_vs_dpo.models.sharding.watch import PATIENCE, not_waiting, watched
 
 
 def deepspeed_settings(context: StageContext) -> dict[str, Any] | None:
@@ -102,10 +102,11 @@ def named_step(name: Callable[[], str], patience: float = PATIENCE) -> Iterator[
         # gloo: "Timed out waiting 1800000ms for recv operation"; NCCL: "Watchdog caught collective operation timeout".
         if not re.search(r"timed out|timeout", str(error), re.IGNORECASE):
             raise
+        others = "; ".join(not_waiting()[:4])
+        blame = f"{others}." if others else "A rank that hangs or is much slower stalls all: look for it in the log."
         raise UserError(
             f"rank {os.environ.get('RANK', '0')} waited in vain for another rank in this step: {name()} "
-            f"({first_sentence(error)[-160:]}). A rank that hangs or is much slower stalls all: look for it in "
-            f"the log. ddp_timeout sets the patience, in seconds."
+            f"({first_sentence(error)[-160:]}). {blame} ddp_timeout sets the patience, in seconds."
         ) from error
 
 

@@ -5,6 +5,7 @@ import faulthandler
 import itertools
 import os
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,9 @@ PATIENCE = 1800.0
 # So many seconds before, a rank says what it is doing.
 BEFORE = 30.0
 _meetings = itertools.count()
+# In the ranks' store: where each stood when it had been in one step for too long.
+STOOD = "ppo_vs_dpo/stood"
+_LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
 
 
 def ranks() -> int:
@@ -28,6 +32,8 @@ def ranks() -> int:
 @contextlib.contextmanager
 def watched(name: Callable[[], str], patience: float) -> Iterator[None]:
     """While the block runs on several ranks: a step that lasts nearly as long as a collective may is named on stderr.
+
+    So is the line that this rank is at, which the others find in `not_waiting`.
 
     Args:
         name: of the step under way; asked from another thread, and a new answer is a new step.
@@ -41,19 +47,24 @@ def watched(name: Callable[[], str], patience: float) -> Iterator[None]:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # no stderr of the system's own
             faulthandler.enable()
     allowed = max(patience - BEFORE, 0.75 * patience)
-    ended = threading.Event()
+    ended, thread_of_work, rank = threading.Event(), threading.get_ident(), os.environ.get("RANK", "0")
 
     def watch() -> None:
         now, since, said = name(), time.monotonic(), False
         while not ended.wait(min(1.0, allowed / 20)):
             if name() != now:
+                if said:
+                    _note(rank, "")
                 now, since, said = name(), time.monotonic(), False
             elif not said and time.monotonic() - since > allowed:
                 said = True
+                place, waits = standing(thread_of_work)
+                what = "waits for the others at" if waits else "does not wait for others: it is at"
+                _note(rank, "" if waits else place)
                 warn(
-                    f"rank {os.environ.get('RANK', '0')} has been in this step for {allowed:.0f} s: {now}. A "
-                    f"collective is given up after {patience:.0f} s (ddp_timeout): the rank that names another step, "
-                    f"or none, is the one the others wait for.\n"
+                    f"rank {rank} has been in this step for {allowed:.0f} s: {now}. It "
+                    f"{what} {place}. A collective is given up after {patience:.0f} s (ddp_timeout): a rank that is "
+                    f"not waiting, names another step, or none, is the one the others wait for.\n"
                 )
                 sys.stderr.flush()
 
@@ -64,6 +75,42 @@ def watched(name: Callable[[], str], patience: float) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+
+
+def standing(thread: int) -> tuple[str, bool]:
+    """The line that a thread is at, ``"slow (rewards.py, line 3)"``, and whether it waits there for other ranks.
+
+    In a library's midst the line of one's own that called it is added. DDP's and DeepSpeed's collectives of the
+    backward pass lie below Python: a rank that waits in one is seen at the pass.
+    """
+    frame, frames = sys._current_frames().get(thread), []
+    while frame is not None:
+        frames.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
+        frame = frame.f_back
+    if not frames:
+        return "its end", False
+    inner = frames[0][0].replace(os.sep, "/")
+    waits = "/torch/distributed/" in inner or frames[0][0] == __file__
+    own = next((one for one in frames if not one[0].startswith((*_LIBRARIES, "<"))), frames[0])
+    words = [f"{name} ({file}, line {line})" for file, line, name in dict.fromkeys((frames[0], own))]
+    return ", called by ".join(words), waits
+
+
+def not_waiting() -> list[str]:
+    """Of ranks that were too long in one step without waiting for others: number and line, as they noted it."""
+    found = []
+    with contextlib.suppress(RuntimeError, ValueError, OSError):  # the store is gone with the rank that keeps it
+        store = dist.distributed_c10d._get_default_store()
+        for rank in range(ranks()):
+            key = f"{STOOD}/{rank}"
+            if store.check([key]) and (place := store.get(key).decode(errors="replace")):
+                found.append(f"rank {rank} is at {place}")
+    return found
+
+
+def _note(rank: str, place: str) -> None:
+    with contextlib.suppress(RuntimeError, ValueError, OSError):
+        dist.distributed_c10d._get_default_store().set(f"{STOOD}/{rank}", place)
 
 
 def meet(pause: float = 0.2, patience: float = 10 * PATIENCE) -> None:

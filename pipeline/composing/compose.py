@@ -304,6 +304,8 @@ def problems_in(config: DictConfig, check_missing: bool = True) -> list[str]:
     if isinstance(seed := config.get("seed"), int) and not 0 <= seed < 2**32:
         problems.append(f"seed is {seed}; it must lie in [0, 2^32).")
     stages = list(config.get("stages") or [])
+    if not stages:
+        problems.append(f"stages is empty; it must name some of {', '.join(STAGES)}.")
     return problems + [f"stages: there is no stage {s}.{nearest(s, list(STAGES))}" for s in stages if s not in STAGES]
 
 

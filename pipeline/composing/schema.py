@@ -28,6 +28,7 @@ class LaunchConfig:
     nodes: int = 1
     rendezvous: str | None = None
     threads: int = 1
+    stalled_after: float | None = None
     accept_version: bool = False
     profile: bool = False
     expected_seconds: dict[str, float] = field(default_factory=dict)

@@ -97,6 +97,8 @@ def _execute(run: RunFolder, jobs: list[Job], overview: Overview, mark: str) -> 
                     one.process.wait()
                     one.close()
                     raise StageFailed(explain_end(one, why))
+                if (words := one.quiet()) is not None:
+                    overview.say(words)
             ready = [job for job in waiting if not unfinished.intersection(job.needs)]
             for job in ready[: max(0, run.config.launch.workers - len(running))]:
                 taken = gpus.take(job.stage in DISTRIBUTED)

@@ -14,8 +14,17 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from ppo_vs_dpo.artifacts.errors import printable
+from ppo_vs_dpo.artifacts.files import read_marker
 from ppo_vs_dpo.artifacts.guards import replaced
-from ppo_vs_dpo.artifacts.guards.processes import MARK, SILENT, Pulses, die_with_parent, kill_marked, stopped
+from ppo_vs_dpo.artifacts.guards.processes import (
+    MARK,
+    SILENT,
+    Pulses,
+    ask_where,
+    die_with_parent,
+    kill_marked,
+    stopped,
+)
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.artifacts.stage import PULSE, on_several_machines
 from ppo_vs_dpo.pipeline.planning.gpus import VISIBLE
@@ -27,6 +36,9 @@ KEPT = 1 << 17
 # Seconds after which a stopped process counts as hung, and between two looks.
 STOPPED = 30.0
 LOOK_EVERY = 3.0
+# Seconds without progress after which a job is spoken of, and that its processes get to say where they are.
+QUIET = 1800.0
+ANSWER = 1.0
 # Seconds that a launcher gets to end what it started on other machines, before it is killed itself.
 ELSEWHERE = 10.0
 
@@ -81,8 +93,10 @@ class Running:
         self.aside = run.begin(job.name, job.fingerprint, job.parts)
         self.log_path = folder / "log.txt"
         self.log = self.log_path.open("ab")
-        self.said = b""
-        self.started = self.looked = time.monotonic()
+        self.said, self.heard = b"", 0
+        self.started = self.looked = self.moved_at = time.monotonic()
+        self.moved: tuple[int, int] | None = None
+        self.spoken = False
         self.stopped_since: dict[int, float] = {}
         self.elsewhere = on_several_machines(run.config)
         shutil.rmtree(folder / PULSE, ignore_errors=True)
@@ -109,7 +123,7 @@ class Running:
                 return
             if not block:
                 return
-            self.said = (self.said + block)[-KEPT:]
+            self.said, self.heard = (self.said + block)[-KEPT:], self.heard + len(block)
             with contextlib.suppress(OSError, ValueError):
                 self.log.write(block)
                 self.log.flush()
@@ -117,7 +131,8 @@ class Running:
     def hung(self) -> str | None:
         """Looked at now and then: what to say of a rank that is stopped, or not heard of; ``None`` where all are well.
 
-        One that works is alive, however long the others wait for it: it merges, it saves, its judge is slow.
+        One that works is alive, however long the others wait for it: it merges, it saves, its judge is slow. It is
+        ended where ``launch.stalled_after`` says how long that may take.
         """
         now = time.monotonic()
         if now - self.looked < LOOK_EVERY:
@@ -128,6 +143,9 @@ class Running:
         late = [pid for pid, since in self.stopped_since.items() if now - since > STOPPED]
         if late:
             return f"process {late[0]} of stage {name} has been stopped for {STOPPED:.0f} s, and the others wait."
+        limit = self.run.config.launch.get("stalled_after")
+        if limit and self.idle(now) > limit:
+            return f"{self.standstill(now)} launch.stalled_after is {limit:.0f} s."
         silent = self.pulses.silent() if self.elsewhere else None
         if silent is None:
             return None
@@ -135,6 +153,35 @@ class Running:
             f"{silent} of stage {name} has not been heard of for {SILENT:.0f} s, and the others are alive: it is "
             f"stopped, its machine is down, or it does not see the run folder."
         )
+
+    def idle(self, now: float) -> float:
+        """Seconds since the job was seen to get on (``progress.json``) or to say something."""
+        stamp = 0
+        with contextlib.suppress(OSError):
+            stamp = (self.log_path.parent / "progress.json").stat().st_mtime_ns
+        if (stamp, self.heard) != self.moved:
+            self.moved, self.moved_at, self.spoken = (stamp, self.heard), now, False
+        return now - self.moved_at
+
+    def quiet(self) -> str | None:
+        """Said once of a job that has not got on for half an hour: it may well be at work."""
+        now = time.monotonic()
+        if self.spoken or now - self.moved_at < QUIET or self.idle(now) < QUIET:
+            return None
+        self.spoken = True
+        return f"{self.standstill(now)} If that is no work, Ctrl-C ends it; launch.stalled_after does so by itself."
+
+    def standstill(self, now: float) -> str:
+        """A sentence on a job that does not get on: since when, in which step, at which line."""
+        seconds, before = self.idle(now), self.heard
+        said = read_marker(self.log_path.parent / "progress.json", keys={"done": int | float, "total": int | float})
+        step = f" at {said['done']}/{said['total']}{' ' + said['note'] if said.get('note') else ''}" if said else ""
+        if ask_where(self.mark):
+            time.sleep(ANSWER)
+            self.moved = (self.moved[0], self.heard)  # the answer is no progress
+        places = stood(self.said[before - self.heard :].decode(errors="replace") if self.heard > before else "")
+        where = f" It stands in {' and in '.join(places)}." if places else ""
+        return printable(f"stage {self.job.name} has not got on for {seconds:.0f} s{step}.{where}")
 
     def signal(self, number: int) -> None:
         """Send a signal to the job and its process group."""
@@ -197,6 +244,23 @@ def last_words(text: str, lines: int = 25) -> str:
     return printable(re.split(r"\n[EW]\d{4} [\d:.]+ |\n=+\n|\nTraceback ", said)[0].strip() or said)
 
 
+def stood(text: str) -> list[str]:
+    """Where processes said they are: the innermost line of each, those that wait for other ranks left out."""
+    found = re.findall(r'most recent call first\):\s+File "([^"]+)", line (\d+) in (\S+)', text)
+    lines = {f"{name} ({file}, line {line})": "torch/distributed/" in file for file, line, name in found}
+    alone = [place for place, waits in lines.items() if not waits]
+    return (alone or list(lines))[:4]
+
+
+def stalled_ranks(text: str) -> str:
+    """What ranks said of a step that lasted too long, a line each: where NCCL ends the stage nobody else says it."""
+    if "\nerror in stage" in text:
+        return ""
+    found = re.findall(r"^rank \d+ has been in this step for .*$", text, re.MULTILINE)
+    found.sort(key=lambda line: "It waits for the others" in line)
+    return printable("".join(f"{line}\n" for line in found[:4]))
+
+
 def root_cause(text: str) -> tuple[int, int] | None:
     """Rank and exit code of the process that ended first, as torchrun's summary at the end of a log has them."""
     found = re.findall(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", text, re.DOTALL)
@@ -219,7 +283,7 @@ def explain_end(one: Running, hung: str | None = None) -> str:
         return f"rank {cause[0]} of stage {name} was killed by {_signal_name(-cause[1])}.{place}"
     if code == 0:
         return f"stage {name} ended without its last word, done.json:\n{last_words(one.words)}{place}"
-    return f"stage {name} failed:\n{last_words(one.words)}{place}"
+    return f"stage {name} failed:\n{stalled_ranks(one.words)}{last_words(one.words)}{place}"
 
 
 def _signal_name(number: int) -> str:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, write_json
+from ppo_vs_dpo.artifacts.guards.refusals import explain
 from ppo_vs_dpo.models.sharding.collectives import barrier
 
 STATE = "ppo_state"
@@ -138,10 +139,8 @@ def complete_folder(path: Path, is_main: bool) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         # What is half written would only fill the disk further.
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"could not write {path}: {error}. The checkpoint before it is complete: free some space, then start the "
-            f"same command again."
-        ) from error
+        reason = explain(error) or f"{error}. Mend that and start the same command again."
+        raise UserError(f"could not write {path}: {reason} The checkpoint before it is complete.") from error
     barrier()
     if is_main:
         # A checkpoint of the same step is from before a resume, and equal.

@@ -1,5 +1,6 @@
 """Files are whole or not there; broken ones are named."""
 
+import gzip
 import os
 import signal
 import subprocess
@@ -76,6 +77,17 @@ def test_jsonl_drops_a_torn_last_line_and_names_others(tmp_path):
     path.write_text('{"a": 1}\n{"a"\n{"a": 3}\n')
     with pytest.raises(UserError, match="line 2: not valid JSON"):
         read_jsonl(path)
+    # Torn inside a character, no object, a compressed file that is cut.
+    path.write_bytes('{"a": "é"}\n{"a": "é'.encode()[:-1])
+    assert read_jsonl(path) == [{"a": "é"}]
+    path.write_text("[1]\n")
+    with pytest.raises(UserError, match="line 1: not a JSON object"):
+        read_jsonl(path)
+    packed = tmp_path / "log.jsonl.gz"
+    for torn in (gzip.compress(b'{"a": 1}\n' * 99)[:-9], b'{"a": 1}\n'):
+        packed.write_bytes(torn)
+        with pytest.raises(UserError, match="is not a whole gzip file"):
+            read_jsonl(packed)
 
 
 def test_parquet_round_trip_missing_truncated_and_columns(tmp_path):
@@ -90,14 +102,19 @@ def test_parquet_round_trip_missing_truncated_and_columns(tmp_path):
         read_parquet(path, columns=["prompt", "chosen"])
     with pytest.raises(UserError, match="does not exist"):
         read_parquet(tmp_path / "none.parquet")
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match="not a complete Parquet file"):
-        read_parquet(path)
+    whole = path.read_bytes()
+    for torn in (whole[:-20], whole[:4] + bytes(200) + whole[204:], b"\xff" * 99, b""):
+        path.write_bytes(torn)
+        with pytest.raises(UserError, match="not a complete Parquet file"):
+            read_parquet(path)
 
 
 def test_broken_json_names_file_and_line(tmp_path):
     (tmp_path / "x.json").write_text('{\n "a": 1,\n oops\n}')
     with pytest.raises(UserError, match=r"x.json, line 3"):
+        read_json(tmp_path / "x.json")
+    (tmp_path / "x.json").write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(UserError, match=r"x.json: not UTF-8 text \(byte 7\)"):
         read_json(tmp_path / "x.json")
 
 

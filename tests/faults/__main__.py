@@ -1,7 +1,7 @@
 """The campaign of faults, as a program: ``make faults``.
 
     python -m tests.faults [--only kills|spoilt|disks|settings] [--kills 100] [--disks 20] [--seed 1] [--ranks 1 2]
-                           [--folder DIR] [--minutes M] [--write docs/faults.md]
+                           [--folder DIR] [--minutes M] [--write docs/faults.md] [--table-only]
 
 What was seen is kept in a folder (`--folder`), a line each: the same command goes on from there, so that a campaign
 can be made in pieces. It prints the table of docs/faults.md, and writes it there with `--write`. Exit code 1 where a
@@ -41,7 +41,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing new after so many")
     parser.add_argument("--folder", help="keep there what was seen, and go on from it")
     parser.add_argument("--write", type=Path, help="a page that has a place for the table")
+    parser.add_argument("--table-only", action="store_true", help="run nothing: the table of what the folder holds")
     given = parser.parse_args(argv)
+    if given.table_only:
+        if not given.folder:
+            parser.error("--table-only needs --folder")
+        given.only = []
     if "disks" in given.only and not disks.possible():
         words = disks.in_a_namespace(list(sys.argv[1:] if argv is None else argv))
         if words is not None:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import pyarrow.parquet
 
 from ppo_vs_dpo.artifacts.files import read_json, write_json
 from ppo_vs_dpo.artifacts.guards.versions import source_hash
+from ppo_vs_dpo.preferences.judging.template import TEMPLATES
 from tests.compare.server import Server
 
 STAGES = ("data", "sft", "pairs", "reward_model", "dpo", "ppo", "compare")
@@ -41,8 +43,13 @@ TIMES = re.compile(r"time|seconds|per_second|runtime|memory|rss|throughput|token
 
 
 def command(out: Path, judge: str, *more: str) -> list[str]:
-    """The command line of a run whose judge is at an address."""
-    entry = f"{{kind: llm, name: stub, model: stub, n_prompts: 8, base_url: '{judge}', concurrency: 2, retries: 0}}"
+    """The command line of a run whose judge is at an address, and asks in the words of a file beside ``out``."""
+    words = out.parent / "template.yaml"
+    if not words.is_file():
+        words.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(TEMPLATES / "hh_helpfulness.yaml", words)
+    entry = f"{{kind: llm, name: stub, model: stub, n_prompts: 8, base_url: '{judge}', concurrency: 2, retries: 0, "
+    entry += f"template: '{words}'}}"
     program = [sys.executable, "-m", "ppo_vs_dpo.pipeline.cli", *SMALL]
     return [*program, f"compare.judges=[{entry}]", f"output_dir={out}", *more]
 
@@ -117,12 +124,23 @@ def different(expected: dict[str, str], found: dict[str, str], stages: list[str]
     return sorted(name for name in names if expected.get(name) != found.get(name))
 
 
+def as_typed() -> None:
+    """Signals as in a terminal: what was started in the background ignores Ctrl-C, under ``nohup`` SIGHUP as well."""
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(out: Path, judge: str, tag: str, *more: str) -> subprocess.Popen:
     """The command in a session of its own; what it says goes to ``out/said.txt``."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / "said.txt").open("ab") as said:
         return subprocess.Popen(
-            command(out, judge, *more), env=environment(tag), stdout=said, stderr=said, start_new_session=True
+            command(out, judge, *more),
+            env=environment(tag),
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+            preexec_fn=as_typed,
         )
 
 

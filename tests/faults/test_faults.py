@@ -1,11 +1,14 @@
 """The campaign of faults in its short form: the same program, fewer cases (`make faults` for all)."""
 
 import random
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from tests.faults import disks, kills, small, spoilt, wrong_settings
-from tests.faults.__main__ import BEGIN, END, table, write
+from tests.faults.__main__ import BEGIN, END, main, table
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +72,7 @@ def test_what_was_seen_is_added_up_and_a_bar_that_is_not_met_is_said(tmp_path):
     assert "1 bits lost, 1 orphans" in text
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    write(page, text)
+    assert main(["--folder", str(tmp_path), "--table-only", "--write", str(page)]) == 1
     assert "1 bits lost" in page.read_text()
     assert "old" not in page.read_text()
     assert page.read_text().endswith(f"{END}\nafter\n")
@@ -80,6 +83,19 @@ def test_a_reply_is_paid_twice_where_it_had_come_before_the_kill():
     judge.answers = [("a", 1.0), ("b", 9.8), ("c", 11.0), ("a", 20.0), ("b", 20.0), ("d", 20.0)]
     assert kills.paid_twice(judge, 0, [10.0]) == {"paid_twice": 1, "on_the_way": 1}
     assert kills.paid_twice(judge, 1, [10.0]) == {"paid_twice": 0, "on_the_way": 1}
+
+
+def test_signals_reach_a_command_whoever_started_the_campaign():
+    """Behind ``nohup make faults &`` Ctrl-C and SIGHUP are ignored, and kills by them would kill nothing."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    words = [sys.executable, "-c", "import signal; print(*map(signal.getsignal, (signal.SIGINT, signal.SIGHUP)))"]
+    try:
+        ended = subprocess.run(words, preexec_fn=small.as_typed, capture_output=True, text=True, check=True)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert "SIG_IGN" not in ended.stdout
+    assert "default_int_handler" in ended.stdout
 
 
 def test_every_mode_moment_and_way_is_one_that_there_is():

@@ -33,6 +33,7 @@ NONSENSE = [
     "compare.judges=[{kind: function, function: 'a.b:c'}]", "compare.judges=[{kind: llm, model: x, template: nope}]",
     "compare.policies={a: {path: /nowhere}}", "compare.policies={a: {completions: /nowhere.jsonl}}",
     "compare.best_of_n=[100]", "launch.workers=0", "launch.processes=0", "launch.nodes=0", "stages=[pppo]",
+    "stages=[]",
     "ppo.lora={r: 4, target_modules: [q_prj]}", "dpo.lora={r: 0}", "sft.lora={dropout: 1.5}",
     "ppo.sweep={kl_coef: [-1]}", "dpo.sweep={beta: [0]}", "ppo.sweep={kl_coeff: [1]}", "ppo.sweep={kl_coef: 1}",
     "sft.max_steps=0", "ppo.max_steps=0", "dpo.max_steps=-5", "sft.unheard_of=1", "unheard_of=1", "ppo.seed=3",

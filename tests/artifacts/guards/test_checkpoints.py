@@ -1,10 +1,16 @@
 """Of several checkpoints the newest is taken that is whole and of these settings; the others are named."""
 
+import errno
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.guards import checkpoints as guard
+from ppo_vs_dpo.models.resuming import readable
 
 
 @pytest.fixture
@@ -47,6 +53,32 @@ def test_one_that_is_not_fit_is_named_and_the_one_before_taken(three, why, capsy
     assert (three / "unfit-1-checkpoint-10").is_dir()
     guard.newest_whole(three, "settings")
     assert capsys.readouterr().err == ""
+
+
+def test_one_that_cannot_be_read_just_now_stays(three, monkeypatch):
+    """A disk that does not answer says nothing of a checkpoint."""
+
+    def fail(path, *args, **kwargs):
+        raise OSError(errno.ESTALE, "stale file handle", str(path))
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    with pytest.raises(OSError, match="stale"):
+        guard.newest_whole(three, "settings")
+    assert [path.name for path in guard.numbered(three)] == ["checkpoint-10", "checkpoint-2", "checkpoint-1"]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), OSError(errno.EIO, "no answer"), RuntimeError("torn")]
+)
+def test_memory_that_is_full_while_a_checkpoint_loads_is_not_its_fault(three, error):
+    def load_checkpoint():
+        raise error
+
+    newest, context = three / "checkpoint-10", SimpleNamespace(is_main_process=True)
+    mine = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
+    with pytest.raises(UserError if mine else type(error)), readable(newest, context, lambda: False):
+        load_checkpoint()
+    assert newest.is_dir() != mine
 
 
 def test_one_that_was_never_finished_is_deleted(three, capsys):

@@ -1,5 +1,6 @@
 """ "Nothing changed" is true: whatever a section names counts, wherever in it it is named."""
 
+import errno
 import json
 import os
 
@@ -38,6 +39,22 @@ def test_a_named_file_or_folder_counts(tmp_path, where):
     for path in (folder, folder / "weights"):
         (folder / "weights").write_text("old")
         assert changed(PLACES[where](str(path)), lambda: (folder / "weights").write_text("new")) == {"compare"}
+
+
+def test_a_disk_that_does_not_answer_makes_nothing_stale(tmp_path, monkeypatch):
+    (tmp_path / "weights").write_text("old")
+
+    def fails_with(number):
+        def of(self, path):
+            raise OSError(number, "no answer", str(path))
+
+        monkeypatch.setattr(Digests, "of", of)
+        return guard.content_of(str(tmp_path / "weights"), "ppo.path", Digests(None))
+
+    for number in (errno.EIO, errno.ESTALE, errno.EMFILE):
+        with pytest.raises(OSError, match="no answer"):
+            fails_with(number)
+    assert fails_with(errno.EACCES) is None
 
 
 def test_a_changed_input_of_the_first_stage_reaches_all(tmp_path):

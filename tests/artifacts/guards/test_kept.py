@@ -1,8 +1,10 @@
 """Finished work is never lost: moved aside in one step, found again, and vouched for file by file."""
 
+import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -151,6 +153,25 @@ def test_an_unreadable_marker_means_not_done_is_set_aside_and_said(run, name, sp
     # The same stage can begin again, whatever the markers were.
     assert run.begin("ppo", "a", {}) is None
     assert json.loads((run.stage_dir("ppo") / "started.json").read_text())["fingerprint"] == "a"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
+def test_a_disk_that_does_not_answer_costs_no_finished_work(run, monkeypatch, number):
+    work(run, "a", "weights")
+    before = sorted(run.root.rglob("*"))
+    with monkeypatch.context() as patch:
+
+        def fail(path, *args, **kwargs):
+            raise OSError(number, "no answer", str(path))
+
+        patch.setattr(Path, "read_text", fail)
+        for look in (lambda: run.done("ppo"), lambda: run.begin("ppo", "a", {})):
+            with pytest.raises(OSError, match="no answer"):
+                look()
+        # Where it is a matter of looks only, nothing is known, and nothing is raised.
+        assert read_marker(run.stage_dir("ppo") / "done.json") is None
+    assert sorted(run.root.rglob("*")) == before
+    assert run.done("ppo") is not None
 
 
 def test_a_folder_in_a_marker_s_place_is_set_aside(run):

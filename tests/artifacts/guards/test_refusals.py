@@ -3,6 +3,7 @@
 import errno
 
 import pytest
+import torch
 
 from ppo_vs_dpo.artifacts.errors import UserError, explain_os_error, first_sentence
 from ppo_vs_dpo.artifacts.guards import refusals
@@ -75,6 +76,16 @@ def test_an_operating_system_s_errors_are_sentences(number):
     said = explain_os_error(OSError(number, "why", "runs/x"))
     assert said.endswith(".") or said.endswith("...")
     assert "runs/x" in said or number == errno.EMFILE
+
+
+def test_memory_that_is_full_is_a_sentence():
+    outer = RuntimeError("in the backward pass")
+    outer.__cause__ = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more")
+    for error in (outer, MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")):
+        said = refusals.explain(error)
+        assert said.startswith("memory is full: ")
+        assert "ppo-vs-dpo plan" in said
+        assert "\n" not in said
 
 
 def test_a_user_s_error_is_its_own_words():

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 import time
 
@@ -43,12 +44,16 @@ def stalled() -> tuple[float, float, str]:
 
 
 def test_a_stalled_rank_is_named_before_the_collective_gives_up():
-    (named, gave_up, said), _ = on_ranks(2, stalled, timeout=PATIENCE, orderly=False)
+    (named, gave_up, said), (_, _, other) = on_ranks(2, stalled, timeout=PATIENCE, orderly=False)
     assert 0.7 * PATIENCE < named < gave_up
     assert gave_up > PATIENCE
     assert "rank 0 has been in this step for 3 s: test, all_reduce" in said
     assert said.count("has been in this step") == 1
     assert "rank 0 waited in vain for another rank in this step: test, all_reduce" in said
+    # It is not said of the one that waits, and the one that does not is named with its line.
+    assert "It waits for the others at all_reduce (" in said
+    assert re.search(r"\)\. rank 1 is at stalled \(\S*test_watch\.py, line \d+\)\. ddp_timeout", said), said
+    assert "does not wait for others: it is at stalled (" in other
 
 
 def test_steps_that_change_are_not_named(capsys, monkeypatch):

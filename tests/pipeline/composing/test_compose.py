@@ -73,6 +73,7 @@ def test_all_problems_at_once_with_the_nearest_name():
         (["experiment=quickstart", "report_to=neptune"], r"ppo\.report_to=neptune: neptune is not installed"),
         (["experiment=quickstart", "seed=many"], "seed|many"),
         (["experiment=quickstart", "data.pairs=few"], r"data\.pairs.*few"),
+        (["experiment=quickstart", "stages=[]"], r"stages is empty; it must name some of data, sft"),
         (["experiment=quickstart", "stages=[sft,pppo]"], "there is no stage pppo. Did you mean ppo"),
         (
             ["experiment=quickstart", "ppo.sweep={klcoef:[0,1]}"],

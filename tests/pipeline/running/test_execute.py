@@ -216,6 +216,61 @@ def test_a_rank_that_is_not_heard_of_is_named_and_ends_the_job(run, tmp_path, mo
         assert not line.exists() or line.read_bytes() == b""
 
 
+LOOPS = """
+import json, pathlib, sys, time
+from ppo_vs_dpo.artifacts.guards.processes import say_where_asked
+folder, what = pathlib.Path(sys.argv[1]), sys.argv[2]
+say_where_asked()
+
+def endless():
+    while True:
+        time.sleep(0.01)
+
+for step in range(12):
+    if what == "speaks":
+        print("a line", flush=True)
+    else:
+        (folder / "progress.json").write_text(json.dumps({"done": step, "total": 12, "note": "updates"}))
+    time.sleep(0.25)
+    if what == "loops" and step == 2:
+        endless()
+(folder / "done.json").write_text(json.dumps({"stage": "a", "fingerprint": "f", "seconds": 3, "figures": {}}))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_stage_that_does_not_get_on_is_ended_with_its_line_where_that_is_asked_for(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(job_module, "LOOK_EVERY", 0.1)
+    monkeypatch.setattr(job_module, "ANSWER", 0.5)
+    script = tmp_path / "loops.py"
+    script.write_text(LOOPS)
+    line = 1 + LOOPS.splitlines().index("        time.sleep(0.01)")
+    monkeypatch.setattr(
+        execute, "command", lambda run, job: [sys.executable, str(script), str(run.stage_dir(job.name)), job.name]
+    )
+    run.config.launch.stalled_after = 2.0
+    go(run, [Job("works", "works"), Job("speaks", "speaks")])  # each for three seconds
+    place = re.escape(f"endless ({script}, line {line})")
+    why = (
+        rf"stage loops has not got on for [23] s at 2/12 updates\. It stands in {place}\. launch.stalled_after is 2 s"
+    )
+    with pytest.raises(execute.StageFailed, match=why) as failure:
+        go(run, [Job("loops", "loops")])
+    assert "The same command goes on from where this stopped" in str(failure.value)
+    # Where it is not asked for, it is said, once, and nobody is ended.
+    run.config.launch.stalled_after = None
+    monkeypatch.setattr(job_module, "QUIET", 1.0)
+    threading.Timer(5.0, lambda: [os.kill(pid, signal.SIGKILL) for pid in processes.marked(f"{os.getpid()}-")]).start()
+    out = io.StringIO()
+    with (
+        pytest.raises(execute.StageFailed, match="killed by SIGKILL"),
+        Overview(run, [Job("loops", "loops")], Console(file=out, width=100)) as overview,
+    ):
+        execute.execute(run, overview.jobs, overview)
+    assert out.getvalue().count("stage loops has not got on for") == 1
+    assert f"It stands in endless ({script}, line {line}). If that is no work" in out.getvalue()
+
+
 def test_where_nobody_is_heard_of_nobody_is_named(tmp_path, monkeypatch):
     """A file system that stands still is no rank's fault; a rank that has not begun is waited for."""
     monkeypatch.setattr(processes, "SILENT", 0.2)

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from tests.faults.small import as_typed
 from tests.pipeline import mini
 
 # When to kill each stage: as soon as this file or folder is there (relative to the run folder).
@@ -34,7 +35,12 @@ def stage_process(run, stage):
 def kill_at(command, run, stage, number):
     """Start the command, send the stage a signal at its moment, return the command's exit code and words."""
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=mini.environment()
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=mini.environment(),
+        preexec_fn=as_typed,
     )
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:

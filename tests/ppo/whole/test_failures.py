@@ -103,11 +103,12 @@ def test_a_stalled_rank_is_reported_with_the_step(make_trainer):
 
     def work():
         with pytest.raises((UserError, RuntimeError)) as caught:
-            make_trainer({"reward_funcs": slow_on_rank_1}, max_steps=1).train()
+            make_trainer({"reward_funcs": slow_on_rank_1}, max_steps=1, ddp_timeout=4).train()
         return str(caught.value)
 
     said = on_ranks(2, work, timeout=4, orderly=False)[0]
     assert "waited in vain for another rank in this step: ppo, update 1, score" in said
+    assert "rank 1 is at slow_on_rank_1 (" in said
     assert "ddp_timeout" in said
 
 
