@@ -14,7 +14,10 @@ LIBRARIES = ("trl", "transformers", "peft", "accelerate", "datasets", "deepspeed
 REFUSALS = (ValueError, TypeError, NotImplementedError, ImportError, LookupError, OSError, AssertionError)
 # How libraries say that the disk is full when the operating system's error has got lost on the way.
 FULL = re.compile(
-    r"no space left on device|os error 28|disk quota exceeded|PytorchStreamWriter failed|file write failed", re.I
+    r"no space left on device|os error 28|disk quota exceeded|PytorchStreamWriter failed|file write failed"
+    # torch.save, where the last bytes of a file did not get down.
+    r"|inline_container\S*\s*\.\s*unexpected pos",
+    re.I,
 )
 
 

@@ -22,6 +22,8 @@ from tests.faults import small
 
 # Seconds after a signal within which the command must have ended, and then everything that it started.
 GRACE, GONE = 60.0, 3.0
+# A command that goes on for longer after a signal, and ends as if there had been none, has not heeded it.
+HEEDED = 8.0
 KILLS_OF_AN_EPISODE = 6
 # Of the command; of what it started; both; and how often each is taken.
 MODES = {
@@ -203,6 +205,8 @@ def episode(
         if not sent_again:
             line["orphans"] = clear(tag)
         line["took"] = round(time.monotonic() - sent, 1)
+        if process.returncode == 0 and mode.startswith("command") and time.monotonic() - sent > HEEDED:
+            line["unsaid"] = f"{mode} was not heeded: the command went on for {line['took']} s and ended with 0"
         seen.append(line)
         say(f"  {line['mode']} of {target}, {moment}: ended with {line['code']} in {line['took']:.0f} s")
     code, words = small.whole(run.parent, judge.url, tag, *more)

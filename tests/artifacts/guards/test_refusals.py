@@ -48,6 +48,7 @@ def test_our_own_mistakes_are_no_refusals():
     "message",
     [
         "[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0",
+        "[enforce fail at inline_container.cc:672] . unexpected pos 672576 vs 672464",
         'Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })',
         "[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device",
     ],
