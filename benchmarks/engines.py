@@ -18,7 +18,7 @@ from ppo_vs_dpo.models.loading.pretrained import load_policy, load_tokenizer
 from ppo_vs_dpo.models.passes.logprobs import pad_batch, response_logprobs
 from ppo_vs_dpo.models.sampling.engine import Engine, TransformersEngine
 from ppo_vs_dpo.models.sampling.generation import Generated, SamplingConfig
-from ppo_vs_dpo.models.sampling.vllm_colocated import VLLMEngine
+from ppo_vs_dpo.models.sampling.vllm.colocated import VLLMEngine
 
 
 def cpu_seconds(function, *args):

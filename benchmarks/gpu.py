@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu                     1B whole and 8B with LoRA, one GPU
     torchrun --standalone --nproc-per-node 8 -m benchmarks.gpu --size 8b --deepspeed zero3
+    python -m benchmarks.gpu --size 1b --no-graphs       what CUDA graphs are worth in sampling
     python -m benchmarks.gpu --size tiny         seconds, on a CPU: that it runs
 
 Weights are random and the reward model's score is what it is: times and memory do not depend on what is learnt. All
@@ -10,6 +11,8 @@ The first update is not counted. Of each phase: seconds an update, response toke
 """
 
 import argparse
+import contextlib
+import gc
 import os
 import platform
 import sys
@@ -19,10 +22,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
 
 from ppo_vs_dpo.models.devices import arithmetic
 from ppo_vs_dpo.models.loading.config import LoraSettings, ModelConfig
+from ppo_vs_dpo.models.loading.prepared import halve_frozen
 from ppo_vs_dpo.models.sharding.deepspeed import settled, start_deepspeed
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.trainer import PPOTrainer
@@ -44,13 +48,23 @@ HEAD = ["GPU", "model", "ranks", *(f"{phase}, s" for phase in PHASES), "s an upd
         "peak, GB"]  # fmt: skip
 
 
-def models(size: str, device: str) -> tuple[LlamaForCausalLM, LlamaForSequenceClassification]:
-    """Policy and reward model with random weights, made where they will be."""
+def models(size: str, kind: str, given: argparse.Namespace, device: str) -> dict[str, PreTrainedModel]:
+    """The roles with random weights, made where they will be: in pieces under ZeRO-3, whose settings are there by now;
+    what adapters leave frozen in half precision from the start, as a stage would have it before it comes to a GPU."""
     config = LlamaConfig(**SIZES[size], max_position_embeddings=8192, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     config.num_labels = 1
-    torch.manual_seed(0)
-    with torch.device(device):
-        return LlamaForCausalLM(config), LlamaForSequenceClassification(config)
+    sharded, made = (given.deepspeed or "").startswith("zero3"), {}
+    kinds = {"model": AutoModelForCausalLM, "reward_model": AutoModelForSequenceClassification}
+    if sharded:
+        # Else a copy of the policy would be whole for a moment.
+        kinds["ref_model"] = AutoModelForCausalLM
+    for role, auto in kinds.items():
+        torch.manual_seed(0)
+        with contextlib.nullcontext() if sharded else torch.device(device):
+            made[role] = auto.from_config(config)
+        if kind == "lora" and device != "cpu" and not given.deepspeed:
+            halve_frozen(made[role].requires_grad_(False), torch.bfloat16)
+    return made
 
 
 def measure(size: str, kind: str, given: argparse.Namespace) -> list[str]:
@@ -70,24 +84,29 @@ def measure(size: str, kind: str, given: argparse.Namespace) -> list[str]:
         from omegaconf import OmegaConf
 
         file = Path(__file__).parents[1] / "configs" / "deepspeed" / f"{given.deepspeed}.yaml"
-        settings["deepspeed"] = settled(OmegaConf.to_container(OmegaConf.load(file)))
+        settings["deepspeed"] = settled(OmegaConf.to_container(OmegaConf.load(file)), "adamw_torch_fused")
         start_deepspeed(use_cpu=not accelerator)
     parts: dict[str, Any] = {}
     if kind == "lora":
         parts["peft_config"] = LoraSettings(r=16, alpha=32, target_modules=["q_proj", "v_proj"]).peft_config(
             "CAUSAL_LM"
         )
+    if given.no_graphs:
+        settings["generation_kwargs"] = {"cuda_graphs": False}
     if accelerator:
+        # Of the run before.
+        gc.collect()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    policy, reward = models(size, f"cuda:{local}" if accelerator else "cpu")
     words = ["the", "film", "was", "good", "and", "the", "plot", "was", "dull"]
     prompts = [" ".join(words[number % 9 :] + words) for number in range(512)]
     prompts = [" ".join([prompt] * (given.prompt // len(prompt.split()) + 1)) for prompt in prompts]
     with tempfile.TemporaryDirectory() as folder:
+        # Before the models: ZeRO-3 splits what is made while its settings are there.
+        args = PPOConfig(output_dir=folder, truncate_prompts=True, max_prompt_length=given.prompt, **settings)
+        parts |= models(size, kind, given, f"cuda:{local}" if accelerator else "cpu")
         trainer = PPOTrainer(
-            model=policy, reward_model=reward, train_dataset=Dataset.from_dict({"prompt": prompts}),
-            processing_class=tokenizer, args=PPOConfig(output_dir=folder, truncate_prompts=True,
-            max_prompt_length=given.prompt, **settings), **parts,
+            train_dataset=Dataset.from_dict({"prompt": prompts}), processing_class=tokenizer, args=args, **parts,
         )  # fmt: skip
         # No response ends before its budget.
         trainer.roles.engine.eos_token_ids = [SIZES[size]["vocab_size"] + 1]
@@ -101,7 +120,15 @@ def measure(size: str, kind: str, given: argparse.Namespace) -> list[str]:
     figures = [f"{seconds[phase]:.2f}" for phase in PHASES]
     rates = [f"{total:.2f}", f"{tokens / seconds['generate']:,.0f}", f"{tokens / total:,.0f}"]
     label = f"{size} {kind}" + (f", {given.deepspeed}" if given.deepspeed else "")
+    label += ", no graphs" if given.no_graphs else ""
     return [name, label, str(ranks), *figures, *rates, f"{peak:.1f}"]
+
+
+def tell(cells: list[str]) -> None:
+    """One row of the table, from the first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(f"| {' | '.join(cells)} |\n")
+        sys.stdout.flush()
 
 
 def main() -> None:
@@ -113,14 +140,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="responses an update (default: 64 a rank)")
     parser.add_argument("--prompt", type=int, default=512, help="tokens (default: %(default)s)")
     parser.add_argument("--response", type=int, default=512, help="tokens (default: %(default)s)")
+    parser.add_argument("--no-graphs", action="store_true", help="decode a kernel at a time, not as a CUDA graph")
     parser.add_argument("--deepspeed", choices=("zero2", "zero3", "zero2_offload", "zero3_offload"))
     given = parser.parse_args()
     runs = [(given.size, given.kind)] if given.size else [("1b", "full"), ("8b", "lora")]
-    lines = [HEAD, ["---"] * len(HEAD)]
+    tell(HEAD)
+    tell(["---"] * len(HEAD))
     for size, kind in runs:
-        lines.append(measure(size, kind, given))
-    if os.environ.get("RANK", "0") == "0":
-        sys.stdout.write("\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
+        # Each as soon as it is there: what comes next may not fit.
+        tell(measure(size, kind, given))
 
 
 if __name__ == "__main__":

@@ -236,7 +236,7 @@ def run_ours(workload: Workload, steps: int, folder: str, bf16: bool) -> None:
 
     turns, seen = measure.Turns(), {}
     if workload.mean:
-        generation._uniforms = planned_uniforms(workload, steps, generation._uniforms)
+        generation.uniform_rows = planned_uniforms(workload, steps, generation.uniform_rows)
     policy, reference, reward, value, tokenizer = models(workload)
 
     def figures() -> dict:

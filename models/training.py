@@ -32,9 +32,11 @@ from ppo_vs_dpo.models.devices import arithmetic
 from ppo_vs_dpo.models.loading.adapters import is_peft
 from ppo_vs_dpo.models.loading.adapters import merge as merge_adapters
 from ppo_vs_dpo.models.loading.config import ModelConfig
+from ppo_vs_dpo.models.loading.prepared import is_halved
 from ppo_vs_dpo.models.loading.pretrained import load_policy, load_value_or_reward
 from ppo_vs_dpo.models.loading.quantized import in_4bit
 from ppo_vs_dpo.models.resuming import readable, resume_point
+from ppo_vs_dpo.models.sharding.collectives import gradients_in_buckets
 from ppo_vs_dpo.models.sharding.deepspeed import (
     check_settings,
     deepspeed_settings,
@@ -72,7 +74,7 @@ def training_arguments(cls: type[Arguments], context: StageContext, passed: dict
     }
     passed = {**passed, **arithmetic(model_settings(context), passed, accelerator)}
     passed = {key: value for key, value in passed.items() if value is not None or key not in defaults}
-    sharding = deepspeed_settings(context)
+    sharding = deepspeed_settings(context, passed.get("optim") or cls.__dataclass_fields__["optim"].default)
     if sharding is not None:
         defaults["deepspeed"] = sharding
         start_deepspeed(use_cpu=not accelerator, timeout=passed.get("ddp_timeout"))
@@ -227,6 +229,7 @@ def train(trainer: Trainer, context: StageContext) -> dict[str, float]:
         raise UserError(
             f"{context.stage}: {rows} rows for {ranks} processes. Start at most {rows} (launch.processes)."
         )
+    gradients_in_buckets(trainer.accelerator)
     checkpoint = resume_point(context, trainer.args.output_dir)
     steps = next(one for one in trainer.callback_handler.callbacks if isinstance(one, RunCallback))
     # One line a log is written by the progress bar where there is one, by metrics.jsonl always: no second printout.
@@ -309,8 +312,8 @@ def write_model(
         tokenizer.save_pretrained(folder)
     if first == target:
         return
-    if weights is not None or in_4bit(model):
-        # Merged from the files, into the base as it was saved: the model in memory is in pieces, or in 4 bits.
+    if weights is not None or in_4bit(model) or is_halved(model):
+        # Merged from the files, into the base as it was saved: the model in memory is in pieces, in 4 or in 16 bits.
         load = load_value_or_reward if getattr(model.config, "num_labels", 2) == 1 else load_policy
         with unsharded_loading():
             merged = load(first, model_settings(context))

@@ -32,6 +32,7 @@ from ppo_vs_dpo.artifacts.resources import part
 from ppo_vs_dpo.artifacts.settings import removed
 from ppo_vs_dpo.artifacts.settings.removed import refuse_removed
 from ppo_vs_dpo.models.loading.pretrained import let_pad, load_tokenizer
+from ppo_vs_dpo.models.sharding.collectives import gradients_in_buckets
 from ppo_vs_dpo.models.sharding.deepspeed import named_step
 from ppo_vs_dpo.ppo.checkpoints.identity import identity
 from ppo_vs_dpo.ppo.checkpoints.loop import LoopState
@@ -198,6 +199,7 @@ class PPOTrainer(Trainer):
         if getattr(self.args, f"{kind}_checkpointing"):
             self.model.gradient_checkpointing_enable(getattr(self.args, f"{kind}_checkpointing_kwargs"))
         self.create_optimizer()
+        gradients_in_buckets(self.accelerator)
         self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.roles.trained = self.model_wrapped
         if self.is_deepspeed_enabled:

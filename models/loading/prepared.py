@@ -68,6 +68,13 @@ def halve_frozen(model: torch.nn.Module, dtype: torch.dtype) -> None:
                     parameter.data = parameter.data.to(dtype)
 
 
+def is_halved(model: torch.nn.Module) -> bool:
+    """Whether `halve_frozen` has been here: embeddings are in fp32, and frozen linear layers are not."""
+    embedded = {m.weight.dtype for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    frozen = {m.weight.dtype for m in model.modules() if type(m) is torch.nn.Linear and not m.weight.requires_grad}
+    return embedded == {torch.float32} and bool(frozen & {torch.bfloat16, torch.float16})
+
+
 def disable_dropout(model: torch.nn.Module) -> None:
     """Set every dropout to 0: else PPO's ratio is not 1 on the first pass (Huang et al. 2024, detail 7).
 

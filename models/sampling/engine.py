@@ -1,10 +1,8 @@
 """What samples a rollout's responses: one small interface, and the engine that works everywhere.
 
 `TransformersEngine` is this project's own loop (`models.sampling.generation`) on the very model that trains. An
-engine that
-keeps weights of its own (`models.sampling.vllm_colocated`) gets the trained ones before it samples, and reports the
-probabilities
-that it sampled with: its kernels round otherwise than the trainer's.
+engine that keeps weights of its own (`models.sampling.vllm.colocated`) gets the trained ones before it samples, and
+reports the probabilities that it sampled with: its kernels round otherwise than the trainer's.
 """
 
 from collections.abc import Sequence

@@ -5,13 +5,12 @@ So batch size, order, and the number of ranks change nothing but rounding. Finis
 key-value cache with them.
 """
 
-import inspect
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.resources import part
@@ -19,55 +18,14 @@ from ppo_vs_dpo.models.devices import not_finite
 from ppo_vs_dpo.models.passes.head import rows_logprobs
 from ppo_vs_dpo.models.passes.packed import can_pack
 from ppo_vs_dpo.models.passes.padding import LOW_PRECISION, TOLERANCE, check_rows, without_router
-from ppo_vs_dpo.models.sampling.kv_cache import ReservedCache, close_gaps, rows_that_fit
+from ppo_vs_dpo.models.sampling.fixed import FixedDecoding, graphs_for
+from ppo_vs_dpo.models.sampling.kv_cache import ReservedCache, close_gaps, read, rows_that_fit
+from ppo_vs_dpo.models.sampling.picking import LOOK_EVERY, Drawn, SamplingConfig, pick_tokens, uniform_rows
 from ppo_vs_dpo.models.sharding.deepspeed import is_sharded
 from ppo_vs_dpo.models.text.stops import by_kind, stopped
 
 # Prompts of similar length that are read together; each run is padded to its own longest.
 PROMPT_RUNS = 4
-# Tokens between two looks at which rows have ended, on an accelerator: a look makes the host wait for it.
-LOOK_EVERY = 8
-
-
-@dataclass
-class SamplingConfig:
-    """How completions are drawn.
-
-    Example::
-
-        from ppo_vs_dpo import SamplingConfig
-
-        plain = SamplingConfig(max_new_tokens=64)  # temperature 1, the whole distribution
-        greedy = SamplingConfig(max_new_tokens=64, temperature=0.0)
-
-    Attributes:
-        max_new_tokens: the response budget, EOS included.
-        temperature: divides the logits; 0 is greedy.
-        top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: keep the smallest set of tokens with this mass; 1 keeps all.
-        stop_strings: a response also ends where one of these appears in its text.
-        batch_size: rows decoded at once, at most: on a GPU as many as its free memory takes.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    stop_strings: list[str] = field(default_factory=list)
-    batch_size: int = 256
-
-    def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}; a response needs at least 1 token.")
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise UserError("sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0.")
-        if not all(self.stop_strings):
-            raise UserError("stop_strings has an empty text, which ends every response at its first token. Remove it.")
-
-    @property
-    def changes_distribution(self) -> bool:
-        """Whether top-k or top-p sample from another policy than the model, whose KL is then not the model's."""
-        return self.top_k > 0 or self.top_p < 1
 
 
 @dataclass
@@ -98,44 +56,6 @@ def row_seed(seed: int, *parts: int | str) -> int:
 
     digest = hashlib.blake2b("\0".join(str(part) for part in (seed, *parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-def _filter(logits: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor:
-    """Top-k, then top-p, on logits ``(B, V)`` already divided by the temperature."""
-    if sampling.top_k > 0:
-        kth = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if sampling.top_p < 1:
-        ordered, index = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, before >= sampling.top_p)
-        logits = logits.masked_fill(drop, -torch.inf)
-    return logits
-
-
-def pick_tokens(logits: torch.Tensor, uniforms: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor:
-    """Draw one token a row by inverting the cumulative distribution.
-
-    Args:
-        logits: ``(B, V)``.
-        uniforms: ``(B,)`` in [0, 1).
-
-    Returns:
-        ``(B,)`` token ids; ``argmax`` where the temperature is 0.
-    """
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    logits = _filter(logits.float() / sampling.temperature, sampling)
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    targets = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
-    picked = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
-    return picked.clamp_max(logits.shape[-1] - 1)
-
-
-def _uniforms(seeds: Sequence[int], length: int) -> torch.Tensor:
-    """``(B, length)`` numbers in [0, 1), row i from the Philox stream of ``seeds[i]``."""
-    rows = [np.random.Generator(np.random.Philox(key=seed)).random(length) for seed in seeds]
-    return torch.from_numpy(np.stack(rows))
 
 
 @part("sampling")
@@ -231,41 +151,72 @@ def _generate_batch(
     longest, padded = max(widths), min(widths) < max(widths)
     input_ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
     attention_mask = torch.tensor([[0] * (longest - width) + [1] * width for width in widths], device=device)
-    uniforms = _uniforms(seeds, most).to(device)
+    uniforms = uniform_rows(seeds, most).to(device)
     eos_tensor = torch.tensor(sorted(eos), device=device)
-    tokens = torch.zeros(len(prompts), most, dtype=torch.long, device=device)
-    # Log-probabilities and entropies.
-    figures = torch.zeros(2, *tokens.shape, device=device) if with_logprobs else None
-    lengths = torch.full((len(prompts),), most, device=device)
-    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    # The rows that are still decoded: their numbers, whether they have ended since the last look, and where.
-    alive, over, length = torch.arange(len(prompts), device=device), finished.clone(), lengths.clone()
-    peaks = torch.zeros((), device=device)
-    every = _look_every(device, sampling)
+    drawn = Drawn.empty(len(prompts), most, with_logprobs, device)
     stops = by_kind(sampling.stop_strings, tokenizer) if sampling.stop_strings else {}
+    stop = functools.partial(stopped, tokenizer=tokenizer, kinds=stops) if stops else None
     # The last token is not read.
     cache = ReservedCache(model.config, capacity=longest + most - 1)
     logits = _read_prompts(model, input_ids, attention_mask, widths, cache)
+    graph = graphs_for(model, sampling, device)
+    if graph is None:
+        _decode(model, cache, logits, attention_mask, uniforms, eos_tensor, sampling, drawn, padded, stop)
+    else:
+        given = (model, cache, logits, attention_mask, uniforms, eos_tensor, sampling, drawn)
+        FixedDecoding(*given, graph).run(stop)
+    ends = torch.stack([drawn.lengths, drawn.finished.long(), drawn.peaks.isfinite().long().expand(len(prompts))])
+    lengths, finished, finite = ends.tolist()
+    if not all(finite):
+        raise not_finite(model, "gives next tokens scores")
+    completions = [
+        Generated(row[:length], bool(end))
+        for row, length, end in zip(drawn.tokens.tolist(), lengths, finished, strict=True)
+    ]
+    if with_logprobs:
+        for one, logprobs, entropy in zip(completions, *drawn.figures.tolist(), strict=True):
+            one.logprobs, one.entropy = logprobs[: len(one.token_ids)], entropy[: len(one.token_ids)]
+    return completions
+
+
+def _decode(
+    model: PreTrainedModel,
+    cache: ReservedCache,
+    logits: torch.Tensor,
+    attention_mask: torch.Tensor,
+    uniforms: torch.Tensor,
+    eos: torch.Tensor,
+    sampling: SamplingConfig,
+    drawn: Drawn,
+    padded: bool,
+    stop: Callable[[torch.Tensor], list[bool]] | None,
+) -> None:
+    """The tokens after some prompts: arguments as of `FixedDecoding` and its ``run``; ``padded`` where prompts differ
+    in length. Attention sees the columns so far, and rows leave as soon as they are seen to have ended."""
+    device, (_, longest), most = logits.device, attention_mask.shape, sampling.max_new_tokens
+    # The rows that are still decoded: their numbers, whether they have ended since the last look, and where.
+    alive, over, length = torch.arange(len(logits), device=device), drawn.finished.clone(), drawn.lengths.clone()
+    every = _look_every(device, sampling)
     position_ids = attention_mask.sum(-1, keepdim=True)
     # Room for the masks of all steps: a step looks at the columns so far.
     attention_mask = torch.nn.functional.pad(attention_mask, (0, most), value=1)
 
     for step in range(most):
         # NaN has no place in a distribution: the inverse of it is the last token, for ever. A sum hands it on.
-        peaks += logits.amax()
+        drawn.peaks += logits.amax()
         picked = pick_tokens(logits, uniforms[alive, step], sampling)
-        tokens[alive, step] = picked
-        if figures is not None:
-            figures[:, alive, step] = torch.stack(rows_logprobs(logits, picked, sampling.temperature))
-        ended = torch.isin(picked, eos_tensor)
-        if sampling.stop_strings:
-            ended |= torch.tensor(stopped(tokens[alive, : step + 1], tokenizer, stops), device=device)
+        drawn.tokens[alive, step] = picked
+        if drawn.figures is not None:
+            drawn.figures[:, alive, step] = torch.stack(rows_logprobs(logits, picked, sampling.temperature))
+        ended = torch.isin(picked, eos)
+        if stop is not None:
+            ended |= torch.tensor(stop(drawn.tokens[alive, : step + 1]), device=device)
         # What a row samples after its end is cut off below.
         length = torch.where(ended & ~over, step + 1, length)
         over = over | ended
         last = step + 1 == most
         if last or (step + 1) % every == 0:
-            finished[alive], lengths[alive] = over, length
+            drawn.finished[alive], drawn.lengths[alive] = over, length
             gone = [] if last else over.tolist()
             if any(gone):
                 rows = close_gaps(gone)
@@ -276,18 +227,7 @@ def _generate_batch(
                 attention_mask, position_ids = attention_mask[keep], position_ids[keep]
         if not last:
             mask = _step_mask(model, cache, attention_mask[:, : longest + step + 1], padded)
-            logits = _read(model, picked[:, None], mask, position_ids + step, cache)
-    ends = torch.stack([lengths, finished.long(), peaks.isfinite().long().expand_as(lengths)])
-    lengths, finished, finite = ends.tolist()
-    if not all(finite):
-        raise not_finite(model, "gives next tokens scores")
-    completions = [
-        Generated(row[:length], bool(end)) for row, length, end in zip(tokens.tolist(), lengths, finished, strict=True)
-    ]
-    if figures is not None:
-        for one, logprobs, entropy in zip(completions, *figures.tolist(), strict=True):
-            one.logprobs, one.entropy = logprobs[: len(one.token_ids)], entropy[: len(one.token_ids)]
-    return completions
+            logits = read(model, picked[:, None], mask, position_ids + step, cache)
 
 
 def _look_every(device: torch.device, sampling: SamplingConfig) -> int:
@@ -313,32 +253,8 @@ def _read_prompts(
         mask = attention_mask[rows, -width:]
         with cache.reading(rows, count, input_ids.shape[1]) as part:
             positions = (mask.cumsum(-1) - 1).clamp_min(0)
-            logits.append(_read(model, input_ids[rows, -width:], mask, positions, part))
+            logits.append(read(model, input_ids[rows, -width:], mask, positions, part))
     return torch.cat(logits)
-
-
-def _read(
-    model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor,
-    cache: Cache,
-) -> torch.Tensor:
-    """Read tokens ``(B, n)`` into the cache; logits ``(B, V)`` of the one after the last."""
-    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    name = "past_key_values"
-    if "cache_params" in inspect.signature(type(owner).forward).parameters:
-        # Mamba's: a state alone, into which a single token goes without a mask.
-        name, attention_mask = "cache_params", None if input_ids.shape[1] == 1 else attention_mask
-    return model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        use_cache=True,
-        logits_to_keep=1,
-        **{name: cache},
-        **without_router(model),
-    ).logits[:, -1]
 
 
 @torch.no_grad()
@@ -360,7 +276,7 @@ def check_decodes(model: PreTrainedModel) -> None:
         cut = _read_prompts(model, ids[:, :2], ones[:, :2], [2], cache)
         for place in (2, 3):
             mask = _step_mask(model, cache, ones[:, : place + 1], False)
-            cut = _read(model, ids[:, place : place + 1], mask, positions[:, place : place + 1], cache)
+            cut = read(model, ids[:, place : place + 1], mask, positions[:, place : place + 1], cache)
     except (AttributeError, TypeError, ValueError, RuntimeError, LookupError) as error:
         raise UserError(
             f"{type(model).__name__} ({model.config.model_type}) cannot be sampled from token by token here: it has "

@@ -6,16 +6,43 @@ known before the first token, so what is reserved is what is needed, and nothing
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+
+from ppo_vs_dpo.models.passes.padding import without_router
 
 # Share of the device's free memory that one batch of rows may take: the rest is for the steps themselves.
 SHARE = 0.8
 # Bytes of a vocabulary entry and row while a token is picked: fp32 logits, and their distribution in fp64 twice.
 PICKING = 24
+
+
+def read(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor,
+    cache: Cache,
+) -> torch.Tensor:
+    """Read tokens ``(B, n)`` into the cache; logits ``(B, V)`` of the one after the last."""
+    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = "past_key_values"
+    if "cache_params" in inspect.signature(type(owner).forward).parameters:
+        # Mamba's: a state alone, into which a single token goes without a mask.
+        name, attention_mask = "cache_params", None if input_ids.shape[1] == 1 else attention_mask
+    return model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=True,
+        logits_to_keep=1,
+        **{name: cache},
+        **without_router(model),
+    ).logits[:, -1]
 
 
 class ReservedLayer(DynamicLayer):
@@ -29,6 +56,8 @@ class ReservedLayer(DynamicLayer):
         super().__init__()
         self.capacity = capacity
         self.room: tuple[torch.Tensor, torch.Tensor] | None = None
+        # Where the next token goes, on the device, once columns are fixed.
+        self.column: torch.Tensor | None = None
 
     def put(self, rows: slice, batch: int, length: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Place what prompts left, ``(n, H, l, D)``, in the last ``l`` of the first ``length`` columns of ``rows``."""
@@ -43,6 +72,10 @@ class ReservedLayer(DynamicLayer):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Append ``(B, H, n, D)``; returns all keys and values so far."""
+        if self.column is not None:
+            for shown, new in zip((self.keys, self.values), (key_states, value_states), strict=True):
+                shown.index_copy_(2, self.column, new.to(shown.dtype))
+            return self.keys, self.values
         batch, start = key_states.shape[0], self.get_seq_length()
         stop = start + key_states.shape[2]
         if self.room is None:
@@ -56,6 +89,15 @@ class ReservedLayer(DynamicLayer):
             room[:batch, :, start:stop] = new
         self._show(batch, stop)
         return self.keys, self.values
+
+    def fix(self, column: torch.Tensor, rows: int, columns: int) -> None:
+        """From now on so many columns are seen, whatever is in them, and a token goes to ``column`` ``(1,)``."""
+        if self.column is None:
+            for room in self.room:
+                # Masked, but must be a number.
+                room[:, :, self.get_seq_length() :].zero_()
+        self.column = column
+        self._show(rows, columns)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows, in this order; a row that stays in its place is not touched."""
@@ -72,11 +114,19 @@ class ReservedLayer(DynamicLayer):
     def _reserve(self, batch: int, length: int, *like: torch.Tensor) -> None:
         """Room for all that comes; where that is not known, for half as many columns again (at least 64)."""
         room = length + max(64, length // 2) if self.capacity is None else max(length, self.capacity)
-        self.room = tuple(x.new_empty(batch, x.shape[1], room, x.shape[3]) for x in like)
-        self.dtype, self.device, self.is_initialized = like[0].dtype, like[0].device, True
+        self.room = tuple(x.new_empty(batch, x.shape[1], room, x.shape[3], dtype=_kept_in(x)) for x in like)
+        self.dtype, self.device, self.is_initialized = self.room[0].dtype, like[0].device, True
 
     def _show(self, batch: int, length: int) -> None:
         self.keys, self.values = (room[:batch, :, :length] for room in self.room)
+
+
+def _kept_in(states: torch.Tensor) -> torch.dtype:
+    """What attention computes with: under autocast rotary embeddings leave keys in fp32, which it would cast again at
+    every token."""
+    kind = states.device.type
+    half = states.dtype == torch.float32 and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if half else states.dtype
 
 
 class ReservedCache(DynamicCache):
@@ -115,6 +165,11 @@ class ReservedCache(DynamicCache):
             else:
                 layer.batch_select_indices(kept)
         return kept
+
+    def fix(self, column: torch.Tensor, rows: int, columns: int) -> None:
+        """`ReservedLayer.fix` for all layers, of the first ``rows``."""
+        for layer in self.layers:
+            layer.fix(column, rows, columns)
 
     @contextlib.contextmanager
     def reading(self, rows: slice, batch: int, length: int) -> Iterator[DynamicCache]:

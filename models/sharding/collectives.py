@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 
 from ppo_vs_dpo.models.sharding.watch import meet, ranks
 
@@ -63,3 +64,14 @@ def union(names: Iterable[str]) -> list[str]:
 def barrier() -> None:
     """Wait for all ranks, also for one that writes files for longer than a collective may take."""
     meet()
+
+
+def gradients_in_buckets(accelerator: Accelerator) -> None:
+    """Under DDP gradients are views into the buckets that go over, where a step is one pass: 4 bytes a trained weight
+    less. (Those of several passes add up beside them until the last.)
+
+    Args:
+        accelerator: of a trainer whose model is not wrapped yet.
+    """
+    if accelerator.ddp_handler is not None:
+        accelerator.ddp_handler.gradient_as_bucket_view = True

@@ -8,8 +8,10 @@ launcher; and ZeRO-3 shards whatever is loaded while its configuration is active
 import contextlib
 import copy
 import datetime
+import functools
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -21,11 +23,15 @@ from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.models.sharding.watch import PATIENCE, not_waiting, watched
 
 
-def deepspeed_settings(context: StageContext) -> dict[str, Any] | None:
+def deepspeed_settings(context: StageContext, optimizer: str | None = None) -> dict[str, Any] | None:
     """The run's ``deepspeed`` section as DeepSpeed's configuration; ``None`` without one.
 
+    Args:
+        context: of the stage.
+        optimizer: the stage's ``optim``, where it trains.
+
     Raises:
-        UserError: no ZeRO stage, or one that does not exist.
+        UserError: no ZeRO stage, or one that does not exist; see `settled`.
     """
     section = context.run.config.get("deepspeed")
     settings = OmegaConf.to_container(section, resolve=True) if section else None
@@ -39,17 +45,61 @@ def deepspeed_settings(context: StageContext) -> dict[str, Any] | None:
             f"deepspeed.zero_optimization.offload_param needs stage 3 (stage is {stage}): below it every rank holds "
             f"all weights. Use deepspeed=zero3_offload, or drop offload_param."
         )
-    return settled(settings)
+    return settled(settings, optimizer)
 
 
-def settled(settings: dict[str, Any]) -> dict[str, Any]:
-    """The same, with what is ours to decide decided: memory is page-locked where there is a GPU to copy it to."""
+def settled(settings: dict[str, Any], optimizer: str | None = None) -> dict[str, Any]:
+    """The same, with what is ours to decide decided: memory is page-locked where there is a GPU to copy it to, and an
+    optimizer whose states are in the CPU's memory is DeepSpeed's CPU Adam where that can be compiled.
+
+    Args:
+        settings: DeepSpeed's.
+        optimizer: the stage's ``optim``; ``None`` where nothing trains.
+
+    Raises:
+        UserError: ``zero_force_ds_cpu_optimizer: true`` with another optimizer than AdamW, or without a compiler.
+    """
     settings = copy.deepcopy(settings)
+    zero = settings.get("zero_optimization", {})
     for what in ("offload_optimizer", "offload_param"):
-        section = settings.get("zero_optimization", {}).get(what)
+        section = zero.get(what)
         if section and section.get("pin_memory") == "auto":
             section["pin_memory"] = torch.cuda.is_available()
+    offloads = (zero.get("offload_optimizer") or {}).get("device", "none") == "cpu" and optimizer is not None
+    asked, adam = settings.get("zero_force_ds_cpu_optimizer", "auto"), (optimizer or "").startswith("adamw_torch")
+    if asked == "auto":
+        # Without a GPU nothing is offloaded in truth: torch's own is as good, and there from the start.
+        settings["zero_force_ds_cpu_optimizer"] = offloads and adam and torch.cuda.is_available() and not no_cpu_adam()
+    elif asked and offloads:
+        if not adam:
+            raise UserError(
+                f"deepspeed.zero_force_ds_cpu_optimizer is true, which would take Adam in the place of "
+                f"optim={optimizer}. Set it to auto or false, or optim to adamw_torch_fused."
+            )
+        if why := no_cpu_adam():
+            raise UserError(f"deepspeed.zero_force_ds_cpu_optimizer is true, and {why}. Set it to auto or false.")
     return settings
+
+
+@functools.cache
+def no_cpu_adam() -> str:
+    """Why DeepSpeed's CPU Adam cannot be had; empty where it can. It is compiled now, in a minute, if it never was."""
+    missing = [name for name in (os.environ.get("CXX", "g++"), "ninja") if shutil.which(name) is None]
+    if missing:
+        why = f"{' and '.join(missing)} to compile DeepSpeed's CPU Adam with cannot be found"
+    else:
+        try:
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            DeepSpeedCPUAdam([torch.nn.Parameter(torch.zeros(1))])
+            return ""
+        # Whatever a compiler, its flags or a CUDA that is not where it is looked for may come up with.
+        except Exception as error:
+            causes = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+            why = f"DeepSpeed's CPU Adam cannot be compiled ({causes[0]})"
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        warn(f"{why}: torch's AdamW steps what is offloaded, in several times the time.\n")
+    return why
 
 
 def start_deepspeed(use_cpu: bool, timeout: float | None = None) -> None:

@@ -10,6 +10,7 @@ The flat partitions that DeepSpeed keeps are its internals; they are reached in 
 
 import contextlib
 import math
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from ppo_vs_dpo.models.sharding.deepspeed import is_sharded, whole
 
 INDEX = "trained.json"
 WEIGHT = "weight"
+# Bytes of one file, which a rank holds on the host until it is written (a larger tensor has a file of its own).
+PART = 8 * 2**30
 
 
 def _partitions(engine: torch.nn.Module) -> tuple[torch.optim.Optimizer, list[torch.Tensor]]:
@@ -56,7 +59,7 @@ def _full(parameter: torch.nn.Parameter, key: str | None = None) -> torch.Tensor
 def save_trained(engine: torch.nn.Module, folder: Path, rank: int, ranks: int) -> None:
     """Write the trained weights in fp32 and the optimizer's state; all ranks must call this.
 
-    ``folder`` exists, and takes ``trained.json`` and one safetensors file a rank.
+    ``folder`` exists, and takes ``trained.json`` and safetensors files of each rank.
     """
     optimizer, flat = _partitions(engine)
     _link_moments(engine)
@@ -67,16 +70,28 @@ def save_trained(engine: torch.nn.Module, folder: Path, rank: int, ranks: int) -
     index: dict[str, Any] = {"ranks": ranks, "moments": moments, "scalars": scalars, "parameters": {}}
     index["groups"] = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     mine: dict[str, torch.Tensor] = {}
+    # Of each rank: bytes of the file that is being filled, and its number. All ranks count alike.
+    sizes, parts = [0] * ranks, [0] * ranks
     for number, (name, parameter) in enumerate(_trained(engine).items()):
-        owner = number % ranks
-        index["parameters"][name] = {"file": f"trained-{owner}.safetensors", "shape": list(_shape(parameter))}
+        owner, size = number % ranks, 4 * _shape(parameter).numel() * (1 + len(moments))
+        if sizes[owner] and sizes[owner] + size > PART:
+            if owner == rank:
+                save_file(mine, folder / _file(rank, parts[rank]))
+                mine.clear()
+            sizes[owner], parts[owner] = 0, parts[owner] + 1
+        sizes[owner] += size
+        index["parameters"][name] = {"file": _file(owner, parts[owner]), "shape": list(_shape(parameter))}
         for key in (None, *moments):
             tensor = _full(parameter, key)
             if owner == rank:
                 mine[f"{name}:{key or WEIGHT}"] = tensor.detach().to("cpu", torch.float32).clone().contiguous()
-    save_file(mine, folder / f"trained-{rank}.safetensors")
+    save_file(mine, folder / _file(rank, parts[rank]))
     if rank == 0:
         write_json(folder / INDEX, index)
+
+
+def _file(rank: int, part: int) -> str:
+    return f"trained-{rank}{f'-{part}' if part else ''}.safetensors"
 
 
 def _shape(parameter: torch.nn.Parameter) -> torch.Size:
@@ -105,8 +120,9 @@ class Saved:
         try:
             yield
         except (SafetensorError, OSError) as error:
+            rank = re.findall("[0-9]+", file)[0]
             raise UserError(
-                f"{self.folder} is not complete: {file}, the part of rank {file[8:-12]} of {self.index['ranks']}, "
+                f"{self.folder} is not complete: {file}, the part of rank {rank} of {self.index['ranks']}, "
                 f"cannot be read ({first_sentence(error)}). If ranks write to disks of their own, bring their "
                 f"files together. Else delete this checkpoint: the run goes on from the one before."
             ) from error
@@ -168,11 +184,14 @@ def load_trained(engine: torch.nn.Module, folder: Path, optimizer_too: bool = Tr
     if moments:
         for partition in flat:
             optimizer.state[partition] = empty_state(optimizer.param_groups[0], partition, index)
+            if type(optimizer).__name__ == "DeepSpeedCPUAdam":
+                # Its kernel takes the number of the step as it is.
+                optimizer.state[partition] |= {key: int(value) for key, value in index["scalars"].items()}
         _link_moments(engine)
     if optimizer_too:
         for group, there in zip(optimizer.param_groups, index["groups"], strict=True):
             group.update({k: tuple(v) if isinstance(v, list) else v for k, v in there.items()})
-    for name, parameter in _trained(engine).items():
+    for number, (name, parameter) in enumerate(_trained(engine).items()):
         in_pieces = is_sharded(parameter) and not getattr(parameter, "ds_persist", False)
         if in_pieces:
             # Each rank reads its own piece, and the weights are whole nowhere.
@@ -183,11 +202,24 @@ def load_trained(engine: torch.nn.Module, folder: Path, optimizer_too: bool = Tr
             for key in (None, *moments):
                 _put_piece(parameter, weight if key is None else saved.piece(name, key, *place), key)
             continue
-        weight = saved.whole(name, WEIGHT)
+        # Each is read by one rank, and the others get it from there.
+        weight = _shared(engine, saved, name, WEIGHT, number)
         with whole([parameter]):
-            parameter.copy_(weight.view(_shape(parameter)))
+            parameter.copy_(weight)
         for key in (None, *moments):
-            _put(parameter, weight if key is None else saved.whole(name, key), key)
+            _put(parameter, weight if key is None else _shared(engine, saved, name, key, number), key)
+
+
+def _shared(engine: torch.nn.Module, saved: Saved, name: str, key: str, number: int) -> torch.Tensor:
+    """A whole tensor of a saved state on this rank's device, read by the rank whose turn ``number`` is."""
+    ranks, shape = torch.distributed.get_world_size(), saved.index["parameters"][name]["shape"]
+    if torch.distributed.get_rank() == number % ranks:
+        value = saved.whole(name, key).view(shape).to(engine.device)
+    else:
+        value = torch.empty(shape, dtype=torch.float32, device=engine.device)
+    if ranks > 1:
+        torch.distributed.broadcast(value, number % ranks)
+    return value
 
 
 def empty_state(group: dict[str, Any], partition: torch.Tensor, index: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from ppo_vs_dpo.pipeline.planning.memory import Gpu, Part, Shape, Sharding
 
 # What decoding does (models.sampling: generation.SamplingConfig, kv_cache, weights), without importing torch for it.
 ROWS, SHARE, PICKING, BUCKET = 256, 0.8, 24, 1e9
-# To a server by vLLM's own transfer: two messages beside the bucket (models.sampling.vllm_transfer).
+# To a server by vLLM's own transfer: two messages beside the bucket (models.sampling.vllm.transfer).
 MESSAGES = 2 * BUCKET / 4
 
 
@@ -107,7 +107,8 @@ def estimate(shape: Shape, job: Job, sharding: Sharding, gpu: Gpu) -> Estimate:
             return memory.held(role, parameters, 0, frozen, halved=halved)
         trained = parameters if job.adapters is None else shape.adapters(rank, list(targets))
         extra = 0 if job.adapters is None else trained
-        return memory.held(role, parameters + extra, trained, sharding, quantized=_quantized(shape, job))
+        frozen = {"halved": _halved(shape, job, parameters), "quantized": _quantized(shape, job)}
+        return memory.held(role, parameters + extra, trained, sharding, **frozen)
 
     if job.stage == "ppo":
         return _ppo(shape, job, sharding, gpu, part)
@@ -124,7 +125,7 @@ def estimate(shape: Shape, job: Job, sharding: Sharding, gpu: Gpu) -> Estimate:
     result.phases["update"] = {
         **_passes(shape, job, sharding, kept, 1, logits, head=not scalar),
         "gathered weights": memory.live_weights(parameters, sharding),
-        "message": memory.message_bytes(parameters, sharding),
+        "message": memory.message_bytes(parameters, sharding, job.passes),
     }
     _first_pass(result, job, sharding)
     passes = 3 + job.checkpointing + job.reference  # a backward pass is two forward passes (KAP)
@@ -180,7 +181,7 @@ def _ppo(shape: Shape, job: Job, sharding: Sharding, gpu: Gpu, part: Callable[[s
             "gathered weights": live,
             # The graphs of policy and value model are there at once.
             **_passes(shape, job, sharding, job.response / job.length, 1 + job.critic, logits),
-            "message": memory.message_bytes(both, sharding),
+            "message": memory.message_bytes(both, sharding, job.passes),
         },
     }
     _first_pass(result, job, sharding)
@@ -199,6 +200,38 @@ def _ppo(shape: Shape, job: Job, sharding: Sharding, gpu: Gpu, part: Callable[[s
     return result
 
 
+@dataclass(frozen=True)
+class Frozen:
+    """Two ways to split a frozen role over GPUs, in bytes of one rank: held, and got from others for one pass.
+
+    Attributes:
+        zero3: by ZeRO-3 over all ranks: each layer's weights are gathered (Rajbhandari et al. 2020, section 7).
+        parallel: by tensor parallelism over the GPUs of a machine, which then all read the rows of each of them: the
+            hidden states are added up over these GPUs twice a layer (Shoeybi et al. 2019, section 3), and to add up is
+            to get them twice over (reduced and gathered).
+        tokens: of the pass, on a rank.
+        group: GPUs of a machine.
+    """
+
+    zero3: tuple[float, float]
+    parallel: tuple[float, float]
+    tokens: int
+    group: int
+
+
+def frozen_role(shape: Shape, job: Job, sharding: Sharding, group: int = 8) -> Frozen:
+    """What PPO's reference or reward model costs to hold and to read with, split one way or the other."""
+    group, weights = min(group, sharding.ranks), float(sharding.width * shape.parameters)
+    tokens = min(job.forward_rows, math.ceil(job.updates_rows / sharding.ranks)) * job.length
+    states = float(sharding.width * tokens * group * shape.hidden)
+    return Frozen(
+        (weights / sharding.ranks, weights * (1 - 1 / sharding.ranks)),
+        (weights / group, 2 * shape.layers * 2 * states * (1 - 1 / group)),
+        tokens,
+        group,
+    )
+
+
 def _on_one_base(shape: Shape, job: Job, sharding: Sharding) -> list[Part]:
     """The base once, and each role's adapter (and head) beside it."""
     rank, targets = job.adapters
@@ -208,7 +241,8 @@ def _on_one_base(shape: Shape, job: Job, sharding: Sharding) -> list[Part]:
         roles["value"] = (adapter + shape.hidden, adapter + shape.hidden)
     if job.reward:
         roles["reward"] = (adapter + shape.hidden, 0)
-    base = memory.held("base", shape.parameters, 0, sharding, quantized=_quantized(shape, job))
+    frozen = {"halved": _halved(shape, job, shape.parameters), "quantized": _quantized(shape, job)}
+    base = memory.held("base", shape.parameters, 0, sharding, **frozen)
     return [base, *(memory.held(role, *both, sharding) for role, both in roles.items())]
 
 
@@ -217,8 +251,17 @@ def _quantized(shape: Shape, job: Job) -> int:
     return shape.multiplied if job.quantized and job.adapters else 0
 
 
+def _halved(shape: Shape, job: Job, parameters: int) -> int:
+    """Weights under PPO's adapters that are held in 16-bit (ppo.roles.roles.halve_bases)."""
+    adapted = job.stage == "ppo" and job.adapters is not None
+    return shape.frozen_linear(parameters) - _quantized(shape, job) if adapted else 0
+
+
 def _casts(shape: Shape, job: Job, sharding: Sharding, head: bool = True) -> float:
-    """Autocast's copies of a role's weights; 4-bit ones are widened at each use and kept nowhere."""
+    """Autocast's copies of a role's weights; 4-bit ones are widened at each use and kept nowhere, and what is held in
+    16-bit needs none."""
+    if _halved(shape, job, shape.parameters):
+        return 0.0
     return max(0.0, memory.casts(shape, sharding, head) - (2.0 * _quantized(shape, job) if sharding.autocast else 0.0))
 
 

@@ -196,10 +196,11 @@ def live_weights(parameters: int, sharding: Sharding) -> float:
     return sharding.width * min(parameters, sharding.live) if sharding.stage == 3 else 0.0
 
 
-def message_bytes(trained: int, sharding: Sharding) -> float:
-    """Gradients on their way: one bucket that fills and one that is sent; DDP has a copy of all of them in buckets."""
+def message_bytes(trained: int, sharding: Sharding, passes: int = 2) -> float:
+    """Gradients on their way: one bucket that fills and one that is sent. DDP has buckets for all of them, which are
+    the gradients themselves where a step is one pass (models.sharding.collectives.gradients_in_buckets)."""
     if sharding.stage is None:
-        return 4.0 * trained if sharding.ranks > 1 else 0.0
+        return 4.0 * trained if sharding.ranks > 1 and passes > 1 else 0.0
     return 2.0 * sharding.width * min(trained, sharding.bucket)
 
 

@@ -14,7 +14,7 @@ from ppo_vs_dpo.artifacts.errors import UserError, in_help, say
 from ppo_vs_dpo.artifacts.guards.refusals import not_found
 from ppo_vs_dpo.pipeline.planning import memory
 from ppo_vs_dpo.pipeline.planning.advice import advice
-from ppo_vs_dpo.pipeline.planning.estimate import Job, estimate
+from ppo_vs_dpo.pipeline.planning.estimate import Frozen, Job, estimate, frozen_role
 from ppo_vs_dpo.pipeline.planning.known import published_sizes
 from ppo_vs_dpo.pipeline.planning.memory import GB, GPUS, Gpu, Shape, Sharding
 from ppo_vs_dpo.pipeline.planning.scaling import write_table
@@ -165,7 +165,18 @@ def report(shape: Shape, jobs: list[Job], sharding: Sharding, gpu: Gpu) -> tuple
             f"  at least {sum(figures.seconds.values()):.3g} s per update ({floor}); "
             f"{sum(figures.flops.values()):.3g} FLOPs"
         )
+        if job.stage == "ppo" and not job.shared and sharding.stage == 3 and sharding.ranks > 1:
+            lines.append(frozen_line(frozen_role(shape, job, sharding)))
     return "\n".join(lines) + "\n", all_fit
+
+
+def frozen_line(role: Frozen) -> str:
+    """How a frozen role is split, beside the other way to do it."""
+    (held, sent), (other_held, other_sent) = role.zero3, role.parallel
+    return (
+        f"  a frozen role, by ZeRO-3: {held / GB:.2f} held, {sent / GB:.0f} got for a pass of {role.tokens:,} tokens; "
+        f"tensor parallel over {role.group} it would be {other_held / GB:.2f} and {other_sent / GB:.0f}"
+    )
 
 
 def model_config(config: Any) -> Any:

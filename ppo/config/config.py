@@ -120,7 +120,7 @@ class PPOConfig(TrainingArguments):
     vllm_mode: Literal["colocate", "server"] = _option(
         "colocate",
         "Where vLLM runs (TRL's names): in the process of each rank (extra vllm), or as a "
-        "server that `python -m ppo_vs_dpo.models.sampling.vllm_server MODEL` started; any number of ranks.",
+        "server that `python -m ppo_vs_dpo.models.sampling.vllm.server MODEL` started; any number of ranks.",
     )
     vllm_server_base_url: str = _option("http://127.0.0.1:8000", "Of the server, with vllm_mode=server.")
     vllm_weight_transfer: Literal["auto", "nccl", "ipc", "files"] = _option(

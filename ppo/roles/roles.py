@@ -5,12 +5,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.models.loading.prepared import train_in_full
+from ppo_vs_dpo.models.loading.adapters import is_peft
+from ppo_vs_dpo.models.loading.prepared import halve_frozen, train_in_full
 from ppo_vs_dpo.models.loading.pretrained import eos_token_ids
 from ppo_vs_dpo.models.passes.answers import answers
 from ppo_vs_dpo.models.passes.head import compute_in_fp32
@@ -186,8 +188,24 @@ def make_roles(
     if args.cast_lm_head_to_fp32:
         for one in filter(None, (policy, reference.model)):
             compute_in_fp32(one)
+    halve_bases(policy, value, args)
     trained = PolicyAndValue(policy, value)
     return Roles(policy, value, reference, rewards, tokenizer, trained, length_coef=float(length_coef))
+
+
+def halve_bases(policy: nn.Module, value_model: nn.Module | None, args: PPOConfig) -> None:
+    """Hold the linear layers under adapters in the dtype that they compute in, before they go to a device.
+
+    Autocast keeps its copies of weights that train; one that is frozen it would cast anew at every use, for every
+    decoded token. The adapter is merged into the base as it was saved, not into this one.
+    """
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)
+    if half is None or args.device.type == "cpu" or getattr(args, "deepspeed_plugin", None) is not None:
+        return
+    for model in (policy, value_model):
+        # A role on the policy's base has it in half already.
+        if model is not None and is_peft(model):
+            halve_frozen(model, half)
 
 
 def held_by_role(

@@ -39,10 +39,10 @@ def make_engine(
     given = (policy, sampling, eos, longest_prompt + sampling.max_new_tokens, compute_dtype(policy, args))
     # Here, so that nothing asks for vLLM unless it is chosen.
     if args.vllm_mode == "server":
-        from ppo_vs_dpo.models.sampling.vllm_client import VLLMServerEngine
+        from ppo_vs_dpo.models.sampling.vllm.client import VLLMServerEngine
 
         return VLLMServerEngine(args.vllm_server_base_url, args.output_dir, *given, args.vllm_weight_transfer)
-    from ppo_vs_dpo.models.sampling.vllm_colocated import VLLMEngine
+    from ppo_vs_dpo.models.sampling.vllm.colocated import VLLMEngine
 
     return VLLMEngine(
         *given, args.vllm_gpu_memory_utilization, accelerator.num_processes, accelerator.device,

@@ -30,6 +30,7 @@ from ppo_vs_dpo.artifacts.files import write_text
 from ppo_vs_dpo.models.loading.config import LoraSettings
 from ppo_vs_dpo.models.passes import packed
 from ppo_vs_dpo.models.passes.logprobs import full_kl, pad_batch, response_logprobs
+from ppo_vs_dpo.models.sampling import fixed
 from ppo_vs_dpo.models.sampling.engine import TransformersEngine
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate
 from ppo_vs_dpo.ppo.config import PPOConfig
@@ -39,6 +40,7 @@ from ppo_vs_dpo.ppo.trainer import PPOTrainer
 from tests.conftest import build_word_tokenizer
 from tests.device.pretended import ALLOCATED, DEVICE, Probe, Shadow, trainers_on_device
 from tests.models.passes.test_packed import reference_kernel
+from tests.models.sampling.recorded_graph import RecordedGraph
 
 torch.set_num_threads(1)
 TOKENIZER = build_word_tokenizer()
@@ -253,7 +255,25 @@ def run_trl(probe: Probe, folder: Path, stage: str, plain: bool = False) -> dict
     return figures({"train": probe.parts["train"]})
 
 
-def decode(probe: Probe, folder: Path) -> dict[str, Any]:
+class Launched(RecordedGraph):
+    """A step of decoding as a CUDA graph: one launch. Its capture neither waits nor brings anything to the device."""
+
+    def __init__(self, step: Callable[[], None]):
+        before = self._moved()
+        super().__init__(step)
+        assert self._moved() == before
+
+    @staticmethod
+    def _moved() -> list[int]:
+        counts = Probe.active.parts["all"]
+        return [sum(moved.values()) for moved in (counts.waits, counts.uploads)]
+
+    def __call__(self) -> None:
+        Probe.active.launched()
+        super().__call__()
+
+
+def decode(probe: Probe, folder: Path, graphs: bool | None = None) -> dict[str, Any]:
     """Waits and operations a decoded token, by layers; rows end all the time."""
     found: dict[str, Any] = {}
     prompts = [[5, 6, 7, 8][: 1 + n % 4] for n in range(16)]
@@ -262,7 +282,8 @@ def decode(probe: Probe, folder: Path) -> dict[str, Any]:
         seen = []
         for tokens in (17, 33):
             with probe.part(f"{layers} layers, {tokens} tokens") as counts:
-                drawn = generate(model, prompts, SamplingConfig(tokens), eos_token_ids=[2], seeds=range(16))
+                sampling = SamplingConfig(tokens, cuda_graphs=graphs)
+                drawn = generate(model, prompts, sampling, eos_token_ids=[2], seeds=range(16))
             assert len({len(one.token_ids) for one in drawn}) > 4
             assert max(len(one.token_ids) for one in drawn) == tokens
             seen.append(counts)
@@ -270,6 +291,15 @@ def decode(probe: Probe, folder: Path) -> dict[str, Any]:
         waits, operations = ((after - before) / 16 for before, after in more)
         found[f"{layers} layers, a token"] = {"waits": waits, "operations": operations}
     return found
+
+
+def decode_as_a_graph(probe: Probe, folder: Path) -> dict[str, Any]:
+    """`decode`, a step captured and repeated."""
+    fixed.GRAPHS[DEVICE.type] = Launched
+    try:
+        return decode(probe, folder, graphs=True)
+    finally:
+        del fixed.GRAPHS[DEVICE.type]
 
 
 def head(probe: Probe, folder: Path) -> dict[str, Any]:
@@ -343,6 +373,7 @@ JOBS: dict[str, Callable[[Probe, Path], dict[str, Any]]] = {
     "trl reward_model": lambda probe, folder: run_trl(probe, folder, "reward_model", plain=True),
     "trl dpo": lambda probe, folder: run_trl(probe, folder, "dpo", plain=True),
     "decode": decode,
+    "decode as a graph": decode_as_a_graph,
     "head": head,
     "checkpointing": checkpointing,
 }
@@ -369,10 +400,15 @@ def main() -> None:
                     for where, times in lines.most_common(25):
                         sys.stderr.write(f"  {times:5} {kind} {where}\n")
     if given.record:
-        kept = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
-        write_text(RECORD, json.dumps({**kept, **found}, indent=1) + "\n")
-        write_table({**kept, **found})
+        record(found)
     sys.stdout.write(f"\nCOUNTS {json.dumps(found)}\n")
+
+
+def record(found: dict[str, Any]) -> None:
+    """Keep counts, and write the table of docs/gpu.md."""
+    kept = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
+    write_text(RECORD, json.dumps({**kept, **found}, indent=1) + "\n")
+    write_table({**kept, **found})
 
 
 def write_table(counts: dict[str, Any]) -> None:
@@ -387,9 +423,15 @@ def write_table(counts: dict[str, Any]) -> None:
     micro, one = counts["ppo bf16"]["train, a micro-batch"], counts["ppo bf16"]["train"]
     cells = [f"{one[key] / 1000:,.0f}" for key in ("largest", "peak")]
     lines.append(f"| PPO, a micro-batch | {micro['waits']:g} | {micro['operations']:,.0f} | {' | '.join(cells)} |")
-    for layers in (2, 8):
-        one = counts["decode"][f"{layers} layers, a token"]
-        lines.append(f"| a decoded token, {layers} layers | {one['waits']:g} | {one['operations']:,.0f} | | |")
+    for whose, side in (("ours", "ours"), ("TRL 1.12", "trl")):
+        one = counts[f"ppo update, {side}"]
+        cells = [f"{one[key] / 1000:,.0f}" for key in ("largest", "peak")]
+        lines.append(f"| PPO, an update, {whose} | {one['waits']:,} | {one['operations']:,} | {' | '.join(cells)} |")
+    for how, job in (("", "decode"), (", as a CUDA graph", "decode as a graph")):
+        for layers in (2, 8):
+            one = counts[job][f"{layers} layers, a token"]
+            cells = [f"{one['waits']:.3g}", f"{one['operations']:,.0f}"]
+            lines.append(f"| a decoded token, {layers} layers{how} | {' | '.join(cells)} | | |")
     page, begin, end = RECORD.parents[2] / "docs" / "gpu.md", "<!-- counts: begin -->", "<!-- counts: end -->"
     if page.is_file():
         before, _, rest = page.read_text(encoding="utf-8").partition(begin)

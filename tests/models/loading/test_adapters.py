@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.adapters import base_that_trains, check_adapters, merge
 from ppo_vs_dpo.models.loading.heads import load_reward
+from ppo_vs_dpo.models.loading.prepared import halve_frozen, is_halved
 from ppo_vs_dpo.models.loading.pretrained import load_policy
 from ppo_vs_dpo.models.passes.answers import answers
 from ppo_vs_dpo.models.sampling.weights import check_mergeable
@@ -163,3 +164,22 @@ def test_an_adapter_whose_base_has_no_head(base, tmp_path, tied):
         return
     with pytest.raises(UserError, match=r"the base of the adapter .* lacks lm_head: it would be random"):
         load_policy(tmp_path / "adapter")
+
+
+def test_a_base_in_half_precision_is_what_autocast_makes_of_it(base):
+    """Under autocast the same answers and the same gradients of the adapters, to the last bit; without its casts."""
+    ids, found = torch.tensor([[1, 6, 7, 8, 9]]), []
+    for halved in (False, True):
+        torch.manual_seed(1)
+        settings = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **CAUSAL)
+        model = get_peft_model(base(), settings)
+        if halved:
+            halve_frozen(model, torch.bfloat16)
+        assert is_halved(model) == halved
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(ids).logits
+            logits.float().square().mean().backward()
+        found.append([logits, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert {p.dtype for n, p in model.named_parameters() if "lora_" in n or "embed" in n} == {torch.float32}
+    assert {p.dtype for n, p in model.named_parameters() if "base_layer" in n or "mlp" in n} == {torch.bfloat16}
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -11,8 +11,8 @@ import torch
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.sampling import weights
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig
-from ppo_vs_dpo.models.sampling.vllm_client import VLLMServerEngine
-from ppo_vs_dpo.models.sampling.vllm_transfer import Routes, transfer_for
+from ppo_vs_dpo.models.sampling.vllm.client import VLLMServerEngine
+from ppo_vs_dpo.models.sampling.vllm.transfer import Routes, transfer_for
 from tests.models.sampling.pretended_vllm import Server, installed
 from tests.models.sampling.test_weights import sharded, wholly
 from tests.ranks import on_ranks

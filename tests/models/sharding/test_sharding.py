@@ -13,7 +13,8 @@ import ppo_vs_dpo.sft.train as sft_train
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, read_jsonl
 from ppo_vs_dpo.artifacts.run import RunFolder
-from ppo_vs_dpo.models.sharding.deepspeed import deepspeed_settings, held_bytes
+from ppo_vs_dpo.models.sharding import deepspeed
+from ppo_vs_dpo.models.sharding.deepspeed import deepspeed_settings, held_bytes, settled
 from tests.ranks import CONFIGS, launch, launch_forked, settings_of
 from tests.sft.tiny_run import context_of, make_run, weights
 
@@ -179,6 +180,41 @@ def test_settings_that_cannot_be(make, tmp_path):
         deepspeed_settings(context_of(run, "dpo"))
     run.config.deepspeed = OmegaConf.load(CONFIGS / "none.yaml")
     assert deepspeed_settings(context_of(run, "dpo")) is None
+
+
+def test_the_cpu_adam_of_deepspeed_is_taken_where_it_can_be(monkeypatch):
+    """``auto``: with a GPU, AdamW and a compiler; asked for without one of the latter two it is refused."""
+    settings = OmegaConf.to_container(OmegaConf.load(CONFIGS / "zero3_offload.yaml"))
+
+    def takes(optim="adamw_torch_fused", **more):
+        return settled({**settings, **more}, optim)["zero_force_ds_cpu_optimizer"]
+
+    monkeypatch.setattr(deepspeed, "no_cpu_adam", lambda: "")
+    assert takes() is False
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert takes() is True
+    assert settled(settings, "adamw_torch_fused")["zero_optimization"]["offload_optimizer"]["pin_memory"] is True
+    assert takes("adamw_torch") is True
+    assert takes("sgd") is takes(None) is takes(zero_force_ds_cpu_optimizer=False) is False
+    zero3 = OmegaConf.to_container(OmegaConf.load(CONFIGS / "zero3.yaml"))
+    assert not settled(zero3, "adamw_torch_fused")["zero_force_ds_cpu_optimizer"]
+    with pytest.raises(UserError, match=r"would take Adam in the place of optim=sgd"):
+        takes("sgd", zero_force_ds_cpu_optimizer=True)
+    monkeypatch.setattr(deepspeed, "no_cpu_adam", lambda: "g++ cannot be found")
+    assert takes() is False
+    with pytest.raises(UserError, match=r"zero_force_ds_cpu_optimizer is true, and g\+\+ cannot be found"):
+        takes(zero_force_ds_cpu_optimizer=True)
+
+
+def test_without_a_compiler_it_is_said_once(monkeypatch, capsys):
+    monkeypatch.setattr(deepspeed.shutil, "which", lambda name: None)
+    deepspeed.no_cpu_adam.cache_clear()
+    try:
+        assert deepspeed.no_cpu_adam() == deepspeed.no_cpu_adam() != ""
+    finally:
+        deepspeed.no_cpu_adam.cache_clear()
+    said = capsys.readouterr().err
+    assert said.count("g++ and ninja to compile DeepSpeed's CPU Adam with cannot be found: torch's AdamW steps") == 1
 
 
 @pytest.mark.slow

@@ -11,9 +11,9 @@ from ppo_vs_dpo.pipeline.cli import dispatch
 from ppo_vs_dpo.pipeline.composing import compose
 from ppo_vs_dpo.pipeline.planning import memory
 from ppo_vs_dpo.pipeline.planning.advice import changed, fitting
-from ppo_vs_dpo.pipeline.planning.estimate import estimate
+from ppo_vs_dpo.pipeline.planning.estimate import estimate, frozen_role
 from ppo_vs_dpo.pipeline.planning.memory import GB, GPUS, Shape, Sharding
-from ppo_vs_dpo.pipeline.planning.plan import job_of
+from ppo_vs_dpo.pipeline.planning.plan import frozen_line, job_of
 from ppo_vs_dpo.pipeline.planning.scaling import MODELS, job, markdown, rows, shape_of, write_table
 from ppo_vs_dpo.ppo.config import PPOConfig
 
@@ -103,11 +103,31 @@ def test_70b_trains_beside_a_server():
     ]
 
 
+def test_frozen_roles_by_zero3_beside_tensor_parallelism():
+    """70B on 64 GPUs, 8 responses a rank: weights come in once, 141 GB less this rank's; the hidden states of eight
+    ranks' rows are added up twice in each of 80 layers, and eight times as much of the model is held."""
+    shape, work = shape_of("Llama-3-70B"), job("ppo")
+    found = frozen_role(shape, work, Sharding(64, stage=3))
+    assert (found.tokens, found.group) == (8 * 565, 8)
+    assert found.zero3 == pytest.approx((2 * 70.55e9 / 64, 2 * 70.55e9 * 63 / 64), rel=1e-3)
+    assert found.parallel == pytest.approx((2 * 70.55e9 / 8, 80 * 2 * 2 * (8 * 4520 * 8192 * 2) * 7 / 8), rel=1e-3)
+    # Few tokens a pass: then activations are less than weights.
+    few = frozen_role(shape, dataclasses.replace(work, forward_rows=1), Sharding(64, stage=3))
+    assert few.parallel[1] < few.zero3[1] < found.parallel[1]
+    assert frozen_line(found) == (
+        "  a frozen role, by ZeRO-3: 2.20 held, 139 got for a pass of 4,520 tokens; tensor parallel over 8 it would "
+        "be 17.64 and 166"
+    )
+
+
 def test_what_comes_and_goes_is_counted():
-    """DDP's buckets, gradients that add up in fp32, pieces of logits, and as many rows as there is memory for."""
+    """Buckets, gradients that add up in fp32, pieces of logits, and as many rows as there is memory for."""
     shape, gpu = shape_of("Llama-3-8B"), GPUS["h200-141gb"]
-    assert memory.message_bytes(shape.parameters, Sharding(8, stage=None)) == 4 * shape.parameters
-    assert memory.message_bytes(shape.parameters, Sharding(1, stage=None)) == 0
+    # Gradients of one pass lie in DDP's buckets, of several they add up beside them.
+    assert memory.message_bytes(shape.parameters, Sharding(8, stage=None), passes=1) == 0
+    assert memory.message_bytes(shape.parameters, Sharding(8, stage=None), passes=4) == 4 * shape.parameters
+    assert memory.message_bytes(shape.parameters, Sharding(1, stage=None), passes=4) == 0
+    assert memory.message_bytes(shape.parameters, Sharding(8, stage=3)) == 2 * 2 * 50_000_000
     assert memory.held("model", 800, 800, Sharding(8, stage=2, sums=4)).gradients == 400
     # 1,024 rows of logits, in bfloat16 twice and in fp32; of more only the head's gradient in fp32 is added.
     piece = 1024 * shape.vocabulary * 8
@@ -131,7 +151,12 @@ def test_a_base_in_4_bits_is_counted_at_that_width():
         job("ppo"), adapters=(16, ("q_proj", "v_proj")), reference=False, shared=True, quantized=True
     )
     base = estimate(shape, on_base, Sharding(1), GPUS["a100-80gb"]).parts[0]
-    assert base.weights == pytest.approx(part.weights - 4 * adapter, rel=1e-9)
+    # PPO's base has its head in 16-bit; so is all that is linear where nothing is in 4 bits.
+    head = shape.vocabulary * shape.hidden
+    assert base.weights == pytest.approx(part.weights - 4 * adapter - 2 * head, rel=1e-9)
+    plain = estimate(shape, dataclasses.replace(on_base, quantized=False), Sharding(1), GPUS["a100-80gb"])
+    assert plain.parts[0].weights == 4 * shape.parameters - 2 * (shape.multiplied + head)
+    assert plain.phases["generate"]["casts"] == 0
     config = compose.load(["experiment=quickstart", "dpo.lora={r: 16, load_in_4bit: true}"])
     assert job_of(config, "dpo", 1, 512, AutoConfig.for_model("llama", **TINY)).quantized
 

@@ -115,7 +115,7 @@ BESIDE = ("zcat ../shared/data/hh_rlhf/harmless_base.jsonl.gz | python -c",)
 NOT_HERE = {
     "pip install*": "a package registry",
     "vllm serve*": "vLLM; that the folder loads with from_pretrained is what other tests hold",
-    "python -m ppo_vs_dpo.models.sampling.vllm_server*": "vLLM: tests/ppo/rollouts/test_engine_vllm.py where it is",
+    "python -m ppo_vs_dpo.models.sampling.vllm.server*": "vLLM: tests/ppo/rollouts/test_engine_vllm.py where it is",
     "ppo-vs-dpo hh ppo.generation_engine=vllm*": "vLLM: tests/ppo/rollouts/test_engine_vllm.py where it is",
     "torchrun --standalone --nproc-per-node 8*": "eight GPUs",
 }

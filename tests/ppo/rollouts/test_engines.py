@@ -13,7 +13,7 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.passes.logprobs import pad_batch, response_logprobs
 from ppo_vs_dpo.models.sampling.engine import TransformersEngine
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig
-from ppo_vs_dpo.models.sampling.vllm_colocated import VLLMEngine
+from ppo_vs_dpo.models.sampling.vllm.colocated import VLLMEngine
 from ppo_vs_dpo.models.sampling.weights import named_weights
 from ppo_vs_dpo.ppo.algorithm import importance_weights, policy_loss
 from ppo_vs_dpo.ppo.config import PPOConfig

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate
-from ppo_vs_dpo.models.sampling.vllm_server import command
+from ppo_vs_dpo.models.sampling.vllm.server import command
 from ppo_vs_dpo.ppo.rollouts.responses import sample
 from tests.ppo.conftest import count_good, logs
 from tests.ranks import beside_tests, free_port, on_ranks, settings_of
@@ -158,7 +158,7 @@ def test_a_server_without_the_endpoints(make_trainer, stand_in):
     """Plain `vllm serve` has none for weights."""
     stand_in.collective_rpc = None
     with pytest.raises(
-        UserError, match=r"answers 404 to .*collective_rpc.*python -m ppo_vs_dpo.models.sampling.vllm_server"
+        UserError, match=r"answers 404 to .*collective_rpc.*python -m ppo_vs_dpo.models.sampling.vllm.server"
     ):
         make_trainer(max_steps=1, **served(stand_in)).train()
 
@@ -215,7 +215,7 @@ def test_the_line_that_starts_a_server():
     assert "--weight-transfer-config" not in line
     gpus = command(["some/model"], gpus=True)
     assert json.loads(gpus[gpus.index("--weight-transfer-config") + 1]) == {"backend": "nccl"}
-    assert line[line.index("--worker-extension-cls") + 1] == "ppo_vs_dpo.models.sampling.vllm_server.PolicyWeights"
+    assert line[line.index("--worker-extension-cls") + 1] == "ppo_vs_dpo.models.sampling.vllm.server.PolicyWeights"
 
 
 # ------------------------------------------------------------------------------------------------ vLLM's own server
@@ -238,7 +238,7 @@ def vllm_server(tmp_path, tiny_llama, word_tokenizer):
         line = [
             python,
             "-m",
-            "ppo_vs_dpo.models.sampling.vllm_server",
+            "ppo_vs_dpo.models.sampling.vllm.server",
             str(tmp_path / "model"),
             "--port",
             str(port),

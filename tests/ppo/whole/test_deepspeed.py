@@ -14,6 +14,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.sharding.deepspeed import no_cpu_adam
 from ppo_vs_dpo.pipeline.planning.memory import Sharding, held
 from tests.ppo.conftest import count_good
 from tests.ranks import on_ranks, settings_of
@@ -55,13 +56,14 @@ def train(make_trainer, prompts, tiny_reward, tmp_path):
 
     def run(
         name: str,
-        deepspeed: str | None = None,
+        deepspeed: str | dict | None = None,
         resume: bool = False,
         settings: dict | None = None,
         more: dict | None = None,
     ) -> dict:
         parts = {"eval_dataset": prompts.select(range(5)), "reward_model": tiny_reward(1), **(more or {})}
-        settings = {**SETTINGS, **(settings or {}), "deepspeed": settings_of(deepspeed) if deepspeed else None}
+        sharding = settings_of(deepspeed) if isinstance(deepspeed, str) else deepspeed
+        settings = {**SETTINGS, **(settings or {}), "deepspeed": sharding}
         trainer = make_trainer(parts, output_dir=str(tmp_path / name), **settings)
         trainer.train(resume_from_checkpoint=resume or None)
         return trainer.roles.held_bytes()
@@ -140,6 +142,38 @@ def test_two_ranks_give_the_run_of_one(train, tmp_path, deepspeed):
     for mine, theirs in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
     assert AutoTokenizer.from_pretrained(tmp_path / "two" / "checkpoint-4").eos_token == "</s>"
+
+
+def with_cpu_adam(train, name: str, deepspeed: str, resume: bool) -> int:
+    """A run whose offloaded optimizer is DeepSpeed's; how often that one stepped."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    steps, step = [], DeepSpeedCPUAdam.step
+
+    def counted(self, *args, **kwargs):
+        steps.append(1)
+        return step(self, *args, **kwargs)
+
+    DeepSpeedCPUAdam.step = counted
+    train(name, settings_of(deepspeed) | {"zero_force_ds_cpu_optimizer": True}, resume)
+    return len(steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", ["zero2_offload", "zero3_offload"])
+def test_deepspeeds_cpu_adam(train, tmp_path, deepspeed):
+    """Where it compiles: the run of torch's AdamW up to rounding, and to the last bit its own once interrupted."""
+    if why := no_cpu_adam():
+        pytest.skip(why)
+    on_ranks(1, train, "one")
+    assert min(on_ranks(2, with_cpu_adam, train, "two", deepspeed, False)) > 0
+    agree(history(tmp_path / "one", 4), history(tmp_path / "two", 4), 4)
+    shutil.copytree(tmp_path / "two", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoint-4")
+    assert min(on_ranks(2, with_cpu_adam, train, "again", deepspeed, True)) > 0
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name / "checkpoint-4") for name in ("two", "again")]
+    for mine, theirs in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.slow

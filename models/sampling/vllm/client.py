@@ -1,6 +1,6 @@
-"""vLLM as a generation engine in a process of its own, on other GPUs or another machine: ``models.vllm_server``.
+"""vLLM as an engine in a process of its own, on other GPUs or another machine (`models.sampling.vllm.server`).
 
-Weights go over by vLLM's own transfer between GPUs (`models.sampling.vllm_transfer`), or as safetensors files in a
+Weights go over by vLLM's own transfer between GPUs (`models.sampling.vllm.transfer`), or as safetensors files in a
 folder that trainer and server both see: for these the trainer needs no vLLM. Tokens come back by vLLM's token-in,
 token-out endpoint. The trainer may run on any number of ranks: the first one sends the weights, each asks for the
 completions of its own prompts.
@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.sampling.generation import Generated, SamplingConfig
-from ppo_vs_dpo.models.sampling.vllm_colocated import check_sampling
-from ppo_vs_dpo.models.sampling.vllm_transfer import Transfer, transfer_for
+from ppo_vs_dpo.models.sampling.vllm.colocated import check_sampling
+from ppo_vs_dpo.models.sampling.vllm.transfer import Transfer, transfer_for
 from ppo_vs_dpo.models.sampling.weights import buckets, check_mergeable
 from ppo_vs_dpo.models.sharding.collectives import is_first, of_first, several
 
@@ -51,7 +51,7 @@ class VLLMServerEngine:
         transfer: ``ppo.vllm_weight_transfer``.
 
     Raises:
-        UserError: nobody answers, or the server is not one of `models.sampling.vllm_server`; adapters or sampling
+        UserError: nobody answers, or the server is not one of `models.sampling.vllm.server`; adapters or sampling
         that it
             cannot be given; its context is shorter than ``max_length``.
     """
@@ -212,7 +212,7 @@ class VLLMServerEngine:
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace")[:500]
             hint = (
-                "Start it with `python -m ppo_vs_dpo.models.sampling.vllm_server MODEL`"
+                "Start it with `python -m ppo_vs_dpo.models.sampling.vllm.server MODEL`"
                 if error.code == 404
                 else "Its log says more"
             )
@@ -220,7 +220,7 @@ class VLLMServerEngine:
         except (OSError, http.client.HTTPException) as error:
             raise UserError(
                 f"no vLLM server at {self.url} (ppo.vllm_server_base_url): {error}. Start one with "
-                f"`python -m ppo_vs_dpo.models.sampling.vllm_server MODEL`; the run goes on from its last checkpoint."
+                f"`python -m ppo_vs_dpo.models.sampling.vllm.server MODEL`; the run goes on from its last checkpoint."
             ) from error
         try:
             found = json.loads(text) if text else {}

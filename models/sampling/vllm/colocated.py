@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.sampling.generation import Generated, SamplingConfig
-from ppo_vs_dpo.models.sampling.vllm_server import ENVIRONMENT, pack_heads
+from ppo_vs_dpo.models.sampling.vllm.server import ENVIRONMENT, pack_heads
 from ppo_vs_dpo.models.sampling.weights import check_mergeable, named_weights
 
 

@@ -1,7 +1,7 @@
-"""A vLLM server that a trainer can send weights to: ``python -m ppo_vs_dpo.models.sampling.vllm_server MODEL [options
+"""A vLLM server that a trainer can send weights to: ``python -m ppo_vs_dpo.models.sampling.vllm.server MODEL [options
 of vllm serve]``.
 
-Starts vLLM's API server with what `models.sampling.vllm_client` needs: its endpoints for developers (weights come by
+Starts vLLM's API server with what `models.sampling.vllm.client` needs: its endpoints for developers (weights come by
 its own transfer or ``/collective_rpc``), this project's worker extension, and log-probabilities after the temperature.
 Whoever reaches these endpoints controls the server: it listens on this machine alone unless ``--host`` says otherwise.
 """
@@ -28,7 +28,7 @@ ENVIRONMENT = {
 
 DEFAULTS = {
     "--host": "127.0.0.1",
-    "--worker-extension-cls": "ppo_vs_dpo.models.sampling.vllm_server.PolicyWeights",
+    "--worker-extension-cls": "ppo_vs_dpo.models.sampling.vllm.server.PolicyWeights",
     "--logprobs-mode": "processed_logprobs",
     # No temperature or end token of the model's own generation config.
     "--generation-config": "vllm",

@@ -4,7 +4,7 @@ vLLM has an engine for either side (``vllm.distributed.weight_transfer``, 0.32):
 weights and a *client* for the server. Here are both: a source that gathers one bucket at a time
 (`models.sampling.weights`), and a client that speaks the server's four routes. No file is written, and no rank holds
 the whole policy. The trainer's environment needs vLLM, too; without it weights go by files
-(`models.sampling.vllm_client`).
+(`models.sampling.vllm.client`).
 """
 
 import base64
