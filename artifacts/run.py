@@ -16,6 +16,8 @@ from ppo_vs_dpo.artifacts.guards.versions import differences, made_by
 # Runs of versions before this one name modules, and are fingerprinted by names, that are no longer there.
 OLDEST = (0, 2)
 STAGES = tuple(NEEDS)
+# Those that train a model.
+TRAINED = ("sft", "reward_model", "dpo", "ppo")
 
 # What every `done.json` and every `started.json` has, with its types: one without is none.
 DONE_KEYS = {"figures": dict}
@@ -212,4 +214,4 @@ def read_config(path: Path) -> DictConfig:
     return config
 
 
-__all__ = ["OLDEST", "STAGES", "STARTED_KEYS", "RunFolder", "point_name", "read_config"]
+__all__ = ["OLDEST", "STAGES", "STARTED_KEYS", "TRAINED", "RunFolder", "point_name", "read_config"]

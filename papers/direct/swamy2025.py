@@ -1,6 +1,6 @@
 """Swamy et al. 2025: all roads lead to likelihood. When is online RLHF better than offline?"""
 
-from collections.abc import Sequence
+import functools
 from typing import Any
 
 import numpy as np
@@ -35,15 +35,12 @@ def simulate(seed: int, settings: dict[str, Any]) -> Report:
     return {"seed": seed, "figures": figures, "curves": drawn}
 
 
-def draw(axes: Any, reports: Sequence[Report]) -> None:
-    """The best gold within each KL: DPO, RLHF with a simple and with a complex verifier."""
-    shown = {
-        "simple": ("RLHF, simple verifier", "#0072B2", "-"),
-        "complex": ("RLHF, complex verifier", "#009E73", ":"),
-        "offline": ("DPO", "#D55E00", "--"),
-    }
-    draw_curves(axes, reports, shown)
-
+# The best gold within each KL: DPO, RLHF with a simple and with a complex verifier.
+SHOWN = {
+    "simple": ("RLHF, simple verifier", "#0072B2", "-"),
+    "complex": ("RLHF, complex verifier", "#009E73", ":"),
+    "offline": ("DPO", "#D55E00", "--"),
+}
 
 PAPER = Paper(
     name="swamy2025",
@@ -53,7 +50,7 @@ PAPER = Paper(
     world="a tree of three actions a state whose gold is a sum over single actions; reward models that see just that, "
     "or a number for every response",
     simulate=simulate,
-    draw=draw,
+    draw=functools.partial(draw_curves, shown=SHOWN),
     published=(("equal optima where reward and policy classes match", "theorems 2.2 and 2.3", f"{PLACE} [S]"),),
     unknown=("sizes, learning rates, betas, episodes: not obtained",),
     statements=(

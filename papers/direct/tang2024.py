@@ -1,6 +1,6 @@
 """Tang et al. 2024: the gap between online and offline alignment algorithms."""
 
-from collections.abc import Sequence
+import functools
 from typing import Any
 
 import numpy as np
@@ -38,15 +38,12 @@ def simulate(seed: int, settings: dict[str, Any]) -> Report:
     return {"seed": seed, "figures": figures, "curves": drawn}
 
 
-def draw(axes: Any, reports: Sequence[Report]) -> None:
-    """The best gold within each KL, online and offline."""
-    shown = {
-        "online": ("online", "#0072B2", "-"),
-        "offline": ("offline", "#D55E00", "--"),
-        "more": ("offline, more pairs", "#CC79A7", ":"),
-    }
-    draw_curves(axes, reports, shown)
-
+# The best gold within each KL, online and offline.
+SHOWN = {
+    "online": ("online", "#0072B2", "-"),
+    "offline": ("offline", "#D55E00", "--"),
+    "more": ("offline, more pairs", "#CC79A7", ":"),
+}
 
 PAPER = Paper(
     name="tang2024",
@@ -55,7 +52,7 @@ PAPER = Paper(
     takes="not obtained: T5X, an XXL preference model as gold; no full configuration",
     world="a tree of three actions a state, a small network as policy; IPO; gold and KL are sums over all leaves",
     simulate=simulate,
-    draw=draw,
+    draw=functools.partial(draw_curves, shown=SHOWN),
     published=(("online against offline at equal KL", "online better on all four tasks", f"{PLACE} [S]"),),
     explanations={
         "Offline is the better classifier of pairs of the reference": "on a tree this small both classify alike",

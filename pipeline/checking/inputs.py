@@ -21,14 +21,12 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_jsonl, write_text
 from ppo_vs_dpo.artifacts.guards.fingerprints import FUNCTION, points_of
 from ppo_vs_dpo.artifacts.guards.refusals import explain, not_found, of_a_defect
-from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.artifacts.run import TRAINED, RunFolder
 from ppo_vs_dpo.artifacts.settings import key_of, split, unknown_keys
 from ppo_vs_dpo.artifacts.settings.values import of_another_type, out_of_range
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.pipeline.checking.late import compared, doubled, late
 from ppo_vs_dpo.pipeline.composing.schema import SECTIONS, load_class
-
-TRAINING = ("sft", "reward_model", "dpo", "ppo")
 
 
 def said(look: Callable[[], Any], where: str = "") -> list[str]:
@@ -52,14 +50,14 @@ def listed(look: Callable[[], list[str]]) -> list[str]:
 def problems(config: dict[str, Any], stages: list[str]) -> list[str]:
     """Everything that the stages would refuse, as far as it can be known before they run."""
     found: list[str] = []
-    for stage in TRAINING:
+    for stage in TRAINED:
         if stage in stages:
             found += listed(lambda stage=stage: doubled(OmegaConf.create(config), stage))
             for point in [{}, *points_of(OmegaConf.create(config), stage)]:
                 found += said(lambda stage=stage, point=point: arguments_of(config, stage, point), f"{stage}: ")
     model = said(lambda: architecture_of(config), "model: ")
     found += model
-    for stage in TRAINING:
+    for stage in TRAINED:
         section = config.get(stage) or {}
         if stage in stages and section.get("lora") and not model and not section.get("skip_training"):
             found += said(lambda stage=stage: adapted_layers(config, stage), f"{stage}.lora: ")

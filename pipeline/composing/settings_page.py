@@ -11,6 +11,7 @@ from typing import Any
 from ppo_vs_dpo.artifacts.card import table
 from ppo_vs_dpo.artifacts.errors import say
 from ppo_vs_dpo.artifacts.files import write_text
+from ppo_vs_dpo.artifacts.run import TRAINED
 from ppo_vs_dpo.artifacts.settings.rules import RULES, Rule
 from ppo_vs_dpo.pipeline.composing.schema import SECTIONS, load_class
 
@@ -21,7 +22,6 @@ setting that was, keeps what it had beside it, and brings that back when the set
 other settings is never gone on from. What changes only how a result is made (`artifacts.guards.fingerprints.COSMETIC`)
 does not count. `PPOTrainer` in Python, which has no run folder, compares every setting that counts with the
 checkpoint's, refuses by name, and adopts in whole, listed and logged, what `resume_with` names."""
-STAGES = ("sft", "reward_model", "dpo", "ppo")
 # Fields that act where a tiny training in one process on a CPU cannot show it: where they do. A name may be of one
 # stage ("ppo.gradient_accumulation_steps"). All others are shown to act, by `test_settings_effects.py`.
 UNSEEN: dict[str, str] = {
@@ -89,7 +89,7 @@ Written by `python -m ppo_vs_dpo.pipeline.composing.settings_page docs/settings.
 
 def argument_classes() -> dict[str, type]:
     """The argument class of each stage."""
-    return {stage: load_class(SECTIONS[stage][1]) for stage in STAGES}
+    return {stage: load_class(SECTIONS[stage][1]) for stage in TRAINED}
 
 
 def rules() -> dict[str, dict[str, Rule]]:
@@ -97,7 +97,7 @@ def rules() -> dict[str, dict[str, Rule]]:
     from ppo_vs_dpo.ppo.config import UNUSED
 
     ppo = {name: Rule("refused", f"has no meaning in PPO: {why}.") for name, why in UNUSED.items()}
-    return {stage: {**RULES[stage], **(ppo if stage == "ppo" else {})} for stage in STAGES}
+    return {stage: {**RULES[stage], **(ppo if stage == "ppo" else {})} for stage in TRAINED}
 
 
 def kinds() -> dict[str, dict[str, str]]:
@@ -108,7 +108,7 @@ def kinds() -> dict[str, dict[str, str]]:
     for name in sorted(set().union(*fields.values())):
         table[name] = {
             stage: (ruled[stage][name].kind if name in ruled[stage] else "acts") if name in fields[stage] else "-"
-            for stage in STAGES
+            for stage in TRAINED
         }
     return table
 
@@ -118,7 +118,7 @@ def page() -> str:
     every, ruled, why = kinds(), rules(), []
     for name, row in every.items():
         reasons: dict[str, list[str]] = {}
-        for stage in STAGES:
+        for stage in TRAINED:
             if row[stage] in ("refused", "nothing"):
                 reasons.setdefault(ruled[stage][name].why, []).append(stage)
         why += [[f"`{name}`", ", ".join(stages), reason] for reason, stages in reasons.items()]
@@ -128,7 +128,7 @@ def page() -> str:
     ]
     parts = [
         HEAD.rstrip(),
-        table(("field", *STAGES), [[f"`{name}`", *map(row.get, STAGES)] for name, row in every.items()]),
+        table(("field", *TRAINED), [[f"`{name}`", *map(row.get, TRAINED)] for name, row in every.items()]),
         "## Why",
         table(("field", "stages", "why"), why),
         "## Acts, where one process on a CPU does not show it",

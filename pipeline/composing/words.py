@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.run import TRAINED
 from ppo_vs_dpo.artifacts.settings import nearest
 from ppo_vs_dpo.pipeline.composing.schema import CONFIGS
 
 # Keys without a section that mean the same key of every stage that trains.
 EVERYWHERE = ("report_to",)
-TRAINED = ("sft", "reward_model", "dpo", "ppo")
 # Tracker -> the module transformers needs for it. The others transformers knows are looked at when they start.
 TRACKERS = {
     "wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", "trackio": "trackio", "clearml": "clearml",

@@ -12,6 +12,7 @@ from typing import Any
 
 from ppo_vs_dpo.artifacts.errors import UserError, in_help, say
 from ppo_vs_dpo.artifacts.guards.refusals import not_found
+from ppo_vs_dpo.artifacts.run import TRAINED
 from ppo_vs_dpo.pipeline.planning import memory
 from ppo_vs_dpo.pipeline.planning.advice import advice
 from ppo_vs_dpo.pipeline.planning.estimate import Frozen, Job, estimate, frozen_role
@@ -20,7 +21,6 @@ from ppo_vs_dpo.pipeline.planning.memory import GB, GPUS, Gpu, Shape, Sharding
 from ppo_vs_dpo.pipeline.planning.scaling import write_table
 from ppo_vs_dpo.ppo.stage.config import reward_models, trained_share, trains_values
 
-STAGES = ("sft", "reward_model", "dpo", "ppo")
 # TRL's defaults where the configuration says nothing: trl.SFTConfig, RewardConfig, DPOConfig (max_length).
 MAX_LENGTH = 1024
 BATCH = 8  # transformers.TrainingArguments.per_device_train_batch_size
@@ -230,7 +230,7 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"--gpus {ranks}: at least 1.")
     architecture = model_config(config)
     shape = Shape.of(architecture)
-    stages = [stage for stage in config.stages if stage in STAGES]
+    stages = [stage for stage in config.stages if stage in TRAINED]
     # On a GPU the stages compute in bfloat16 unless told otherwise (models.devices.arithmetic).
     chosen = [_first((config.get(stage) or {}).get("bf16"), config.model.get("bf16"), True) for stage in stages]
     half = all(chosen)

@@ -5,6 +5,7 @@ from typing import Any
 
 from ppo_vs_dpo.artifacts import card
 from ppo_vs_dpo.artifacts.files import write_text
+from ppo_vs_dpo.artifacts.run import TRAINED
 from ppo_vs_dpo.pipeline.planning.advice import advice
 from ppo_vs_dpo.pipeline.planning.estimate import Job, estimate
 from ppo_vs_dpo.pipeline.planning.known import LLAMA_3_8B, LLAMA_3_70B, PYTHIA
@@ -47,7 +48,7 @@ def rows() -> list[list[str]]:
         for ranks in (1, 8, 64):
             sharding = Sharding(ranks, stage=3, sums=4)
             cells = [name, str(ranks)]
-            for stage in ("sft", "reward_model", "dpo", "ppo"):
+            for stage in TRAINED:
                 peak = estimate(shape, job(stage), sharding, gpu).peak
                 cells.append(f"{peak / GB:,.0f}" + ("" if peak <= gpu.usable else " (no)"))
             ppo = estimate(shape, job("ppo"), sharding, gpu)

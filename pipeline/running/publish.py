@@ -10,10 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError, first_sentence, say
 from ppo_vs_dpo.artifacts.files import read_json, write_json
-from ppo_vs_dpo.artifacts.run import RunFolder
-
-# Stages that leave a model behind.
-PUBLISHABLE = ("sft", "reward_model", "dpo", "ppo")
+from ppo_vs_dpo.artifacts.run import TRAINED, RunFolder
 
 
 def wanted(config: DictConfig, stage: str) -> dict[str, Any] | None:
@@ -23,7 +20,7 @@ def wanted(config: DictConfig, stage: str) -> dict[str, Any] | None:
         UserError: ``push_to_hub`` without ``hub_model_id``.
     """
     section = OmegaConf.to_container(config.get(stage) or OmegaConf.create({}), resolve=True)
-    if stage not in PUBLISHABLE or not section.get("push_to_hub"):
+    if stage not in TRAINED or not section.get("push_to_hub"):
         return None
     if not section.get("hub_model_id"):
         raise UserError(f"{stage}.push_to_hub needs a name on the Hub: {stage}.hub_model_id=USER/NAME.")

@@ -14,8 +14,9 @@ from transformers.trainer_callback import PrinterCallback
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.guards.fingerprints import COSMETIC, fingerprint_of
+from ppo_vs_dpo.artifacts.run import TRAINED
 from ppo_vs_dpo.dpo.config import smoothed_loss
-from ppo_vs_dpo.pipeline.composing.settings_page import STAGES, UNSEEN, argument_classes, kinds
+from ppo_vs_dpo.pipeline.composing.settings_page import UNSEEN, argument_classes, kinds
 from tests.conftest import build_word_tokenizer
 from tests.pipeline.composing.test_settings_page import WITH, other
 
@@ -96,7 +97,7 @@ VALUES = {
     ("ppo", "stop_strings"): (["good"], {}),
     ("ppo", "total_episodes"): (8, {"max_steps": -1}),
     ("ppo", "warmup_steps"): (2, {}),
-    **{(stage, "save_total_limit"): (1, {"save_steps": 1}) for stage in STAGES},
+    **{(stage, "save_total_limit"): (1, {"save_steps": 1}) for stage in TRAINED},
     **{(stage, "save_strategy"): ("epoch", {}) for stage in ("sft", "reward_model")},
 }
 
@@ -169,7 +170,7 @@ def make(stage, settings):
 
 CASES = [
     (stage, name)
-    for stage in STAGES
+    for stage in TRAINED
     for name, row in kinds().items()
     if row[stage] == "acts" and not {name, f"{stage}.{name}"} & set(UNSEEN)
 ]
@@ -190,7 +191,7 @@ def plain(tmp_path_factory):
 
 
 def test_what_cannot_be_seen_here_is_a_field_that_acts():
-    acting = {(stage, name) for name, row in kinds().items() for stage in STAGES if row[stage] == "acts"}
+    acting = {(stage, name) for name, row in kinds().items() for stage in TRAINED if row[stage] == "acts"}
     for name in UNSEEN:
         stage, _, field = name.rpartition(".")
         assert any(one == field and stage in ("", where) for where, one in acting), name
@@ -199,7 +200,7 @@ def test_what_cannot_be_seen_here_is_a_field_that_acts():
 def test_whatever_acts_begins_a_stage_anew():
     """One rule for all stages: a checkpoint of another value is never gone on from, whichever field it is."""
     classes = argument_classes()
-    for stage in STAGES:
+    for stage in TRAINED:
         plain = fingerprint_of(OmegaConf.create({"seed": 1, stage: {}}), stage, {})[0]
         for name, row in kinds().items():
             if row[stage] != "acts":

@@ -9,10 +9,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.run import TRAINED
 from ppo_vs_dpo.models.training import training_arguments
 from ppo_vs_dpo.pipeline.composing.compose import check_section
 from ppo_vs_dpo.pipeline.composing.schema import SECTIONS
-from ppo_vs_dpo.pipeline.composing.settings_page import STAGES, argument_classes, kinds, page
+from ppo_vs_dpo.pipeline.composing.settings_page import argument_classes, kinds, page
 
 ROOT = Path(__file__).parents[3]
 # Another value for fields whose type and default do not suggest a valid one; with what else it needs.
@@ -99,7 +100,7 @@ def other(field: dataclasses.Field, stage: str):
 
 
 CLASSES = argument_classes()
-CASES = [(stage, field) for stage in STAGES for field in dataclasses.fields(CLASSES[stage]) if field.init]
+CASES = [(stage, field) for stage in TRAINED for field in dataclasses.fields(CLASSES[stage]) if field.init]
 
 
 def context(stage: str, folder: Path) -> SimpleNamespace:
