@@ -1,19 +1,46 @@
 """The command that fills the table of docs/gpu.md runs, here at a size for a CPU."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from benchmarks import gpu
 
+ARGUMENTS = ["--size", "tiny", "--prompt", "16", "--response", "12", "--updates", "2", "--rows", "8"]
 
-def test_a_row_of_the_table(capsys, monkeypatch):
-    arguments = ["--size", "tiny", "--prompt", "16", "--response", "12", "--updates", "2", "--rows", "8"]
-    monkeypatch.setattr(sys, "argv", ["gpu", *arguments])
+
+def cells_of(text: str) -> dict[str, str]:
+    """The table's one row."""
+    head, _, row = [line for line in text.splitlines() if line.startswith("| ")]
+    return dict(zip(head.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("more", "name"), [([], "tiny full"), (["--kind", "lora", "--no-graphs"], "tiny lora, no graphs")]
+)
+def test_a_row_of_the_table(capsys, monkeypatch, more, name):
+    monkeypatch.setattr(sys, "argv", ["gpu", *ARGUMENTS, *more])
     gpu.main()
-    head, _, row = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    cells = dict(zip(head.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
-    assert cells["model"] == "tiny full"
+    cells = cells_of(capsys.readouterr().out)
+    assert cells["model"] == name
     phases = [float(cells[f"{phase}, s"]) for phase in gpu.PHASES]
     assert abs(sum(phases) - float(cells["s an update"])) < 0.03
     # No response ends early: 8 of 12 tokens each.
     rate = float(cells["tokens/s"].replace(",", ""))
     assert abs(rate * float(cells["s an update"]) / 96 - 1) < 0.3
+
+
+@pytest.mark.slow
+def test_a_row_under_zero3_on_two_ranks():
+    """Models are made in pieces, and the first rank alone prints."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "benchmarks.gpu"]
+    done = subprocess.run(
+        [sys.executable, *command, *ARGUMENTS, "--deepspeed", "zero3"], cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    cells = cells_of(done.stdout)
+    assert (cells["model"], cells["ranks"]) == ("tiny full, zero3", "2")
