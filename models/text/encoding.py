@@ -7,6 +7,8 @@ is what the policy sees and writes: the prompt with the header of the answer, th
 
 import itertools
 import json
+import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
+from filelock import FileLock
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -140,29 +143,42 @@ def encode_pair_file(tokenizer: PreTrainedTokenizerBase, path: Path, cache: Path
         raise UserError(f"{path} does not exist. Run the stage that writes it first.")
     made_from = [RULES, fingerprint_file(path), tokenizer_fingerprint(tokenizer)]
     target = cache / f"{sha256_of(made_from)[:24]}.arrow"
-    if target.is_file() and not _first_agrees(tokenizer, path, target):
-        target.unlink()
-    if not target.is_file():
-        try:
-            pq.read_metadata(path)
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{path} is not a complete Parquet file ({error}). Run its stage again.") from None
-        with pq.ParquetFile(path) as table, atomic_path(target) as temporary:
-            if table.metadata.num_rows == 0:
-                raise UserError(f"{path} has no rows: there is nothing to learn from.")
-            missing = [name for name in TEXTS if name not in table.schema_arrow.names]
-            if missing:
-                have = ", ".join(table.schema_arrow.names)
-                raise UserError(f"{path} has no column {', '.join(missing)}; it has {have}.")
-            bar = tqdm(total=table.metadata.num_rows, desc=f"tokenising {path.name}", unit="pairs", disable=None)
-            batches = _encoded_tables(tokenizer, table.iter_batches(batch_size=_CHUNK))
-            first = next(batches)
-            with pa.OSFile(str(temporary), "wb") as out, pa.ipc.new_stream(out, first.schema) as writer:
-                for batch in itertools.chain([first], batches):
-                    writer.write_table(batch)
-                    bar.update(len(batch))
-            bar.close()
+    # The ranks of a machine come at the same time, and so may the branch beside this one: one works, the others find
+    # it done.
+    with _alone(target):
+        if target.is_file() and not _first_agrees(tokenizer, path, target):
+            target.unlink()
+        if not target.is_file():
+            _write_tokens(tokenizer, path, target)
     return Dataset.from_file(str(target))
+
+
+def _alone(target: Path) -> FileLock:
+    """A lock that processes of this machine and user share for a file, in its folder for temporary files."""
+    name = sha256_of([str(target.resolve()), os.getuid()])[:24]
+    return FileLock(Path(tempfile.gettempdir()) / f"ppo_vs_dpo-{name}.lock")
+
+
+def _write_tokens(tokenizer: PreTrainedTokenizerBase, path: Path, target: Path) -> None:
+    try:
+        pq.read_metadata(path)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path} is not a complete Parquet file ({error}). Run its stage again.") from None
+    with pq.ParquetFile(path) as table, atomic_path(target) as temporary:
+        if table.metadata.num_rows == 0:
+            raise UserError(f"{path} has no rows: there is nothing to learn from.")
+        missing = [name for name in TEXTS if name not in table.schema_arrow.names]
+        if missing:
+            have = ", ".join(table.schema_arrow.names)
+            raise UserError(f"{path} has no column {', '.join(missing)}; it has {have}.")
+        bar = tqdm(total=table.metadata.num_rows, desc=f"tokenising {path.name}", unit="pairs", disable=None)
+        batches = _encoded_tables(tokenizer, table.iter_batches(batch_size=_CHUNK))
+        first = next(batches)
+        with pa.OSFile(str(temporary), "wb") as out, pa.ipc.new_stream(out, first.schema) as writer:
+            for batch in itertools.chain([first], batches):
+                writer.write_table(batch)
+                bar.update(len(batch))
+        bar.close()
 
 
 def _first_agrees(tokenizer: PreTrainedTokenizerBase, path: Path, cached: Path) -> bool:

@@ -1,11 +1,15 @@
 """Batches are encoded as single prompts and completions are; what does not fit is named."""
 
+import multiprocessing
+import time
+
 import pyarrow as pa
 import pytest
 from datasets import Dataset
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import write_parquet
+from ppo_vs_dpo.models.text import encoding
 from ppo_vs_dpo.models.text.encoding import (
     drop_long,
     encode_completions,
@@ -144,6 +148,32 @@ def test_token_ids_are_cached_by_content(word_tokenizer, tmp_path, monkeypatch):
     write_parquet(moved, {"prompt": ["a"], "chosen": [" good"], "rejected": [" bad"]})
     assert len(encode_pair_file(word_tokenizer, tmp_path / "moved.parquet", tokens)) == 1
     assert len(list(tokens.iterdir())) == 3
+
+
+def test_ranks_that_come_together_encode_once(word_tokenizer, tmp_path, monkeypatch):
+    path, _ = pair_file(tmp_path, 30)
+    theirs = encoding._encoded_tables
+
+    def slowly(*args):
+        with (tmp_path / "encoded").open("a") as out:
+            out.write("once ")
+        time.sleep(0.3)
+        return theirs(*args)
+
+    monkeypatch.setattr(encoding, "_encoded_tables", slowly)
+    monkeypatch.setattr(encoding, "_first_agrees", lambda *_: True)
+    processes = [
+        multiprocessing.get_context("fork").Process(
+            target=encode_pair_file, args=(word_tokenizer, path, tmp_path / "tokens")
+        )
+        for _ in range(3)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert (tmp_path / "encoded").read_text() == "once "
 
 
 def test_a_broken_pair_file(word_tokenizer, tmp_path):
