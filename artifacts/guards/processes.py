@@ -99,11 +99,17 @@ def lose_no_interrupt() -> None:
     sys.unraisablehook = hook
 
 
+# By which a command asks its processes where they are. Not SIGUSR1: libraries and users have handlers of their own.
+WHERE = getattr(signal, "SIGRTMIN", 0) + 7
+
+
 def say_where_asked() -> None:
     """Let SIGUSR1 print the line that this process is at, and who called it: also where it loops or waits for ever."""
     if hasattr(faulthandler, "register"):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # no stderr of the system's own
             faulthandler.register(signal.SIGUSR1, all_threads=False)
+            if sys.platform == "linux":
+                faulthandler.register(WHERE, all_threads=False)
 
 
 def ask_where(mark: str) -> int:
@@ -112,8 +118,8 @@ def ask_where(mark: str) -> int:
     for pid in marked(mark):
         with contextlib.suppress(OSError, ValueError):
             caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-            if caught and int(caught[1], 16) >> (signal.SIGUSR1 - 1) & 1:
-                os.kill(pid, signal.SIGUSR1)
+            if caught and int(caught[1], 16) >> (WHERE - 1) & 1:
+                os.kill(pid, WHERE)
                 asked += 1
     return asked
 

@@ -119,7 +119,8 @@ def table(folder: Path) -> tuple[str, bool]:
         wrong = [row for row in full if disks.bad(row)]
         ended = sum(row["code"] == 0 for row in full)
         lines.append(
-            f"| {len(full)} full disks | {len(full) - ended} said so in a sentence, {ended} had room enough; "
+            f"| {len(full)} full disks | {sum(row['said'] for row in full)} said so in a sentence, {ended} had room "
+            f"enough, {sum(row['code'] != 0 and not row['said'] for row in full)} ended in other words; "
             f"{sum(bool(row['lost']) for row in full)} bits lost, {sum(row['traceback'] for row in full)} tracebacks, "
             f"{sum(bool(row['leftovers']) for row in full)} leftovers |"
         )

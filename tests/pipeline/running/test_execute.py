@@ -271,6 +271,27 @@ def test_a_stage_that_does_not_get_on_is_ended_with_its_line_where_that_is_asked
     assert f"It stands in endless ({script}, line {line}). If that is no work" in out.getvalue()
 
 
+def test_what_ranks_said_of_a_stalled_step_is_shown_where_nobody_else_says_it():
+    """NCCL ends a process without a word of Python: what its ranks said before is all there is."""
+    lines = [
+        "rank 0 has been in this step for 1770 s: ppo, update 3, score. It waits for the others at all_reduce (c.py).",
+        "rank 1 has been in this step for 1770 s: ppo, update 3, score. It does not wait for others: it is at f (r).",
+    ]
+    text = "\n".join(["loading", *lines, "[rank0]:[E1126 Watchdog caught collective operation timeout", "Signal 6"])
+    assert job_module.stalled_ranks(text) == f"{lines[1]}\n{lines[0]}\n"
+    assert job_module.stalled_ranks(f"{text}\nerror in stage ppo: rank 0 waited in vain") == ""
+    stacks = """Stack (most recent call first):
+  File "/x/torch/distributed/distributed_c10d.py", line 7 in all_reduce
+  File "/y/train.py", line 8 in train
+Current thread 0x01 (most recent call first):
+  File "/y/rewards.py", line 3 in slow
+"""
+    assert job_module.stood(stacks) == ["slow (/y/rewards.py, line 3)"]
+    assert job_module.stood(stacks[: stacks.index("Current")]) == [
+        "all_reduce (/x/torch/distributed/distributed_c10d.py, line 7)"
+    ]
+
+
 def test_where_nobody_is_heard_of_nobody_is_named(tmp_path, monkeypatch):
     """A file system that stands still is no rank's fault; a rank that has not begun is waited for."""
     monkeypatch.setattr(processes, "SILENT", 0.2)
