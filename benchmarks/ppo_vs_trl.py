@@ -226,32 +226,37 @@ def planned_uniforms(workload: Workload, steps: int, uniforms):
     return drawn
 
 
-def run_ours(workload: Workload, steps: int, folder: str, bf16: bool) -> None:
-    """Our side."""
+def our_trainer(workload: Workload, steps: int, folder: str, bf16: bool, callbacks: list):
+    """Our side's trainer, in a process whose responses have the planned lengths from now on."""
     from datasets import Dataset
 
     from ppo_vs_dpo.models.sampling import generation
     from ppo_vs_dpo.ppo.config import PPOConfig
     from ppo_vs_dpo.ppo.trainer import PPOTrainer
 
-    turns, seen = measure.Turns(), {}
     if workload.mean:
         generation.uniform_rows = planned_uniforms(workload, steps, generation.uniform_rows)
     policy, reference, reward, value, tokenizer = models(workload)
-
-    def figures() -> dict:
-        turns.phases["score"] = turns.elapsed() - turns.phases["generate"] - turns.phases["train"]
-        return {"samples": workload.rows, **seen}
-
-    trainer = PPOTrainer(
+    return PPOTrainer(
         args=PPOConfig(
             output_dir=folder, missing_eos="subtract", micro_batch_tokens=TOKENS, logprobs_from_sampling=True,
             **{**settings(workload, steps), "bf16": bf16},
         ),
         processing_class=tokenizer, model=policy, ref_model=reference, reward_model=reward, value_model=value,
         train_dataset=Dataset.from_dict({"input_ids": prompt_ids(workload)}),
-        callbacks=[step_end(turns, steps, figures)],
+        callbacks=callbacks,
     )  # fmt: skip
+
+
+def run_ours(workload: Workload, steps: int, folder: str, bf16: bool) -> None:
+    """Our side."""
+    turns, seen = measure.Turns(), {}
+
+    def figures() -> dict:
+        turns.phases["score"] = turns.elapsed() - turns.phases["generate"] - turns.phases["train"]
+        return {"samples": workload.rows, **seen}
+
+    trainer = our_trainer(workload, steps, folder, bf16, [step_end(turns, steps, figures)])
     update = turns.timed("train", trainer.update)
 
     def watched(rollout, number):
