@@ -21,6 +21,7 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_jsonl, write_text
 from ppo_vs_dpo.artifacts.guards.fingerprints import FUNCTION, points_of
 from ppo_vs_dpo.artifacts.guards.refusals import explain, not_found, of_a_defect
+from ppo_vs_dpo.artifacts.resources import libraries
 from ppo_vs_dpo.artifacts.run import TRAINED, RunFolder
 from ppo_vs_dpo.artifacts.settings import key_of, split, unknown_keys
 from ppo_vs_dpo.artifacts.settings.values import of_another_type, out_of_range
@@ -354,7 +355,8 @@ def _main() -> None:
     question = json.loads(sys.stdin.read())
     # What libraries print must not stand in the answer's place.
     answer, sys.stdout = sys.stdout, sys.stderr
-    found = problems(question["config"], question["stages"])
+    with libraries():  # it loads what each look needs, and little else
+        found = problems(question["config"], question["stages"])
     answer.write(json.dumps(found) + "\n")
 
 

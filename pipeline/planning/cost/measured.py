@@ -16,6 +16,7 @@ from typing import Any
 
 from ppo_vs_dpo.artifacts.errors import say
 from ppo_vs_dpo.artifacts.guards.processes import die_with_parent
+from ppo_vs_dpo.artifacts.resources import libraries
 from ppo_vs_dpo.pipeline.planning.cost.work import characters
 
 # Seconds after which a measurement is given up.
@@ -68,8 +69,9 @@ def measure(question: dict[str, Any], began: float) -> dict[str, Any]:
         question: see `ask`.
         began: when this process was started, in seconds since 1970.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    with libraries():
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
 
     start = time.time() - began
     if question.get("path"):
