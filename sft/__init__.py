@@ -1,0 +1,1 @@
+"""Supervised fine-tuning, where every other stage starts from."""

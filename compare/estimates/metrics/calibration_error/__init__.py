@@ -1,0 +1,1 @@
+"""``evaluate.load``: expected calibration error and Brier score."""

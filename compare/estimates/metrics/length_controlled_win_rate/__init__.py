@@ -1,0 +1,1 @@
+"""``evaluate.load``: AlpacaEval 2's length-controlled win rate."""

@@ -1,0 +1,1 @@
+"""``evaluate.load``: how often a pair is ranked as its label does."""

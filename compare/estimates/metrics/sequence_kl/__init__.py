@@ -1,0 +1,1 @@
+"""``evaluate.load``: KL of completions to a reference."""

@@ -1,0 +1,1 @@
+"""``evaluate.load``: win rate with its interval and test."""
