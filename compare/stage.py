@@ -3,11 +3,9 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import Complaint, UserError
 from ppo_vs_dpo.artifacts.files import read_json
@@ -16,7 +14,7 @@ from ppo_vs_dpo.artifacts.resources import part
 from ppo_vs_dpo.artifacts.run import STAGES
 from ppo_vs_dpo.artifacts.settings import nearest, split
 from ppo_vs_dpo.artifacts.stage import StageContext
-from ppo_vs_dpo.compare.config import CompareStage
+from ppo_vs_dpo.compare.config import METHODS, VALIDATION_PROMPTS, CompareStage
 from ppo_vs_dpo.compare.estimates.judgements import (
     comparisons_of,
     make_judges,
@@ -28,11 +26,12 @@ from ppo_vs_dpo.compare.estimates.length_control import support_notes
 from ppo_vs_dpo.compare.estimates.win_rates import Settings, judge_pairs
 from ppo_vs_dpo.compare.frontier.cross import cross_logprobs
 from ppo_vs_dpo.compare.frontier.gaps import Enumerated, enumerate_policies, optimal_figures
+from ppo_vs_dpo.compare.frontier.selected import Selection, choose, tuning_of
 from ppo_vs_dpo.compare.judges.noise import add_corrections, self_disagreement
 from ppo_vs_dpo.compare.report.assemble import best_of_n_logprobs, figures
 from ppo_vs_dpo.compare.report.cost import cost
 from ppo_vs_dpo.compare.report.decision import decide
-from ppo_vs_dpo.compare.report.pages import write_report
+from ppo_vs_dpo.compare.report.pages import trained, write_report
 from ppo_vs_dpo.compare.report.tables import write_completions, write_judgements
 from ppo_vs_dpo.compare.report.verdict import sentences, warnings, would_change
 from ppo_vs_dpo.compare.sampling.completions import Draws, split_draws
@@ -46,7 +45,6 @@ from ppo_vs_dpo.compare.sampling.policies import (
     heldout_prompts,
     is_given,
     policies_of,
-    tuning_of,
     unmeasured,
 )
 from ppo_vs_dpo.models.passes.inference import Ranks
@@ -83,10 +81,13 @@ def run_compare(context: StageContext) -> None:
         return
     scoring, reading, draws, contenders = found.scoring, found.reading, found.draws, found.contenders
     notes += unmeasured(policies, found.learned)
+    if selection := found.selection:
+        wanted = selection.prompts < (settings.select or {}).get("prompts", VALIDATION_PROMPTS)
+        notes += [f"There were only {selection.prompts} validation prompts to choose by."] if wanted else []
     notes += of_several_versions(context)
     if not found.has_model:
         notes.append("No model was named: lengths are in words, not in tokens, and there is no KL.")
-    checkpoints = along_training(policies, draws, settings)
+    checkpoints = found.checkpoints
     if (settings.best_of_n or settings.best_of) and PROXY not in {judge.name for judge in scoring}:
         notes.append("There is no reward model, so nothing selects among samples: best-of-n is left out.")
     # 4. Judges that read see one completion of each policy, in both orders.
@@ -123,10 +124,10 @@ def run_compare(context: StageContext) -> None:
             "n_prompts": len(prompts),
             "units": prompts.units,
             "near_training": prompts.near_training,
-            "tuning": tuning_of(context.run, settings),
+            "tuning": selection.tuning() if selection else tuning_of(settings, policies),
         },
         "pair_set": pair_set,
-        "trained": trained(context),
+        "trained": None if is_given(context.run) else trained(context.run),
         "judges": judges,
         "names": {REFERENCE: context.run.config.given.shown} if is_given(context.run) else {},
         **figures(
@@ -154,7 +155,8 @@ def run_compare(context: StageContext) -> None:
     report["warnings"] = notes + warnings(report) + support_notes(report["win_rates"])
     report["verdict"] = sentences(report)
     report["would_change"] = would_change(report)
-    report["cost"] = cost(context, found.learned, started)
+    points = {point["policy"]: point for point in report["frontier"]} | report["policies"]
+    report["cost"] = cost(context, found.learned, started, selection, points)
     report["cost"]["judges"] = {judge.name: judge.counted() for judge in reading}
     # 6. Files.
     context.progress(97, 100, "report")
@@ -184,6 +186,8 @@ class Asked:
         draws: all completions, with scores.
         learned: policy -> what was learned while its completions were drawn.
         contenders: the policies at the main temperature.
+        checkpoints: points of the frontier only: along training, and settings beside the chosen ones.
+        selection: how each method's point was chosen, where `compare.select` asks for it.
         logprobs: of what best-of-n selects.
         enumerated: all completions that there are, where they are few.
         has_model: whether a reference model is known; else there are outputs only.
@@ -196,6 +200,8 @@ class Asked:
     draws: list[Draws]
     learned: dict[str, dict[str, Any]]
     contenders: list[Contender]
+    checkpoints: list[Contender]
+    selection: Selection | None
     logprobs: dict[str, np.ndarray]
     enumerated: Enumerated | None
     has_model: bool
@@ -217,6 +223,12 @@ def ask_models(
         for judge in scoring:
             if judge.heavy:
                 judge.check_context(prompts.prompts, settings.max_new_tokens)
+        # Each method's point first, on prompts of its own.
+        selection = (
+            choose(context, settings, policies, prompts, (scoring, reading), ranks) if settings.select else None
+        )
+        if selection:
+            policies, settings = selection.apply(policies, settings)
         # 2. Completions of every policy, with their KL to the reference.
         gatherer = Gatherer(context, settings, prompts, ranks)
         with part("sampling"):
@@ -230,8 +242,12 @@ def ask_models(
         pairs = gatherer.reference.pairs if gatherer.has_model else ()
         checked = {judge.name: heldout_accuracy(judge, pairs, settings.workers, ranks) for judge in scoring}
         contenders = contenders_of(policies, draws, settings)
+        checkpoints = along_training(policies, draws, settings)
+        if selection:
+            contenders, checkpoints = selection.name_all(contenders, checkpoints)
         logprobs = best_of_n_logprobs(contenders, draws, gatherer)
-        cross_logprobs(contenders, policies, draws, gatherer)
+        beside = [one for one in checkpoints if "step" not in one.point]
+        cross_logprobs([*contenders, *beside], policies, draws, gatherer)
         enumerated = enumerate_policies(contenders, policies, scoring, gatherer, settings)
         if ranks.settings is not None and gatherer.has_model:
             held = {judge.name: held_bytes(judge.frozen.model) for judge in scoring if judge.heavy}
@@ -240,7 +256,18 @@ def ask_models(
             return None
     learned = {policy.name: extra for policy, (_, extra) in zip(policies, gathered, strict=True)}
     return Asked(
-        scoring, reading, draws, learned, contenders, logprobs, enumerated, gatherer.has_model, checked, pairs
+        scoring=scoring,
+        reading=reading,
+        draws=draws,
+        learned=learned,
+        contenders=contenders,
+        checkpoints=checkpoints,
+        selection=selection,
+        logprobs=logprobs,
+        enumerated=enumerated,
+        has_model=gatherer.has_model,
+        checked=checked,
+        pairs=pairs,
     )
 
 
@@ -261,6 +288,8 @@ def check_best_of(settings: CompareStage, policies: list[Policy]) -> None:
         UserError: an unknown policy, or one whose completions were made elsewhere.
     """
     models = [p.name for p in policies if p.model is not None and p.name != REFERENCE and not p.checkpoint]
+    if settings.select:
+        models = list(dict.fromkeys(p.method if p.method in METHODS else p.name for p in policies if p.name in models))
     for name in settings.best_of:
         if name not in models:
             raise UserError(
@@ -343,44 +372,6 @@ def reading_notes(judge: LLMJudge, known: dict[str, Any], stopped: str | None) -
             f"of 1. Both orders were asked, so this costs power, not fairness."
         )
     return notes
-
-
-# What a reader must know of each stage to say what its policy is: of its section, and of its last word.
-TOLD = {
-    "sft": (("learning_rate",), ("steps",)),
-    "reward_model": (("path", "learning_rate"), ("steps",)),
-    "ppo": (("loss", "advantage", "kl_coef", "learning_rate", "reward"), ("updates", "episodes")),
-    "dpo": (("beta", "loss_type", "learning_rate"), ("steps",)),
-}
-
-
-def trained(context: StageContext) -> dict[str, Any] | None:
-    """Model, data and the main coefficients of a run; ``None`` where policies were given."""
-    run = context.run
-    if is_given(run):
-        return None
-    config = OmegaConf.to_container(run.config, resolve=True)
-    model, data = config.get("model") or {}, config.get("data") or {}
-    found: dict[str, Any] = {
-        "model": _told(model.get("path") or (model.get("architecture") or {}).get("model_type")),
-        "data": _told(data.get("path") or data.get("prompts_path") or data.get("source")),
-        "pairs": ((run.done("pairs") or {}).get("figures") or {}).get("pair_set", {}).get("n_train"),
-    }
-    for stage, (keys, counts) in TOLD.items():
-        section, done = config.get(stage) or {}, (run.done(stage) or {}).get("figures") or {}
-        usual = (None, [], "gae", "ppo", "reward_model", ["sigmoid"], "sigmoid")
-        told = {key: _told(section[key]) for key in keys if section.get(key) not in usual}
-        told |= {key: done[key] for key in counts if isinstance(done.get(key), int)}
-        if done and any(key in told for key in counts):
-            found[stage] = told
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def _told(value: Any) -> Any:
-    """A path of this machine says nothing to others: its name does."""
-    if isinstance(value, list):
-        return " + ".join(str(_told(one)) for one in value)
-    return Path(value).name if isinstance(value, str) and (Path(value).exists() or value.startswith("/")) else value
 
 
 def reward_model_figures(context: StageContext) -> dict[str, Any] | None:

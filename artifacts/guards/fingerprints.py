@@ -10,6 +10,7 @@ import re
 import sysconfig
 from collections.abc import Iterator
 from importlib.machinery import PathFinder
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +76,22 @@ def point_name(stage: str, point: dict[str, Any]) -> str:
 
 
 def points_of(config: DictConfig, stage: str) -> list[dict[str, Any]]:
-    """Points of a stage's sweep, ``{"kl_coef": [0, 1]}`` -> ``[{"kl_coef": 0}, {"kl_coef": 1}]``.
+    """Points of a stage's sweep.
 
-    A value equal to the main run's is left out: that point is the main run.
+    A mapping varies each of its keys alone: ``{"kl_coef": [0, 1]}`` -> ``[{"kl_coef": 0}, {"kl_coef": 1}]``. A list of
+    mappings is a grid each, every combination of its values (as scikit-learn's ``ParameterGrid``). A value equal to
+    the main run's is left out of its point: what then has none is the main run.
     """
     section = config.get(stage)
     sweep = OmegaConf.to_container(section.get("sweep"), resolve=True) if section and section.get("sweep") else {}
-    lists = {key: values for key, values in sweep.items() if isinstance(values, list)}  # others are refused elsewhere
-    return [{key: value} for key, values in lists.items() for value in values if value != section.get(key)]
+    if isinstance(sweep, dict):
+        grids = [{key: values} for key, values in sweep.items()]
+    else:
+        grids = [grid for grid in sweep if isinstance(grid, dict)]
+    grids = [grid for grid in grids if all(isinstance(v, list) for v in grid.values())]  # refused elsewhere
+    points = [dict(zip(grid, values, strict=True)) for grid in grids for values in product(*grid.values())]
+    points = [{key: value for key, value in point.items() if value != section.get(key)} for point in points]
+    return [point for point in points if point]
 
 
 def needs_of(config: DictConfig, stage: str) -> tuple[str, ...]:

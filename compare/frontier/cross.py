@@ -53,11 +53,18 @@ def cross_logprobs(
     """Fill ``draws[i].under[policy]`` with ``(P, D)`` log-probabilities in nats, at the draws' temperature.
 
     All ranks must call this: each works on its share.
+
+    Args:
+        contenders: all points of the frontier at the main temperature.
+        policies: where their models are, under the names of their draws.
+        draws: of all of them.
+        gatherer: has the reference policy.
     """
     reference, ranks = gatherer.reference, gatherer.ranks
     by_name = {policy.name: policy for policy in policies}
+    drawn_from = {contender.name: contender.draws.policy for contender in contenders}
     for name, of in wanted(contenders, draws).items():
-        policy = by_name.get(name)
+        policy = by_name.get(drawn_from.get(name, name))
         if policy is None or policy.model is None:
             continue
         ranks.step = f"log-probabilities under {name}"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ppo_vs_dpo.artifacts.run import RunFolder
-from ppo_vs_dpo.compare.config import CompareStage
+from ppo_vs_dpo.compare.config import COEFFICIENT, CompareStage
 from ppo_vs_dpo.compare.estimates.win_rates import Settings
 from ppo_vs_dpo.compare.frontier.enumeration import Space, log_probabilities, space_of
 from ppo_vs_dpo.compare.frontier.exact import kl_divergence, optimal_policy, suboptimality
@@ -28,15 +28,13 @@ from ppo_vs_dpo.models.text.prompts import decode_completion
 BETAS = np.geomspace(0.02, 50.0, 60)
 # Fewer draws a prompt than this give no estimate.
 FEW_DRAWS = 8
-# Under which name a method's done.json has the beta it was trained with.
-COEFFICIENT = {"ppo": "kl_coef", "dpo": "beta"}
 
 
 def coefficients_of(run: RunFolder, contenders: list[Contender]) -> dict[str, float]:
     """Policy -> the beta of the objective it was trained on; PPO without a penalty and other policies have none."""
     found = {}
     for contender in contenders:
-        figures = (run.done(contender.name) or {}).get("figures") or {}
+        figures = (run.done(contender.draws.policy) or {}).get("figures") or {}
         beta = figures.get(COEFFICIENT.get(contender.method, ""))
         if beta:
             found[contender.name] = float(beta)
@@ -93,10 +91,10 @@ def enumerate_policies(
     found = {REFERENCE: laws(reference.model)}
     by_name = {policy.name: policy for policy in policies}
     for contender in contenders:
-        policy = by_name.get(contender.name)
+        policy = by_name.get(contender.draws.policy) if contender.n is None else None
         if policy is not None and policy.model and contender.kl() is not None and policy.name != REFERENCE:
             frozen = ranks.load(load_policy, policy.model, gatherer.model_config)
-            found[policy.name] = laws(frozen.model)
+            found[contender.name] = laws(frozen.model)
             frozen.release()
     return Enumerated(space, rewards, found)
 

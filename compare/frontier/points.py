@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ppo_vs_dpo.compare.config import METHODS
 from ppo_vs_dpo.compare.estimates.win_rates import PairTable, Settings, reverse
 from ppo_vs_dpo.compare.frontier.matched import Mixture, curve, matched_values, neighbours
 from ppo_vs_dpo.compare.frontier.overoptimised import over_optimised
@@ -23,7 +24,7 @@ class Compared:
 
     Attributes:
         contenders: its policies.
-        checkpoints: points along training.
+        checkpoints: points of the frontier only: along training, and settings that were not chosen.
         table: preferences of the main judge, or ``None``.
         clusters: of its prompts.
     """
@@ -32,6 +33,11 @@ class Compared:
     checkpoints: list[Contender] = field(default_factory=list)
     table: PairTable | None = None
     clusters: np.ndarray | None = None
+
+    @property
+    def settings(self) -> list[Contender]:
+        """All points that differ in a setting, not in how long they were trained."""
+        return [*self.contenders, *(one for one in self.checkpoints if "step" not in one.point)]
 
     def __getitem__(self, name: str) -> Contender:
         return next(one for one in [*self.contenders, *self.checkpoints] if one.name == name)
@@ -127,7 +133,7 @@ def matched_kl(
 
 def _sides(run: Compared, near: str, far: str) -> tuple[str, str, Mixture] | None:
     """The farther method's two points around the nearer KL and their mixture; ``None`` where it cannot be made."""
-    pair = neighbours(curve(run.contenders, run[far].method), float(run[near].kl().mean()))
+    pair = neighbours(curve(run.settings, run[far].method), float(run[near].kl().mean()))
     if pair is None:
         return None
     below, above = pair
@@ -166,15 +172,17 @@ def frontier(
     first = runs[0]
     kl_of = {name: np.mean([run[name].kl().mean() for run in runs]) for name in everywhere}
     lines: dict[tuple[str, str], list[str]] = {}
-    for method in ("ppo", "dpo"):
+    ends: dict[str, str | None] = {}
+    for method in METHODS:
         own = [name for name in everywhere if first[name].method == method]
-        steps = [name for name in own if any(one.name == name for one in first.checkpoints)]
+        steps = [name for name in own if "step" in first[name].point]
         sweep = [name for name in own if name not in steps]
         lines[method, "sweep"] = sorted(sweep, key=lambda name: (kl_of[name], name))
+        ends[method] = next((name for name in sweep if first[name].is_end), None)
         if steps:
-            # In the order of training, which ends at the main policy: it closes this line and is written down once.
+            # In the order of training, which ends at the main run: it closes this line and is written down once.
             steps.sort(key=lambda name: first[name].point["step"])
-            lines[method, "training"] = steps + [method] * (method in own)
+            lines[method, "training"] = steps + [name for name in [ends[method]] if name]
     tests = sum(max(len(line) - 1, 0) for line in lines.values())
     points = []
     for (method, along), line in lines.items():
@@ -182,10 +190,11 @@ def frontier(
             continue
         sweep = _line(runs, line, along, policies, settings, shared, tests)
         training = _line(runs, lines.get((method, "training"), []), "training", policies, settings, shared, tests)
-        late = next((point for point in training if point["policy"] == method and point.get("over_optimised")), None)
+        main = ends[method]
+        late = next((point for point in training if point["policy"] == main and point.get("over_optimised")), None)
         # Over-optimised against an own checkpoint counts like against a point of the sweep.
-        points += [{**late, "along": "sweep"} if late and point["policy"] == method else point for point in sweep]
-        points += [point for point in training if point["policy"] != method]
+        points += [{**late, "along": "sweep"} if late and point["policy"] == main else point for point in sweep]
+        points += [point for point in training if point["policy"] != main]
     for contender in first.contenders:
         if contender.name not in policies:
             continue

@@ -1,8 +1,9 @@
 """The frontier of several runs: points, matched KL and the optimum, every interval over prompts and seeds."""
 
+from dataclasses import replace
 from typing import Any
 
-from ppo_vs_dpo.compare.estimates.win_rates import Settings
+from ppo_vs_dpo.compare.estimates.win_rates import Settings, judge_pairs
 from ppo_vs_dpo.compare.frontier.points import Compared, frontier, matched_kl
 from ppo_vs_dpo.compare.pooled.figures import Run, mean_of, over_runs, pooled_point, shares_prompts
 
@@ -10,7 +11,10 @@ from ppo_vs_dpo.compare.pooled.figures import Run, mean_of, over_runs, pooled_po
 def compared(run: Run, judge: str | None = None) -> Compared:
     """A run as the frontier reads it."""
     table = run.tables[judge] if judge is not None else None
-    return Compared(list(run.contenders.values()), list(run.checkpoints.values()), table, run.prompts.clusters)
+    found = Compared(list(run.contenders.values()), list(run.checkpoints.values()), table, run.prompts.clusters)
+    if judge in run.scored and len(found.settings) > len(found.contenders):
+        found = replace(found, table=judge_pairs(found.settings, judge))
+    return found
 
 
 def pooled_matched_kl(
@@ -57,8 +61,8 @@ def pooled_optimum(runs: list[Run], settings: Settings) -> dict[str, Any] | None
     by_policy = [{(gap["policy"], gap["judge"]): gap for gap in one["gaps"]} for one in found]
     for key, first in by_policy[0].items():
         entries = [one[key] for one in by_policy if key in one]
-        if len(entries) < len(runs):
-            continue
+        if len(entries) < len(runs) or len({entry["beta"] for entry in entries}) > 1:
+            continue  # a method's point may have been chosen at another beta in each run
         about = {name: first[name] for name in ("policy", "judge", "beta")}
         refused = next((entry for entry in entries if "refused" in entry), None)
         if refused is not None:

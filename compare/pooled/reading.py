@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Container, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -113,6 +115,8 @@ def load(root: str | Path, only: Sequence[str] | None = None) -> Run:
                 under={n.removeprefix(UNDER): of[n] for n in under if np.isfinite(of[n]).all()},
             )
         )
+    drawn_from = names_of(report)
+    draws += [replace(one, policy=name) for name, of in drawn_from.items() for one in draws if one.policy == of]
     policies = [
         Policy(name, entry["method"], point=entry["point"])
         for name, entry in report["policies"].items()
@@ -121,7 +125,7 @@ def load(root: str | Path, only: Sequence[str] | None = None) -> Run:
     policies += [
         Policy(point["policy"], point["method"], point=point["point"], checkpoint=True)
         for point in report["frontier"]
-        if point.get("along") == "training"
+        if point["policy"] not in report["policies"]
     ]
     own = report["settings"]
     settings = CompareStage(
@@ -132,6 +136,10 @@ def load(root: str | Path, only: Sequence[str] | None = None) -> Run:
         best_of=dict(own.get("best_of") or {}),
     )
     contenders = contenders_of(policies, draws, settings)
+    ends = {one.get("last") for one in (own.get("tuning") or {}).values()}
+    if drawn_from:  # a method's chosen point is not the end of its main run
+        contenders = [replace(one, ends=False) for one in contenders]
+    checkpoints = [replace(one, ends=one.name in ends) for one in along_training(policies, draws, settings)]
     of_prompt = [texts[identity] for identity in ids]
     prompts = Prompts(of_prompt, ids, clusters=clusters_of(of_prompt, own["near_duplicate"]))
     tables = {judge: judge_pairs(contenders, judge) for judge in judges}
@@ -145,13 +153,24 @@ def load(root: str | Path, only: Sequence[str] | None = None) -> Run:
         report,
         prompts,
         {c.name: c for c in contenders},
-        {c.name: c for c in along_training(policies, draws, settings)},
+        {c.name: c for c in checkpoints},
         tables,
         judges,
         next((one for one in draws if (one.policy, one.role) == (REFERENCE, "pool")), None),
         settings,
         read,
     )
+
+
+def names_of(report: dict[str, Any]) -> dict[str, str]:
+    """Name in the report -> policy whose completions they are, where each method's point was chosen."""
+    found: dict[str, str] = {}
+    for method, one in (report["settings"].get("tuning") or {}).items():
+        candidates = one.get("candidates") or {}
+        found |= {name: about["policy"] for name, about in candidates.items() if name != about["policy"]}
+        if candidates and method != candidates[one["chosen"]]["policy"]:
+            found[method] = candidates[one["chosen"]]["policy"]
+    return found
 
 
 def read_verdicts(run: RunFolder, judges: list[str], ids: Container[str]) -> dict[str, list[Judgement]]:

@@ -138,6 +138,7 @@ def pool(runs: list[Run], settings: Settings, notes: Sequence[str] = ()) -> dict
             "units": runs[0].prompts.units if shared else sum(run.prompts.units for run in runs),
             "near_training": (max if shared else sum)(run.report["settings"].get("near_training", 0) for run in runs),
             "prompts": "shared by all runs" if shared else "each run its own",
+            "tuning": pooled_tuning(runs),
         },
         "trained": runs[0].report.get("trained"),
         "pair_set": {
@@ -174,6 +175,20 @@ def pool(runs: list[Run], settings: Settings, notes: Sequence[str] = ()) -> dict
     report["verdict"] = sentences(report)
     report["would_change"] = would_change(report)
     return report
+
+
+def pooled_tuning(runs: list[Run]) -> dict[str, Any]:
+    """How each method's point was found in every run: the same number of settings, and which was chosen in each."""
+    found = {}
+    for method, first in (runs[0].report["settings"].get("tuning") or {}).items():
+        own = [(run.report["settings"].get("tuning") or {}).get(method) for run in runs]
+        if any(one is None or one["chosen_on"] != first["chosen_on"] for one in own):
+            continue
+        about = {key: value for key, value in first.items() if key not in ("candidates", "chosen", "last")}
+        about["settings"] = max(one["settings"] for one in own)
+        chosen = {"chosen": [one["chosen"] for one in own]} if all("chosen" in one for one in own) else {}
+        found[method] = {**about, **chosen}
+    return found
 
 
 def _only(run: Run, judges: list[str]) -> dict[str, PairTable]:

@@ -1,6 +1,7 @@
 """Everything in a report that is computed from draws and judgements."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -17,6 +18,7 @@ from ppo_vs_dpo.compare.estimates.win_rates import (
     Settings,
     describe,
     describe_kl,
+    judge_pairs,
     power_line,
     win_rates,
 )
@@ -55,13 +57,14 @@ def figures(
     chosen answers of held-out pairs to the same prompts, where there are any.
     """
     judges, all_judges = list(scored), list(tables)
+    shown = {drawn_from(c): c.name for c in contenders if c.n is None}
     pool = pool_of(draws)
     baseline = next(one for one in draws if one.role == "baseline")
     policies = {c.name: describe(c, judges, how, logprobs.get(c.name)) for c in contenders}
     steps = {c.name: describe(c, judges, how, None) for c in checkpoints}
     for contender in contenders:
         policies[contender.name]["quality"] = quality(contender, shown_columns(contender), answers)
-        policies[contender.name]["displacement"] = learned.get(contender.name, {}).get("displacement")
+        policies[contender.name]["displacement"] = learned.get(drawn_from(contender), {}).get("displacement")
     many = controls_of(judges, contenders)
     controls = [found for judge in judges if (found := control(baseline, pool, judge, how, many))]
     lengths = {c.name: c.length() for c in contenders}
@@ -82,6 +85,8 @@ def figures(
     judged = first is not None and tables[first].has(policy, versus)
     given = any(c.method == "other" for c in contenders if c.name in (policy, versus))
     run = Compared(contenders, checkpoints, tables[first] if judged else None, how.clusters)
+    if judged and first in scored and len(run.settings) > len(contenders):
+        run = replace(run, table=judge_pairs(run.settings, first))
     matched = matched_kl([run], policy, versus, how, entry=find({"win_rates": win}, policy, versus, first))
     if not judged:
         matched = {
@@ -105,8 +110,13 @@ def figures(
         "frontier": frontier([run], {**policies, **steps}, how),
         "ranking": {judge: ranking_of(tables[judge], contenders, how) for judge in all_judges},
         "agreement": judge_agreement([verdict_sides(contenders, scored, tables)]),
-        "temperatures": temperatures(draws, baseline, settings, judges, how),
+        "temperatures": temperatures(draws, baseline, settings, judges, how, shown),
     }
+
+
+def drawn_from(contender: Contender) -> str | None:
+    """The policy that drew a contender's completions as its own; best-of-n only selects."""
+    return contender.draws.policy if contender.n is None else None
 
 
 def ranking_of(table: PairTable, contenders: list[Contender], how: Settings) -> dict[str, Any]:
@@ -155,16 +165,21 @@ def shown_table(contenders: list[Contender], judge: str) -> PairTable:
 
 
 def temperatures(
-    draws: list[Draws], baseline: Draws, settings: CompareStage, judges: list[str], how: Settings
+    draws: list[Draws],
+    baseline: Draws,
+    settings: CompareStage,
+    judges: list[str],
+    how: Settings,
+    shown: dict[str | None, str],
 ) -> list[dict[str, Any]]:
-    """Every policy at the further temperatures, against the reference at the main one."""
+    """Every policy at the further temperatures, against the reference at the main one; ``shown``: their names."""
     found = []
     for one in draws:
         if one.temperature == settings.temperature:
             continue
         contender = Contender(one.policy, "other", one, uniform(one))
         entry = {
-            "policy": one.policy,
+            "policy": shown.get(one.policy, one.policy),
             "temperature": one.temperature,
             "kl": describe_kl(contender, how, None),
             "length": float(contender.length().mean()),

@@ -6,6 +6,7 @@ of the verdict is made from these; nothing else claims anything.
 
 from typing import Any
 
+from ppo_vs_dpo.compare.config import METHODS
 from ppo_vs_dpo.compare.statistics.significance import FEWEST_DECIDED, better_than_chance, holm
 
 # Seeds of which one may speak of the method, not of the run.
@@ -96,7 +97,7 @@ def decide(report: dict[str, Any]) -> dict[str, Any]:
     primary = find(report, *pair, judge)
     best = [n for n, p in report["policies"].items() if p["method"] == "best_of_n" and "policy" not in p["point"]]
     given = [name for name, p in report["policies"].items() if p["method"] == "other"]
-    names = [name for name in (*dict.fromkeys(["ppo", "dpo", *given]), *best[-1:]) if name in report["policies"]]
+    names = [n for n in (*dict.fromkeys(["ppo", "dpo", *METHODS, *given]), *best[-1:]) if n in report["policies"]]
     names = [] if pair[1] == "sft" else names  # then the first sentence says it
     family = [entry for name in names if (entry := find(report, name, "sft", judge)) is not None]
     matched = report["matched_kl"] if report["matched_kl"].get("kind") == "matched" else None

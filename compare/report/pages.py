@@ -8,12 +8,22 @@ from typing import Any
 import jinja2
 import numpy as np
 from markupsafe import Markup
+from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import printable
 from ppo_vs_dpo.artifacts.files import finite, write_json, write_text
 from ppo_vs_dpo.artifacts.resources import part
+from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.compare.config import METHODS
 from ppo_vs_dpo.compare.report.decision import head_to_head, main_judge
-from ppo_vs_dpo.compare.report.plots import TITLES, element_of, frontier_plot, shown_rewards, write_figure
+from ppo_vs_dpo.compare.report.plots import (
+    TITLES,
+    compute_plot,
+    element_of,
+    frontier_plot,
+    shown_rewards,
+    write_figure,
+)
 from ppo_vs_dpo.compare.report.verdict import label, names_of, nats, p_text, percent
 from ppo_vs_dpo.compare.sampling.contenders import Contender, shown_columns
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Prompts
@@ -81,7 +91,7 @@ def si(value: float | None, unit: str = "") -> str:
 
 
 STAGE_NAMES = {"sft": "SFT", "reward_model": "reward model", "ppo": "PPO", "dpo": "DPO"}
-METHOD_NAMES = {"ppo": "PPO", "dpo": "DPO", "best_of_n": "best-of-n"}
+METHOD_NAMES = {**METHODS, "best_of_n": "best-of-n"}
 
 
 def cost_rows(cost: dict[str, Any]) -> list[dict[str, Any]]:
@@ -90,6 +100,9 @@ def cost_rows(cost: dict[str, Any]) -> list[dict[str, Any]]:
     for method, spent in cost.get("methods", {}).items():
         needs = " + ".join(STAGE_NAMES[stage] for stage in spent["stages"])
         rows.append({"name": f"{METHOD_NAMES[method]} in all", "needs": needs, "kind": "method", **spent})
+    for method, spent in cost.get("tuned", {}).items():
+        needs = f"all {spent['settings']:.0f} settings, chosen among"
+        rows.append({"name": f"{METHOD_NAMES[method]}, tuned", "needs": needs, "kind": "method", **spent})
     keys = ("seconds", "peak_memory_mb", "gpu_peak_memory_mb", "tokens_generated", "flops")
     return [{**dict.fromkeys(keys), "needs": "", **row} for row in rows]
 
@@ -128,11 +141,31 @@ def _write_pages(folder: Path, report: dict[str, Any], samples: dict[str, Any], 
         for key in keys:
             says = f"{TITLES[key]} against the square root of the KL to SFT, every policy a point"
             charts.append(Markup(element_of(frontier_plot(report, [key]), says, key)))
+    compute, spent = "", compute_plot(report)
+    if spent is not None:
+        compute = Markup(element_of(spent, "Reward against what was spent, a line or points a method", "compute"))
+        write_figure(compute_plot(report), folder / "figures", "compute")
     write_text(folder / "report.md", render_markdown(report))
-    write_text(folder / "report.html", render_html(report, samples, charts, title))
+    write_text(folder / "report.html", render_html(report, samples, charts, title, compute))
 
 
-def render_html(report: dict[str, Any], samples: dict[str, Any], charts: list[Markup], title: str = "") -> str:
+def spent_on(report: dict[str, Any]) -> str | None:
+    """What all settings of each method took, the choice included: measured, so it differs between equal runs."""
+    tuned = (report.get("cost") or {}).get("tuned")
+    if not tuned:
+        return None
+    parts = []
+    for name, one in tuned.items():
+        figures = [f"{one['seconds']:,.0f} s"] if one.get("seconds") else []
+        figures += [f"{one['tokens_generated'] / 1e6:.2f} M tokens sampled"] if one.get("tokens_generated") else []
+        figures += [f"{one['flops'] / 1e12:,.3g} TFLOPs"] if one.get("flops") else []
+        parts.append(f"{label(name)} {', '.join(figures)}")
+    return f"In all, every setting and the choice included, after SFT and the pairs: {'; '.join(parts)}."
+
+
+def render_html(
+    report: dict[str, Any], samples: dict[str, Any], charts: list[Markup], title: str = "", compute: str = ""
+) -> str:
     """The self-contained page."""
     judge = main_judge(report)
     policies = report["policies"].values()
@@ -156,9 +189,46 @@ def render_html(report: dict[str, Any], samples: dict[str, Any], charts: list[Ma
         matrices=json_for_script(matrices(report)),
         samples=json_for_script(samples),
         charts=charts,
+        compute=compute,
+        spent=spent_on(report),
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         script=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
     )
+
+
+# What a reader must know of each stage to say what its policy is: of its section, and of its last word.
+TOLD = {
+    "sft": (("learning_rate",), ("steps",)),
+    "reward_model": (("path", "learning_rate"), ("steps",)),
+    "ppo": (("loss", "advantage", "kl_coef", "learning_rate", "reward"), ("updates", "episodes")),
+    "dpo": (("beta", "loss_type", "learning_rate"), ("steps",)),
+}
+
+
+def trained(run: RunFolder) -> dict[str, Any]:
+    """Model, data and the main coefficients of a run."""
+    config = OmegaConf.to_container(run.config, resolve=True)
+    model, data = config.get("model") or {}, config.get("data") or {}
+    found: dict[str, Any] = {
+        "model": _told(model.get("path") or (model.get("architecture") or {}).get("model_type")),
+        "data": _told(data.get("path") or data.get("prompts_path") or data.get("source")),
+        "pairs": ((run.done("pairs") or {}).get("figures") or {}).get("pair_set", {}).get("n_train"),
+    }
+    for stage, (keys, counts) in TOLD.items():
+        section, done = config.get(stage) or {}, (run.done(stage) or {}).get("figures") or {}
+        usual = (None, [], "gae", "ppo", "reward_model", ["sigmoid"], "sigmoid")
+        told = {key: _told(section[key]) for key in keys if section.get(key) not in usual}
+        told |= {key: done[key] for key in counts if isinstance(done.get(key), int)}
+        if done and any(key in told for key in counts):
+            found[stage] = told
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _told(value: Any) -> Any:
+    """A path of this machine says nothing to others: its name does."""
+    if isinstance(value, list):
+        return " + ".join(str(_told(one)) for one in value)
+    return Path(value).name if isinstance(value, str) and (Path(value).exists() or value.startswith("/")) else value
 
 
 def trained_lines(report: dict[str, Any]) -> list[str]:
@@ -179,7 +249,7 @@ def render_markdown(report: dict[str, Any]) -> str:
     text = (
         environment(escaped=False)
         .get_template("report.md.j2")
-        .render(report=finite(report), judge=main_judge(report), trained=trained_lines(report))
+        .render(report=finite(report), judge=main_judge(report), trained=trained_lines(report), spent=spent_on(report))
     )
     return printable(text)  # names and sentences are data, and this page is read on terminals
 

@@ -13,6 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from ppo_vs_dpo.artifacts.files import atomic_path, write_text
+from ppo_vs_dpo.compare.config import KIND, METHODS
 from ppo_vs_dpo.compare.report.decision import find, main_judge
 from ppo_vs_dpo.compare.report.verdict import label
 from ppo_vs_dpo.compare.statistics.kl_allows import phi
@@ -21,6 +22,11 @@ from ppo_vs_dpo.compare.statistics.kl_allows import phi
 STYLES = {
     "ppo": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
     "dpo": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
+    "rloo": {"color": "#56B4E9", "marker": "v", "linestyle": "-"},
+    "grpo": {"color": "#E69F00", "marker": "P", "linestyle": "-"},
+    "reinforce_pp": {"color": "#7F5F00", "marker": "X", "linestyle": "-"},
+    "online_dpo": {"color": "#000000", "marker": "*", "linestyle": "--"},
+    "online_ipo": {"color": "#666666", "marker": "h", "linestyle": "--"},
     "best_of_n": {"color": "#009E73", "marker": "^", "linestyle": ":"},
     "other": {"color": "#CC79A7", "marker": "D", "linestyle": "none"},
 }
@@ -28,10 +34,11 @@ STYLES = {
 LABEL_AT = {"ppo": (5, 6), "dpo": (6, -12), "best_of_n": (-6, 4), "other": (7, -3)}
 # Points are named by the number that was varied; the legend says which number.
 METHOD_LABELS = {
-    ("ppo", "sweep"): "PPO, by KL coefficient",
-    ("dpo", "sweep"): "DPO, by beta",
-    ("ppo", "training"): "PPO along training, by update",
-    ("dpo", "training"): "DPO along training, by step",
+    **{(one, "sweep"): f"{name}, by {'beta' if one == 'dpo' else 'KL coefficient'}" for one, name in METHODS.items()},
+    **{
+        (one, "training"): f"{name} along training, by {'step' if one == 'dpo' else 'update'}"
+        for one, name in METHODS.items()
+    },
     ("best_of_n", "n"): "best-of-n, by n",
     ("best_of_n", "policy"): "best-of-n over a policy",
     ("other", "other"): "others",
@@ -122,7 +129,8 @@ def _draw(axis: Any, report: dict[str, Any], key: str) -> None:
         style = dict(STYLES[series[0]])
         if series[1] == "training":
             # From SFT through the checkpoints to the main policy.
-            main = [p for p in known if p["policy"] == series[0]]
+            tuning = (report["settings"].get("tuning") or {}).get(series[0]) or {}
+            main = [p for p in known if p["policy"] == (tuning.get("last") or series[0])]
             by_step = sorted(points, key=lambda point: point["point"]["step"])
             line = [(0.0, start[key]), *((p["sqrt_kl"], p[key]) for p in [*by_step, *main])]
             axis.plot(*zip(*line, strict=True), color=style["color"], linewidth=0.9, linestyle="-.", zorder=1)
@@ -153,7 +161,7 @@ def _draw_points(
         axis.annotate(
             point_label(point),
             (at_x, at_y),
-            xytext=LABEL_AT[point["method"]],
+            xytext=LABEL_AT.get(point["method"], (5, 6)),
             textcoords="offset points",
             label="_point",
             fontsize=9 if main else 7.5,
@@ -224,9 +232,59 @@ def point_label(point: dict[str, Any]) -> str:
     """``0.1`` for a coefficient, ``16`` for best-of-16, ``PPO`` for the main policy, the name of any other."""
     if "policy" in point["point"]:
         return label(point["policy"])
-    if point["point"]:
-        return ", ".join(str(value) for value in point["point"].values())
-    return label(point["policy"])
+    varied = [str(value) for key, value in point["point"].items() if key not in KIND["ppo"]]
+    return ", ".join(varied) or label(point["policy"])
+
+
+def compute_plot(report: dict[str, Any]) -> Figure | None:
+    """Reward against FLOPs (wall time where they were not counted): of all settings so far, or of each policy."""
+    drawn = compute_rows(report)
+    if drawn is None:
+        return None
+    with matplotlib.rc_context(RC):
+        figure, axis = plt.subplots(figsize=(7.0, 4.5))
+        _draw_compute(axis, report, *drawn)
+        axis.legend(frameon=False, fontsize=9)
+        figure.tight_layout()
+    return figure
+
+
+def compute_rows(report: dict[str, Any]) -> tuple[list[dict[str, Any]], str, str] | None:
+    """What `compute_plot` draws: its rows, which reward, which unit; ``None`` where nothing was counted."""
+    rows = (report.get("cost") or {}).get("curves") or []
+    key = next((k for k in ("gold_reward", "proxy_reward") if rows and all(r.get(k) is not None for r in rows)), None)
+    unit = next((u for u in ("flops", "seconds") if rows and all(r.get(u) for r in rows)), None)
+    return None if key is None or unit is None else (rows, key, unit)
+
+
+def _draw_compute(axis: Any, report: dict[str, Any], rows: list[dict[str, Any]], key: str, unit: str) -> None:
+    tuned = any(row["settings"] > 1 for row in rows)
+    scale, spent = (1e12, "TFLOPs") if unit == "flops" else (1.0, "seconds")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
+        style = {**STYLES[method], **({} if tuned else {"linestyle": "none"})}
+        axis.plot([r[unit] / scale for r in own], [r[key] for r in own], label=METHODS[method], **style)
+    start = report["policies"]["sft"].get(key)
+    if start is not None:
+        axis.axhline(start, color="#777777", linewidth=1, linestyle=(0, (1, 2)))
+    axis.set_xlabel(f"{spent} after SFT and the pairs" + (": a setting more at each mark" if tuned else ""))
+    axis.set_title(TITLES[key])
+
+
+def beside(report: dict[str, Any], path: Path) -> None:
+    """Write one picture: reward at equal KL, and reward at equal compute."""
+    drawn = compute_rows(report)
+    with matplotlib.rc_context(RC), atomic_path(path) as temporary:
+        figure, axes = plt.subplots(1, 2 if drawn else 1, figsize=(11.5 if drawn else 6.0, 4.8), squeeze=False)
+        _draw(axes[0][0], with_wins(report), drawn[1] if drawn else "gold_reward")
+        if drawn:
+            _draw_compute(axes[0][1], report, *drawn)
+        handles, names = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="lower center", ncols=5, fontsize=8.2, frameon=False)
+        figure.tight_layout(rect=(0, 0.1, 1, 1))
+        place_labels(axes[0][0])
+        figure.savefig(temporary, format="png", dpi=110)
+        plt.close(figure)
 
 
 def write_figure(figure: Figure, folder: Path, name: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ppo_vs_dpo.compare.config import KIND, METHODS, method_of
 from ppo_vs_dpo.compare.report.decision import ENOUGH_SEEDS, find, head_to_head
 
 JUDGE_NAMES = {"gold": "the gold reward", "reward_model": "the reward model that PPO was trained on"}
@@ -93,15 +94,18 @@ def names_of(report: dict[str, Any]) -> Iterator[None]:
 def label(name: str) -> str:
     """``ppo`` -> ``PPO``, ``ppo,kl_coef=0.0`` -> ``PPO kl_coef 0.0``, ``best_of_16`` -> ``best-of-16``.
 
-    ``best_of_4,policy=ppo`` -> ``best-of-4 of PPO``.
+    ``best_of_4,policy=ppo`` -> ``best-of-4 of PPO``, ``ppo,advantage=rloo,lam=1`` -> ``RLOO lam 1``.
     """
     if name in (_shown.get() or {}):
         return _shown.get()[name]
     method, _, point = name.partition(",")
     if point.startswith("policy="):
         return f"{label(method)} of {label(point.removeprefix('policy='))}"
-    method = method.upper() if method in ("ppo", "dpo", "sft") else method.replace("best_of_", "best-of-")
-    return f"{method} {point.replace('=', ' ').replace(',', ', ')}" if point else method
+    parts = dict(part.partition("=")[::2] for part in point.split(",") if part)
+    if method == "ppo" and (kind := method_of(method, parts)) != method:
+        method, parts = kind, {key: value for key, value in parts.items() if key not in KIND["ppo"]}
+    method = "SFT" if method == "sft" else METHODS.get(method) or method.replace("best_of_", "best-of-")
+    return f"{method} {', '.join(f'{key} {value}' for key, value in parts.items())}" if parts else method
 
 
 def one_run(report: dict[str, Any], name: str) -> str:
@@ -123,10 +127,6 @@ def _capital(text: str) -> str:
     return text[0].upper() + text[1:] if " " in text else text
 
 
-def _beat(report: dict[str, Any]) -> str:
-    return "beat" if one_run(report, "ppo").startswith("these") else "beats"
-
-
 def _judge(name: str) -> str:
     return JUDGE_NAMES.get(name, f"the judge {name}")
 
@@ -134,7 +134,7 @@ def _judge(name: str) -> str:
 def sentences(report: dict[str, Any]) -> list[str]:
     """Three sentences: the two methods as they are; at one KL; against the reference, and what is not known."""
     with names_of(report):
-        found = [_head_to_head(report), _matched(report), _against_reference(report)]
+        found = [_head_to_head(report), _matched(report), _against_reference(report), *_selected(report)]
         # Policies that were given are single points: that they have no curve says nothing about them.
         return [found[0], found[2]] if report.get("names") else found
 
@@ -167,7 +167,7 @@ def _head_to_head(report: dict[str, Any]) -> str:
         says += f"; on these prompts it was {100 * seen:.0f} of 100, which is more than their KLs allow"
     by = _judge(judge)
     if found["outcome"] == "beats":
-        text = f"{_capital(first)} {_beat(report)} {second} by {by}: {says}"
+        text = f"{_capital(first)} {'beat' if first.startswith('these') else 'beats'} {second} by {by}: {says}"
     elif found["outcome"] == "equal":
         text = f"{_capital(first)} and {second} are equal within {delta} by {by}: {says}"
         text += "; so small a lead is shown, and it is smaller than what was said to matter" if found["lead"] else ""
@@ -215,7 +215,7 @@ def _matched(report: dict[str, Any]) -> str:
     )
     at = f"At one KL of {nats(matched['kl'])} nats"
     if found["outcome"] == "beats":
-        return f"{at} {first} {_beat(report)} {second}: {says}."
+        return f"{at} {first} {'beat' if first.startswith('these') else 'beats'} {second}: {says}."
     if found["outcome"] == "equal":
         return f"{at} {first} and {second} are equal within {100 * decision['delta']:.3g} points: {says}."
     return f"{at} it is undecided between {first} and {second}: {says}."
@@ -254,6 +254,22 @@ def _against_reference(report: dict[str, Any]) -> str:
     if not parts:
         return f"{_capital(spread)}." if report.get("names") else f"No policy was judged against SFT; {spread}."
     return f"Against {reference}, by {_judge(judge)}: {', '.join(parts)}; {spread}."
+
+
+def _selected(report: dict[str, Any]) -> list[str]:
+    """How each method's point was chosen, where `compare.select` chose."""
+    tuning = {name: one for name, one in (report["settings"].get("tuning") or {}).items() if one.get("by")}
+    parts, about = [], next(iter(tuning.values()), None)
+    for name, one in tuning.items():
+        chosen = one["chosen"] if isinstance(one["chosen"], list) else [one["chosen"]]
+        points = list(dict.fromkeys(label(point).removeprefix(label(name)).strip() for point in chosen))
+        parts.append(f"{label(name)} {' or '.join(points)} of {one['settings']}")
+    if about is None:
+        return []
+    return [
+        f"Each method's point was chosen on {about['prompts']} validation prompts by {_judge(about['by'])}, and is "
+        f"reported on others: {', '.join(parts)} settings."
+    ]
 
 
 def would_change(report: dict[str, Any]) -> list[str]:
@@ -313,8 +329,7 @@ def warnings(report: dict[str, Any]) -> list[str]:
 
 
 def _warnings(report: dict[str, Any]) -> list[str]:
-    found = []
-    settings = report["settings"]
+    found, settings = [], report["settings"]
     units = settings["units"]
     if settings["n_prompts"] < 30:
         found.append(f"Only {settings['n_prompts']} prompts: all but large differences stay unseen.")

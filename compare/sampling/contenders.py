@@ -20,12 +20,13 @@ class Contender:
 
     Attributes:
         name: as in the report.
-        method: ``sft``, ``ppo``, ``dpo``, ``best_of_n`` or ``other``.
+        method: ``sft``, one of `METHODS`, ``best_of_n`` or ``other``.
         point: coefficient of the sweep, ``{"n": 16}`` for best-of-n, ``{"step": 8}`` along training.
         draws: completions with scores.
         weights: ``(P, D)``, rows sum to 1.
         n: of best-of-n.
         base: best-of-n: the policy it selects from.
+        ends: a main run at its end: the line along its training ends here. ``None``: as its name says.
     """
 
     name: str
@@ -35,6 +36,12 @@ class Contender:
     point: dict[str, Any] = field(default_factory=dict)
     n: int | None = None
     base: str = REFERENCE
+    ends: bool | None = None
+
+    @property
+    def is_end(self) -> bool:
+        """Whether this is a main run at its end."""
+        return self.name in ("ppo", "dpo") if self.ends is None else self.ends
 
     def per_prompt(self, values: np.ndarray) -> np.ndarray:
         """``(P, D)`` values as ``(P,)`` weighted means."""

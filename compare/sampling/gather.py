@@ -59,6 +59,12 @@ class Gatherer:
             self._reference = Reference(folder, self.prompts, self.settings, self.model_config, self.ranks, pairs)
         return self._reference
 
+    def release(self) -> None:
+        """Give the reference policy's memory back; it is loaded again when needed."""
+        if isinstance(self._reference, Reference):
+            self._reference.frozen.release()
+        self._reference = None
+
     def key(self, policy: Policy) -> str:
         """What the policy's completions depend on, hashed."""
         return completions_key(policy, self.prompts, self.settings, self.context.seed, self.reference_identity)

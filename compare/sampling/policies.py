@@ -12,7 +12,7 @@ from ppo_vs_dpo.artifacts.files import read_parquet
 from ppo_vs_dpo.artifacts.guards.digests import Digests
 from ppo_vs_dpo.artifacts.guards.outputs import content_id
 from ppo_vs_dpo.artifacts.run import RunFolder, point_name
-from ppo_vs_dpo.compare.config import CompareStage
+from ppo_vs_dpo.compare.config import CompareStage, method_of
 from ppo_vs_dpo.compare.statistics.clusters import clusters_of, near_training
 from ppo_vs_dpo.preferences.schema import Text, prompt_id
 
@@ -25,7 +25,7 @@ class Policy:
 
     Attributes:
         name: ``"ppo"``, ``"dpo,beta=0.3"`` or a name from ``compare.policies``.
-        method: ``"sft"``, ``"ppo"``, ``"dpo"`` or ``"other"``.
+        method: ``"sft"``, one of `METHODS`, or ``"other"``.
         model: folder or Hub name; ``None`` where completions were made elsewhere.
         completions: a file of completions, or ``None``.
         point: the point of the sweep, or ``{"step": 8}`` along training.
@@ -94,15 +94,9 @@ def policies_of(run: RunFolder, settings: CompareStage) -> tuple[list[Policy], l
             continue
         for name in [stage, *(run.points(stage) if stage != REFERENCE else [])]:
             done = run.done(name)
-            found.append(
-                Policy(
-                    name,
-                    stage,
-                    **_source(run, name, done),
-                    point=_point(name),
-                    identity=model_content(run, name, done),
-                )
-            )
+            point, identity = _point(name), model_content(run, name, done)
+            method = method_of(stage, {**_section(run, stage), **point})
+            found.append(Policy(name, method, **_source(run, name, done), point=point, identity=identity))
     along, missing = checkpoints_of(run, settings.checkpoints)
     found, warnings = found + along, warnings + missing
     digests = Digests(run.cache("policy_digests.json"))
@@ -142,9 +136,14 @@ def checkpoints_of(run: RunFolder, wanted: dict[str, Any]) -> tuple[list[Policy]
                 continue
             point = {"step": step}
             name, identity = point_name(stage, point), _weights(kept[step], digests)
-            found.append(Policy(name, stage, str(kept[step]), point=point, checkpoint=True, identity=identity))
+            method = method_of(stage, _section(run, stage))
+            found.append(Policy(name, method, str(kept[step]), point=point, checkpoint=True, identity=identity))
     digests.save()
     return found, warnings
+
+
+def _section(run: RunFolder, stage: str) -> dict[str, Any]:
+    return dict(run.config.get(stage) or {})
 
 
 def _checkpoints(folder: Path) -> dict[int, Path]:
@@ -245,27 +244,10 @@ def heldout_prompts(run: RunFolder, limit: int, near_duplicate: float = 1.0) -> 
     Raises:
         UserError: there is none, or all of them were trained on.
     """
-    path = run.path("data", "prompts_heldout.parquet")
-    table = read_parquet(path, ["prompt"])
-    prompts = list(table["prompt"])
-    ids = list(table["prompt_id"]) if "prompt_id" in table.column_names else [prompt_id(prompt) for prompt in prompts]
-    if not prompts:
-        raise UserError(f"{path} holds no prompts.")
-    trained = {identity for identity, _ in training_prompts(run)}
-    untrained = [row for row in range(len(ids)) if ids[row] not in trained]
-    # The same prompt twice would get the same completions twice.
-    first: dict[str, int] = {}
-    for row in untrained:
-        first.setdefault(ids[row], row)
-    kept = list(first.values())
-    if not kept:
-        raise UserError(
-            f"all {len(ids)} prompts of {path} were trained on in this run. A comparison needs prompts held out from "
-            f"SFT, the pairs and PPO: make the split again (data step), or give other prompts."
-        )
-    dropped, repeated = len(ids) - len(untrained), len(untrained) - len(kept)
+    _, table, ids, kept, dropped = _untrained(run)
+    repeated = len(ids) - dropped - len(kept)
     kept = kept[:limit]
-    texts = [prompts[row] for row in kept]
+    texts = [table[row]["prompt"] for row in kept]
     near = len(near_training(texts, (prompt for _, prompt in training_prompts(run)), near_duplicate))
     clusters, answers = clusters_of(texts, near_duplicate), [None] * len(kept)
     if "reference" in table.column_names:
@@ -273,25 +255,52 @@ def heldout_prompts(run: RunFolder, limit: int, near_duplicate: float = 1.0) -> 
     return Prompts(texts, [ids[row] for row in kept], dropped, repeated, clusters, near, answers)
 
 
+def validation_prompts(run: RunFolder, reported: Prompts, wanted: int, near_duplicate: float) -> Prompts:
+    """The next ``wanted`` held-out prompts that are not reported on, nor one unit of evidence with one that is.
+
+    Raises:
+        UserError: there is none.
+    """
+    path, table, ids, kept, _ = _untrained(run)
+    taken = set(reported.ids)
+    rest = [row for row in kept if ids[row] not in taken][: 2 * wanted]
+    texts = [table[row]["prompt"] for row in rest]
+    label = clusters_of([*reported.prompts, *texts], near_duplicate)
+    of_reported = set(np.asarray(label[: len(reported)]).tolist())
+    rest = [row for row, unit in zip(rest, label[len(reported) :], strict=True) if unit not in of_reported][:wanted]
+    if len(rest) < 2:
+        raise UserError(
+            f"compare.select has no validation prompts: {path} holds {len(kept)} different held-out prompts, and "
+            f"{len(reported)} of them are reported on. Lower compare.n_prompts, or hold more prompts out."
+        )
+    texts = [table[row]["prompt"] for row in rest]
+    return Prompts(texts, [ids[row] for row in rest], clusters=clusters_of(texts, near_duplicate))
+
+
+def _untrained(run: RunFolder) -> tuple[Path, Any, list[str], list[int], int]:
+    """The file of held-out prompts, its rows, their fingerprints, the rows that are different and untrained, and how
+    many were trained on."""
+    path = run.path("data", "prompts_heldout.parquet")
+    table = read_parquet(path, ["prompt"])
+    ids = list(table["prompt_id"]) if "prompt_id" in table.column_names else [prompt_id(p) for p in table["prompt"]]
+    if not ids:
+        raise UserError(f"{path} holds no prompts.")
+    trained = {identity for identity, _ in training_prompts(run)}
+    untrained = [row for row in range(len(ids)) if ids[row] not in trained]
+    # The same prompt twice would get the same completions twice.
+    first: dict[str, int] = {}
+    for row in untrained:
+        first.setdefault(ids[row], row)
+    if not first:
+        raise UserError(
+            f"all {len(ids)} prompts of {path} were trained on in this run. A comparison needs prompts held out from "
+            f"SFT, the pairs and PPO: make the split again (data step), or give other prompts."
+        )
+    return path, table, ids, list(first.values()), len(ids) - len(untrained)
+
+
 def _text(answer: Text | None) -> str | None:
     return answer if answer is None or isinstance(answer, str) else str(answer[0]["content"])
-
-
-def tuning_of(run: RunFolder, settings: CompareStage) -> dict[str, dict[str, Any]]:
-    """Method -> how many settings were tried and where the main one was chosen: as declared, else as far
-    as the run shows.
-    """
-    found = {}
-    for name in ("ppo", "dpo"):
-        if run.done(name) is not None:
-            declared = (settings.tuning or {}).get(name, {})
-            trained = 1 + len(run.points(name))
-            chosen = {
-                "settings": max(declared.get("settings", 1), trained),
-                "chosen_on": declared.get("chosen_on", "unknown"),
-            }
-            found[name] = chosen
-    return found
 
 
 def check_pair_set(run: RunFolder) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from transformers import Trainer, TrainingArguments
 from transformers.optimization import get_scheduler
 
@@ -88,6 +89,33 @@ def compared(config: dict[str, Any]) -> Iterator[str]:
         if name in names or name in ("gold", "reward_model"):
             yield f"{where}: the name {name} is taken; judges need names of their own."
         names.add(name)
+    yield from selected(config, compare.get("select") or {}, names)
+
+
+def selected(config: dict[str, Any], select: dict[str, Any], judges: set[str]) -> Iterator[str]:
+    """A sentence for each reason why `compare.select` could choose nothing: judge, settings, validation prompts."""
+    by = select.get("by")
+    if not isinstance(by, str):
+        return  # not asked for, or refused with its own section
+    data, compare = config.get("data") or {}, config.get("compare") or {}
+    known = [*(["gold"] if data.get("gold") else []), "reward_model", *sorted(judges)]
+    reward = (config.get("ppo") or {}).get("reward") or []
+    known += [one.rpartition(":")[2] for one in ([reward] if isinstance(reward, str) else reward) if ":" in one]
+    if by not in known:
+        yield f"compare.select.by is {by}; it must be one of {', '.join(known)}.{nearest(by, known)}"
+    points = [point for stage in ("ppo", "dpo") for point in points_of(OmegaConf.create(config), stage)]
+    if not points and not compare.get("checkpoints"):
+        yield (
+            "compare.select: no method has more than one setting, so there is nothing to choose. Give ppo.sweep, "
+            "dpo.sweep or compare.checkpoints, or leave compare.select out."
+        )
+    held, reported, wanted = data.get("heldout_prompts"), compare.get("n_prompts"), select.get("prompts", 2)
+    if all(type(one) is int for one in (held, reported, wanted)) and held < reported + wanted:
+        left = f"{held - reported} for validation" if held > reported else "no validation prompts"
+        yield (
+            f"compare.select: of data.heldout_prompts={held} compare.n_prompts={reported} are reported on, which "
+            f"leaves {left}, and compare.select.prompts is {wanted}. Lower the one or raise the other."
+        )
 
 
 def doubled(config: Any, stage: str) -> Iterator[str]:
@@ -95,5 +123,5 @@ def doubled(config: Any, stage: str) -> Iterator[str]:
     points = points_of(config, stage)
     for number, point in enumerate(points):
         if point in points[:number]:
-            (key, value), *_ = point.items()
-            yield f"{stage}.sweep.{key} has {value} twice."
+            what = ", ".join(f"{stage}.sweep.{key} has {value}" for key, value in point.items())
+            yield f"{what} twice."

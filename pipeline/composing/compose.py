@@ -20,7 +20,14 @@ from ppo_vs_dpo.artifacts.settings import key_of, nearest, refused_keys
 from ppo_vs_dpo.artifacts.settings.values import out_of_range
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.papers.settings import all_settings, unknown
-from ppo_vs_dpo.pipeline.composing.schema import CONFIGS, PIPELINE_KEYS, SECTIONS, load_class, root_keys, section_keys
+from ppo_vs_dpo.pipeline.composing.schema import (
+    CONFIGS,
+    SECTIONS,
+    load_class,
+    root_keys,
+    section_keys,
+    sweep_problems,
+)
 from ppo_vs_dpo.pipeline.composing.words import everywhere, experiments, no_such_choice, tracker_problems
 from ppo_vs_dpo.preferences.config import data_class
 
@@ -78,6 +85,8 @@ def sort_overrides(overrides: list[str]) -> tuple[list[str], list[str]]:
             if name not in valid:
                 problems.append(f"{key}: no such key.{nearest(name, valid)}")
                 continue
+            if name == "sweep" and isinstance(override.value(), list):
+                prepared.append(f"++{key}=null")  # grids in place of a mapping: the two cannot be merged
             prepared.append(text if override.is_delete() else f"++{text}")
         else:
             valid = [*root_keys(), *SECTIONS, "experiment"]
@@ -275,6 +284,8 @@ def explain(error: Exception) -> str:
     if isinstance(cause, OmegaConfBaseException):
         lines += [line.strip() for line in str(cause).splitlines()[:1]]
     kept = [line for line in lines if not line.startswith(("object_type", "reference_type", "full_key"))]
+    if ".sweep=" in lines[0] and any("Cannot merge" in line for line in lines):
+        kept[1:] = ["The experiment's own sweep is a list of grids: give a list, sweep=[{kl_coef: [0.1, 0.3]}]."]
     return "the configuration cannot be composed: " + " ".join(kept[:4])
 
 
@@ -364,10 +375,4 @@ def check_section(section: str, values: DictConfig | dict, own: str, complete: b
         wrong = {key for line in problems if (key := key_of(line, section)) in mine}
         sound = {key: value for key, value in mine.items() if key not in wrong}
         problems += [one for one in refused_values(own_class, sound) if not any(key in one for key in wrong)]
-    sweep = values.get("sweep") if hasattr(values, "get") else None
-    for key, points in (sweep or {}).items():
-        if key not in valid or key in PIPELINE_KEYS:
-            problems.append(f"{section}.sweep.{key}: no such key.{nearest(key, valid)}")
-        elif not OmegaConf.is_list(points) and not isinstance(points, list):
-            problems.append(f"{section}.sweep.{key}: a list of values is needed.")
-    return problems
+    return problems + list(sweep_problems(section, values.get("sweep") if hasattr(values, "get") else None, valid))

@@ -4,15 +4,17 @@ import ast
 import dataclasses
 import functools
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
 
 from ppo_vs_dpo.artifacts.guards.fingerprints import source_of
 from ppo_vs_dpo.artifacts.run import STAGES
-from ppo_vs_dpo.artifacts.settings import field_names
+from ppo_vs_dpo.artifacts.settings import field_names, nearest
 from ppo_vs_dpo.models.loading.config import ModelConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -141,3 +143,18 @@ def root_keys() -> list[str]:
     keys = [item.name for item in dataclasses.fields(Config)]
     keys += [f"launch.{item.name}" for item in dataclasses.fields(LaunchConfig)]
     return keys + [f"model.{item.name}" for item in dataclasses.fields(ModelConfig)]
+
+
+def sweep_problems(section: str, sweep: Any, valid: list[str]) -> Iterator[str]:
+    """A sentence for each key of a sweep that there is not, and each that has no list of values."""
+    several = OmegaConf.is_list(sweep) or isinstance(sweep, list)
+    for number, grid in enumerate(sweep if several else [sweep or {}]):
+        where = f"{section}.sweep[{number}]" if several else f"{section}.sweep"
+        if not isinstance(grid, dict | DictConfig):
+            yield f"{where} is {grid!r}; a grid is a mapping of keys to lists, {{kl_coef: [0.1, 0.3]}}."
+            continue
+        for key, points in grid.items():
+            if key not in valid or key in PIPELINE_KEYS:
+                yield f"{where}.{key}: no such key.{nearest(key, valid)}"
+            elif not OmegaConf.is_list(points) and not isinstance(points, list):
+                yield f"{where}.{key}: a list of values is needed."

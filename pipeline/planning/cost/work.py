@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from ppo_vs_dpo.artifacts.guards.fingerprints import point_name, points_of
 from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.compare.config import VALIDATION_PROMPTS
 from ppo_vs_dpo.ppo.stage.config import reward_models, trained_share, trains_values
 
 # trl's and transformers' defaults where a section says nothing.
@@ -258,6 +259,14 @@ def _compare(run: RunFolder, section: Any, ratios: dict[str, float] | None) -> W
     again += (near + (near > 0)) * sum(policies[0].batches[:2])
     work.read += prompts * again * length
     work.loads = len(policies) + judges + 2 + near
+    if select := section.get("select"):
+        # Every setting draws on validation prompts first; what it drew is read for its KL, and by the judge.
+        responses = int(select.get("prompts") or VALIDATION_PROMPTS) * samples
+        for _ in policies[1:]:
+            _decode(work, responses, new, prompt, at_once, work.ranks)
+        work.read += (len(policies) - 1) * responses * (2 + (select.get("by") != "gold")) * length
+        work.responses += (len(policies) - 1) * responses
+        work.loads += len(policies)
     return work
 
 

@@ -80,6 +80,12 @@ def test_all_problems_at_once_with_the_nearest_name():
             r"ppo\.sweep\.klcoef: no such key\. Did you mean kl_coef",
         ),
         (["experiment=quickstart", "ppo.sweep={kl_coef:1}"], "a list of values is needed"),
+        (
+            ["experiment=quickstart", "ppo.sweep=[{klcoef:[1]}]"],
+            r"ppo\.sweep\[0\]\.klcoef: no such key\. Did you mean",
+        ),
+        (["experiment=quickstart", "ppo.sweep=[3]"], r"ppo\.sweep\[0\] is 3; a grid is a mapping"),
+        (["experiment=methods", "ppo.sweep={kl_coef: [1]}"], "a list of grids: give a list"),
         (["experiment=quickstart", "sft.output_dir=x"], r"sft\.output_dir: set by the stage itself"),
         (["experiment=hh"], r"model\.path: required, and not set"),
         (["experiment=quickstart", "model.dtype=fp32"], r"dtype"),
@@ -171,6 +177,7 @@ def settings_in(config, prefix=""):
             "hydra",
             "checkpoints",
             "best_of",
+            "select",
         )
         if isinstance(value, dict) and value and key not in mappings:
             yield from settings_in(value, f"{prefix}{key}.")

@@ -73,11 +73,14 @@ def test_jobs_and_points(finished):
 
 
 def test_the_experiment_methods_trains_them_in_one_run(tmp_path):
-    """A job for each method, each one setting away from the main run; every one of them can be built."""
+    """As many settings of each method, by grids; every one of them can be built."""
     config = load(["experiment=methods", f"output_dir={tmp_path}"])
     points = graph.points_of(config, "ppo")
-    names = ["advantage=rloo", "advantage=grpo", "advantage=reinforce_pp", "loss=dpo"]
-    assert [graph.point_name("ppo", point) for point in points] == [f"ppo,{name}" for name in names]
+    kinds = ["", ",advantage=rloo", ",advantage=grpo", ",advantage=reinforce_pp"]
+    names = [f"ppo{kind}{coef}" for kind in kinds for coef in ("", ",kl_coef=0.4")]
+    names += ["ppo,loss=dpo", "ppo,kl_coef=0.4,loss=dpo"]
+    assert ["ppo", *(graph.point_name("ppo", point) for point in points)] == names
+    assert len(graph.points_of(config, "dpo")) == 1
     plain = OmegaConf.to_container(config, resolve=True)
     for point in [{}, *points]:
         arguments_of(plain, "ppo", point)

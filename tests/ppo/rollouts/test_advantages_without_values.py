@@ -55,6 +55,32 @@ def test_the_expected_gradient_is_the_exact_one(estimator, k):
     assert torch.allclose(found, exact * (1 if estimator == "rloo" else (k - 1) / k), atol=1e-14)
 
 
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_grpo_has_one_fixed_point_and_bounded_advantages(k):
+    """Its expected advantage, over all groups, is 0 for every arm only where all rewards are equal; and however good
+    a rare arm is, it gets no more than (k - 1) / sqrt(k)."""
+    p = torch.tensor([0.4, 0.3, 0.2, 0.09, 0.01], dtype=torch.float64)
+
+    def expected(reward: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(5, dtype=torch.float64)
+        for drawn in itertools.product(range(5), repeat=k):
+            arms = torch.tensor(drawn)
+            total.index_add_(0, arms, p[arms].prod() * grpo(reward[arms], k))
+        return total / (k * p)
+
+    assert expected(torch.full((5,), 2.0, dtype=torch.float64)).abs().max() == 0
+    for seed in range(5):
+        reward = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        found = expected(reward)
+        assert found[reward.argmax()] > 0.1
+        assert found[reward.argmin()] < -0.1
+    most = (k - 1) / k**0.5
+    for height in (1.0, 1e3, 1e6):
+        found = grpo(torch.tensor([height] + [0.0] * (k - 1), dtype=torch.float64), k)
+        assert found[0] <= most
+        assert found[0] == pytest.approx(most, rel=1e-3)
+
+
 def _rollout(draw, rows=8, width=5) -> Rollout:
     mask = torch.arange(width) < torch.tensor([5, 3, 4, 1, 5, 2, 4, 3])[:rows, None]
     empty = Rollout.empty([[1, 2]] * rows, [[3] * int(n) for n in mask.sum(1)], [True] * rows, 0)
