@@ -168,8 +168,7 @@ def run_dpo(space: Space, beta: float, pairs: int, seed: int, batch: int, epochs
         return trainer.accelerator.unwrap_model(trainer.model)
 
 
-# Settings of the cases. One epoch of one minibatch tests rewards, GAE and the gradient, with a ratio of 1; four
-# epochs of four minibatches let the clip act.
+# One epoch of one minibatch tests rewards, GAE and gradient, with a ratio of 1; four of four let the clip act.
 PPO_SETTINGS = {
     "ppo-1x1": {"epochs": 1, "minibatches": 1, "updates": 400, "batch": 510, "lr": 2e-3, "anneal": 0.5},
     "ppo-4x4": {"epochs": 4, "minibatches": 4, "updates": 40, "batch": 516, "lr": 1e-3, "anneal": 0.4},
@@ -206,10 +205,9 @@ def run_case(method: str, seed: int, beta: float) -> dict:
         policy = run_ppo(space, beta, seed=seed, **PPO_SETTINGS[method])
     else:
         policy = run_dpo(space, beta, seed=seed, **DPO_SETTINGS[method])
-    seconds = time.process_time() - started
-    machine = f"{platform.machine()}, torch {torch.__version__}"
-    measured = space.measure(policy, beta)
-    return {"method": method, "seed": seed, "beta": beta, **measured, "cpu_seconds": seconds, "machine": machine}
+    seconds, machine = time.process_time() - started, f"{platform.machine()}, torch {torch.__version__}"
+    about = {"cpu_seconds": seconds, "machine": machine}
+    return {"method": method, "seed": seed, "beta": beta, **space.measure(policy, beta), **about}
 
 
 def figure_of(method: str) -> str:
@@ -220,9 +218,9 @@ def figure_of(method: str) -> str:
 def report(rows: list[dict]) -> str:
     """docs/verification.md."""
     ppo = [row for row in rows if row["method"].startswith("ppo")]
-    others = [row for row in rows if row["method"] in BARS and row["method"].split("-")[0] not in ("ppo", "dpo")]
-    probes = [row for row in rows if row["method"] in PROBES]
     dpo = [row for row in rows if row["method"].startswith("dpo")]
+    probes = [row for row in rows if row["method"] in PROBES]
+    others = [row for row in rows if row not in (*ppo, *dpo, *probes)]
     order = {method: number for number, method in enumerate([*BARS, *PROBES])}
 
     def table(rows, head, cells):
@@ -247,11 +245,11 @@ def report(rows: list[dict]) -> str:
     for method, seed, beta in cases([*BARS, *PROBES], list(range(5)), [0.1, 0.2, 0.5]):
         if not any((r["method"], r["seed"], r["beta"]) == (method, seed, beta) for r in rows):
             todo.setdefault(method, []).append(f"{seed} ({beta})")
-    not_run = "\n".join(f"* {method}, seed (beta): {', '.join(which)}" for method, which in todo.items())
-    not_run = f"Not run yet:\n\n{not_run}" if todo else "All cases were run."
+    lines = "".join(f"\n* {method}, seed (beta): {', '.join(which)}" for method, which in todo.items())
+    not_run = f"Not run yet:\n{lines}" if todo else "All cases were run."
     beyond = [r for r in rows if r["method"] in BARS and r[figure_of(r["method"])] > BARS[r["method"]]]
     over = [f"{r['method']} seed {r['seed']} beta {r['beta']}" for r in beyond]
-    misses = f"Over the bar: {', '.join(over)}." if over else "No case that was run is over its bar."
+    misses = f"Over the bar: {', '.join(over)}." if over else "No case is over its bar."
     return f"""# Verification: PPO and DPO against the exact optimum
 
 Written by `python benchmarks/convergence.py` ({machines}; one thread, fp32). Every figure is exact: the space has 120
@@ -317,11 +315,11 @@ responses to a prompt have one and the same reward less penalty, beta log Z, so 
 by their spread or not) and online DPO's gradients are 0 there for every sample.
 
 GRPO's division moves no fixed point, and it is the slower road to it. With d(y) what a response's reward less penalty
-has above the mean, its expected advantage at the response of the largest d is positive unless all d are equal: pi* is
-the only fixed point (`tests/ppo/rollouts/test_advantages_without_values.py` sums over all groups). But no advantage
-is larger than (k - 1) / sqrt(k), 1.5 for k = 4, however much a response that is hardly ever sampled is missing, and
-groups of responses that are all about as good as they should be get advantages as large: their noise does not die out
-as they become right. RLOO's and Dr. GRPO's do. The same case with more samples, or without the division:
+has above the mean, its expected advantage at the largest d is positive unless all d are equal: pi* is the only fixed
+point of a policy that can be anything (`tests/ppo/rollouts/test_advantages_without_values.py` sums over all groups).
+But no advantage is larger than (k - 1) / sqrt(k), 1.5 for k = 4, however much a response that is hardly ever sampled
+is missing, and groups of responses that are all about right get advantages as large: their noise does not die out.
+RLOO's and Dr. GRPO's does. The same case with more samples, or without the division:
 
 {
         table(
