@@ -39,7 +39,7 @@ PAPER = Paper(
             f"{PLACE}, fig. 2 left: DPO's frontier dominates",
             "dominates everywhere",
             "win rate of DPO against PPO at the KL of the closer one, gold judge",
-            lambda report: 1.0 - report["figures"]["matched win rate"],
+            lambda report: 1.0 - report["figures"]["ppo beats dpo at one kl"],
             least=0.5,
         ),
         Statement(

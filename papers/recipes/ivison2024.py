@@ -36,7 +36,7 @@ PAPER = Paper(
             f"{PLACE}: not claimed; the fair form of the first",
             "not measured",
             "win rate of PPO against DPO at the KL of the closer one, gold judge",
-            figure("matched win rate"),
+            figure("ppo beats dpo at one kl"),
             least=0.5,
         ),
     ),

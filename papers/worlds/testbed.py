@@ -30,7 +30,9 @@ def read(folder: Path, seed: int) -> dict[str, Any]:
     figures |= {"reward model accuracy": model["accuracy"], "reward model ceiling": model["ceiling"]}
     matched = report["matched_kl"]
     if matched.get("win_rate") is not None:
-        figures |= {"matched win rate": matched["win_rate"], "matched kl": matched["kl"]}
+        # Of whichever is named first there.
+        rate = matched["win_rate"] if matched["policy"] == "ppo" else 1.0 - matched["win_rate"]
+        figures |= {"ppo beats dpo at one kl": rate, "matched kl": matched["kl"]}
     points = [
         {
             "method": point["method"],

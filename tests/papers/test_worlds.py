@@ -141,7 +141,8 @@ def test_a_gain_that_is_only_length_is_none_within_lengths():
     assert testbed.within_lengths(tokens, tokens * 1.0, longer, longer + 2.0) == pytest.approx(2.0)
 
 
-def test_a_run_is_read(tmp_path):
+@pytest.mark.parametrize(("first", "second", "rate"), [("dpo", "ppo", 0.375), ("ppo", "dpo", 0.625)])
+def test_a_run_is_read(tmp_path, first, second, rate):
     with pytest.raises(UserError, match="comparison has not finished"):
         testbed.read(tmp_path, 1)
     compare, ppo = tmp_path / "compare", tmp_path / "ppo"
@@ -153,7 +154,7 @@ def test_a_run_is_read(tmp_path):
         "policies": {"ppo": {**policy, "displacement": {"chosen": -1.0}}},
         "win_rates": [win, {**win, "judge": "reward_model", "win_rate": 0.9}],
         "reward_model": {"accuracy": 0.7, "ceiling": 0.8},
-        "matched_kl": {"win_rate": 0.55, "kl": 2.0},
+        "matched_kl": {"policy": first, "versus": second, "win_rate": rate, "kl": 2.0},
         "frontier": [
             {"method": "ppo", "along": "sweep", "kl": {"mean": 3.0}, "gold_reward": 1.0, "proxy_reward": 2.0}
         ],
@@ -168,6 +169,7 @@ def test_a_run_is_read(tmp_path):
     assert found["seconds"] == 60.0
     figures = found["figures"]
     assert figures["ppo beats dpo"] == 0.6
+    assert figures["ppo beats dpo at one kl"] == 0.625
     assert figures["ppo chosen"] == -1.0
     assert figures["first kl"] == 1e-7
     assert figures["ppo share within lengths"] == 1.0
