@@ -134,6 +134,10 @@ def test_sharded_weights_and_names(causal, head):
     assert set(weights_of(str(folder))) == set(names)
     scorer = RewardScorer.load(folder, head="value_head")
     assert scorer.score_sequences(ROWS) == pytest.approx(by_hand(model, weight), abs=1e-5)
+    for torn, why in ((b"{", "line 1: not valid JSON"), (b"[]", "no index of weights"), (b"\xff", "not UTF-8 text")):
+        (folder / "model.safetensors.index.json").write_bytes(torn)
+        with pytest.raises(UserError, match=f"index.json.*{why}"):
+            weights_of(str(folder))
 
 
 @pytest.mark.parametrize(
