@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ppo_vs_dpo.artifacts.errors import UserError, first_sentence
-from ppo_vs_dpo.artifacts.files import finite, read_json, sha256_of, write_json
+from ppo_vs_dpo.artifacts.files import finite, read_marker, sha256_of, write_json
 from ppo_vs_dpo.papers.claims import Report
 from ppo_vs_dpo.papers.paper import Paper
 from ppo_vs_dpo.papers.settings import CONFIGS, MINIATURE
@@ -100,10 +100,9 @@ def stored(folder: Path, paper: Paper, miniature: Miniature) -> list[Report]:
     found = []
     for seed in miniature.seeds:
         path = report_path(folder, paper.name, seed)
-        if path.is_file():
-            report = read_json(path)
-            if report.get("fingerprint") == current:
-                found.append(report)
+        report = read_marker(path) or {}
+        if report.get("fingerprint") == current:
+            found.append(report)
     return found
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError, in_help, say
-from ppo_vs_dpo.artifacts.files import read_json, sha256_of
+from ppo_vs_dpo.artifacts.files import read_marker, sha256_of
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.compare.estimates.allowed import sampled_as_measured, use_kl
 from ppo_vs_dpo.compare.estimates.controls import controls_of, positive_control
@@ -253,7 +253,8 @@ def own_folder(runs: list[Run]) -> Path:
     names = [run.root.name for run in runs]
     folder = runs[0].root.parent / "pooled"
     there = folder / "report.json"
-    if there.is_file() and read_json(there)["settings"].get("runs") != names:
+    # One that cannot be read may be of others.
+    if there.exists() and ((read_marker(there) or {}).get("settings") or {}).get("runs") != names:
         return folder.with_name(f"pooled-{sha256_of(sorted(names))[:8]}")
     return folder
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ppo_vs_dpo.artifacts.errors import printable, terminal
-from ppo_vs_dpo.artifacts.files import read_json, read_marker
+from ppo_vs_dpo.artifacts.files import read_marker
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.pipeline.running.graph import Job
 
@@ -165,5 +165,4 @@ class Overview:
 
 def verdict(run: RunFolder) -> list[str]:
     """What `compare` concluded, in its own sentences."""
-    path = run.path("compare", "report.json")
-    return read_json(path).get("verdict", []) if path.is_file() else []
+    return (read_marker(run.path("compare", "report.json")) or {}).get("verdict", [])

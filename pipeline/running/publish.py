@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError, first_sentence, say
-from ppo_vs_dpo.artifacts.files import read_json, write_json
+from ppo_vs_dpo.artifacts.files import read_marker, write_json
 from ppo_vs_dpo.artifacts.run import TRAINED, RunFolder
 
 
@@ -45,7 +45,8 @@ def publish(run: RunFolder, stages: list[str]) -> None:
             continue
         record = run.path(stage, "pushed.json")
         state = {**target, "fingerprint": done["fingerprint"], "finished": done.get("finished")}
-        if record.is_file() and {k: v for k, v in read_json(record).items() if k != "url"} == state:
+        pushed = read_marker(record, set_aside=True) or {}
+        if {k: v for k, v in pushed.items() if k != "url"} == state:
             continue
         url = push_folder(run.path(stage, "model"), stage=stage, **target)
         write_json(record, {**state, "url": url})

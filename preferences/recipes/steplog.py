@@ -7,23 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.artifacts.files import read_marker, sha256_of, write_json
+from ppo_vs_dpo.artifacts.files import sha256_of
 from ppo_vs_dpo.artifacts.run import RunFolder
 
 
 class StepLog:
     """Lines of JSON that a killed run leaves whole, but for the last one, which is then done again.
 
-    A log made from another ``identity``, what the steps depend on, is started anew.
+    The ``identity``, what the steps depend on, is in the file's name: no second file can be lost or say otherwise, and
+    take with it what was paid for.
     """
 
     def __init__(self, path: Path, identity: Any):
-        self.path, self._file = path, None
-        mark = path.with_suffix(".identity.json")
-        wanted = {"made_from": sha256_of(identity)}
-        if read_marker(mark) != wanted:
-            path.unlink(missing_ok=True)
-            write_json(mark, wanted)
+        self.path, self._file = path.with_name(f"{path.stem}-{sha256_of(identity)[:12]}{path.suffix}"), None
 
     @classmethod
     def of(cls, run: RunFolder, what: str, split: str, identity: Any) -> "StepLog":
@@ -32,7 +28,7 @@ class StepLog:
         Steps take hours, and where a model at an endpoint did them they were paid for: a setting on which they do not
         depend changes nothing here, and going back to earlier settings finds theirs.
         """
-        return cls(run.cache("pairs", f"{what}_{split}-{sha256_of(identity)[:12]}.jsonl"), [identity, split])
+        return cls(run.cache("pairs", f"{what}_{split}.jsonl"), identity)
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add finished steps. They outlive this process at once, and a power cut after `sync`."""

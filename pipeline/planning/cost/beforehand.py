@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.artifacts.files import read_json, sha256_of, write_json
+from ppo_vs_dpo.artifacts.files import read_marker, sha256_of, write_json
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.pipeline.planning.cost.measured import ask
 from ppo_vs_dpo.pipeline.planning.cost.work import Work, examples, ranks, some_texts, work_of
@@ -80,10 +80,9 @@ def speed_of(run: RunFolder, environment: dict[str, str]) -> dict[str, Any] | No
     }
     kept = run.cache("speed.json")
     asked = sha256_of([LAYOUT, question])
-    if kept.is_file():
-        known = read_json(kept)
-        if isinstance(known, dict) and known.get("asked") == asked:
-            return known["answer"]
+    known = read_marker(kept, set_aside=True) or {}
+    if known.get("asked") == asked and "answer" in known:
+        return known["answer"]
     answer = ask(question, environment)
     if answer is not None:
         write_json(kept, {"asked": asked, "answer": answer})

@@ -155,6 +155,9 @@ def test_speed_is_measured_once_and_doubles_with_the_layers(tmp_path, monkeypatc
     run = run_of(tmp_path, "experiment=quickstart", "launch.expected_seconds={}")
     assert beforehand.speed_of(run, {}) == beforehand.speed_of(run, {}) == found
     assert len(asked) == 1
+    run.cache("speed.json").write_bytes(b"\xff")  # spoilt: measured again
+    assert beforehand.speed_of(run, {}) == beforehand.speed_of(run, {}) == found
+    assert len(asked) == 2
     text = beforehand.table(run, [work.work_of(run, "ppo")], {"ppo": 60.0}, found)
     assert f"{peaks['ppo'] / 1e9:.1f} GB" in text
     assert "the peak of a stage's process" in text

@@ -102,6 +102,10 @@ def test_a_finished_model_is_pushed_once(run, hub, capsys):
     run.finish("ppo", "def", 1.0, {})  # trained anew
     publish(run, ["ppo"])
     assert len(hub.commits) == 2
+    run.path("ppo", "pushed.json").write_bytes(b"{")  # torn: pushed again, and the run does not stop for good
+    publish(run, ["ppo"])
+    publish(run, ["ppo"])
+    assert len(hub.commits) == 3
 
 
 def test_no_token_reaches_the_run_folder(run, hub):

@@ -124,6 +124,8 @@ def test_a_log_of_other_settings_is_started_anew(tmp_path):
     log.append([{"a": 1}, {"a": 2}])
     assert list(StepLog(tmp_path / "steps.jsonl", {"n": 1})) == [{"a": 1}, {"a": 2}]
     assert list(StepLog(tmp_path / "steps.jsonl", {"n": 2})) == []
+    assert list(StepLog(tmp_path / "steps.jsonl", {"n": 1})) == [{"a": 1}, {"a": 2}]  # and found again
+    assert list(tmp_path.iterdir()) == [log.path]  # no other file can be lost, and these steps with it
 
 
 def test_no_more_than_a_step_of_texts_is_held(tmp_path):
@@ -154,7 +156,7 @@ def test_no_more_than_a_step_of_texts_is_held(tmp_path):
     assert max(asked) == 8 * 64
     assert sum(asked) == sum(len(row["samples"]) for row in log) == 64_000
     assert len(ids) == best["examples"] == 1000
-    assert (tmp_path / "log.jsonl").stat().st_size > 32e6
+    assert log.path.stat().st_size > 32e6
     assert most < 3.2e6
 
 
