@@ -29,8 +29,8 @@ from ppo_vs_dpo.models.sampling.vllm.transfer import Transfer, transfer_for
 from ppo_vs_dpo.models.sampling.weights import buckets, check_mergeable
 from ppo_vs_dpo.models.sharding.collectives import is_first, of_first, several
 
-# Requests under way at once; the server batches them as it can.
-REQUESTS = 64
+# Requests under way at once, of all ranks; the server batches them as it can (256 sequences by default).
+REQUESTS = 512
 # Seconds that one completion or one set of weights may take.
 TIMEOUT = 1800
 KEY = "VLLM_API_KEY"
@@ -197,7 +197,8 @@ class VLLMServerEngine:
                 raise UserError(f"the vLLM server at {self.url} sent {len(tokens)} tokens, {len(logprobs)} figures.")
             return Generated(tokens, bool(tokens) and tokens[-1] in self.eos_token_ids, logprobs)
 
-        with ThreadPoolExecutor(min(REQUESTS, sampling.batch_size)) as pool:
+        mine = max(1, REQUESTS // (torch.distributed.get_world_size() if several() else 1))
+        with ThreadPoolExecutor(min(mine, sampling.batch_size)) as pool:
             return list(pool.map(one, prompt_ids, seeds))
 
     def _ask(self, path: str, body: dict | None = None) -> dict:
