@@ -4,7 +4,8 @@ A step of a small batch costs less than launching its kernels: about 40 a layer.
 writes stays in its place, counters of tokens and columns among it, and the host is asked for nothing: so a step can be
 captured once and repeated. Attention sees the cache's columns up to a multiple of `BUCKET`, those that are not filled
 yet masked; rows that have ended stay until half of those there have. Only then shapes change, and a step is captured
-anew, after one that is carried out as always (what CUDA wants before a capture is done by it).
+anew, after one that is carried out as always (what CUDA wants before a capture is done by it). A model's first capture
+is held against a step that is carried out.
 
 The same tokens as the loop in `models.sampling.generation`, up to the rounding of masked columns and other batch sizes
 (tests/models/sampling/test_fixed.py, with a stand-in for the graph).
@@ -19,6 +20,7 @@ from transformers.utils import logging
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.passes.head import rows_logprobs
 from ppo_vs_dpo.models.passes.packed import can_pack
+from ppo_vs_dpo.models.passes.padding import LOW_PRECISION, TOLERANCE
 from ppo_vs_dpo.models.sampling.kv_cache import ReservedCache, close_gaps, read
 from ppo_vs_dpo.models.sampling.picking import LOOK_EVERY, Drawn, SamplingConfig, pick_tokens
 from ppo_vs_dpo.models.sharding.deepspeed import is_sharded
@@ -172,12 +174,36 @@ class FixedDecoding:
         if self.graph is None or left < WORTH:
             return
         try:
-            self.replay = self.graph(self._advance)
+            self.replay = self._captured()
         except RuntimeError as error:
             self.graph, name = None, type(self.model).__name__
             why = str(error).strip().splitlines()[0]
             self.model._not_captured = f"{name} could not be captured ({why})"
             logger.warning("Decoding goes on without CUDA graphs: %s.", self.model._not_captured)
+
+    def _captured(self) -> Callable[[], None]:
+        """A step, captured. A model's first is repeated once and carried out once from the same state, to see.
+
+        Raises:
+            RuntimeError: it cannot be captured, or gives other logits.
+        """
+        replay = self.graph(self._advance)
+        if getattr(self.model, "_captured", False):
+            return replay
+        found = []
+        kept = [one for one in vars(self).values() if isinstance(one, torch.Tensor)]
+        for step in (replay, self._advance):
+            before = [one.clone() for one in kept]
+            step()
+            found.append(self.logits.float().clone())
+            for one, was in zip(kept, before, strict=True):
+                one.copy_(was)
+        repeated, right = found
+        off = (repeated - right).abs().max() / right.abs().max()
+        if not off <= TOLERANCE.get(self.logits.dtype, LOW_PRECISION):
+            raise RuntimeError(f"a repeated step gave other logits, {float(off):.2g} off")
+        self.model._captured = True
+        return replay
 
     def _advance(self) -> None:
         """One step, in place; the host waits for nothing."""

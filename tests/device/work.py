@@ -280,6 +280,8 @@ def decode(probe: Probe, folder: Path, graphs: bool | None = None) -> dict[str, 
     for layers in (2, 8):
         model = llama(layers=layers, vocabulary=64, seed=3).to(DEVICE)
         seen = []
+        # A model is looked at once.
+        generate(model, prompts, SamplingConfig(12, cuda_graphs=graphs), eos_token_ids=[2], seeds=range(16))
         for tokens in (17, 33):
             with probe.part(f"{layers} layers, {tokens} tokens") as counts:
                 sampling = SamplingConfig(tokens, cuda_graphs=graphs)

@@ -116,6 +116,24 @@ def test_what_cannot_be_captured_goes_on_without(tiny_llama, graphs, monkeypatch
         draw(model, cuda_graphs=True)
 
 
+def test_a_graph_that_does_something_else_is_not_used(tiny_llama, graphs, monkeypatch):
+    """Whatever a capture missed: the first one is held against a step that is carried out."""
+    said = []
+    monkeypatch.setattr(fixed.logger, "warning", lambda text, *args: said.append(text % args))
+
+    class Idle(RecordedGraph):
+        def __call__(self):
+            self.replays += 1
+
+    monkeypatch.setitem(fixed.GRAPHS, "cpu", Idle)
+    found = draw(tiny_llama(seed=3), batch_size=8, logprobs=True)
+    assert [g.replays for g in graphs] == [1]
+    plainly = draw(tiny_llama(seed=3), batch_size=8, logprobs=True, cuda_graphs=False)
+    assert [g.token_ids for g in found] == [g.token_ids for g in plainly]
+    (sentence,) = said
+    assert "could not be captured (a repeated step gave other logits" in sentence
+
+
 def test_who_takes_graphs(tiny_llama, graphs, monkeypatch):
     device, model = torch.device("cpu"), tiny_llama()
     wanted, left = SamplingConfig(4, cuda_graphs=True), SamplingConfig(4)
