@@ -28,7 +28,8 @@ MARKS = ("<!-- python benchmarks/methods.py RUN: from here -->", "<!-- to here -
 def of_seeds(entry: dict[str, Any], key: str) -> str:
     """``2.31 [2.10, 2.52] (2.2, 2.4, 2.3)``: the mean, its interval over seeds and prompts, and each seed."""
     value, ci, seeds = entry[key], entry[f"{key}_ci"], entry.get(f"{key}_per_seed") or []
-    return f"{value:.2f} [{ci[0]:.2f}, {ci[1]:.2f}] ({', '.join(f'{one:.2f}' for one in seeds)})"
+    shown = f" ({', '.join(f'{one:.2f}' for one in seeds)})" if seeds else ""
+    return f"{value:.2f} [{ci[0]:.2f}, {ci[1]:.2f}]{shown}".replace("-", "−")
 
 
 def rows(report: dict[str, Any]) -> list[str]:
@@ -45,7 +46,9 @@ def rows(report: dict[str, Any]) -> list[str]:
         entry, spent, win = report["policies"][name], tuned.get(name, {}), against.get((name, "sft"))
         if name == "sft":
             win = None  # against itself is the control
-        chosen = [label(point).removeprefix(label(name)).strip() for point in tuning.get(name, {}).get("chosen", [])]
+        points = tuning.get(name, {}).get("chosen", [])
+        points = [points] if isinstance(points, str) else points
+        chosen = [label(point).removeprefix(label(name)).strip() for point in points]
         wins = "–" if win is None else rate(win)
         cells = [
             label(name), ", ".join(chosen) or "–", of_seeds(entry, "gold_reward"), nats(entry["kl"]["mean"]), wins,
@@ -96,7 +99,7 @@ def picture(report: dict[str, Any], path: Path) -> None:
 def main() -> int:
     """Write the page's part and the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pooled", type=Path, help="the folder of the pooled report")
+    parser.add_argument("pooled", type=Path, help="the folder of the pooled report, or of one run's")
     arguments = parser.parse_args()
     path = arguments.pooled / "report.json"
     if not path.is_file():
