@@ -67,6 +67,8 @@ def watched(name: Callable[[], str], patience: float) -> Iterator[None]:
                     f"not waiting, names another step, or none, is the one the others wait for.\n"
                 )
                 sys.stderr.flush()
+        if said:  # it has got on after all: nobody is to be told of it later
+            _note(rank, "")
 
     thread = threading.Thread(target=watch, name="named step", daemon=True)
     thread.start()

@@ -56,6 +56,22 @@ def test_a_stalled_rank_is_named_before_the_collective_gives_up():
     assert "does not wait for others: it is at stalled (" in other
 
 
+def slow_and_well() -> tuple[list[str], list[str]]:
+    """Rank 1 is slow in one step and then goes on: who is blamed while it is, and afterwards."""
+    with named_step(lambda: "test", 0.8):
+        if os.environ["RANK"] == "1":
+            time.sleep(1.2)
+        during = watch.not_waiting()
+    meet(pause=0.05)
+    return during, watch.not_waiting()
+
+
+def test_one_that_was_slow_and_went_on_is_not_blamed_later():
+    (_, after), (during, after_too) = on_ranks(2, slow_and_well)
+    assert during[0].startswith("rank 1 is at slow_and_well (")
+    assert after == after_too == []
+
+
 def test_steps_that_change_are_not_named(capsys, monkeypatch):
     monkeypatch.setattr(watch, "ranks", lambda: 2)
     step = iter(range(10_000))
