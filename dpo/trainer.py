@@ -25,6 +25,14 @@ PAIRS = "pairs"
 REFERENCE_COLUMNS = ["ref_chosen_logps", "ref_rejected_logps"]
 
 
+def kept_whole(path: Path, rows: int) -> bool:
+    """Whether log-probabilities of so many pairs are kept there; what cannot be read is computed again."""
+    try:
+        return path.is_file() and len(read_parquet(path, REFERENCE_COLUMNS)) == rows
+    except UserError:
+        return False
+
+
 class PairTrainer(DPOTrainer):
     """Direct preference optimisation (Rafailov et al. 2023, eq. 7) on pairs that are token ids already.
 
@@ -154,7 +162,7 @@ class PairTrainer(DPOTrainer):
             return super()._precompute_ref_logps(dataset, name, batch_size)
         path = self.reference_cache / f"{self._reference_key(dataset, batch_size)}.parquet"
         # All ranks must go the same way, also where one of them is late and the file is there by then.
-        if of_first(path.is_file()):
+        if of_first(kept_whole(path, len(dataset))):
             return concatenate_datasets([dataset, read_parquet(path, REFERENCE_COLUMNS)], axis=1)
         known = {file["filename"] for file in dataset.cache_files}
         dataset = super()._precompute_ref_logps(dataset, name, batch_size)

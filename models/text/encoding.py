@@ -21,7 +21,7 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, not_the_file
 from ppo_vs_dpo.artifacts.files import atomic_path, fingerprint_file, sha256_of
 from ppo_vs_dpo.artifacts.resources import part
 from ppo_vs_dpo.models.text.prompts import (
@@ -182,15 +182,24 @@ def _write_tokens(tokenizer: PreTrainedTokenizerBase, path: Path, target: Path) 
 
 
 def _first_agrees(tokenizer: PreTrainedTokenizerBase, path: Path, cached: Path) -> bool:
-    """Whether the first pair's tokens in the cache are what the tokenizer makes of it now.
+    """Whether the cache holds as many pairs as there are, the first with the tokens that the tokenizer makes of it.
 
-    The cache's name knows texts and tokenizer, not the version of the libraries that tokenised.
+    The cache's name knows texts and tokenizer, not the version of the libraries that tokenised; and a stream that was
+    cut where a chunk ends reads as a shorter one.
     """
+    try:
+        kept = Dataset.from_file(str(cached))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if not_the_file(error):
+            raise
+        return False
     with pq.ParquetFile(path) as table:
+        if len(kept) != table.metadata.num_rows:
+            return False
         first = next(table.iter_batches(batch_size=1), None)
     if first is None:
         return True
-    pair, then = first.to_pylist()[0], Dataset.from_file(str(cached))[0]
+    pair, then = first.to_pylist()[0], kept[0]
     prompts = [pair["prompt"]]
     now = {"prompt_ids": encode_prompts(tokenizer, prompts)[0]}
     for side, mask in zip(("chosen", "rejected"), MASKS, strict=True):

@@ -14,7 +14,7 @@ from trl.trainer.dpo_config import DPOConfig
 
 import ppo_vs_dpo.dpo.train as dpo_train
 from ppo_vs_dpo.artifacts.errors import UserError
-from ppo_vs_dpo.artifacts.files import read_jsonl, write_parquet
+from ppo_vs_dpo.artifacts.files import read_jsonl, read_parquet, write_parquet
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.dpo.config import smoothed_loss
 from ppo_vs_dpo.dpo.data import dpo_dataset
@@ -291,6 +291,12 @@ def test_a_sweep_computes_the_reference_once(word_tokenizer, tiny_llama, tmp_pat
     assert weights(run.path("dpo", "model")) == first
     assert weights(run.path("sweep", "dpo,beta=0.1", "model")) != first
     assert run.done("dpo,beta=0.1")["figures"]["beta"] == 0.1
+    # What cannot be read, or is of fewer pairs, is computed again.
+    write_parquet(kept[1], read_parquet(kept[1]).select(range(2)))
+    kept[0].write_bytes(b"PAR1")
+    run.clear("dpo")
+    run_stage(context_of(run, "dpo"))
+    assert weights(run.path("dpo", "model")) == first
     # Another reference has other values: nothing old is read.
     tiny_llama(seed=9).save_pretrained(run.path("sft", "model"))
     run.clear("dpo")

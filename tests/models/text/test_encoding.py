@@ -114,6 +114,16 @@ def test_cached_tokens_that_are_not_todays_are_made_again(word_tokenizer, tmp_pa
     with pa.OSFile(str(cached), "wb") as out, pa.ipc.new_stream(out, table.schema) as writer:
         writer.write_table(table)
     assert encode_pair_file(word_tokenizer, path, tmp_path / "tokens").to_dict() == expected
+    # Cut, also where a chunk ends, where Arrow sees nothing wrong; emptied.
+    whole = cached.read_bytes()
+    out = pa.BufferOutputStream()
+    with pa.ipc.new_stream(out, table.schema) as writer:
+        writer.write_table(table.slice(0, 3))
+    fewer = out.getvalue().to_pybytes()
+    for spoilt in (whole[: len(whole) // 2], fewer, b"", b"\xff" * 64):
+        cached.unlink()
+        cached.write_bytes(spoilt)
+        assert encode_pair_file(word_tokenizer, path, tmp_path / "tokens").to_dict() == expected
 
 
 def test_selected_rows_in_memory(word_tokenizer, tmp_path):
