@@ -56,9 +56,9 @@ def trained_engine(seed: int, stage: str):
     torch.manual_seed(seed)
     # 30 x 7: no piece of a rank begins at a row; a bias; a layer smaller than the number of ranks.
     model = torch.nn.Sequential(torch.nn.Linear(7, 30), torch.nn.Linear(30, 64), torch.nn.Linear(64, 1))
-    settings = settings_of(stage) | {"train_batch_size": 2, "train_micro_batch_size_per_gpu": 1}
-    settings |= {"gradient_accumulation_steps": 1, "gradient_clipping": 1.0, "bf16": {"enabled": False}}
-    settings["fp16"] = {"enabled": False}
+    settings = settings_of(stage) | {"train_batch_size": int(os.environ["WORLD_SIZE"])}
+    settings |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0}
+    settings |= {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     engine, *_ = deepspeed.initialize(model=model, config=settings, optimizer=optimizer)
     return engine
@@ -82,7 +82,7 @@ def save_and_go_on(folder, stage):
     step(engine)
     # A rank writes what it holds whenever that is so much.
     state.PART = 4000
-    save_trained(engine, folder, rank, 2)
+    save_trained(engine, folder, rank, int(os.environ["WORLD_SIZE"]))
     torch.distributed.barrier()
     step(engine)
     other = trained_engine(1, stage)
@@ -95,18 +95,24 @@ def save_and_go_on(folder, stage):
     return Counted.given, numbers, same
 
 
-def test_each_rank_reads_its_own_piece(tmp_path):
+RANKS = pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+
+
+@RANKS
+def test_each_rank_reads_its_own_piece(tmp_path, ranks):
     """ZeRO-3: the file is read about once by all ranks together (rows that two pieces share, twice); exactly."""
-    found = on_ranks(2, save_and_go_on, tmp_path, "zero3")
+    found = on_ranks(ranks, save_and_go_on, tmp_path, "zero3")
     assert len(list(tmp_path.glob("trained-*.safetensors"))) > 2
     numbers = found[0][1]
-    assert sum(given for given, _, _ in found) <= 1.1 * numbers
+    # A row of these matrices is up to a thirtieth of them.
+    assert sum(given for given, _, _ in found) <= (1 + 0.05 * (ranks - 1)) * numbers
     assert all(same for *_, same in found)
 
 
-def test_under_zero2_all_ranks_together_read_it_once(tmp_path):
+@RANKS
+def test_under_zero2_all_ranks_together_read_it_once(tmp_path, ranks):
     """What every rank needs whole is read by one of them, in turn, and sent to the others."""
-    found = on_ranks(2, save_and_go_on, tmp_path, "zero2")
+    found = on_ranks(ranks, save_and_go_on, tmp_path, "zero2")
     assert sum(given for given, _, _ in found) == found[0][1]
     assert all(given > 0 for given, _, _ in found)
     assert all(same for *_, same in found)
