@@ -1,9 +1,11 @@
 """Adapters: merged they are the model that was trained, also on tied embeddings; what cannot be carried is named."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -15,6 +17,7 @@ from ppo_vs_dpo.models.loading.prepared import halve_frozen, is_halved
 from ppo_vs_dpo.models.loading.pretrained import load_policy
 from ppo_vs_dpo.models.passes.answers import answers
 from ppo_vs_dpo.models.sampling.weights import check_mergeable
+from ppo_vs_dpo.models.training import write_model
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
 
@@ -183,3 +186,17 @@ def test_a_base_in_half_precision_is_what_autocast_makes_of_it(base):
     assert {p.dtype for n, p in model.named_parameters() if "lora_" in n or "embed" in n} == {torch.float32}
     assert {p.dtype for n, p in model.named_parameters() if "base_layer" in n or "mlp" in n} == {torch.bfloat16}
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_base_in_half_precision_is_merged_as_it_was_saved(base, word_tokenizer, tmp_path):
+    """What is written is the saved base in fp32 and the adapter, not the base that trained in bfloat16."""
+    model = disturbed(get_peft_model(base(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **CAUSAL)))
+    expected = merge(copy.deepcopy(model))
+    halve_frozen(model, torch.bfloat16)
+    context = SimpleNamespace(dir=tmp_path / "ppo", run=SimpleNamespace(config=OmegaConf.create({})))
+    context.dir.mkdir()
+    write_model(model, word_tokenizer, context, adapters=[model.active_adapter])
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "ppo" / "model")
+    assert {p.dtype for p in written.parameters()} == {torch.float32}
+    for mine, theirs in zip(written.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=0)
