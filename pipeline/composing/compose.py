@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ def sort_overrides(overrides: list[str]) -> tuple[list[str], list[str]]:
         hydras = section == "hydra" or key.startswith("hydra/")
         if key == "stages" and not override.is_sweep_override() and not isinstance(override.value(), list):
             problems.append(f"{text}: it is a list: stages=[{override.value()}]")
+            continue
         if (key in GROUPS and _names_a_group(override)) or hydras or override.is_add():
             prepared.append(text)
         elif section in SECTIONS and rest:
@@ -345,6 +346,24 @@ def refused_values(own_class: type, mine: dict[str, Any]) -> list[str]:
     return made.problems() if hasattr(made, "problems") else []
 
 
+def of_another_source(values: DictConfig | dict, own: set[str], known: Iterable[str]) -> list[str]:
+    """Keys of ``data`` that other sources read and this one does not: they would say nothing.
+
+    Args:
+        values: the section.
+        own: keys of its source.
+        known: keys of all sources.
+    """
+    found = []
+    for key in values:
+        if key in own or key not in known:
+            continue
+        groups = {"path": "files", "inline": "inline", "prompts_path": "rejection"}
+        hint = f" Choose another source with it: data={groups[key]} data.{key}=..." if key in groups else ""
+        found.append(f"data.{key}: the source {values.get('source')} has no such key, other sources have.{hint}")
+    return found
+
+
 def check_section(section: str, values: DictConfig | dict, own: str, complete: bool = True) -> list[str]:
     """Problems of one stage's section."""
     valid = section_keys(section)
@@ -356,6 +375,8 @@ def check_section(section: str, values: DictConfig | dict, own: str, complete: b
     except UserError as error:
         return [*problems, str(error)]
     own_names = set(own_class.__dataclass_fields__)
+    if section == "data":
+        problems += of_another_source(values, own_names, valid)
     mine: dict[str, Any] = {
         key: values._get_node(key) if isinstance(values, DictConfig) else values[key]
         for key in values

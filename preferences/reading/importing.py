@@ -75,7 +75,10 @@ def mapped(
         raise UserError(f"data.columns is read for data.format={RENAMED[0]}, and data.format is {format}.")
     rows, first = _first_of(_counted(rows, report))
     if first is not None:
-        report.format = format = detect(first, options) if format == "auto" else format
+        fits = detect(first, options)
+        if format not in ("auto", fits) and (fits != "pairs" or {*SIDES} <= {*first}):
+            report.fits = fits
+        report.format = format = fits if format == "auto" else format
         report.columns = [str(name) for name in first]
     mapping = mapping_named("pairs" if format == "auto" else format)
     for place, row in GATHERED[format](rows) if format in GATHERED else rows:

@@ -93,6 +93,7 @@ class Report:
     Attributes:
         source: file, folder or Hub name.
         format: the mapping used.
+        fits: the mapping that the first row looks like, where another one was asked for.
         rows: rows read.
         pairs: pairs kept.
         prompts: different prompts among them.
@@ -108,6 +109,7 @@ class Report:
 
     source: str
     format: str = ""
+    fits: str = ""
     rows: int = 0
     pairs: int = 0
     prompts: int = 0
@@ -152,6 +154,8 @@ class Report:
         kinds = [kind for kind in fatal if kind not in ALWAYS_FATAL]
         if not kinds:
             return "Mend the file."
+        if fatal[kinds[0]].count >= self.rows and self.fits:
+            return f"No row is left so. They were read as {self.format} and look like {self.fits}: data.format=auto."
         if fatal[kinds[0]].count >= self.rows:
             return f"No row is left so. The columns are {', '.join(self.columns)}; data.columns says which is what."
         return f"Mend the file or leave such rows out with data.on_problem.{kinds[0]}=drop."

@@ -24,22 +24,33 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m ppo_vs_dpo.pipeline.planning.cost", description=__doc__)
     parser.add_argument("run", help="a run folder")
-    run = RunFolder(parser.parse_args(argv).run)
+    parser.add_argument(
+        "--cpu-seconds",
+        action="store_true",
+        help="measure in CPU seconds: where others use the machine, on one thread",
+    )
+    given = parser.parse_args(argv)
+    run = RunFolder(given.run)
     names = [*STAGES[:-1], *run.points("dpo"), *run.points("ppo"), STAGES[-1]]
     took = {name: float(done["seconds"]) for name in names if (done := run.done(name)) is not None}
     if not took:
         raise UserError(f"{run.root}: no stage has finished, so there is nothing to compare an estimate with.")
     threads = str(run.config.launch.threads)
-    speed = speed_of(run, {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads})
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    speed = speed_of(run, environment, given.cpu_seconds)
     if speed is None:
         raise UserError(f"{run.root}: its model could not be measured (ppo-vs-dpo check says why).")
     lines, total = [f"{'stage':<22}{'estimated':>12}{'took':>12}"], 0.0
     for name, seconds in took.items():
         guess = work_of(run, name, speed["characters"]).seconds(speed)
         total += guess or 0.0
-        lines.append(f"{name[:21]:<22}{'?' if guess is None else spell(guess):>12}{spell(seconds):>12}")
-    lines.append(f"{'all':<22}{spell(total):>12}{spell(sum(took.values())):>12}")
-    say("\n".join(lines) + f"\nmeasured on {speed['device']}; stages that ran at once are added up\n")
+        lines.append(f"{name[:21]:<22}{'?' if guess is None else f'{guess:,.0f} s':>12}{f'{seconds:,.0f} s':>12}")
+    lines.append(f"{'all':<22}{f'{total:,.0f} s':>12}{f'{sum(took.values()):,.0f} s':>12}")
+    say(
+        "\n".join(lines)
+        + f"\nmeasured on {speed['device']}; stages that ran at once are added up. The {spell(speed['start'])} that "
+    )
+    say("a process takes to load its libraries are in the estimates, and not in what the stages' own clocks say.\n")
     return 0
 
 

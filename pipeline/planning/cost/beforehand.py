@@ -16,7 +16,7 @@ from ppo_vs_dpo.ppo.stage.config import trains_values
 # Starting a process, loading libraries and a model of the testbed's size, in a run that names its seconds.
 STARTED = 8.0
 # Bumped when an answer has other figures: it is then measured again.
-LAYOUT = 2
+LAYOUT = 3
 
 
 def say_cost(run: RunFolder, names: Iterable[str], environment: dict[str, str]) -> tuple[str, dict[str, float]]:
@@ -59,7 +59,7 @@ def shares_of_usual(run: RunFolder, names: list[str]) -> dict[str, float]:
     return shares
 
 
-def speed_of(run: RunFolder, environment: dict[str, str]) -> dict[str, Any] | None:
+def speed_of(run: RunFolder, environment: dict[str, str], cpu_seconds: bool = False) -> dict[str, Any] | None:
     """Seconds a token on this machine, measured once for a model and kept in the run's cache."""
     model = run.config.model
     question = {
@@ -76,6 +76,7 @@ def speed_of(run: RunFolder, environment: dict[str, str]) -> dict[str, Any] | No
             if run.config.get(name) is not None
         },
         "texts": some_texts(run),
+        "cpu_seconds": cpu_seconds,
         "host": os.uname().nodename,
     }
     kept = run.cache("speed.json")
@@ -144,6 +145,8 @@ def space(run: RunFolder, works: list[Work], speed: dict[str, Any] | None) -> st
         models = 2 if stage == "ppo" and trains_values(section) else int(section.get("ensemble") or 1)
         # Weights, and AdamW's two moments in fp32.
         total += kept * models * (0.05 * size if work.adapters else 3 * size)
+    if total < 1e6:
+        return ""  # links, and tables
     disk = f"{total / 1e9:.1f} GB" if total > 1e8 else f"{total / 1e6:.0f} MB"
     return f"disk: about {disk} in {run.root} (`ppo-vs-dpo clean {run.root}` says later what may go)"
 

@@ -7,11 +7,13 @@ from the two layers: what they share (embeddings, head) is counted once, a layer
 weights are read, and the process that asks stays small.
 """
 
+import functools
 import importlib
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ppo_vs_dpo.artifacts.errors import say
@@ -36,15 +38,16 @@ def ask(question: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]
 
     Args:
         question: ``path`` or ``architecture``, ``revision`` and ``trust_remote_code``; ``sections``, the stages to
-            plan the memory of, and ``ranks``; ``texts``, a few prompts with an answer.
+            plan the memory of, and ``ranks``; ``texts``, a few prompts with an answer; ``cpu_seconds``: by the
+            process's own clock, on a machine that others use.
         environment: of the process: threads.
 
     Returns:
         Seconds a token: ``train`` (forward and backward), ``forward``, ``decode``; of a decoding step beside its
         tokens: ``step``; of a process until a stage's libraries are there: ``start``. And ``device``, ``parameters``,
         ``layers``, ``memory``: the peak of each stage on a rank in bytes (`planning.plan`, an estimate from above),
-        and ``characters`` of a token, template included, in ``prompt`` and ``whole`` (with its answer), where there
-        are texts and a tokenizer.
+        and ``characters``: of a token of ``text``, and tokens of the ``template`` around a prompt, where there are
+        texts and a tokenizer.
     """
     try:
         ended = subprocess.run(
@@ -73,7 +76,8 @@ def measure(question: dict[str, Any], began: float) -> dict[str, Any]:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
-    start = time.time() - began
+    clock = time.process_time if question.get("cpu_seconds") else time.perf_counter
+    start = time.process_time() if question.get("cpu_seconds") else time.time() - began
     if question.get("path"):
         config = AutoConfig.from_pretrained(
             question["path"],
@@ -84,10 +88,10 @@ def measure(question: dict[str, Any], began: float) -> dict[str, Any]:
         architecture = dict(question["architecture"])
         architecture.setdefault("vocab_size", 512)
         config = AutoConfig.for_model(architecture.pop("model_type"), **architecture)
-    clock = time.perf_counter()
+    before = clock()
     # What a stage imports: its Trainer brings datasets, PEFT and accelerate.
     importlib.import_module("ppo_vs_dpo.dpo.train")
-    start += time.perf_counter() - clock
+    start += clock() - before
     layers = config.num_hidden_layers
     memory = peaks(question, config)
     with torch.device("meta"):
@@ -100,9 +104,10 @@ def measure(question: dict[str, Any], began: float) -> dict[str, Any]:
     for number in (1, 2):
         config.num_hidden_layers = number
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval()
-        if number == 1 and _times(model, config.vocab_size, device, ROWS)["train"] * ROWS * LENGTH < SHORT:
+        timed = functools.partial(_times, model, config.vocab_size, device, clock)
+        if number == 1 and timed(ROWS)["train"] * ROWS * LENGTH < SHORT:
             rows = MOST_ROWS
-        found.append(_times(model, config.vocab_size, device, rows))
+        found.append(timed(rows))
     whole = {key: found[0][key] + max(0.0, found[1][key] - found[0][key]) * (layers - 1) for key in found[0]}
     few, many = whole.pop("few"), whole.pop("many")
     token = max(0.0, many - few) / (MANY - FEW)
@@ -120,7 +125,7 @@ def measure(question: dict[str, Any], began: float) -> dict[str, Any]:
 
 
 def characters_of_a_token(question: dict[str, Any]) -> dict[str, float]:
-    """How many characters of the texts a token has, the template's tokens included, by the model's own tokenizer."""
+    """Characters of a token in the run's texts, and what the template puts around a prompt: by the tokenizer."""
     from ppo_vs_dpo.models.loading.config import ModelConfig
     from ppo_vs_dpo.models.loading.pretrained import load_tokenizer
     from ppo_vs_dpo.models.text.encoding import encode_prompts
@@ -132,15 +137,16 @@ def characters_of_a_token(question: dict[str, Any]) -> dict[str, float]:
     try:
         config = ModelConfig(trust_remote_code=bool(question.get("trust_remote_code")))
         tokenizer = load_tokenizer(question["path"], config)
-        prompts = sum(map(len, encode_prompts(tokenizer, [row["prompt"] for row in texts])))
+        asked = [row["prompt"] for row in texts]
+        prompts = sum(map(len, encode_prompts(tokenizer, asked)))
         answers = sum(len(encode_completion(tokenizer, row["chosen"])) for row in texts)
+        short = "a" if isinstance(asked[0], str) else [{"role": "user", "content": "a"}]
+        template = len(encode_prompts(tokenizer, [short])[0]) - 1
     except Exception:  # of texts that the data stage will refuse, or mend: the usual length of a token will do
         return {}
-    read = sum(characters(row["prompt"]) for row in texts)
-    return {
-        "prompt": read / max(prompts, 1),
-        "whole": (read + sum(characters(row["chosen"]) for row in texts)) / max(prompts + answers, 1),
-    }
+    read = sum(characters(row["prompt"]) + characters(row["chosen"]) for row in texts)
+    # An answer's last token ends it.
+    return {"text": read / max(prompts + answers - len(texts) * (template + 1), 1), "template": template}
 
 
 def peaks(question: dict[str, Any], architecture: Any) -> dict[str, float]:
@@ -170,7 +176,7 @@ def peaks(question: dict[str, Any], architecture: Any) -> dict[str, float]:
     return found
 
 
-def _times(model: Any, vocabulary: int, device: Any, rows: int) -> dict[str, float]:
+def _times(model: Any, vocabulary: int, device: Any, clock: Callable[[], float], rows: int) -> dict[str, float]:
     import torch
 
     ids = torch.randint(0, vocabulary, (rows, LENGTH), device=device)
@@ -181,27 +187,28 @@ def _times(model: Any, vocabulary: int, device: Any, rows: int) -> dict[str, flo
 
     found = {}
     with torch.no_grad():
-        found["forward"] = _clock(lambda: model(ids)) / ids.numel()
+        # What is read without gradients is asked for the logits of its answers alone, about so many.
+        found["forward"] = _seconds(clock, lambda: model(ids, logits_to_keep=LENGTH // 4)) / ids.numel()
         for name, batch in (("few", FEW), ("many", MANY)):
             cache = model(ids[:1, : LENGTH // 2], use_cache=True).past_key_values
             cache.batch_repeat_interleave(batch)
             tokens = ids[:1, :1].repeat(batch, 1)
-            found[name] = _clock(lambda: model(tokens, past_key_values=cache, use_cache=True))  # noqa: B023
-    return {**found, "train": _clock(train) / ids.numel()}
+            found[name] = _seconds(clock, lambda: model(tokens, past_key_values=cache, use_cache=True))  # noqa: B023
+    return {**found, "train": _seconds(clock, train) / ids.numel()}
 
 
-def _clock(action: Any) -> float:
+def _seconds(clock: Callable[[], float], action: Callable[[], Any]) -> float:
     """Seconds of one call: the least of three after one to warm up."""
     import torch
 
     times = []
     for number in range(4):
-        started = time.perf_counter()
+        started = clock()
         action()
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         if number:
-            times.append(time.perf_counter() - started)
+            times.append(clock() - started)
     return min(times)
 
 

@@ -90,7 +90,7 @@ def work_of(run: RunFolder, name: str, ratios: dict[str, float] | None = None) -
     Args:
         run: its folder and configuration.
         name: of the job, ``"ppo,kl_coef=0.0"`` for a point of a sweep.
-        ratios: characters of a token as the run's tokenizer has them (`measured.ask`).
+        ratios: characters of a token, and the template's tokens (`measured.ask`, ``characters``).
     """
     stage = name.split(",")[0]
     section = run.config.get(stage) or {}
@@ -256,7 +256,7 @@ def _compare(run: RunFolder, section: Any, ratios: dict[str, float] | None) -> W
     swept = any((run.config.get(stage) or {}).get("sweep") for stage in ("ppo", "dpo"))
     near = sum(_stays_near(run.config.get(stage)) for stage in ("ppo", "dpo") if run.config.get(stage))
     again = len(section.get("best_of_n") or []) + samples * (2 + 2 * swept)
-    again += (near + (near > 0)) * sum(policies[0].batches[:2])
+    again += near * sum(policies[0].batches[:2]) + (near > 0) * int(section.get("pool_size") or 0)
     work.read += prompts * again * length
     work.loads = len(policies) + judges + 2 + near
     if select := section.get("select"):
@@ -300,12 +300,12 @@ def examples(run: RunFolder, stage: str, ratios: dict[str, float] | None = None)
     bound = int(data.get("max_prompt_tokens") or 128)
     if stage != "ppo":
         bound += int(data.get("max_response_tokens") or data.get("max_new_tokens") or 128)
-    per_token = (ratios or {}).get("prompt" if stage == "ppo" else "whole") or CHARACTERS
+    per_token, template = (ratios or {}).get("text") or CHARACTERS, (ratios or {}).get("template") or 0
     name, columns = table_of(stage)
     table = run.path(*name)
     if table.is_file():
         lengths = [sum(characters(row[one]) for one in columns if one in row) for row in _first(table, columns)]
-        typical = math.ceil(sum(lengths) / max(len(lengths), 1) / per_token) or bound
+        typical = math.ceil(sum(lengths) / max(len(lengths), 1) / per_token + template) or bound
         return _rows(table), min(typical, bound) if data.get("max_prompt_tokens") else typical
     configured = {"sft": data.get("sft_examples"), "ppo": data.get("train_prompts")}.get(stage, data.get("pairs"))
     if isinstance(configured, int):
@@ -315,7 +315,7 @@ def examples(run: RunFolder, stage: str, ratios: dict[str, float] | None = None)
         total, size = found
         share = 1 - float(data.get("test_fraction") or 0) - float(data.get("heldout_fraction") or 0)
         # A line holds a prompt and two answers.
-        typical = math.ceil(size / per_token * (1 / 3 if stage == "ppo" else 2 / 3))
+        typical = math.ceil(size / per_token * (1 / 3 if stage == "ppo" else 2 / 3) + template)
         return int(total * share), min(typical, bound) if data.get("max_prompt_tokens") else typical
     return None, bound
 

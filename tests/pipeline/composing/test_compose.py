@@ -30,6 +30,22 @@ def test_every_experiment_composes_and_has_a_line():
         assert config.name
 
 
+@pytest.mark.parametrize(
+    ("experiment", "key", "hint"),
+    [
+        ("quickstart", "path=my_pairs.jsonl", "data=files data.path="),
+        ("quickstart", "max_pairs=10", ""),
+        ("hh", "sft_examples=10", ""),
+        ("constitution", "inline={}", "data=inline"),
+    ],
+)
+def test_a_data_key_that_the_source_does_not_read_is_refused(experiment, key, hint):
+    """`quickstart data.path=my_pairs.jsonl` would train on the written world, and say nothing."""
+    with pytest.raises(UserError, match=rf"data\.{key.split('=')[0]}: the source \w+ has no such key") as refused:
+        load([f"experiment={experiment}", f"data.{key}"], check_missing=False)
+    assert hint in str(refused.value)
+
+
 def test_overrides_reach_their_places():
     config = load(["experiment=quickstart", "ppo.kl_coef=0.7", "sft.warmup_steps=3", "seed=4", "model.dtype=bfloat16"])
     assert config.ppo.kl_coef == 0.7

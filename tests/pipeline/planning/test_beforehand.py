@@ -218,7 +218,10 @@ def test_tokens_of_the_models_own_tokenizer_count(tmp_path, monkeypatch):
     found = measured.characters_of_a_token({"path": str(tmp_path / "model"), "texts": texts})
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     ids = tokenizer.apply_chat_template(texts[0]["prompt"], add_generation_prompt=True, return_dict=False)
-    assert found["prompt"] == pytest.approx(len("What is 2 plus 2?") / len(ids))
+    answer = len(tokenizer(texts[0]["chosen"])["input_ids"])
+    typical = len("What is 2 plus 2?It is 4.") / found["text"] + found["template"]
+    assert typical == pytest.approx(len(ids) + answer, abs=1)
+    assert 0 < found["template"] < len(ids)
     assert measured.characters_of_a_token({"path": str(tmp_path / "model"), "texts": [{"prompt": 3}]}) == {}
     rows = [{"prompt": "p" * 40, "chosen": "c" * 40, "rejected": "r" * 40}] * 100
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -226,7 +229,7 @@ def test_tokens_of_the_models_own_tokenizer_count(tmp_path, monkeypatch):
                  "data.conversational=true")  # fmt: skip
     assert work.some_texts(run, 1) == [{"prompt": [{"role": "user", "content": "p" * 40}], "chosen": "c" * 40}]
     write_parquet(run.path("pairs", "train.parquet"), rows)
-    assert work.examples(run, "dpo", {"whole": 8.0})[1] == 10
+    assert work.examples(run, "dpo", {"text": 8.0, "template": 7})[1] == 80 / 8 + 7
 
 
 def test_a_finished_run_says_what_was_estimated_and_what_it_took(tmp_path, monkeypatch, capsys):

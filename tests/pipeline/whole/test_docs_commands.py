@@ -40,6 +40,7 @@ SMALLER: dict[str, list[str]] = {
     "ppo-vs-dpo quickstart launch.processes=auto launch.workers=1": SMALL,
     "ppo-vs-dpo quickstart stages=[ppo,compare]": SMALL,
     "ppo-vs-dpo quickstart compare.best_of={}": SMALL,
+    "python -m ppo_vs_dpo.pipeline.planning.cost runs/quickstart": [],
     "python -m ppo_vs_dpo.compare runs/quickstart": [],
     "python -m ppo_vs_dpo.reward_model runs/quickstart": [],
     "python -m ppo_vs_dpo.ppo runs/quickstart --point kl_coef=0.0": [],

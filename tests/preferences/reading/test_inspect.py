@@ -267,6 +267,23 @@ def test_columns_of_other_names_are_proposed_and_work(tmp_path, capsys, plain_mo
         run_here(given(tmp_path, plain_model, path=str(path)), "data")
 
 
+@pytest.mark.parametrize(
+    ("asked", "row", "fits"),
+    [
+        ("hh", {"prompt": "{n}?", "chosen": "A", "rejected": "B"}, "pairs"),
+        ("orca", {"prompt": "{n}?", "chosen": "A", "rejected": "B"}, "pairs"),
+        ("hh", {"question": "{n}?", "good": "A", "bad": "B"}, ""),
+    ],
+)  # fmt: skip
+def test_rows_that_were_read_as_something_else(tmp_path, capsys, plain_model, asked, row, fits):
+    """``hh`` reads dialogues, and who gives it plain pairs is told so."""
+    rows = [{name: text.format(n=n) for name, text in row.items()} for n in range(3)]
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    code, said = inspected(capsys, path, "--format", asked)
+    assert code == 2
+    assert (f"read as {asked} and look like {fits}: data.format=auto" in said) == bool(fits)
+
+
 def test_a_name_that_no_pair_has_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl")
     with pytest.raises(UserError, match=r"data\.columns\.choosen.*Did you mean chosen"):
