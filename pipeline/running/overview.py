@@ -12,7 +12,8 @@ from ppo_vs_dpo.artifacts.files import read_marker
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.pipeline.running.graph import Job
 
-MARKS = {"done": "[green]done[/]", "running": "[cyan]running[/]", "todo": "", "part": "to resume", "stale": "stale"}
+# State -> its word and style. Not as markup: a line that is printed above the table without it would show the marks.
+MARKS = {"done": ("done", "green"), "running": ("running", "cyan"), "part": ("to resume", ""), "stale": ("stale", "")}
 
 
 def clock(seconds: float) -> str:
@@ -158,8 +159,12 @@ class Overview:
             elif state == "done" and job.name in self.seconds:
                 spent = clock(self.seconds[job.name])
             # Names and what a stage says are data, never markup.
-            table.add_row(Text(printable(job.name)), MARKS[state], Text(printable(progress)), spent)
-        table.caption = f"{clock(time.monotonic() - self.start)} so far, about {self.left()} left"
+            table.add_row(
+                Text(printable(job.name)), Text(*MARKS.get(state, ("", ""))), Text(printable(progress)), spent
+            )
+        spent = clock(time.monotonic() - self.start)
+        over = all(state == "done" for state in self.states.values())
+        table.caption = f"{spent} in all" if over else f"{spent} so far, about {self.left()} left"
         return table
 
 

@@ -99,6 +99,30 @@ def test_the_overview_and_the_verdict(tmp_path, capsys):
     assert_harmless(said)
 
 
+def test_a_line_above_the_live_table_takes_no_colour_from_it(tmp_path):
+    """A line that is printed without markup redraws the table beside it the same way: its states are no markup."""
+    from omegaconf import OmegaConf
+
+    from ppo_vs_dpo.artifacts.run import RunFolder
+    from ppo_vs_dpo.pipeline.running.graph import Job
+    from ppo_vs_dpo.pipeline.running.overview import Overview
+
+    folder = RunFolder(tmp_path, OmegaConf.create({"launch": {"workers": 1, "expected_seconds": {}}}))
+    out = io.StringIO()
+    console = Console(file=out, width=100, force_terminal=True, color_system=None)
+    with Overview(folder, [Job("sft", "sft", state="done"), Job("dpo", "dpo", state="todo")], console) as overview:
+        overview.started(overview.jobs[1])
+        overview.say("[u]careful")
+        assert "so far, about" in out.getvalue()
+        folder.finish("dpo", "f", 1.0, {})
+        overview.finished(overview.jobs[1], 1.0)
+    assert "in all" in out.getvalue().rpartition("so far")[2]
+    assert "[u]careful" in out.getvalue()
+    assert "done" in out.getvalue()
+    assert "[green]" not in out.getvalue()
+    assert "[cyan]" not in out.getvalue()
+
+
 def test_the_report_s_plain_page():
     from ppo_vs_dpo.compare.report.pages import render_markdown
     from tests.compare.report.test_browser import small_report
