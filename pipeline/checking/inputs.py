@@ -150,6 +150,9 @@ def _arguments(context: StageContext, values: dict[str, Any], own: Any, argument
     processes = launch.get("processes") or 1
     ranks = (processes if isinstance(processes, int) else 1) * int(launch.get("nodes") or 1)
     wrong = list(late(made, stage, len(settings.rewards) if stage == "ppo" else 1, ranks))
+    if stage == "ppo" and settings.value_path is not None and not made.has_critic:
+        method = f"advantage={made.advantage}, loss={made.loss}"
+        wrong.append(f"ppo.value_path with {method}: there are no values. Leave it out.")
     if wrong:
         raise UserError("\n".join(wrong))
 

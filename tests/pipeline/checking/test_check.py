@@ -85,6 +85,8 @@ ONLY_THERE = [
     ("ppo.stop_strings", [""], "stop_strings has an empty text"),
     ("ppo.debug", "underflow_overflow", "ppo.debug has no meaning in PPO"),
     ("ppo.sweep", {"kl_coef": [0.1, 0.1]}, "ppo.sweep.kl_coef has 0.1 twice"),
+    ("ppo.value_path", ".", "ppo.value_path with advantage=rloo, loss=ppo: there are no values"),
+    ("ppo.samples_per_prompt", 3, "cannot hold whole groups of 3"),
     ("dpo.sync_ref_model", True, "dpo.sync_ref_model moves the reference"),
     ("compare.best_of", {"nobody": [4]}, "compare.best_of.nobody: no policy of this run"),
     ("compare.policies", {"ppo": {"path": "x"}}, "compare.policies.ppo: ppo is this run's own"),
@@ -106,6 +108,8 @@ def test_what_only_the_stage_would_find_out_is_said_before(quickstart, key, valu
     config = {**quickstart, section: {**quickstart[section], name: value}}
     if name == "sync_ref_model":
         config[section]["precompute_ref_log_probs"] = True
+    if name == "value_path":
+        config[section] |= {"advantage": "rloo", "samples_per_prompt": 4}
     found = problems(config, [section])
     assert any(message in one for one in found), found
     assert not any("\n" in one or "Traceback" in one for one in found)
