@@ -154,7 +154,10 @@ def test_gradients_add_up_in_fp32(stage):
 def one_step_of_ddp() -> tuple[int, int]:
     """How many gradients there are and in how many pieces of memory; they and weights are equal on both ranks."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
 
+    # An earlier test's, of one process, came with the fork.
+    AcceleratorState._reset_state(reset_partial_state=True)
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(6, 6) for _ in range(4)))
     accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs()])
