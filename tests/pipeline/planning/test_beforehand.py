@@ -139,7 +139,7 @@ def test_speed_is_measured_once_and_doubles_with_the_layers(tmp_path, monkeypatc
     assert found["train"] > found["forward"] > 0
     assert found["step"] > 0
     assert found["decode"] > 0
-    assert 1 < found["start"] < 60  # it imported what a stage does
+    assert 0 < found["start"] < 60  # seconds; forked, as here, libraries are there already
     assert found["characters"] == {}
     assert found["parameters"] == pytest.approx(2 * 128 * 64 + 8 * (4 * 64 * 64 + 3 * 64 * 256), rel=0.02)
     assert (
