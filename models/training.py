@@ -47,7 +47,7 @@ from ppo_vs_dpo.models.sharding.deepspeed import (
     unsharded_loading,
 )
 from ppo_vs_dpo.models.sharding.state import portable_checkpoints
-from ppo_vs_dpo.models.sharding.watch import PATIENCE, meet
+from ppo_vs_dpo.models.sharding.watch import PATIENCE, join_on_cpu, meet
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
@@ -85,6 +85,8 @@ def training_arguments(cls: type[Arguments], context: StageContext, passed: dict
     wrong = [*of_another_type(passed, cls, context.stage), *out_of_range(passed, context.stage)]
     if wrong:
         raise Complaint(wrong)
+    if sharding is None and not accelerator:
+        join_on_cpu(passed.get("ddp_timeout", defaults["ddp_timeout"]), passed.get("ddp_backend"))
     try:
         with warnings.catch_warnings():
             # TRL still sets the old name of a setting that transformers renamed; nothing for the user to do.

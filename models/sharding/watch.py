@@ -1,6 +1,7 @@
 """Ranks that wait for one another: a word before a collective gives up, and a meeting that never does."""
 
 import contextlib
+import datetime
 import faulthandler
 import itertools
 import os
@@ -27,6 +28,16 @@ _LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib",
 def ranks() -> int:
     """How many processes work together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def join_on_cpu(patience: float, backend: str | None = None) -> None:
+    """Join the ranks that a launcher started, each collective to be given up after so many seconds.
+
+    With an accelerator or DeepSpeed transformers does that, with ``ddp_timeout``. On a CPU it leaves the timeout out,
+    and a rank that hangs is waited for as long as torch's own half an hour.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group(backend or "gloo", timeout=datetime.timedelta(seconds=patience))
 
 
 @contextlib.contextmanager

@@ -56,6 +56,32 @@ def test_a_stalled_rank_is_named_before_the_collective_gives_up():
     assert "does not wait for others: it is at stalled (" in other
 
 
+def test_on_a_cpu_too_a_collective_is_given_up_after_ddp_timeout(tmp_path, monkeypatch):
+    """transformers hands it on to groups with an accelerator or DeepSpeed only."""
+    from trl import SFTConfig
+
+    from ppo_vs_dpo.artifacts.run import RunFolder
+    from ppo_vs_dpo.artifacts.stage import StageContext
+    from ppo_vs_dpo.models.training import training_arguments
+
+    (tmp_path / "config.yaml").write_text("seed: 1\nsft: {}\nmodel: {path: x}\n")
+    joined = []
+
+    class Joined(Exception):
+        """Far enough."""
+
+    def join(backend, timeout):
+        joined.append((backend, timeout.total_seconds()))
+        raise Joined
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", join)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for passed in ({"use_cpu": True}, {"use_cpu": True, "ddp_timeout": 7}):
+        with pytest.raises(Joined):
+            training_arguments(SFTConfig, StageContext(RunFolder(tmp_path), "sft"), passed)
+    assert joined == [("gloo", 1800), ("gloo", 7)]
+
+
 def slow_and_well() -> tuple[list[str], list[str]]:
     """Rank 1 is slow in one step and then goes on: who is blamed while it is, and afterwards."""
     with named_step(lambda: "test", 0.8):
