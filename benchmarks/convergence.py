@@ -7,7 +7,6 @@
 The space is that of `benchmarks.enumerable`. The real `PPOTrainer` samples, scores through a Python reward function on
 decoded text and learns; the real DPO trainer, as the dpo stage builds it, learns from Bradley-Terry pairs. Then the
 trained policy is enumerated: J is exact.
-
 Results are appended to benchmarks/results/convergence.jsonl; a case that is there is not run again.
 """
 

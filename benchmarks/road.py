@@ -50,9 +50,6 @@ BAR = 3.0
 ROWS = 64
 
 
-# ------------------------------------------------------------------------------------------------- stock parts
-
-
 def section(run: Path, stage: str, cls: type) -> dict[str, Any]:
     """The settings of a stage that are fields of a library's argument class, and what a CPU needs."""
     import dataclasses
@@ -263,9 +260,6 @@ def first_weights(run: Path, out: Path) -> None:
     model, tokenizer = initial_policy(context, model_settings(context))
     model.save_pretrained(out / "init")
     tokenizer.save_pretrained(out / "init")
-
-
-# ------------------------------------------------------------------------------------------------- measuring
 
 
 def measured(command: list[str], path: list[str], log: Path) -> dict[str, float]:
