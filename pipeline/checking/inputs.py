@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -108,7 +109,7 @@ def refusals(build: Callable[[dict[str, Any]], Any], values: dict[str, Any], sta
     """What is refused of values that are built together; where that is more than one, each of them.
 
     Classes say the first thing that they do not like. So each key is tried alone, and those that are refused are
-    tried beside the others.
+    tried beside the others. What is then said of a key that was left out is not true of the values as they are.
     """
     whole = said(lambda: build(values), f"{stage}: ")
     if not whole:
@@ -117,7 +118,9 @@ def refusals(build: Callable[[dict[str, Any]], Any], values: dict[str, Any], sta
     others = {key: value for key, value in values.items() if key not in doubtful}
     found = said(lambda: build(others), f"{stage}: ")
     for key in doubtful:
-        found += said(lambda key=key: build({**others, key: values[key]}), f"{stage}: ")
+        left_out = [re.compile(rf"\b{re.escape(other)}\b") for other in doubtful if other != key]
+        lines = said(lambda key=key: build({**others, key: values[key]}), f"{stage}: ")
+        found += [line for line in lines if not any(name.search(line) for name in left_out)]
     return list(dict.fromkeys(found)) or whole
 
 

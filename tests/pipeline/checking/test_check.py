@@ -166,6 +166,14 @@ def test_everything_else_is_said_at_once():
     assert not any("Traceback" in one for one in found)
 
 
+def test_nothing_is_said_of_a_value_that_was_only_left_out_of_a_trial(quickstart):
+    """Three samples a prompt do not fit the batch; that there is one sample is true of no value that was given."""
+    wrong = {"advantage": "rloo", "samples_per_prompt": 3}
+    found = problems({**quickstart, "ppo": {**quickstart["ppo"], **wrong}}, ["ppo"])
+    assert len(found) == 1
+    assert "whole groups of 3 (ppo.samples_per_prompt)" in found[0]
+
+
 def test_what_is_refused_later_is_said_in_the_same_round(monkeypatch):
     """Unknown keys, values out of range, and what only the stages' own classes and files show: one message."""
     wrong = {
