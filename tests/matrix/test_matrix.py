@@ -93,13 +93,13 @@ def test_a_cache_that_is_not_handed_on_is_refused(monkeypatch):
     """Sampling never goes on from a wrong state: what the cache gives is compared with one pass, once a model."""
     from ppo_vs_dpo.models.sampling import generation
 
-    read = generation._read
+    read = generation.read
 
     def forgetful(model, input_ids, attention_mask, position_ids, cache):
         if input_ids.shape[1] == 1:  # as a model would that knows its cache by another name
             cache = type(cache)(model.config, capacity=8)
         return read(model, input_ids, attention_mask, position_ids, cache)
 
-    monkeypatch.setattr(generation, "_read", forgetful)
+    monkeypatch.setattr(generation, "read", forgetful)
     with pytest.raises(UserError, match=r"\(gpt2\) cannot be sampled from token by token"):
         generate(tiny("gpt2"), PROMPTS, SamplingConfig(4), eos_token_ids=[2], seeds=list(range(len(PROMPTS))))
