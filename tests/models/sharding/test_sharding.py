@@ -134,6 +134,7 @@ def test_any_number_of_ranks(make, stage, ranks, deepspeed):
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="a device's rows are a part of what a checkpoint is known by: docs/cluster.md")
 @pytest.mark.parametrize(("ranks", "deepspeed"), [(1, "zero3"), (4, "zero2")])
 def test_going_on_with_another_number_of_ranks(make, ranks, deepspeed):
     """Ten updates on two ranks under ZeRO-3, ten on one or four, also under the other stage: one trajectory."""
@@ -156,8 +157,9 @@ def test_a_part_that_is_missing(make):
     interrupt_after_10(run)
     (part,) = run.path("dpo", "checkpoints").glob("checkpoint-10/global_step*/trained-1.safetensors")
     part.unlink()
-    said = launch(run, "dpo", code=1)
-    assert "trained-1.safetensors, the part of rank 1 of 2, cannot be read" in said
+    said = launch(run, "dpo")
+    assert "checkpoint-10 cannot be gone on from: " in said
+    assert "trained-1.safetensors is gone" in said
 
 
 def interrupt_after_10(run: RunFolder) -> None:
