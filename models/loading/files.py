@@ -64,8 +64,8 @@ def wrapped(path: str, config: ModelConfig) -> tuple[PretrainedConfig, dict[str,
     if not isinstance(inner, dict) or inner.get("model_type") not in CONFIG_MAPPING:
         return None
     settings = CONFIG_MAPPING[inner["model_type"]].from_dict({**inner, "num_labels": 1})
-    prefix = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(settings)].base_model_prefix
-    return settings, {r"^lm_backbone\.": f"{prefix}."}
+    kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(settings), None)
+    return None if kind is None else (settings, {r"^lm_backbone\.": f"{kind.base_model_prefix}."})
 
 
 def check_local(path: str, what: str) -> None:

@@ -33,6 +33,7 @@ from ppo_vs_dpo.models.loading.files import (
     restore_bias,
     tensor_of,
     weights_of,
+    wrapped,
 )
 from ppo_vs_dpo.models.loading.prepared import prepare, score_head
 from ppo_vs_dpo.models.loading.pretrained import is_adapter, load_scalar_model, refuse_adapter
@@ -126,8 +127,8 @@ def check_reward(path: str | Path, config: ModelConfig | None = None, head: str 
 
 def named_head(path: str | Path, config: ModelConfig | None = None) -> str | None:
     """What a folder's own ``config.json`` says about its head."""
-    raw = raw_config(str(path), config or ModelConfig())
-    return raw.get(HEAD_KEY) or ("scalar_head" if "base_config" in raw else None)
+    path, config = str(path), config or ModelConfig()
+    return raw_config(path, config).get(HEAD_KEY) or ("scalar_head" if wrapped(path, config) else None)
 
 
 def _check_labels(path: str, config: ModelConfig) -> None:
@@ -211,7 +212,7 @@ def _normalise(model: PreTrainedModel, path: str, config: ModelConfig) -> None:
     """(score - mean) / std, in the head, where a folder says so: OpenRLHF's reward models may give both, those of
     Huang et al. 2024 the mean of the reference summaries' scores as ``bias`` (detail 15)."""
     raw = raw_config(path, config)
-    if "base_config" in raw and isinstance(raw.get("bias"), int | float):
+    if wrapped(path, config) and isinstance(raw.get("bias"), int | float):
         mean, std = float(raw["bias"]), 1.0
     elif raw.get("normalize_reward") and isinstance(raw.get("std"), int | float) and raw["std"] > 0:
         mean, std = float(raw.get("mean", 0.0)), float(raw["std"])

@@ -111,6 +111,19 @@ def test_a_scalar_model_without_its_head_or_a_layer_is_named(tldr_tokenizer, tmp
         load_reward(tmp_path)
 
 
+@pytest.mark.parametrize("inner", [{"model_type": "nobody"}, {"model_type": "whisper"}, "EleutherAI/pythia-1b"])
+def test_another_base_config_is_not_taken_for_a_scalar_model(word_tokenizer, tmp_path, inner):
+    """A key of that name in a folder of transformers' own kind changes nothing."""
+    model = tiny("llama", AutoModelForSequenceClassification, num_labels=1)
+    model.save_pretrained(tmp_path)
+    word_tokenizer.save_pretrained(tmp_path)
+    write_json(tmp_path / "config.json", {**read_json(tmp_path / "config.json"), "base_config": inner, "bias": 2.0})
+    check_reward(tmp_path)
+    scorer = RewardScorer.load(tmp_path)
+    rows = [list(row) for row in scorer.encode([QUERY] * 3, SUMMARIES)]
+    assert scorer.score_sequences(rows) == pytest.approx(of_trl(model, rows, word_tokenizer.pad_token_id), abs=1e-5)
+
+
 def test_reward_models_of_tulu_read_conversations_through_their_template(word_tokenizer, tmp_path):
     """`allenai/llama-3-tulu-2-8b-uf-mean-rm`, `allenai/Llama-3.1-Tulu-3-8B-RM`: one label, the policy's template."""
     tokenizer = copy.deepcopy(word_tokenizer)
