@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -10,14 +11,12 @@ from omegaconf.errors import OmegaConfBaseException
 from ppo_vs_dpo.artifacts.errors import UserError, first_sentence, not_the_file
 from ppo_vs_dpo.artifacts.files import read_marker, write_json
 from ppo_vs_dpo.artifacts.guards import outputs, replaced
-from ppo_vs_dpo.artifacts.guards.fingerprints import NEEDS, point_name
+from ppo_vs_dpo.artifacts.guards.fingerprints import NEEDS, TRAINED, Made, point_name
 from ppo_vs_dpo.artifacts.guards.versions import differences, made_by
 
 # Runs of versions before this one name modules, and are fingerprinted by names, that are no longer there.
 OLDEST = (0, 2)
 STAGES = tuple(NEEDS)
-# Those that train a model.
-TRAINED = ("sft", "reward_model", "dpo", "ppo")
 
 # What every `done.json` and every `started.json` has, with its types: one without is none.
 DONE_KEYS = {"figures": dict}
@@ -114,7 +113,38 @@ class RunFolder:
         folders = self.path("sweep").glob(f"{stage},*")
         return sorted(folder.name for folder in folders if self.done(folder.name) is not None)
 
-    def begin(self, name: str, fingerprint: str | None, parts: dict[str, str]) -> Path | None:
+    def begun(self, name: str) -> dict[str, Any] | None:
+        """With what there is of a stage was begun: ``fingerprint``, ``parts`` and ``update``, the cut of its updates.
+
+        ``None`` where nobody knows; ``update`` is ``None`` where it was not written.
+        """
+        folder = self.stage_dir(name)
+        written = read_marker(folder / "started.json", keys=STARTED_KEYS) or read_marker(folder / "done.json")
+        return with_update(written) if written is not None else None
+
+    def refuse_other_rows(self, name: str, made: Made) -> None:
+        """Where a stage could go on, its updates must have as many rows as the ones that were made.
+
+        Raises:
+            UserError: they have not; says how to go on, and how to begin anew.
+        """
+        folder = self.stage_dir(name)
+        if (attempt := replaced.unfinished(self.root, name, made.fingerprint)) is not None:
+            folder = attempt
+        before = with_update(read_marker(folder / "started.json", keys=STARTED_KEYS) or {})
+        if before.get("fingerprint") != made.fingerprint or (folder / "done.json").exists():
+            return
+        was, now = before["update"], made.update
+        if was is None or now is None or was["rows"] == now["rows"] or not replaced.worth_keeping(folder):
+            return
+        raise UserError(
+            f"{name} has checkpoints in {folder} whose updates were of {was['rows']} rows on {was['ranks']} "
+            f"rank{'s' * (was['ranks'] != 1)}; on {now['ranks']} the same settings make {now['rows']}. To go on, set "
+            f"{name.split(',')[0]}.per_device_train_batch_size or gradient_accumulation_steps so that an update has "
+            f"{was['rows']} rows again; to begin anew, move that folder away."
+        )
+
+    def begin(self, name: str, made: Made) -> Path | None:
         """Make a stage's folder ready for work on just this.
 
         What was made from something else is moved aside, in one step and before anything is written; an unfinished
@@ -124,7 +154,7 @@ class RunFolder:
             Where a finished result of this stage is kept that this attempt takes the place of (also where an earlier
             command had moved it), or ``None``.
         """
-        folder = self.stage_dir(name)
+        folder, fingerprint = self.stage_dir(name), made.fingerprint
         before = read_marker(folder / "started.json", set_aside=True, keys=STARTED_KEYS)
         before = before or read_marker(folder / "done.json")
         attempt = replaced.unfinished(self.root, name, fingerprint)
@@ -145,19 +175,20 @@ class RunFolder:
             folder / "started.json",
             {
                 "fingerprint": fingerprint,
-                "parts": parts,
+                "parts": made.parts,
+                "update": made.update,
                 "made_by": [*self._others(name), made_by()],
                 "instead_of": aside.name if aside is not None else None,
             },
         )
         return aside
 
-    def begun_again(self, name: str, fingerprint: str, parts: dict[str, str]) -> None:
+    def begun_again(self, name: str, made: Made) -> None:
         """Write a finished stage's ``started.json`` where it has none that can be read."""
         marker = self.stage_dir(name) / "started.json"
         if read_marker(marker, set_aside=True, keys=STARTED_KEYS) is None:
-            made = self.made_by(name)  # its last word says it, too
-            write_json(marker, {"fingerprint": fingerprint, "parts": parts, "made_by": made})
+            by = self.made_by(name)  # its last word says it, too
+            write_json(marker, {**made._asdict(), "made_by": by})
 
     def _others(self, name: str) -> list[dict]:
         return [one for one in self.made_by(name) if differences(one, made_by())]
@@ -180,6 +211,7 @@ class RunFolder:
             {
                 "stage": name,
                 "fingerprint": fingerprint,
+                "update": (self.begun(name) or {}).get("update"),
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "seconds": round(seconds, 3),
                 "cost": cost or {},
@@ -195,6 +227,14 @@ class RunFolder:
         One rename, which a kill leaves done or not done. What took work is kept; returns where.
         """
         return replaced.move_aside(self.root, name, self.stage_dir(name))
+
+
+def with_update(written: dict) -> dict[str, Any]:
+    """A marker with ``update`` as `update_of` makes it, or ``None`` where it holds none that can be read."""
+    update = written.get("update")
+    kinds = {"settings": dict, "ranks": int, "rows": int}
+    whole = isinstance(update, dict) and all(isinstance(update.get(key), kind) for key, kind in kinds.items())
+    return {**written, "update": update if whole else None}
 
 
 def read_config(path: Path) -> DictConfig:

@@ -197,10 +197,12 @@ def begin(context: StageContext, held: contextlib.ExitStack) -> Callable[[], Non
     held.enter_context(locks.stage_at_work(run.root, context.name, rank, ranks))
     if by_hand and context.stage in NEEDS:
         digests = Digests(run.cache("digests.json"))
-        context.fingerprint, parts = fingerprint_of(run.config, context.stage, context.point, digests)
+        made = fingerprint_of(run.config, context.stage, context.point, digests, ranks, run.begun)
+        context.fingerprint = made.fingerprint
+        run.refuse_other_rows(context.name, made)
         if rank == 0:
             digests.save()
-            aside = run.begin(context.name, context.fingerprint, parts)
+            aside = run.begin(context.name, made)
             if aside is not None:
                 warn(f"{context.name} was made with other settings; that result is kept in {aside}\n")
     Path(context.dir).mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from ppo_vs_dpo.papers.miniature import FOLDER, Miniature, run, stored
 from ppo_vs_dpo.papers.page import Checked, description, document, markdown, overview, write_pages
 from ppo_vs_dpo.papers.paper import Paper, paper, papers
 from ppo_vs_dpo.papers.settings import CONFIGS, MINIATURE, file_of, full_settings, unknown
+from ppo_vs_dpo.pipeline.planning.gpus import ranks_of
 
 
 def checked(one: Paper, folder: Path) -> Checked:
@@ -65,7 +66,7 @@ def run_full(one: Paper, setting: str | None, overrides: list[str], gpu: str, gp
     words = [f"paper={one.name}/{setting}", *overrides]
     config = load(words)
     if plan([*words, "--gpu", gpu, *(["--gpus", str(gpus)] if gpus else [])]):
-        ranks = gpus or config.launch.processes * config.launch.nodes
+        ranks = gpus or ranks_of(config.launch)
         raise UserError(
             f"{one.name}/{setting} does not fit {ranks} x {gpu}; the plan above says what would."
             f" Name other hardware with --gpu and --gpus, or change the configuration."

@@ -2,17 +2,21 @@
 
 Whatever a section names counts: a file's or a folder's content, an adapter's base, the source of a function and of the
 user's own modules that it imports, a template of ours by its name. A list of keys would forget the next one.
+
+What only cuts up the work of an update, on a rank or over ranks, may change between two attempts at one result: the
+rows of the update may not.
 """
 
 import ast
 import errno
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.machinery import PathFinder
 from itertools import product
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -31,6 +35,8 @@ NEEDS = {
     "ppo": ("data", "sft", "reward_model"),
     "compare": ("data", "sft", "pairs", "reward_model", "dpo", "ppo"),
 }
+# Those that train a model.
+TRAINED = ("sft", "reward_model", "dpo", "ppo")
 # What a stage reads from the configuration, besides its own section and the seed.
 READS = {
     "data": ("model",),
@@ -44,6 +50,14 @@ READS = {
 # Keys that change how a result is made, not what it is.
 COSMETIC = ("report_to", "disable_tqdm", "logging_steps", "run_name", "workers")
 COSMETIC += ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision")
+# The rows of an update are their product, times the ranks: transformers' defaults.
+ROWS = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+# Keys of a training stage that change the cut of its work, and of its result the rounding.
+CUT = (*ROWS, "per_device_eval_batch_size", "precompute_ref_batch_size", "eval_accumulation_steps")
+CUT += ("micro_batch_tokens", "local_rollout_forward_batch_size", "torch_empty_cache_steps")
+CUT += ("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_offloading")
+CUT += ("activation_checkpointing", "activation_checkpointing_kwargs")
+CUT += ("dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers")
 # Keys whose values are names of something else, also where a file of that name lies about.
 NAMES = frozenset(
     {"source", "format", "split", "test_split", "subset", "kind", "name", "sft", "mode", "rule", "revision", "dtype"}
@@ -100,45 +114,104 @@ def needs_of(config: DictConfig, stage: str) -> tuple[str, ...]:
     return (*NEEDS[stage], *(points if stage == "compare" else ()))
 
 
-def fingerprints(config: DictConfig, digests: Digests | None = None) -> dict[str, tuple[str, dict[str, str]]]:
-    """Of every job of a run: the hash of all that its result depends on, and the hash of each part under its name.
+class Made(NamedTuple):
+    """What a job's result depends on.
 
-    ``digests`` keeps the hashes of files that did not change; ``None`` reads them all.
+    Attributes:
+        fingerprint: hash of all of it.
+        parts: hash of each part under its name.
+        update: of a job that trains, how its updates are cut up (`update_of`), as it is hashed.
+    """
+
+    fingerprint: str
+    parts: dict[str, str]
+    update: dict[str, Any] | None = None
+
+
+def update_of(section: dict[str, Any], ranks: int) -> dict[str, Any] | None:
+    """The cut of a stage's updates: ``{"settings": its keys of `CUT`, "ranks": 2, "rows": 16}``.
+
+    ``rows`` is an update's, over all ranks (PPO: responses). ``None`` where a number is none: refused elsewhere.
+    """
+    counts = [section.get(key) or default for key, default in ROWS.items()]
+    if any(type(count) is not int or count < 1 for count in counts):
+        return None
+    rows = section.get("rollout_batch_size") or prod(counts) * ranks
+    return {"settings": {key: section[key] for key in CUT if key in section}, "ranks": ranks, "rows": rows}
+
+
+def fingerprints(
+    config: DictConfig,
+    digests: Digests | None = None,
+    ranks: int = 1,
+    recorded: Callable[[str], dict[str, Any] | None] = lambda name: None,
+) -> dict[str, Made]:
+    """Of every job of a run: what its result depends on.
+
+    Args:
+        digests: keeps the hashes of files that did not change; ``None`` reads them all.
+        ranks: of a training stage that starts now.
+        recorded: with what there is of a job was begun, by its name: ``{"fingerprint": ..., "update": ...}``
+            (`update_of`). Where only the cut differs, and not the rows of an update, the job is what it was.
     """
     inputs = external_inputs(config, digests or Digests(None))
-    found: dict[str, tuple[str, dict[str, str]]] = {}
+    found: dict[str, Made] = {}
     for stage in NEEDS:
         for point in [{}, *points_of(config, stage)]:
-            parts = _parts(config, stage, point, inputs)
-            parts |= {f"stage {name}": found[name][0] for name in needs_of(config, stage)}
-            found[point_name(stage, point)] = (sha256_of(parts), parts)
+            found[point_name(stage, point)] = _made(config, stage, point, inputs, found, ranks, recorded)
     return found
 
 
 def fingerprint_of(
-    config: DictConfig, stage: str, point: dict[str, Any], digests: Digests | None = None
-) -> tuple[str, dict[str, str]]:
-    """The fingerprint of one job, and its parts; the point need not be one of the sweep's."""
-    known = fingerprints(config, digests)
+    config: DictConfig,
+    stage: str,
+    point: dict[str, Any],
+    digests: Digests | None = None,
+    ranks: int = 1,
+    recorded: Callable[[str], dict[str, Any] | None] = lambda name: None,
+) -> Made:
+    """`fingerprints` of one job; the point need not be one of the sweep's."""
+    known = fingerprints(config, digests, ranks, recorded)
     name = point_name(stage, point)
     if name in known:
         return known[name]
-    parts = _parts(config, stage, point, external_inputs(config, digests or Digests(None)))
-    parts |= {f"stage {other}": known[other][0] for other in needs_of(config, stage)}
-    return sha256_of(parts), parts
+    inputs = external_inputs(config, digests or Digests(None))
+    return _made(config, stage, point, inputs, known, ranks, recorded)
 
 
-def _parts(config: DictConfig, stage: str, point: dict[str, Any], inputs: dict[str, str]) -> dict[str, str]:
+def _made(
+    config: DictConfig,
+    stage: str,
+    point: dict[str, Any],
+    inputs: dict[str, str],
+    known: dict[str, Made],
+    ranks: int,
+    recorded: Callable[[str], dict[str, Any] | None],
+) -> Made:
     own = OmegaConf.to_container(config.get(stage, OmegaConf.create({})), resolve=True) or {}
     own = {key: value for key, value in own.items() if key not in (*COSMETIC, "sweep")}
-    parts = {f"the settings of {stage}": sha256_of([own, point]), "the seed": str(config.get("seed"))}
+    parts = {"the seed": str(config.get("seed"))}
     for section in READS[stage]:
         if config.get(section) is not None:
             parts[f"the section {section}"] = sha256_of(OmegaConf.to_container(config[section], resolve=True))
     sections = (*READS[stage], stage)
-    return parts | {
+    parts |= {
         f"the content of {key}": value for key, value in inputs.items() if re.split(r"[.\[]", key)[0] in sections
     }
+    parts |= {f"stage {name}": known[name].fingerprint for name in needs_of(config, stage)}
+
+    def made(own: dict[str, Any], update: dict[str, Any] | None) -> Made:
+        whole = {f"the settings of {stage}": sha256_of([own, point]), **parts}
+        return Made(sha256_of(whole), whole, update)
+
+    update = update_of({**own, **point}, ranks) if stage in TRAINED else None
+    before = recorded(point_name(stage, point)) if update is not None and not {*CUT} & point.keys() else None
+    cut = before["update"] if before is not None else None
+    if cut is not None and cut["rows"] == update["rows"]:
+        same = made({key: value for key, value in own.items() if key not in CUT} | cut["settings"], cut)
+        if same.fingerprint == before["fingerprint"]:
+            return same
+    return made(own, update)
 
 
 # ---------------------------------------------------------------------------------------- what a configuration names

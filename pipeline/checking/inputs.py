@@ -29,6 +29,7 @@ from ppo_vs_dpo.artifacts.settings.values import of_another_type, out_of_range
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.pipeline.checking.late import compared, doubled, late
 from ppo_vs_dpo.pipeline.composing.schema import SECTIONS, load_class
+from ppo_vs_dpo.pipeline.planning.gpus import ranks_of
 
 
 def said(look: Callable[[], Any], where: str = "") -> list[str]:
@@ -149,9 +150,7 @@ def _arguments(context: StageContext, values: dict[str, Any], own: Any, argument
         passed = smoothed_loss(passed)
     made = training_arguments(arguments, context, passed)
     refuse_unknown_names(made, stage)
-    launch = context.run.config.get("launch") or {}
-    processes = launch.get("processes") or 1
-    ranks = (processes if isinstance(processes, int) else 1) * int(launch.get("nodes") or 1)
+    ranks = ranks_of(context.run.config.get("launch"))
     wrong = list(late(made, stage, len(settings.rewards) if stage == "ppo" else 1, ranks))
     if stage == "ppo" and settings.value_path is not None and not made.has_critic:
         method = f"advantage={made.advantage}, loss={made.loss}"

@@ -7,6 +7,7 @@ trainers refuse); two jobs that see the same ones would both take the first.
 import os
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 from ppo_vs_dpo.artifacts.errors import UserError
@@ -28,7 +29,44 @@ def visible() -> list[str]:
 
 def processes(launch: Any) -> int:
     """Processes of a training stage on each machine; ``auto`` is one for each GPU, or one without any."""
-    return len(visible()) or 1 if launch.processes == "auto" else int(launch.processes)
+    count = launch.get("processes") or 1
+    return len(visible()) or 1 if count == "auto" else int(count)
+
+
+def ranks_of(launch: Any) -> int:
+    """Processes of a training stage on all machines together.
+
+    Args:
+        launch: the section ``launch``; ``None``: one process.
+    """
+    if not launch:
+        return 1
+    if launch.get("hostfile"):
+        return sum(hosts(Path(launch.hostfile)).values())
+    return processes(launch) * int(launch.get("nodes") or 1)
+
+
+def hosts(path: Path) -> dict[str, int]:
+    """A hostfile's machines and the processes of each: lines ``name slots=N``, as DeepSpeed and OpenMPI read them.
+
+    Raises:
+        UserError: no such file, or a line of another form; names it.
+    """
+    if not path.is_file():
+        raise UserError(f"launch.hostfile={path}: there is no such file.")
+    found: dict[str, int] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        name, _, slots = text.partition(" ")
+        count = slots.strip().removeprefix("slots=")
+        if not slots.strip().startswith("slots=") or not count.isdigit() or int(count) < 1:
+            raise UserError(f"{path}, line {number}: {text!r}; it must be a machine and its processes: name slots=8.")
+        found[name] = int(count)
+    if not found:
+        raise UserError(f"launch.hostfile={path}: it names no machine.")
+    return found
 
 
 class Gpus:

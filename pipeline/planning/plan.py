@@ -16,6 +16,7 @@ from ppo_vs_dpo.artifacts.run import TRAINED
 from ppo_vs_dpo.pipeline.planning import memory
 from ppo_vs_dpo.pipeline.planning.advice import advice
 from ppo_vs_dpo.pipeline.planning.estimate import Frozen, Job, estimate, frozen_role
+from ppo_vs_dpo.pipeline.planning.gpus import ranks_of
 from ppo_vs_dpo.pipeline.planning.known import published_sizes
 from ppo_vs_dpo.pipeline.planning.memory import GB, GPUS, Gpu, Shape, Sharding
 from ppo_vs_dpo.pipeline.planning.scaling import write_table
@@ -223,9 +224,9 @@ def main(arguments: list[str]) -> int:
     from ppo_vs_dpo.pipeline.composing.compose import load
 
     config = load(given.overrides)
-    if not given.gpus and config.launch.processes == "auto":
+    if given.gpus is None and config.launch.processes == "auto" and not config.launch.hostfile:
         raise UserError("launch.processes=auto counts the GPUs of the machine that it runs on: say --gpus N here.")
-    ranks = given.gpus or config.launch.processes * config.launch.nodes
+    ranks = given.gpus if given.gpus is not None else ranks_of(config.launch)
     if ranks < 1:
         raise UserError(f"--gpus {ranks}: at least 1.")
     architecture = model_config(config)

@@ -61,7 +61,7 @@ def _run(folder: Path, config: DictConfig) -> int:
         # Nothing is written before all is looked at: a wrong value costs nothing that is there.
         run = RunFolder(folder, config)
         jobs = graph.build(run)
-        todo = graph.select(jobs, list(config.stages))
+        todo = graph.select(run, jobs, list(config.stages))
         work = [job for job in todo if not finished_before(job)]
         if work:
             check_versions(run, jobs, work)
@@ -72,7 +72,7 @@ def _run(folder: Path, config: DictConfig) -> int:
             write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
             bring_back(run, todo)
             jobs = graph.build(run)
-            todo = graph.select(jobs, list(config.stages))
+            todo = graph.select(run, jobs, list(config.stages))
         chosen = [job for job in jobs if job.stage in config.stages]
         write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
         if todo:
@@ -101,7 +101,7 @@ def make_whole(run: RunFolder, jobs: list[graph.Job]) -> None:
         warn(f"{manifest} was gone or could not be read; it is written again.\n")
     for job in jobs:
         if job.state == "done":
-            run.begun_again(job.name, job.fingerprint, job.parts)
+            run.begun_again(job.name, job.made)
 
 
 def depends_on(jobs: list[graph.Job], todo: list[graph.Job]) -> dict[str, str]:

@@ -10,8 +10,9 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_marker
 from ppo_vs_dpo.artifacts.guards import replaced
 from ppo_vs_dpo.artifacts.guards.digests import Digests
-from ppo_vs_dpo.artifacts.guards.fingerprints import fingerprints, needs_of, point_name, points_of
+from ppo_vs_dpo.artifacts.guards.fingerprints import Made, fingerprints, needs_of, point_name, points_of
 from ppo_vs_dpo.artifacts.run import STAGES, STARTED_KEYS, RunFolder
+from ppo_vs_dpo.pipeline.planning.gpus import ranks_of
 
 # Stages that run on several ranks when launch.processes says so.
 DISTRIBUTED = ("sft", "reward_model", "dpo", "ppo", "compare")
@@ -26,10 +27,9 @@ class Job:
         stage: ``"ppo"``.
         point: ``{}`` or ``{"kl_coef": 0.0}``.
         needs: names of the jobs whose results it reads.
-        fingerprint: hash of all it depends on.
+        made: what it depends on, and the hash of all that.
         state: ``done``, ``stale`` (finished, but with other inputs), ``todo`` or ``part`` (has checkpoints).
         because: for a stale job, what changed; for one whose files are not whole any more, which.
-        parts: hash of each thing the fingerprint is made of, so that a change can be named.
         kept: an earlier result, made from just this and moved aside since.
         spared: of its needs, those it can do without: read where they are done, not asked for where they are not.
     """
@@ -38,24 +38,33 @@ class Job:
     stage: str
     point: dict[str, Any] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
-    fingerprint: str = ""
+    made: Made = field(default_factory=lambda: Made("", {}))
     state: str = "todo"
     because: str = ""
-    parts: dict[str, str] = field(default_factory=dict)
     kept: Path | None = None
     spared: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all it depends on."""
+        return self.made.fingerprint
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Hash of each thing the fingerprint is made of, so that a change can be named."""
+        return self.made.parts
 
 
 def build(run: RunFolder) -> list[Job]:
     """The jobs of a run in an order that respects their needs, fingerprints and states filled in."""
     digests = Digests(run.cache("digests.json"))
     jobs = []
-    known = fingerprints(run.config, digests)
+    known = fingerprints(run.config, digests, ranks_of(run.config.get("launch")), run.begun)
     digests.save()
     for stage in STAGES:
         for point in [{}, *points_of(run.config, stage)]:
             job = Job(point_name(stage, point), stage, point, needs_of(run.config, stage))
-            job.fingerprint, job.parts = known[job.name]
+            job.made = known[job.name]
             job.spared = spared(run.config, stage)
             _set_state(run, job)
             jobs.append(job)
@@ -94,15 +103,16 @@ def _set_state(run: RunFolder, job: Job) -> None:
             job.state, job.because = "part", ""
 
 
-def select(jobs: list[Job], stages: list[str]) -> list[Job]:
+def select(run: RunFolder, jobs: list[Job], stages: list[str]) -> list[Job]:
     """The jobs of the chosen stages that are not done.
 
     Raises:
-        UserError: one of them needs a job that is neither chosen nor done.
+        UserError: one of them needs a job that is neither chosen nor done, or would go on with updates of other rows.
     """
     by_name = {job.name: job for job in jobs}
     chosen = [job for job in jobs if job.stage in stages and job.state != "done"]
     for job in chosen:
+        run.refuse_other_rows(job.name, job.made)
         for need in job.needs:
             other = by_name[need]
             if other.stage not in stages and other.state != "done" and need not in job.spared:

@@ -90,7 +90,7 @@ class Running:
     def __init__(self, run: RunFolder, job: Job, command: list[str], mark: str, gpus: list[str] | None = None):
         self.run, self.job, self.mark, self.gpus = run, job, mark, gpus or []
         folder = run.stage_dir(job.name)
-        self.aside = run.begin(job.name, job.fingerprint, job.parts)
+        self.aside = run.begin(job.name, job.made)
         self.log_path = folder / "log.txt"
         self.log = self.log_path.open("ab")
         self.said, self.heard = b"", 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.pipeline.planning.gpus import hosts
 from ppo_vs_dpo.pipeline.planning.gpus import processes as count_processes
 
 
@@ -35,7 +36,7 @@ def launcher(launch: Any) -> list[str]:
     if hostfile:
         if nodes > 1:
             raise UserError("launch.hostfile and launch.nodes: give one; launch.nodes is for SLURM.")
-        check_hostfile(Path(hostfile))
+        hosts(Path(hostfile))
         missing = [tool for tool in ("ssh", "pdsh") if shutil.which(tool) is None]
         if missing:
             raise UserError(
@@ -60,24 +61,3 @@ def launcher(launch: Any) -> list[str]:
     if processes > 1:
         return [*torchrun, "--standalone", "-m"]
     return [sys.executable, "-m"]
-
-
-def check_hostfile(path: Path) -> None:
-    """Lines ``name slots=N``, as DeepSpeed and OpenMPI read them.
-
-    Raises:
-        UserError: no such file, or a line of another form; names it.
-    """
-    if not path.is_file():
-        raise UserError(f"launch.hostfile={path}: there is no such file.")
-    names = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        text = line.partition("#")[0].strip()
-        if not text:
-            continue
-        name, _, slots = text.partition(" ")
-        if not slots.strip().startswith("slots=") or not slots.strip()[6:].isdigit() or int(slots.strip()[6:]) < 1:
-            raise UserError(f"{path}, line {number}: {text!r}; it must be a machine and its processes: name slots=8.")
-        names.append(name)
-    if not names:
-        raise UserError(f"launch.hostfile={path}: it names no machine.")

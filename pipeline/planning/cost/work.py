@@ -15,6 +15,7 @@ from typing import IO, Any
 from ppo_vs_dpo.artifacts.guards.fingerprints import point_name, points_of
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.compare.config import VALIDATION_PROMPTS
+from ppo_vs_dpo.pipeline.planning.gpus import ranks_of
 from ppo_vs_dpo.ppo.stage.config import reward_models, trained_share, trains_values
 
 # trl's and transformers' defaults where a section says nothing.
@@ -279,7 +280,7 @@ def _stays_near(section: Any) -> bool:
 
 def ranks(run: RunFolder) -> int:
     """Processes of a training stage."""
-    return int(run.config.launch.processes) * int(run.config.launch.get("nodes") or 1)
+    return ranks_of(run.config.get("launch"))
 
 
 def test_pairs(run: RunFolder) -> int | None:

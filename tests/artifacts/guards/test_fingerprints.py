@@ -13,7 +13,7 @@ from ppo_vs_dpo.artifacts.guards.versions import differences, made_by
 
 
 def of(config):
-    return {name: fingerprint for name, (fingerprint, _) in guard.fingerprints(OmegaConf.create(config)).items()}
+    return {name: made.fingerprint for name, made in guard.fingerprints(OmegaConf.create(config)).items()}
 
 
 def changed(config, change):
@@ -153,7 +153,7 @@ def test_a_point_that_is_not_in_the_sweep_has_a_fingerprint():
     known = guard.fingerprints(config)
     assert guard.fingerprint_of(config, "ppo", {"kl_coef": 0.0}) == known["ppo,kl_coef=0.0"]
     other = guard.fingerprint_of(config, "ppo", {"kl_coef": 0.7})[0]
-    assert other not in {fingerprint for fingerprint, _ in known.values()}
+    assert other not in {made.fingerprint for made in known.values()}
 
 
 def test_versions_differ_by_source_and_by_decisive_libraries():

@@ -10,6 +10,7 @@ import pytest
 
 from ppo_vs_dpo.artifacts.files import read_marker, write_json
 from ppo_vs_dpo.artifacts.guards import outputs, replaced
+from ppo_vs_dpo.artifacts.guards.fingerprints import Made
 from ppo_vs_dpo.artifacts.run import RunFolder
 
 
@@ -21,7 +22,7 @@ def run(tmp_path):
 
 def work(run, fingerprint, text, finish=True, name="ppo"):
     """One attempt at a stage."""
-    aside = run.begin(name, fingerprint, {"the settings of ppo": fingerprint})
+    aside = run.begin(name, Made(fingerprint, {"the settings of ppo": fingerprint}))
     folder = run.stage_dir(name)
     (folder / "model").mkdir(exist_ok=True)
     (folder / "model" / "weights").write_text(text)
@@ -54,8 +55,8 @@ def test_the_newest_finished_result_is_found_before_an_interrupted_one(run):
 
 
 def test_what_took_no_work_is_deleted_and_a_killed_deletion_is_finished(run):
-    run.begin("ppo", "a", {})
-    assert run.begin("ppo", "b", {}) is None
+    run.begin("ppo", Made("a", {}))
+    assert run.begin("ppo", Made("b", {})) is None
     assert not (run.root / ".replaced").exists()
     left = run.root / ".replaced" / f"{replaced.GOING}-1"
     left.mkdir(parents=True)
@@ -151,7 +152,7 @@ def test_an_unreadable_marker_means_not_done_is_set_aside_and_said(run, name, sp
         assert "cannot be read" in capsys.readouterr().err
         assert path.with_name("done.json.unreadable").read_bytes() == spoilt
     # The same stage can begin again, whatever the markers were.
-    assert run.begin("ppo", "a", {}) is None
+    assert run.begin("ppo", Made("a", {})) is None
     assert json.loads((run.stage_dir("ppo") / "started.json").read_text())["fingerprint"] == "a"
 
 
@@ -165,7 +166,7 @@ def test_a_disk_that_does_not_answer_costs_no_finished_work(run, monkeypatch, nu
             raise OSError(number, "no answer", str(path))
 
         patch.setattr(Path, "read_text", fail)
-        for look in (lambda: run.done("ppo"), lambda: run.begin("ppo", "a", {})):
+        for look in (lambda: run.done("ppo"), lambda: run.begin("ppo", Made("a", {}))):
             with pytest.raises(OSError, match="no answer"):
                 look()
         # Where it is a matter of looks only, nothing is known, and nothing is raised.
@@ -195,7 +196,7 @@ def test_a_marker_s_list_may_be_spoilt_too(run):
 def test_every_version_that_worked_on_a_stage_is_named(run, monkeypatch):
     work(run, "a", "one", finish=False)
     monkeypatch.setattr("ppo_vs_dpo.artifacts.run.made_by", lambda: {"source": "newer"})
-    run.begin("ppo", "a", {})
+    run.begin("ppo", Made("a", {}))
     made = read_marker(run.stage_dir("ppo") / "started.json")["made_by"]
     assert [one["source"] for one in made][1:] == ["newer"]
     assert len(made) == 2

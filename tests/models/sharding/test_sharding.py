@@ -134,7 +134,6 @@ def test_any_number_of_ranks(make, stage, ranks, deepspeed):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="a device's rows are a part of what a checkpoint is known by: docs/cluster.md")
 @pytest.mark.parametrize(("ranks", "deepspeed"), [(1, "zero3"), (4, "zero2")])
 def test_going_on_with_another_number_of_ranks(make, ranks, deepspeed):
     """Ten updates on two ranks under ZeRO-3, ten on one or four, also under the other stage: one trajectory."""

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import Complaint, UserError
 from ppo_vs_dpo.artifacts.files import read_marker
+from ppo_vs_dpo.artifacts.guards.fingerprints import Made
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.artifacts.settings.values import allows, inside, of_another_type, out_of_range
 from ppo_vs_dpo.pipeline.checking.check import check_once, load_checked
@@ -281,10 +282,10 @@ def test_a_wrong_value_leaves_a_finished_run_as_it_was(tmp_path, monkeypatch):
     OmegaConf.save(good, tmp_path / "quickstart" / "config.yaml")
     folder = RunFolder(tmp_path / "quickstart")
     # The result of data with just these settings was moved aside before: it does not come back for a refused command.
-    folder.begin("data", next(job.fingerprint for job in graph.build(folder) if job.name == "data"), {})
+    folder.begin("data", next(job.made for job in graph.build(folder) if job.name == "data"))
     folder.finish("data", read_marker(folder.path("data", "started.json"))["fingerprint"], 1.0, {})
     for name in ("data", "sft"):
-        folder.begin(name, "f", {})
+        folder.begin(name, Made("f", {}))
         (folder.stage_dir(name) / "model").mkdir(exist_ok=True)
         (folder.stage_dir(name) / "model" / "weights").write_text("three days of work")
         folder.finish(name, "f", 1.0, {})
@@ -374,7 +375,7 @@ def test_intervals_and_types():
 def test_verify_reads_every_byte_and_mend_marks_what_is_not_whole(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("seed: 1\n")
     run = RunFolder(tmp_path)
-    run.begin("sft", "f", {})
+    run.begin("sft", Made("f", {}))
     (tmp_path / "sft" / "weights").write_text("weights")
     run.finish("sft", "f", 1.0, {})
     assert verify([str(tmp_path)]) == 0

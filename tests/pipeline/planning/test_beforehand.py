@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
 from ppo_vs_dpo.artifacts.files import write_parquet
+from ppo_vs_dpo.artifacts.guards.fingerprints import Made
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.compare.sampling import completions, policies
 from ppo_vs_dpo.compare.stage import CompareStage
@@ -234,7 +235,7 @@ def test_tokens_of_the_models_own_tokenizer_count(tmp_path, monkeypatch):
 
 def test_a_finished_run_says_what_was_estimated_and_what_it_took(tmp_path, monkeypatch, capsys):
     run = run_of(tmp_path, "experiment=quickstart")
-    run.begin("data", "f", {})
+    run.begin("data", Made("f", {}))
     run.finish("data", "f", 75.0, {})
     speed = {
         "train": 1.0,

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.guards import processes
+from ppo_vs_dpo.artifacts.guards.fingerprints import Made
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.pipeline.running import execute
 from ppo_vs_dpo.pipeline.running import job as job_module
@@ -324,11 +325,11 @@ def test_an_earlier_attempt_s_words_are_not_this_one_s(run):
 
 def test_a_replaced_result_is_back_where_the_new_attempt_made_nothing(run):
     folder = run.stage_dir("bad")
-    run.begin("bad", "earlier", {})
+    run.begin("bad", Made("earlier", {}))
     (folder / "model").write_text("three days of work")
     run.finish("bad", "earlier", 1.0, {})
     with pytest.raises(UserError, match="The earlier result of bad is in its place again"):
-        go(run, [Job("bad", "bad", {"what": "fail"}, fingerprint="new")])
+        go(run, [Job("bad", "bad", {"what": "fail"}, made=Made("new", {}))])
     assert (folder / "model").read_text() == "three days of work"
     assert run.done("bad")["fingerprint"] == "earlier"
     assert "the pairs file is empty" in (folder / "log.failed.txt").read_text()
@@ -362,21 +363,21 @@ def failed(run, job, attempt):
 def test_a_finished_result_is_back_however_the_new_attempt_ends(run, first):
     """Failed, interrupted, or failed after the command itself was killed: and its checkpoints are gone on from."""
     folder = run.stage_dir("bad")
-    run.begin("bad", "earlier", {})
+    run.begin("bad", Made("earlier", {}))
     (folder / "model").write_text("three days of work")
     run.finish("bad", "earlier", 1.0, {})
     for attempt in (1, 2):
         if first == "kill":
             # What a killed command leaves behind: the attempt where it was, the earlier result aside.
-            assert run.begin("bad", "new", {}) == run.root / ".replaced" / "bad-1"
+            assert run.begin("bad", Made("new", {})) == run.root / ".replaced" / "bad-1"
         what = f"some work, then {'hang' if first == 'hang' else 'fail'}"
-        job = Job("bad", "bad", {"what": what}, fingerprint="new")
+        job = Job("bad", "bad", {"what": what}, made=Made("new", {}))
         (interrupted if first == "hang" else failed)(run, job, attempt)
         assert (folder / "model").read_text() == "three days of work"
         assert run.done("bad")["fingerprint"] == "earlier"
         (kept,) = (run.root / ".replaced").glob("bad-*")
         assert len(list(kept.glob("checkpoints/*"))) == attempt
-    go(run, [Job("bad", "bad", fingerprint="new")])
+    go(run, [Job("bad", "bad", made=Made("new", {}))])
     assert len(list(folder.glob("checkpoints/*"))) == 2
     assert run.done("bad") is not None
     (kept,) = (run.root / ".replaced").glob("bad-*")

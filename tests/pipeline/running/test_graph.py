@@ -156,13 +156,14 @@ def test_a_stage_that_did_not_finish_is_resumed(finished, tmp_path):
 )
 def test_no_reward_model_is_asked_for_where_nothing_reads_it(ppo, asks, tmp_path):
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create({**CONFIG, "ppo": ppo})))
-    jobs = graph.build(RunFolder(tmp_path))
+    run = RunFolder(tmp_path)
+    jobs = graph.build(run)
     stages = [stage for stage in STAGES if stage != "reward_model"]
     if asks:
         with pytest.raises(UserError, match="needs reward_model"):
-            graph.select(jobs, stages)
+            graph.select(run, jobs, stages)
     else:
-        assert "reward_model" not in {job.stage for job in graph.select(jobs, stages)}
+        assert "reward_model" not in {job.stage for job in graph.select(run, jobs, stages)}
 
 
 def test_chosen_stages_need_theirs_done(finished, tmp_path):
@@ -170,9 +171,9 @@ def test_chosen_stages_need_theirs_done(finished, tmp_path):
     run = write({**config, "sft": {"learning_rate": 0.3}})
     jobs = graph.build(run)
     with pytest.raises(UserError, match=r"needs sft, .* stale \(the settings of sft changed\)"):
-        graph.select(jobs, ["pairs", "compare"])
-    assert [job.name for job in graph.select(jobs, ["sft"])] == ["sft"]
-    assert graph.select(graph.build(write(config)), list(STAGES)) == []
+        graph.select(run, jobs, ["pairs", "compare"])
+    assert [job.name for job in graph.select(run, jobs, ["sft"])] == ["sft"]
+    assert graph.select(run, graph.build(write(config)), list(STAGES)) == []
 
 
 def test_a_run_of_two_versions_needs_a_word_and_names_both(finished, monkeypatch):
@@ -185,7 +186,7 @@ def test_a_run_of_two_versions_needs_a_word_and_names_both(finished, monkeypatch
     def todo_of(**changes):
         run = write({**config, **changes})
         jobs = graph.build(run)
-        return run, jobs, graph.select(jobs, list(STAGES))
+        return run, jobs, graph.select(run, jobs, list(STAGES))
 
     changed = {"dpo": {**CONFIG["dpo"], "beta": 0.2}}
     run, jobs, todo = todo_of(**changed, launch={})
@@ -219,7 +220,7 @@ def test_an_interrupted_stage_of_another_version_needs_a_word(finished, monkeypa
     started = read_json(run.stage_dir("sft") / "started.json")
     write_json(run.stage_dir("sft") / "started.json", {**started, "made_by": [{**made_by(), "trl": "0.1"}]})
     with pytest.raises(UserError, match=rf"sft: trl 0\.1 there, {re.escape(made_by()['trl'])} here"):
-        check_versions(run, jobs, graph.select(jobs, ["sft"]))
+        check_versions(run, jobs, graph.select(run, jobs, ["sft"]))
 
 
 def test_a_finished_run_s_lost_notes_are_written_again(finished, capsys):
@@ -242,3 +243,90 @@ def test_a_finished_run_s_lost_notes_are_written_again(finished, capsys):
     assert set(states(run).values()) == {"done"}
     make_whole(run, graph.build(run))
     assert capsys.readouterr().err == ""
+
+
+def split(config, rows, accumulate, processes, **more):
+    """``config`` with DPO's updates cut up so."""
+    dpo = {**config["dpo"], "per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulate, **more}
+    return {**config, "dpo": dpo, "launch": {"processes": processes}}
+
+
+@pytest.fixture
+def begun(finished):
+    """DPO was begun with updates of eight rows on one rank; ``begun(finished)`` with its end or with checkpoints."""
+    config, write = finished
+
+    def begin(whole):
+        run = write(split(config, 8, 1, 1))
+        for job in graph.build(run):
+            if job.state != "done":
+                run.begin(job.name, job.made)
+                (run.stage_dir(job.name) / "checkpoints" / "checkpoint-10").mkdir(parents=True)
+                if whole or job.stage != "dpo":
+                    run.finish(job.name, job.fingerprint, 1.0, {})
+        return config, write
+
+    return begin
+
+
+@pytest.mark.parametrize(
+    ("rows", "accumulate", "processes", "more"),
+    [
+        (4, 1, 2, {}),
+        (1, 4, 2, {"micro_batch_tokens": 512, "gradient_checkpointing": True}),
+        (2, 4, 1, {"dataloader_num_workers": 1}),
+        (8, 1, 1, {}),
+    ],
+)
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_cut_of_an_update_may_change_and_its_rows_may_not(begun, rows, accumulate, processes, more, whole):
+    config, write = begun(whole)
+    run = write(split(config, rows, accumulate, processes, **more))
+    wanted = "done" if whole else "part"
+    found = states(run)
+    assert (found["dpo"], found["ppo"], found["dpo,beta=0.5"]) == (wanted, "done", wanted)
+    # Nor is anything that stands on it stale.
+    assert found["compare"] == "done"
+    # It is begun again as what it was, so that the next attempt may be cut up in another way again.
+    job = next(job for job in graph.build(run) if job.name == "dpo")
+    if not whole:
+        assert [one.name for one in graph.select(run, graph.build(run), ["dpo"])] == ["dpo", "dpo,beta=0.5"]
+        run.begin("dpo", job.made)
+        assert run.path("dpo", "checkpoints", "checkpoint-10").is_dir()
+        assert states(write(split(config, 2, 2, 2)))["dpo"] == "part"
+    other = write(split(config, rows, accumulate, processes, **more, beta=0.3))
+    assert states(other)["dpo"] == "stale"
+
+
+def test_more_ranks_later_make_nothing_that_is_finished_stale(begun):
+    config, write = begun(whole=True)
+    assert set(states(write(split(config, 8, 1, 4))).values()) == {"done"}
+    assert states(write(split(config, 4, 1, 1)))["dpo"] == "stale"
+
+
+def test_going_on_with_updates_of_other_rows_is_refused_before_anything_changes(begun):
+    config, write = begun(whole=False)
+    run = write(split(config, 8, 1, 4))
+    before = read_json(run.path("dpo", "started.json"))
+    with pytest.raises(UserError, match=r"of 8 rows on 1 rank; on 4 the same settings make 32\. To go on"):
+        graph.select(run, graph.build(run), ["dpo"])
+    assert read_json(run.path("dpo", "started.json")) == before
+    # An attempt that was moved aside would be taken up again: it is the same.
+    run.clear("dpo")
+    with pytest.raises(UserError, match=r"\.replaced/dpo-2 whose updates were of 8 rows"):
+        graph.select(run, graph.build(run), ["dpo"])
+    graph.select(run, graph.build(write(split(config, 2, 1, 4))), ["dpo"])
+
+
+def test_ppo_s_responses_an_update_are_its_rows(begun):
+    config, write = begun(whole=True)
+    ppo = {**config["ppo"], "rollout_batch_size": 64, "per_device_train_batch_size": 16}
+    whole = split({**config, "ppo": ppo}, 8, 1, 1)
+    run = write(whole)
+    for job in graph.build(run):
+        if job.state != "done":
+            run.begin(job.name, job.made)
+            run.finish(job.name, job.fingerprint, 1.0, {})
+    smaller = {**whole, "ppo": {**ppo, "per_device_train_batch_size": 4}}
+    assert set(states(write(smaller)).values()) == {"done"}
+    assert states(write({**whole, "ppo": {**ppo, "rollout_batch_size": 32}}))["ppo"] == "stale"

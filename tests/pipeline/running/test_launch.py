@@ -14,6 +14,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.guards.fingerprints import Made
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.pipeline.running.execute import command
 from ppo_vs_dpo.pipeline.running.graph import Job
@@ -125,7 +126,7 @@ def start(line: list[str], **environment: str) -> str:
 def test_two_machines_under_slurm(tiny, tools):
     """Two torchruns (``--nnodes 2``) find each other over loopback and make one run of four ranks."""
     run = tiny(nodes=2, processes=2, rendezvous="localhost")
-    line = command(run, Job("dpo", "dpo", fingerprint="f"))
+    line = command(run, Job("dpo", "dpo", made=Made("f", {})))
     assert line[:3] == ["srun", "--nodes", "2"]
     start(line)
     assert run.done("dpo")["figures"]["steps"] == 2
@@ -136,7 +137,7 @@ def test_two_machines_of_a_hostfile(tiny, tmp_path, tools):
     """DeepSpeed's launcher starts a process on each of two machines, both of them this one."""
     (tmp_path / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")
     run = tiny(hostfile=str(tmp_path / "hosts"))
-    said = start(command(run, Job("dpo", "dpo", fingerprint="f")), DS_ACCELERATOR="cpu")
+    said = start(command(run, Job("dpo", "dpo", made=Made("f", {}))), DS_ACCELERATOR="cpu")
     assert run.done("dpo")["figures"]["steps"] == 2
     assert "nnodes=2" in said
 
