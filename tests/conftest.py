@@ -32,8 +32,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
-def pytest_collection_finish() -> None:
-    """What is loaded now stays: each later collection (transformers asks for one a training run) passes over it."""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is loaded now stays: each later collection (transformers asks for one a training run) passes over it.
+
+    And groups are groups: with a pytest that this pytest-xdist does not know, each worker makes every fixture anew.
+    """
+    grouped = session.config.getoption("loadgroup", False)
+    for item in session.items:
+        if grouped and item.get_closest_marker("xdist_group") is not None and "@" not in item.nodeid:
+            raise pytest.UsageError(
+                f"{item.nodeid} is in no group of pytest-xdist's: take the pair of constraints.txt"
+            )
     gc.freeze()
     gc.enable()
 
