@@ -395,5 +395,5 @@ class PPOConfig(TrainingArguments):
         wanted, self.load_best_model_at_end = self.load_best_model_at_end, False
         super().__post_init__()
         self.load_best_model_at_end = wanted
-        for problem in problems(self):
-            raise UserError(problem)
+        if found := list(problems(self)):
+            raise UserError("\n".join(found))

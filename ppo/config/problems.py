@@ -15,6 +15,14 @@ from ppo_vs_dpo.ppo.config.tables import ESTIMATORS, UNUSED
 def problems(args) -> Iterator[str]:
     """One sentence for each setting that cannot be meant."""
     fields = {one.name: one for one in dataclasses.fields(TrainingArguments)}
+    # Of PPO's own fields; transformers looks at its own.
+    own = {name: getattr(args, name) for name in field_names(type(args)) if name not in fields}
+    types = list(of_another_type(own, type(args), "ppo"))
+    if isinstance(args.generation_kwargs, dict):
+        types += of_another_type(args.generation_kwargs, SamplingConfig, "ppo.generation_kwargs")
+    yield from types
+    if types:
+        return  # they are compared below
     try:
         sampling = args.sampling()
     except (TypeError, UserError) as error:
@@ -22,11 +30,6 @@ def problems(args) -> Iterator[str]:
     else:
         if not sampling.temperature > 0:
             yield f"ppo.temperature is {sampling.temperature}; PPO explores by sampling, so it must be positive."
-    # Of PPO's own fields; transformers looks at its own.
-    own = {name: getattr(args, name) for name in field_names(type(args)) if name not in fields}
-    yield from of_another_type(own, type(args), "ppo")
-    if isinstance(args.generation_kwargs, dict):
-        yield from of_another_type(args.generation_kwargs, SamplingConfig, "ppo.generation_kwargs")
     # The temperature is looked at above.
     yield from out_of_range({key: value for key, value in own.items() if key != "temperature"}, "ppo")
     for name, why in UNUSED.items():

@@ -208,3 +208,18 @@ def test_the_refused_settings_are_the_trainers():
 def test_values_that_cannot_be_meant(tmp_path, settings, words):
     with pytest.raises(UserError, match=words):
         PPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+
+def test_all_that_cannot_be_meant_is_said_at_once(tmp_path):
+    with pytest.raises(UserError) as refused:
+        PPOConfig(output_dir=str(tmp_path), temperature=0.0, advantage="rloo", samples_per_prompt=1, gamma=0.9)
+    assert [line.split(" ")[0] for line in str(refused.value).splitlines()] == [
+        "ppo.temperature",
+        "ppo.advantage=rloo",
+        "ppo.gamma=0.9",
+    ]
+    # What has no type that could be compared is said alone.
+    with pytest.raises(UserError) as refused:
+        PPOConfig(output_dir=str(tmp_path), temperature=0.0, advantage="rloo", samples_per_prompt="many")
+    assert str(refused.value).startswith("ppo.samples_per_prompt")
+    assert len(str(refused.value).splitlines()) == 1
