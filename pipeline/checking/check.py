@@ -4,6 +4,7 @@ A run does the same first. What needs TRL's classes is done in a process of its 
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -69,7 +70,7 @@ def check_run(
     Raises:
         UserError: all of it at once.
     """
-    found = problems_of(config, stages, environment)
+    found = [*no_folder(Path(config.output_dir) / config.name), *problems_of(config, stages, environment)]
     try:
         launcher(config.launch)
     except UserError as error:
@@ -103,6 +104,16 @@ def check_once(
     if any(known.get(stage) != fingerprint for stage, fingerprint in stages.items()):
         check_run(run.config, list(stages), launcher, environment)
         write_json(place, {"settings": key, "in_order": {**known, **stages}})
+
+
+def no_folder(folder: Path) -> list[str]:
+    """Why a run's folder cannot be made or written."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        return [f"output_dir: {there} is a file, and {folder} would lie in it. Move it away, or choose another place."]
+    if not os.access(there, os.W_OK):
+        return [f"output_dir: {there} may not be written here. Choose another place."]
+    return []
 
 
 def problems_of(config: DictConfig, stages: list[str], environment: dict[str, str] | None = None) -> list[str]:

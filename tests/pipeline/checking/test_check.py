@@ -12,6 +12,7 @@ from ppo_vs_dpo.artifacts.files import read_marker
 from ppo_vs_dpo.artifacts.guards.fingerprints import Made
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.artifacts.settings.values import allows, inside, of_another_type, out_of_range
+from ppo_vs_dpo.pipeline.checking import check
 from ppo_vs_dpo.pipeline.checking.check import check_once, load_checked
 from ppo_vs_dpo.pipeline.checking.inputs import problems
 from ppo_vs_dpo.pipeline.checking.verify import main as verify
@@ -328,7 +329,8 @@ def test_a_model_that_is_not_named_is_said_once(experiment, monkeypatch):
 
 
 def test_what_was_found_in_order_is_not_looked_at_twice(tmp_path, monkeypatch):
-    run = RunFolder(tmp_path, OmegaConf.create({"seed": 1, "launch": {}}))
+    settings = {"seed": 1, "launch": {}, "output_dir": str(tmp_path.parent), "name": tmp_path.name}
+    run = RunFolder(tmp_path, OmegaConf.create(settings))
     asked = []
     monkeypatch.setattr("ppo_vs_dpo.pipeline.checking.check.problems_of", lambda *a: asked.append(1) or [])
     both = {"sft": "a", "dpo": "b"}
@@ -385,3 +387,13 @@ def test_verify_reads_every_byte_and_mend_marks_what_is_not_whole(tmp_path, caps
     assert "weights was changed after it was written" in capsys.readouterr().out
     assert run.done("sft") is None
     assert json.loads((tmp_path / "sft" / "done.json.damaged").read_text())["fingerprint"] == "f"
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    (tmp_path / "taken").write_text("a file")
+    assert check.no_folder(tmp_path / "new" / "run") == []
+    assert check.no_folder(tmp_path / "taken" / "runs" / "run")[0].startswith(
+        f"output_dir: {tmp_path}/taken is a file"
+    )
+    monkeypatch.setattr(check.os, "access", lambda place, how: False)  # root may write everywhere
+    assert check.no_folder(tmp_path / "new")[0].startswith(f"output_dir: {tmp_path} may not be written")
