@@ -1,17 +1,13 @@
 """All completions of a comparison: what is on disk is kept, the rest is drawn, several policies at a time if asked."""
 
-import concurrent.futures
-import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from ppo_vs_dpo.artifacts.files import read_parquet
 from ppo_vs_dpo.artifacts.guards.outputs import content_id
-from ppo_vs_dpo.artifacts.guards.processes import die_with_parent
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.compare.config import CompareStage
 from ppo_vs_dpo.compare.sampling.completions import (
@@ -25,6 +21,7 @@ from ppo_vs_dpo.compare.sampling.completions import (
 from ppo_vs_dpo.compare.sampling.elsewhere import NoReference, completions_elsewhere
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Policy, Prompts, model_content
 from ppo_vs_dpo.models.passes.inference import Ranks
+from ppo_vs_dpo.models.sampling.forked import in_processes, may_fork
 from ppo_vs_dpo.models.training import model_settings
 
 
@@ -91,10 +88,10 @@ class Gatherer:
     def all(self, policies: list[Policy]) -> list[tuple[pa.Table, dict[str, Any]]]:
         """Completions of every policy, in order, and what was learned with each; all ranks must call this."""
         missing = [policy for policy in policies if not self.is_done(policy)]
-        if len(missing) > 1 and may_fork(self.settings.workers, self.ranks):
+        if len(missing) > 1 and may_fork(self.settings.workers, self.ranks.alone):
             # The reference has most to draw: it goes first.
             ordered = sorted(missing, key=lambda policy: policy.name != REFERENCE)
-            for number, policy in in_processes(self._draw, ordered, self.settings.workers):
+            for number, (policy, _) in enumerate(in_processes(self._draw, ordered, self.settings.workers)):
                 self.context.progress(80 * (number + 1) / len(ordered), 100, f"completions of {policy.name}")
         found = []
         for number, policy in enumerate(policies):
@@ -104,29 +101,6 @@ class Gatherer:
 
     def _draw(self, policy: Policy) -> None:
         self.one(policy, report_progress=False)
-
-
-def may_fork(workers: int, ranks: Ranks) -> bool:
-    """Whether work is shared between forked processes: asked for, by one rank, without a GPU (it survives no fork).
-
-    Nor do OpenMP's threads: a fork of a process that has several waits for them for ever.
-    """
-    if workers < 2 or not ranks.alone or torch.get_num_threads() > 1:
-        return False
-    return not torch.accelerator.is_available() and "fork" in multiprocessing.get_all_start_methods()
-
-
-def in_processes(function: Callable[[Any], Any], items: Sequence[Any], workers: int):
-    """Call ``function`` on every item in forked processes; yields ``(number of items done before, item)``.
-
-    Forked, because importing torch again would take as long as the work. Results come back by files or by `score_all`.
-    """
-    context = multiprocessing.get_context("fork")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=die_with_parent) as pool:
-        running = {pool.submit(function, item): item for item in items}
-        for number, future in enumerate(concurrent.futures.as_completed(running)):
-            future.result()
-            yield number, running[future]
 
 
 # Rows scored at once by one process; fixed, so that the number of processes changes no figure.
@@ -198,18 +172,7 @@ def _by_model(
     def part(start: int) -> np.ndarray:
         return judge.score(*_columns(own[start : start + SCORING_ROWS], prompts))
 
-    if len(starts) > 1 and may_fork(workers, ranks):
-        global _scoring
-        _scoring = part
-        context = multiprocessing.get_context("fork")
-        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=die_with_parent) as pool:
-            return np.concatenate(list(pool.map(_score_part, starts)))
+    if len(starts) > 1 and may_fork(workers, ranks.alone):
+        found = dict(in_processes(part, starts, workers))
+        return np.concatenate([found[start] for start in starts])
     return np.array(ranks.merge(np.concatenate([part(start) for start in starts]), len(rows)))
-
-
-# What a forked process scores with: inherited by the fork, since a closure cannot be sent.
-_scoring: Callable[[int], np.ndarray] | None = None
-
-
-def _score_part(start: int) -> np.ndarray:
-    return _scoring(start)

@@ -19,6 +19,7 @@ from ppo_vs_dpo.models.passes.head import rows_logprobs
 from ppo_vs_dpo.models.passes.packed import can_pack
 from ppo_vs_dpo.models.passes.padding import LOW_PRECISION, TOLERANCE, check_rows, without_router
 from ppo_vs_dpo.models.sampling.fixed import FixedDecoding, graphs_for
+from ppo_vs_dpo.models.sampling.forked import in_processes, may_fork
 from ppo_vs_dpo.models.sampling.kv_cache import ReservedCache, close_gaps, read, rows_that_fit
 from ppo_vs_dpo.models.sampling.picking import LOOK_EVERY, Drawn, SamplingConfig, pick_tokens, uniform_rows
 from ppo_vs_dpo.models.sharding.deepspeed import is_sharded
@@ -69,6 +70,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Callable[[int, int], None] | None = None,
     with_logprobs: bool = False,
+    workers: int = 1,
 ) -> list[Generated]:
     """Draw one completion for every prompt.
 
@@ -90,6 +92,8 @@ def generate(
         progress: called with (rows done, N).
         with_logprobs: also log-probabilities and entropies, of the model at this temperature (without top-k and
             top-p); equal to those of a pass over the whole sequence up to rounding.
+        workers: processes that share the batches, where there are several and a fork is safe (`forked.may_fork`);
+            changes nothing of what is drawn.
 
     Returns:
         ``N`` completions in the order of the prompts.
@@ -116,9 +120,11 @@ def generate(
         check_rows(model, columns)
         check_decodes(model)
         size = rows_that_fit(model, columns, sampling.batch_size)
-        for start in range(0, len(order), size):
+        starts = range(0, len(order), size)
+
+        def drawn(start: int) -> list[Generated]:
             rows = order[start : start + size]
-            batch = _generate_batch(
+            return _generate_batch(
                 model,
                 [prompt_ids[r] for r in rows],
                 [seeds[r] for r in rows],
@@ -127,10 +133,16 @@ def generate(
                 tokenizer,
                 with_logprobs,
             )
-            for row, generated in zip(rows, batch, strict=True):
+
+        shared = len(starts) > 1 and may_fork(workers)
+        batches = in_processes(drawn, starts, workers) if shared else ((start, drawn(start)) for start in starts)
+        done = 0
+        for start, batch in batches:
+            for row, generated in zip(order[start : start + size], batch, strict=True):
                 results[row] = generated
+            done += len(batch)
             if progress is not None:
-                progress(min(start + size, len(order)), len(order))
+                progress(done, len(order))
     finally:
         model.train(was_training)
     return results

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
+from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_parquet, write_parquet
@@ -83,6 +84,8 @@ class _Sampler:
             self.sampling,
             eos_token_ids=self.eos,
             seeds=[row_seed(self.context.seed, "pairs", split, row, side, attempt) for row, side in slots],
+            # No other stage runs beside this one.
+            workers=OmegaConf.select(self.context.run.config, "launch.workers", default=1),
             progress=lambda done, total: self.context.progress(self.done + done, self.total, "sampling"),
         )
         texts = [decode_completion(self.tokenizer, sample.token_ids) for sample in generated]
