@@ -150,8 +150,8 @@ def write_pages(folder: Path, checked: Checked) -> None:
     drawn = picture(checked)
     chart = Markup("")
     if drawn is not None:
-        chart = Markup(element_of(drawn, "The paper's figure, from our runs", "figure"))
-        write_figure(picture(checked), folder / "figures", "figure")
+        text = write_figure(drawn, folder / "figures", "figure")
+        chart = Markup(element_of(text, "The paper's figure, from our runs", "figure"))
     write_text(folder / "report.md", markdown(checked))
     made = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = made.from_string((Path(__file__).parent / "page.html.j2").read_text(encoding="utf-8")).render(

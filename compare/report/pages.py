@@ -22,6 +22,7 @@ from ppo_vs_dpo.compare.report.plots import (
     element_of,
     frontier_plot,
     shown_rewards,
+    svg_of,
     write_figure,
 )
 from ppo_vs_dpo.compare.report.verdict import label, names_of, nats, p_text, percent
@@ -136,15 +137,16 @@ def _write_pages(folder: Path, report: dict[str, Any], samples: dict[str, Any], 
     charts = []
     keys = shown_rewards(report)
     if keys:
-        write_figure(frontier_plot(report), folder / "figures", "frontier")
+        whole = write_figure(frontier_plot(report), folder / "figures", "frontier")
         # One element for each reward: side by side on a desk, one under the other on a phone.
         for key in keys:
+            panel = svg_of(frontier_plot(report, [key])) if len(keys) > 1 else whole
             says = f"{TITLES[key]} against the square root of the KL to SFT, every policy a point"
-            charts.append(Markup(element_of(frontier_plot(report, [key]), says, key)))
+            charts.append(Markup(element_of(panel, says, key)))
     compute, spent = "", compute_plot(report)
     if spent is not None:
-        compute = Markup(element_of(spent, "Reward against what was spent, a line or points a method", "compute"))
-        write_figure(compute_plot(report), folder / "figures", "compute")
+        drawn = write_figure(spent, folder / "figures", "compute")
+        compute = Markup(element_of(drawn, "Reward against what was spent, a line or points a method", "compute"))
     write_text(folder / "report.md", render_markdown(report))
     write_text(folder / "report.html", render_html(report, samples, charts, title, compute))
 

@@ -287,11 +287,13 @@ def beside(report: dict[str, Any], path: Path) -> None:
         plt.close(figure)
 
 
-def write_figure(figure: Figure, folder: Path, name: str) -> None:
-    """Write ``NAME.svg`` and ``NAME.png``, give the figure's memory back."""
+def write_figure(figure: Figure, folder: Path, name: str) -> str:
+    """Write ``NAME.svg`` and ``NAME.png``, give the figure's memory back; returns the SVG, for a page to show."""
     with matplotlib.rc_context(RC), atomic_path(folder / f"{name}.png") as temporary:
         figure.savefig(temporary, format="png", dpi=160)
-    write_text(folder / f"{name}.svg", svg_of(figure))
+    text = svg_of(figure)
+    write_text(folder / f"{name}.svg", text)
+    return text
 
 
 def svg_of(figure: Figure) -> str:
@@ -303,15 +305,14 @@ def svg_of(figure: Figure) -> str:
     return buffer.getvalue()
 
 
-def element_of(figure: Figure, title: str, prefix: str) -> str:
+def element_of(text: str, title: str, prefix: str) -> str:
     """An ``<svg>`` element without a size of its own, to stand in a page beside others.
 
     Args:
-        figure: closed by this.
+        text: the SVG, of `svg_of` or `write_figure`.
         title: what a screen reader says.
         prefix: put before all ids, which two figures of one page must not share.
     """
-    text = svg_of(figure)
     element = text[text.index("<svg") :]
     element = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", element)
     opening, rest = element[: element.index(">")], element[element.index(">") :]
