@@ -84,7 +84,7 @@ def spread(row: dict) -> str:
 def judge_seed(report: dict, main_kl_coef: float) -> tuple[dict[str, str], dict[str, bool]]:
     """Figures and bars of one seed's report; ``main_kl_coef`` is the coefficient of the main PPO run."""
     model, policies = report["reward_model"], report["policies"]
-    share = (model["accuracy"] - 0.5) / (model["ceiling"] - 0.5)
+    share = model["of_ceiling"]
     wins = {name: win(report, name) for name in ("ppo", "dpo", "best_of_16")}
     control = win(report, "sft", "sft")
     zero = next(policy for name, policy in policies.items() if name.startswith("ppo") and name.endswith("kl_coef=0.0"))
@@ -108,7 +108,7 @@ def judge_seed(report: dict, main_kl_coef: float) -> tuple[dict[str, str], dict[
         figures[f"{name.upper()} KL"] = f"{policies[name]['kl']['mean']:.2f}"
         figures[f"{name.upper()} EOS"] = f"{policies[name]['eos_rate']:.3f}"
     bars = {
-        "RM share of the way from chance to the ceiling >= 0.75": share >= 0.75,
+        "RM share of the way from chance to the ceiling >= 0.77": share >= 0.77,
         "n >= 512 held-out prompts": wins["ppo"]["n"] >= 512,
         "PPO beats SFT, lower end >= 0.60": wins["ppo"]["ci"][0] >= 0.60,
         "DPO beats SFT, lower end >= 0.60": wins["dpo"]["ci"][0] >= 0.60,

@@ -14,6 +14,9 @@ COEFFICIENT = {method: "beta" if method == "dpo" else "kl_coef" for method in ME
 # Keys of a section that say which method it is; all others are settings of it.
 KIND = {"ppo": ("advantage", "loss"), "dpo": ()}
 
+# What a report takes from the reward model's own.
+REWARD_MODEL_FIGURES = ("accuracy", "ceiling", "of_ceiling", "ece")
+
 # On which prompts a main point was chosen: none (fixed beforehand), validation prompts, or those of the comparison.
 CHOSEN_ON = ("fixed", "validation", "heldout")
 

@@ -14,7 +14,7 @@ from ppo_vs_dpo.artifacts.resources import part
 from ppo_vs_dpo.artifacts.run import STAGES
 from ppo_vs_dpo.artifacts.settings import nearest, split
 from ppo_vs_dpo.artifacts.stage import StageContext
-from ppo_vs_dpo.compare.config import METHODS, VALIDATION_PROMPTS, CompareStage
+from ppo_vs_dpo.compare.config import METHODS, REWARD_MODEL_FIGURES, VALIDATION_PROMPTS, CompareStage
 from ppo_vs_dpo.compare.estimates.judgements import (
     comparisons_of,
     make_judges,
@@ -375,9 +375,9 @@ def reading_notes(judge: LLMJudge, known: dict[str, Any], stopped: str | None) -
 
 
 def reward_model_figures(context: StageContext) -> dict[str, Any] | None:
-    """Accuracy, ceiling and calibration error of the reward model, from its own report."""
+    """Accuracy, ceiling, the share of it and calibration error of the reward model, from its own report."""
     path = context.run.stage_dir("reward_model") / "report.json"
     if not path.is_file():
         return None
     found = read_json(path)
-    return {key: found.get(key) for key in ("accuracy", "ceiling", "ece")}
+    return {key: found.get(key) for key in REWARD_MODEL_FIGURES}

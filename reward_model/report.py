@@ -15,11 +15,17 @@ from datasets import Dataset
 from ppo_vs_dpo.artifacts.files import atomic_path, write_json
 from ppo_vs_dpo.artifacts.resources import part
 from ppo_vs_dpo.models.text.encoding import encode_pairs
-from ppo_vs_dpo.preferences.recipes.bradley_terry import accuracy_ceiling, label_entropy, preference_probability
+from ppo_vs_dpo.preferences.recipes.bradley_terry import (
+    accuracy_ceiling,
+    expected_accuracy,
+    label_entropy,
+    preference_probability,
+)
 from ppo_vs_dpo.reward_model import calibration
 from ppo_vs_dpo.reward_model.scorer import RewardScorer
 
-# Below this share of what the labels allow, (accuracy - 0.5) / (ceiling - 0.5), PPO mostly learns the model's errors.
+# Below this share of what the labels allow, (expected accuracy - 0.5) / (ceiling - 0.5), PPO mostly learns the
+# model's errors.
 ENOUGH = 0.6
 # Without a known ceiling: below this accuracy. InstructGPT's and Stiennon's models have 0.65 to 0.75.
 ENOUGH_WITHOUT_CEILING = 0.6
@@ -72,6 +78,7 @@ def build_report(
     accuracy, on_train = calibration.pair_accuracy(delta), calibration.pair_accuracy(train_delta)
     table = calibration.reliability(delta)
     margin_kind, margin = _margins(pairs, gold, delta)
+    expected = expected_accuracy(delta, probability) if probability is not None else accuracy.accuracy
     own_ceiling = np.maximum(probability, 1 - probability) if probability is not None else None
     # A rule that always prefers the longer answer; equal lengths are worth one half.
     longer = calibration.pair_accuracy((lengths[0] - lengths[1]).astype(float))
@@ -81,7 +88,8 @@ def build_report(
         "accuracy_interval": [accuracy.low, accuracy.high],
         "test_pairs": accuracy.n,
         "ceiling": ceiling,
-        "of_ceiling": (accuracy.accuracy - 0.5) / (ceiling - 0.5) if ceiling and ceiling > 0.5 else None,
+        "expected_accuracy": expected if probability is not None else None,
+        "of_ceiling": (expected - 0.5) / (ceiling - 0.5) if ceiling and ceiling > 0.5 else None,
         "train_accuracy": on_train.accuracy,
         "train_accuracy_interval": [on_train.low, on_train.high],
         "overfit": _overfit(accuracy, on_train),
@@ -145,6 +153,7 @@ def warnings(report: dict[str, Any]) -> list[str]:
     found = []
     low, high = report["accuracy_interval"]
     accuracy, ceiling = report["accuracy"], report["ceiling"]
+    learned = accuracy if report["expected_accuracy"] is None else report["expected_accuracy"]
     if low <= 0.5:
         found.append(
             f"Held-out accuracy is {accuracy:.3f} [{low:.3f}, {high:.3f}]: not better than a coin. PPO would maximise "
@@ -152,7 +161,7 @@ def warnings(report: dict[str, Any]) -> list[str]:
         )
     elif report["of_ceiling"] is not None and report["of_ceiling"] < ENOUGH:
         found.append(
-            f"The model learned {report['of_ceiling']:.0%} of what the labels allow (accuracy {accuracy:.3f}, ceiling "
+            f"The model learned {report['of_ceiling']:.0%} of what the labels allow (accuracy {learned:.3f}, ceiling "
             f"{ceiling:.3f}); below {ENOUGH:.0%} PPO mostly finds its errors. More pairs, more epochs, or a larger "
             f"ppo.kl_coef."
         )

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from ppo_vs_dpo.artifacts.errors import UserError, in_help, say
 from ppo_vs_dpo.artifacts.files import read_marker, sha256_of
 from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.compare.config import REWARD_MODEL_FIGURES
 from ppo_vs_dpo.compare.estimates.allowed import sampled_as_measured, use_kl
 from ppo_vs_dpo.compare.estimates.controls import controls_of, positive_control
 from ppo_vs_dpo.compare.estimates.win_rates import PairTable, Settings
@@ -165,7 +166,7 @@ def pool(runs: list[Run], settings: Settings, notes: Sequence[str] = ()) -> dict
         "ranking": {judge: pooled_ranking(runs, judge, names, settings) for judge in judges},
         "agreement": judge_agreement(sides),
         "temperatures": pooled_temperatures(runs, settings),
-        "reward_model": {key: mean_of([a.get(key) for a in accuracy]) for key in ("accuracy", "ceiling", "ece")},
+        "reward_model": {key: mean_of([a.get(key) for a in accuracy]) for key in REWARD_MODEL_FIGURES},
         "cost": pooled_cost([run.report["cost"] for run in runs]),
     }
     if len(runs) == 2:

@@ -29,6 +29,17 @@ def accuracy_ceiling(probability) -> float:
     return float(np.maximum(probability, 1.0 - probability).mean())
 
 
+def expected_accuracy(difference, probability) -> float:
+    """The accuracy to expect of a model on fresh labels, its ties worth one half: the labels' own luck averaged out.
+
+    Args:
+        difference: (N,) score of one answer less that of the other.
+        probability: (N,) that the first is chosen.
+    """
+    difference, probability = np.asarray(difference, dtype=float), np.asarray(probability, dtype=float)
+    return float((0.5 + np.sign(difference) * (probability - 0.5)).mean())
+
+
 def label_entropy(probability) -> float:
     """Mean entropy of the labels in nats: the least population value of the Bradley-Terry loss."""
     probability = np.asarray(probability, dtype=float)

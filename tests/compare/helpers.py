@@ -82,7 +82,9 @@ def make_run(root: Path, tokenizer, moved=(0, 0.03, 0.04, 0.08, 0.02)) -> Path:
         root / "reward_model" / "model"
     )
     tokenizer.save_pretrained(root / "reward_model" / "model")
-    write_json(root / "reward_model" / "report.json", {"accuracy": 0.7, "ceiling": 0.8, "ece": 0.03})
+    write_json(
+        root / "reward_model" / "report.json", {"accuracy": 0.7, "ceiling": 0.8, "of_ceiling": 0.6, "ece": 0.03}
+    )
     done(root, "reward_model", pair_set=pair_set)
     done(root, "pairs", pair_set=pair_set)
     pair = {"chosen": " good", "rejected": " bad", "pair_id": "y"}

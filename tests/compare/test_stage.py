@@ -72,7 +72,7 @@ def test_report_has_what_the_issue_asks(finished):
     assert report["policies"]["sft"]["kl"]["mean"] == 0
     assert report["policies"]["ppo,kl_coef=0.0"]["kl"]["mean"] > report["policies"]["ppo"]["kl"]["mean"] > 0
     assert report["pair_set"]["same"]
-    assert report["reward_model"] == {"accuracy": 0.7, "ceiling": 0.8, "ece": 0.03}
+    assert report["reward_model"] == {"accuracy": 0.7, "ceiling": 0.8, "of_ceiling": 0.6, "ece": 0.03}
     assert report["judges"]["reward_model"]["in_sample"]
     assert not report["judges"]["gold"]["in_sample"]
     pairs = {(e["policy"], e["versus"]) for e in report["win_rates"] if e["judge"] == "gold"}

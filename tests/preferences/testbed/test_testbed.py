@@ -12,6 +12,7 @@ from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.preferences.recipes.bradley_terry import (
     accuracy_ceiling,
     draw_labels,
+    expected_accuracy,
     label_entropy,
     preference_probability,
 )
@@ -175,6 +176,9 @@ def test_bradley_terry_closed_forms():
     # 30 wins to 10 is r1 - r2 = ln 3 (papers.md 3.6.1).
     assert preference_probability([math.log(3)], [0.0])[0] == pytest.approx(0.75, abs=1e-15)
     assert accuracy_ceiling([0.75, 0.25, 0.5]) == pytest.approx((0.75 + 0.75 + 0.5) / 3, abs=1e-15)
+    assert expected_accuracy([2.0, 1.0, -3.0, 0.0], [0.75, 0.25, 0.1, 0.9]) == pytest.approx(
+        (0.75 + 0.25 + 0.9 + 0.5) / 4, abs=1e-15
+    )
     assert label_entropy([0.5]) == pytest.approx(math.log(2), abs=1e-12)
     assert label_entropy([1.0, 0.0]) == pytest.approx(0.0, abs=1e-12)
     # The entropy is the least Bradley-Terry loss: any other margin does worse.
