@@ -3,6 +3,7 @@
 Reads ``sft/model`` (where training starts, and the reference) and ``pairs/``; writes ``dpo/model``.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from datasets import Dataset
@@ -38,6 +39,7 @@ def build_trainer(
     reference_cache: Path | None = None,
     reference_id: str = "",
     starts_from_reference: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> PairTrainer:
     """A trainer on models and data in memory.
 
@@ -51,6 +53,7 @@ def build_trainer(
         reference_cache: a folder that keeps reference log-probabilities between runs.
         reference_id: names the reference in that folder.
         starts_from_reference: ``reference`` is a copy of ``model``; without one it is so anyway.
+        progress: of the reference's pass over the pairs: how many are read, of how many.
 
     Raises:
         UserError: policy and reference have different vocabularies.
@@ -75,6 +78,7 @@ def build_trainer(
         reference_cache=reference_cache,
         reference_id=reference_id,
         starts_from_reference=reference is None or starts_from_reference,
+        progress=progress,
     )
     train_in_full(trainer.model, trainer.is_deepspeed_enabled)
     return trainer
@@ -126,6 +130,7 @@ def run_stage(context: StageContext) -> None:
         reference_cache=context.run.path("pairs", "reference_logprobs"),
         reference_id=fingerprint_file(elsewhere or folder),
         starts_from_reference=elsewhere is None,
+        progress=lambda done, total: context.progress(done, total, "read by the reference"),
     )
     summary = train(trainer, context)
     # Counted so far: the policy's passes, 6 N a token. The reference's forward pass takes 2 N, once or each epoch.

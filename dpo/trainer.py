@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ class PairTrainer(DPOTrainer):
         reference_cache: folder for them; ``None`` keeps none.
         reference_id: whose they are (a hash of the reference model's files).
         starts_from_reference: the policy is the reference at first, and a run in which it is not stops.
+        progress: called with the pairs that the reference has read beforehand, and how many there are.
         kwargs: of ``trl.DPOTrainer``.
     """
 
@@ -52,9 +54,11 @@ class PairTrainer(DPOTrainer):
         reference_cache: Path | None = None,
         reference_id: str = "",
         starts_from_reference: bool = True,
+        progress: Callable[[int, int], None] | None = None,
         **kwargs,
     ):
         self.reference_cache, self.reference_id = reference_cache, reference_id
+        self.progress, self._read, self._to_read = progress, 0, 0
         self.starts_from_reference, self._checked_start = starts_from_reference, False
         # Said once, where the reference is another model: for the run's warnings.
         self.start_note: str | None = None
@@ -133,6 +137,9 @@ class PairTrainer(DPOTrainer):
 
     def compute_ref_log_probs(self, model, inputs):
         """Of a batch whose labels the reference does not need."""
+        if self._to_read and self.progress is not None:
+            self._read += len(inputs["input_ids"]) // 2 * self.accelerator.num_processes
+            self.progress(min(self._read, self._to_read), self._to_read)
         return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k != "soft_label"})
 
     def _set_signature_columns_if_needed(self):
@@ -158,6 +165,13 @@ class PairTrainer(DPOTrainer):
     @part("scoring")
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         skip_padding(self.accelerator.unwrap_model(self.ref_model or self.model))
+        self._read, self._to_read = 0, len(dataset)
+        try:
+            return self._reference_of(dataset, name, batch_size)
+        finally:
+            self._to_read = 0
+
+    def _reference_of(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if self.reference_cache is None:
             return super()._precompute_ref_logps(dataset, name, batch_size)
         path = self.reference_cache / f"{self._reference_key(dataset, batch_size)}.parquet"

@@ -146,6 +146,16 @@ def check_model(path: str, where: str) -> None:
         raise UserError(f"{where}: {path} holds no model: it has no config.json.{hint}")
 
 
+def check_scores(path: str) -> None:
+    """Refuse a folder whose model has no head to score with; one of the Hub is looked at when it loads."""
+    if Path(path).is_dir():
+        from ppo_vs_dpo.artifacts.resources import libraries
+
+        with libraries():
+            from ppo_vs_dpo.models.loading.heads import check_reward
+        check_reward(path)
+
+
 def judge_of(text: str) -> dict[str, Any]:
     """``--judge`` as an entry of ``compare.judges``.
 
@@ -158,6 +168,7 @@ def judge_of(text: str) -> dict[str, Any]:
         return {"kind": "llm", **value}
     if sign and kind == "reward_model":
         check_model(rest, "--judge reward_model")
+        check_scores(rest)
         return {"kind": "reward_model", "name": Path(rest).name, "path": rest}
     if sign and kind != "function":
         raise UserError(no_such_choice(f"--judge/{kind}", ["function", "reward_model", "llm"]))
@@ -175,7 +186,10 @@ def prompts_of(path: str | None, sources: list[tuple[str, str]]) -> list[Text]:
         UserError: neither is there, or the file cannot be read.
     """
     if path is not None:
-        return list(read_prompts(path, conversational=None))
+        found = list(read_prompts(path, conversational=None))
+        if not found:
+            raise UserError(f"--prompts {path}: the file holds no prompt.")
+        return found
     outputs = [(name, source) for name, source in sources if is_outputs(source)]
     if not outputs:
         raise UserError("on which prompts? Give --prompts FILE: a column prompt, texts or lists of messages.")

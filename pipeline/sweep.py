@@ -81,7 +81,8 @@ def check_all(fixed: list[str], choices: list[list[str]]) -> int:
         try:
             load([*fixed, *combination])
         except UserError as error:
-            raise UserError(f"with {' '.join(combination)}: {error}") from None
+            with_these = f"with {' '.join(combination)}: " if combination else ""  # -m with nothing swept
+            raise UserError(f"{with_these}{error}") from None
     return total
 
 

@@ -105,7 +105,7 @@ class PPOTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | str,
+        model: PreTrainedModel | str | None = None,
         reward_model: Any = None,
         ref_model: PreTrainedModel | str | None = None,
         value_model: PreTrainedModel | str | None = None,
@@ -122,6 +122,8 @@ class PPOTrainer(Trainer):
         **gone: Any,
     ):
         refuse_removed("PPOTrainer", gone, removed.TRAINER, signature(PPOTrainer.__init__).parameters)
+        if model is None:  # after the names of earlier releases: policy=
+            raise UserError("PPOTrainer needs the policy to train: model=, a model, its folder or name on the Hub.")
         args = args if args is not None else PPOConfig(output_dir="ppo_output")
         tokenizer = processing_class or load_tokenizer(model if isinstance(model, str) else model.name_or_path)
         let_pad(tokenizer, "processing_class")

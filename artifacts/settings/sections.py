@@ -20,6 +20,10 @@ def field_names(cls: type) -> list[str]:
     return [field.name for field in dataclasses.fields(cls) if field.init]
 
 
+# Keys of a section that are listed where none of them is near the one that was given.
+LISTED = 30
+
+
 def nearest(name: str, valid: list[str]) -> str:
     """``" Did you mean x?"``, or nothing where no valid name is near."""
     matches = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
@@ -27,9 +31,10 @@ def nearest(name: str, valid: list[str]) -> str:
 
 
 def unknown_keys(section: dict[str, Any], own: type, args: type | None, where: str) -> list[str]:
-    """One sentence for each key of ``section`` that neither class has."""
+    """One sentence for each key of ``section`` that neither class has; the keys of a small section are listed."""
     valid = [*field_names(own), *(field_names(args) if args else [])]
-    return [f"{where}.{key}: no such key.{nearest(key, valid)}" for key in section if key not in valid]
+    all_of_them = f" There are: {', '.join(valid)}." if len(valid) <= LISTED else ""
+    return [f"{where}.{key}: no such key.{nearest(key, valid) or all_of_them}" for key in section if key not in valid]
 
 
 def key_of(line: str, section: str) -> str:

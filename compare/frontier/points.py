@@ -16,6 +16,9 @@ from ppo_vs_dpo.compare.statistics.rates import rate_over
 
 # KLs that are shown to differ by less than this share of their mean are the same for a comparison at one KL.
 ALIKE = 0.1
+# Nats below which a policy is where it began: no judge tells it from the reference on more than 1 of 100 prompts
+# (Pinsker: sqrt(KL / 2)), and of two such policies the one with less KL is a matter of rounding.
+STILL = 1e-4
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,8 @@ def matched_kl(
         return {**{key: turned[key] for key in ("win_rate", "ci", "p")}, "points": {}, "runs": len(runs)}
 
     kls = {name: float(np.mean([run[name].kl().mean() for run in runs])) for name in (a, b)}
+    if max(kls.values()) < STILL:
+        return {**about, "refused": f"neither has moved, both lie within {STILL} nats of where they began"}
     difference = over(lambda run: run[a].kl() - run[b].kl())
     apart = difference.interval(settings.confidence)
     # Shown to be alike (two one-sided tests), which is more than not shown to differ.

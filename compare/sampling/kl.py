@@ -76,7 +76,8 @@ def sequence_kl(
             token = tokens[here, None]
             logprob, reference_logprob = p.gather(-1, token).squeeze(-1), q.gather(-1, token).squeeze(-1)
             log_ratio = logprob - reference_logprob
-            exact = (p.exp() * (p - q)).sum(-1)
+            # A KL is never negative; the rounding of two models that are nearly one would be.
+            exact = (p.exp() * (p - q)).sum(-1).clamp(min=0)
             pieces.append(torch.stack([exact, log_ratio, k3(log_ratio), logprob, reference_logprob]))
         if pieces:
             of_token = torch.cat(pieces, dim=1).double()

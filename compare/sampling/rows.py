@@ -76,8 +76,9 @@ def match(path: str | Path, prompts: list[Text], ids: list[str], samples: int, w
         lacking += [row] if len(mine) < samples else []
     if lacking:
         theirs, there = short(text_of(prompts[lacking[0]]), 90), short(first_there, 90)
+        number = "no completion" if samples == 1 else f"fewer than {samples} completions"
         raise UserError(
-            f"{where} has fewer than {samples} completions for {len(lacking)} of {len(prompts)} prompts. The first is "
+            f"{where} has {number} for {len(lacking)} of {len(prompts)} prompts. The first of them is "
             f"{ids[lacking[0]]}, {theirs}; the file's own first is {there}. "
             f"Each row needs the prompt as it stands in the prompts' file (a text, or a list of messages), or its "
             f"prompt_id, and completion."

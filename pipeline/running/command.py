@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from ppo_vs_dpo.artifacts.errors import UserError, say, warn
 from ppo_vs_dpo.artifacts.files import read_marker, sha256_of, write_text
 from ppo_vs_dpo.artifacts.guards import replaced
+from ppo_vs_dpo.artifacts.guards.digests import Digests
 from ppo_vs_dpo.artifacts.guards.versions import differences, made_by
 from ppo_vs_dpo.artifacts.run import STAGES, RunFolder
 from ppo_vs_dpo.pipeline.checking.check import check_once
@@ -60,7 +61,8 @@ def _run(folder: Path, config: DictConfig) -> int:
         claim(folder, config)
         # Nothing is written before all is looked at: a wrong value costs nothing that is there.
         run = RunFolder(folder, config)
-        jobs = graph.build(run)
+        digests = Digests(run.cache("digests.json"))
+        jobs = graph.build(run, digests)
         todo = graph.select(run, jobs, list(config.stages))
         work = [job for job in todo if not finished_before(job)]
         if work:
@@ -68,6 +70,7 @@ def _run(folder: Path, config: DictConfig) -> int:
             if of_a_cluster(config.launch):
                 warn(before_cluster(config.output_dir))
             check_once(run, depends_on(jobs, work), launcher, environment(config, "check"))
+        digests.save()
         if len(work) < len(todo):
             write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
             bring_back(run, todo)

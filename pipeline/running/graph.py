@@ -55,12 +55,17 @@ class Job:
         return self.made.parts
 
 
-def build(run: RunFolder) -> list[Job]:
-    """The jobs of a run in an order that respects their needs, fingerprints and states filled in."""
-    digests = Digests(run.cache("digests.json"))
+def build(run: RunFolder, digests: Digests | None = None) -> list[Job]:
+    """The jobs of a run in an order that respects their needs, fingerprints and states filled in.
+
+    Hashes of large files are remembered in the run's cache; not where ``digests`` are given: a run that is not begun
+    yet, and may be refused, leaves no trace.
+    """
+    taken = digests if digests is not None else Digests(run.cache("digests.json"))
     jobs = []
-    known = fingerprints(run.config, digests, ranks_of(run.config.get("launch")), run.begun)
-    digests.save()
+    known = fingerprints(run.config, taken, ranks_of(run.config.get("launch")), run.begun)
+    if digests is None:
+        taken.save()
     for stage in STAGES:
         for point in [{}, *points_of(run.config, stage)]:
             job = Job(point_name(stage, point), stage, point, needs_of(run.config, stage))

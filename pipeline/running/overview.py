@@ -17,9 +17,9 @@ MARKS = {"done": ("done", "green"), "running": ("running", "cyan"), "part": ("to
 
 
 def clock(seconds: float) -> str:
-    """``75`` -> ``"1:15"``."""
+    """``75`` -> ``"1:15"``; from two hours on ``7500`` -> ``"2:05 h"``."""
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
+    return f"{minutes}:{rest:02d}" if minutes < 120 else f"{minutes // 60}:{minutes % 60:02d} h"
 
 
 class Overview:
@@ -72,7 +72,8 @@ class Overview:
         rest = all(state == "done" for state in self.states.values())
         self._say(f"{job.name} done in {seconds:.0f} s" + ("" if rest else f"; about {self.left()} left"))
         for sentence in ((self.run.done(job.name) or {}).get("figures") or {}).get("warnings") or []:
-            self.console.print(printable(f"{job.name}: {sentence}"), style="yellow", highlight=False, markup=False)
+            line = printable(f"{job.name}: {sentence}")
+            self.console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def update(self) -> None:
         """Redraw."""
@@ -134,6 +135,8 @@ class Overview:
         share, _ = self.progress(job)
         if share > 0:
             seen, before = self.first.setdefault(job.name, (now, share))
+            if share < before:  # another part of its work: samples after training, training after the reference
+                seen, before = self.first[job.name] = now, share
             if share > before:
                 return (now - seen) * (1 - share) / (share - before)
             if share > 0.05:

@@ -227,7 +227,7 @@ def test_completions_made_elsewhere(run, tmp_path):
     assert report["policies"]["mine"]["gold_reward"] == pytest.approx(3.25)
     assert report["policies"]["mine"]["kl"]["mean"] is None
     write_jsonl(tmp_path / "mine.jsonl", rows[:30])
-    with pytest.raises(UserError, match="fewer than 1 completions for 18 of 48"):
+    with pytest.raises(UserError, match="no completion for 18 of 48"):
         compare(run)
 
 

@@ -22,6 +22,7 @@ from ppo_vs_dpo.dpo.train import build_trainer, run_stage
 from ppo_vs_dpo.models.loading.config import LoraSettings
 from ppo_vs_dpo.models.loading.pretrained import load_policy
 from ppo_vs_dpo.models.passes.logprobs import pad_batch, response_logprobs
+from ppo_vs_dpo.models.text.encoding import count_rows
 from ppo_vs_dpo.models.training import callbacks
 from tests import warm
 from tests.killed import killed_after
@@ -278,7 +279,13 @@ def test_stage(word_tokenizer, tiny_llama, tmp_path):
 
 def test_a_sweep_computes_the_reference_once(word_tokenizer, tiny_llama, tmp_path, monkeypatch):
     run = make_run(tmp_path, word_tokenizer, tiny_llama(), dpo={"precompute_ref_log_probs": True})
-    run_stage(context_of(run, "dpo"))
+    context, said = context_of(run, "dpo"), []
+    monkeypatch.setattr(context, "progress", lambda *what: said.append(what))
+    run_stage(context)
+    # Before the first step the overview is told how far the reference has read, to the last pair.
+    number = count_rows(run.path("pairs", "train.parquet"))
+    assert (number, number, "read by the reference") in said
+    assert said[0][0] < number
     kept = sorted(run.path("pairs", "reference_logprobs").iterdir())
     assert len(kept) == 2  # training and test pairs
     with monkeypatch.context() as patch:

@@ -24,11 +24,6 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m ppo_vs_dpo.pipeline.planning.cost", description=__doc__)
     parser.add_argument("run", help="a run folder")
-    parser.add_argument(
-        "--cpu-seconds",
-        action="store_true",
-        help="measure in CPU seconds: where others use the machine, on one thread",
-    )
     given = parser.parse_args(argv)
     run = RunFolder(given.run)
     names = [*STAGES[:-1], *run.points("dpo"), *run.points("ppo"), STAGES[-1]]
@@ -37,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"{run.root}: no stage has finished, so there is nothing to compare an estimate with.")
     threads = str(run.config.launch.threads)
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    speed = speed_of(run, environment, given.cpu_seconds)
+    speed = speed_of(run, environment)
     if speed is None:
         raise UserError(f"{run.root}: its model could not be measured (ppo-vs-dpo check says why).")
     lines, total = [f"{'stage':<22}{'estimated':>12}{'took':>12}"], 0.0
@@ -50,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         "\n".join(lines)
         + f"\nmeasured on {speed['device']}; stages that ran at once are added up. The {spell(speed['start'])} that "
     )
-    say("a process takes to load its libraries are in the estimates, and not in what the stages' own clocks say.\n")
+    say("a process takes to load its libraries are in the estimates, and not in what the stages' own clocks say;\n")
+    say("what other work took of the machine is in what they took, and not in the estimates.\n")
     return 0
 
 

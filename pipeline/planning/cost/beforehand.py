@@ -8,15 +8,17 @@ from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_marker, sha256_of, write_json
+from ppo_vs_dpo.artifacts.guards.fingerprints import needs_of
 from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.pipeline.planning.cost.counted import examples, ranks, some_texts
 from ppo_vs_dpo.pipeline.planning.cost.measured import ask
-from ppo_vs_dpo.pipeline.planning.cost.work import Work, examples, ranks, some_texts, work_of
+from ppo_vs_dpo.pipeline.planning.cost.work import Work, work_of
 from ppo_vs_dpo.ppo.stage.config import trains_values
 
 # Starting a process, loading libraries and a model of the testbed's size, in a run that names its seconds.
 STARTED = 8.0
 # Bumped when an answer has other figures: it is then measured again.
-LAYOUT = 3
+LAYOUT = 4
 
 
 def say_cost(run: RunFolder, names: Iterable[str], environment: dict[str, str]) -> tuple[str, dict[str, float]]:
@@ -59,8 +61,11 @@ def shares_of_usual(run: RunFolder, names: list[str]) -> dict[str, float]:
     return shares
 
 
-def speed_of(run: RunFolder, environment: dict[str, str], cpu_seconds: bool = False) -> dict[str, Any] | None:
-    """Seconds a token on this machine, measured once for a model and kept in the run's cache."""
+def speed_of(run: RunFolder, environment: dict[str, str]) -> dict[str, Any] | None:
+    """Seconds a token on this machine, measured once for a model and kept in the run's cache.
+
+    A run keeps to its data: once a tokenizer has read some of its texts, it is not asked about others of them.
+    """
     model = run.config.model
     question = {
         "path": model.get("path"),
@@ -69,22 +74,21 @@ def speed_of(run: RunFolder, environment: dict[str, str], cpu_seconds: bool = Fa
         "architecture": dict(model.get("architecture") or {}),
         "batch": int((run.config.get("compare") or {}).get("batch_size") or 16),
         "ranks": ranks(run),
-        "prompt": examples(run, "ppo")[1],
         "sections": {
             name: OmegaConf.to_container(run.config[name], resolve=True)
             for name in ("model", "sft", "reward_model", "dpo", "ppo", "deepspeed")
             if run.config.get(name) is not None
         },
-        "texts": some_texts(run),
-        "cpu_seconds": cpu_seconds,
+        "threads": int(run.config.launch.threads),
         "host": os.uname().nodename,
     }
+    texts = some_texts(run)
     kept = run.cache("speed.json")
     asked = sha256_of([LAYOUT, question])
     known = read_marker(kept, set_aside=True) or {}
-    if known.get("asked") == asked and "answer" in known:
+    if known.get("asked") == asked and "answer" in known and (known["answer"].get("characters") or not texts):
         return known["answer"]
-    answer = ask(question, environment)
+    answer = ask({**question, "prompt": examples(run, "ppo")[1], "texts": texts}, environment)
     if answer is not None:
         write_json(kept, {"asked": asked, "answer": answer})
     return answer
@@ -114,8 +118,11 @@ def table(run: RunFolder, works: list[Work], seconds: dict[str, float], speed: d
         where = f", measured on {speed['device']}" if speed else ", from launch.expected_seconds"
         open_ = [work.name for work in works if not work.known]
         more = f", and {', '.join(open_)} once the data is read" if open_ else ""
-        together = total / max(1, min(int(run.config.launch.workers), 2))
-        lines.append(f"about {spell(together)} to {spell(total)} in all{where}{more}; Ctrl-C keeps what is done")
+        quick, slow = spell(at_once(run, seconds)), spell(total)
+        time = slow if quick == slow else f"{quick} to {slow}"
+        lines.append(f"about {time} in all{where}{more}; Ctrl-C keeps what is done")
+        if (speed or {}).get("device", "cpu") == "cpu" and (load := busy()):
+            lines.append(f"that is beside no other work; this machine has some now ({load}): it will take longer")
     else:
         lines.append("how long that takes is known after the first update; Ctrl-C keeps what is done")
     if memory:
@@ -124,6 +131,27 @@ def table(run: RunFolder, works: list[Work], seconds: dict[str, float], speed: d
         lines.append(f"memory: the peak of {where}, estimated from above{beside}")
     lines.append(space(run, works, speed))
     return "\n".join(line for line in lines if line) + "\n"
+
+
+def at_once(run: RunFolder, seconds: dict[str, float]) -> float:
+    """Seconds from the first job to the last, where ``launch.workers`` of them find a core each and none waits but for
+    what it reads.
+    """
+    places = [0.0] * max(1, min(int(run.config.launch.workers), os.cpu_count() or 1))
+    ends: dict[str, float] = {}
+    for name, takes in seconds.items():
+        begins = max([min(places), *(ends.get(need, 0.0) for need in needs_of(run.config, name.split(",")[0]))])
+        ends[name] = places[places.index(min(places))] = begins + takes
+    return max(ends.values())
+
+
+def busy() -> str:
+    """``load 5.1 on 2 cores`` where processes want more cores than there are, else nothing."""
+    try:
+        load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    except (AttributeError, OSError):
+        return ""  # a system that does not count it
+    return f"load {load:.1f} on {cores} core{'s' * (cores > 1)}" if load >= cores else ""
 
 
 def space(run: RunFolder, works: list[Work], speed: dict[str, Any] | None) -> str:

@@ -5,6 +5,10 @@
 The clock begins when the process was started: what it imports is what a stage imports. The whole model's time follows
 from the two layers: what they share (embeddings, head) is counted once, a layer as often as the model has it. No
 weights are read, and the process that asks stays small.
+
+On a CPU with one thread (``launch.threads``, the default) a second is one of the process's own clock. By the clock on
+the wall other work lay in the difference of the two layers, and that counts as often as the model has layers: 40 hours
+were said of one. Several threads wait for each other, and a GPU is waited for: there the wall's clock counts.
 """
 
 import functools
@@ -19,7 +23,7 @@ from typing import Any
 from ppo_vs_dpo.artifacts.errors import say
 from ppo_vs_dpo.artifacts.guards.processes import die_with_parent
 from ppo_vs_dpo.artifacts.resources import libraries
-from ppo_vs_dpo.pipeline.planning.cost.work import characters
+from ppo_vs_dpo.pipeline.planning.cost.counted import characters
 
 # Seconds after which a measurement is given up.
 PATIENCE = 120.0
@@ -38,16 +42,15 @@ def ask(question: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]
 
     Args:
         question: ``path`` or ``architecture``, ``revision`` and ``trust_remote_code``; ``sections``, the stages to
-            plan the memory of, and ``ranks``; ``texts``, a few prompts with an answer; ``cpu_seconds``: by the
-            process's own clock, on a machine that others use.
+            plan the memory of, and ``ranks``; ``texts``, a few prompts with an answer.
         environment: of the process: threads.
 
     Returns:
-        Seconds a token: ``train`` (forward and backward), ``forward``, ``decode``; of a decoding step beside its
-        tokens: ``step``; of a process until a stage's libraries are there: ``start``. And ``device``, ``parameters``,
-        ``layers``, ``memory``: the peak of each stage on a rank in bytes (`planning.plan`, an estimate from above),
-        and ``characters``: of a token of ``text``, and tokens of the ``template`` around a prompt, where there are
-        texts and a tokenizer.
+        Seconds a token, beside no other work: ``train`` (forward and backward), ``forward``, ``decode``; of a
+        decoding step beside its tokens: ``step``; of a process until a stage's libraries are there: ``start``. And
+        ``device``, ``parameters``, ``layers``, ``memory``: the peak of each stage on a rank in bytes
+        (`planning.plan`, an estimate from above), and ``characters``: of a token of ``text``, and tokens of the
+        ``template`` around a prompt, where there are texts and a tokenizer.
     """
     try:
         ended = subprocess.run(
@@ -76,8 +79,10 @@ def measure(question: dict[str, Any], began: float) -> dict[str, Any]:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
-    clock = time.process_time if question.get("cpu_seconds") else time.perf_counter
-    start = time.process_time() if question.get("cpu_seconds") else time.time() - began
+    accelerator = torch.accelerator.is_available()
+    alone = not accelerator and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
+    start = time.process_time() if alone else time.time() - began
     if question.get("path"):
         config = AutoConfig.from_pretrained(
             question["path"],
@@ -96,7 +101,6 @@ def measure(question: dict[str, Any], began: float) -> dict[str, Any]:
     memory = peaks(question, config)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    accelerator = torch.accelerator.is_available()
     device = torch.accelerator.current_accelerator() if accelerator else torch.device("cpu")
     dtype = torch.bfloat16 if accelerator else torch.float32
     found: list[dict[str, float]] = []

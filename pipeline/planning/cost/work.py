@@ -3,25 +3,20 @@
 Once ``data/`` and ``pairs/`` are there, examples are counted as they are.
 """
 
-import gzip
-import json
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
-from typing import IO, Any
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 from ppo_vs_dpo.artifacts.guards.fingerprints import point_name, points_of
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.compare.config import VALIDATION_PROMPTS
-from ppo_vs_dpo.pipeline.planning.gpus import ranks_of
+from ppo_vs_dpo.pipeline.planning.cost.counted import examples, ranks, rows_of, test_pairs
 from ppo_vs_dpo.ppo.stage.config import reward_models, trained_share, trains_values
 
 # trl's and transformers' defaults where a section says nothing.
 BATCH, EPOCHS = 8, 3
-# Characters of a token, about; only for texts that nobody has tokenised yet.
-CHARACTERS = 4
 # A pass through adapters alone leaves out the gradients of the frozen weights: 4 N instead of 6 N FLOPs a token.
 ADAPTERS = 2 / 3
 # Bytes of weights a second, from a disk (or its cache) into a model or back; SmolLM2-135M: 0.54 GB in 1 s, or less.
@@ -32,8 +27,6 @@ DECODED, MEASURED, CHECKED = 256, 128, 256
 # A policy of at most so many updates with adapters stays near its reference (KL below compare's LOW_KL): it then reads
 # the reference's draws, too (compare.frontier.cross).
 NEAR = 50
-# Rows of a file that are looked at to know how long a text is.
-LOOKED_AT = 200
 
 
 @dataclass
@@ -52,6 +45,8 @@ class Work:
         adapters: whether adapters are trained, not weights.
         known: whether the number of examples is known; else the data must be read first.
         ranks: that share the work.
+        beside: parts of what is summed up above, which ``processes`` of this machine take from each other, one at a
+            time; on CPUs only.
     """
 
     name: str
@@ -65,6 +60,8 @@ class Work:
     adapters: bool = False
     known: bool = True
     ranks: int = 1
+    beside: list["Work"] = field(default_factory=list)
+    processes: int = 1
 
     @property
     def tokens(self) -> float:
@@ -80,9 +77,19 @@ class Work:
         if not self.known:
             return None
         fixed = (2 if self.updates else 1) * speed["start"] + self.loads * 4 * speed["parameters"] / LOADED
+        return fixed + self._passes(speed) - self._saved(speed)
+
+    def _passes(self, speed: dict[str, Any]) -> float:
         trained = self.trained * speed["train"] * (ADAPTERS if self.adapters else 1.0)
         tokens = trained + self.read * speed["forward"] + self.sampled * speed["decode"]
-        return fixed + tokens / self.ranks + self.steps * speed["step"]
+        return tokens / self.ranks + self.steps * speed["step"]
+
+    def _saved(self, speed: dict[str, Any]) -> float:
+        """Seconds in which two of the parts are worked on: they take as long as the longest, or all shared evenly."""
+        if self.processes < 2 or not self.beside or speed.get("device", "cpu") != "cpu":
+            return 0.0
+        parts = [one._passes(speed) for one in self.beside]
+        return sum(parts) - max(sum(parts) / self.processes, *parts)
 
 
 def work_of(run: RunFolder, name: str, ratios: dict[str, float] | None = None) -> Work:
@@ -236,7 +243,7 @@ def _compare(run: RunFolder, section: Any, ratios: dict[str, float] | None) -> W
         prompts = min(prompts, held)
     table = run.path("data", "prompts_heldout.parquet")
     if table.is_file():
-        prompts = min(prompts, _rows(table))
+        prompts = min(prompts, rows_of(table))
     prompt = examples(run, "ppo", ratios)[1]
     length, pair = prompt + new, examples(run, "dpo", ratios)[1]
     at_once = int(section.get("batch_size") or 512)
@@ -245,13 +252,21 @@ def _compare(run: RunFolder, section: Any, ratios: dict[str, float] | None) -> W
     pairs = test_pairs(run)
     pairs = 10**9 if pairs is None else pairs
     work, policies = Work("compare", ranks=ranks(run)), list(drawn(run.config))
+    # Policies draw, and rows are scored, in forked processes (compare.sampling.gather.may_fork).
+    if work.ranks == 1 and int(run.config.launch.threads) == 1:
+        work.processes = min(int(section.get("workers") or 1), os.cpu_count() or 1)
     for one in policies:
+        own = Work("compare", ranks=work.ranks)
         for draws in one.batches:
-            _decode(work, prompts * draws, new, prompt, at_once, work.ranks)
-        work.read += prompts * one.read * one.models * length
-        work.read += 0 if one.checkpoint else 2 * min(MEASURED, pairs) * one.models * pair
+            _decode(own, prompts * draws, new, prompt, at_once, work.ranks)
+        own.read += prompts * one.read * one.models * length
+        own.read += 0 if one.checkpoint else 2 * min(MEASURED, pairs) * one.models * pair
         work.responses += prompts * sum(one.batches)
-    work.read += judges * (work.responses * length + 2 * min(CHECKED, pairs) * pair)
+        work.beside.append(own)
+    scored = judges * (work.responses * length + 2 * min(CHECKED, pairs) * pair)
+    work.beside += [Work("compare", read=scored / work.processes) for _ in range(work.processes)]
+    for own in work.beside:
+        work.read, work.sampled, work.steps = work.read + own.read, work.sampled + own.sampled, work.steps + own.steps
     # Best-of-n's choices by the reference; the two main policies' draws, and two of a sweep, by each other.
     samples = int(section.get("samples") or 1)
     swept = any((run.config.get(stage) or {}).get("sweep") for stage in ("ppo", "dpo"))
@@ -273,127 +288,3 @@ def _compare(run: RunFolder, section: Any, ratios: dict[str, float] | None) -> W
 
 def _stays_near(section: Any) -> bool:
     return bool(section.get("lora")) and 0 < int(section.get("max_steps") or -1) <= NEAR
-
-
-# --------------------------------------------------------------------------------------------------- what there is
-
-
-def ranks(run: RunFolder) -> int:
-    """Processes of a training stage."""
-    return ranks_of(run.config.get("launch"))
-
-
-def test_pairs(run: RunFolder) -> int | None:
-    """How many pairs are held out; ``None``: not known yet."""
-    table = run.path("pairs", "test.parquet")
-    if table.is_file():
-        return _rows(table)
-    configured = run.config.data.get("test_pairs")
-    if isinstance(configured, int):
-        return configured
-    found, share = _lines(run), float(run.config.data.get("test_fraction") or 0)
-    return None if found is None else int(found[0] * share)
-
-
-def examples(run: RunFolder, stage: str, ratios: dict[str, float] | None = None) -> tuple[int | None, int]:
-    """How many examples a stage trains on (``None``: not known yet), and tokens of one, about (ppo: of a prompt)."""
-    data = run.config.data
-    bound = int(data.get("max_prompt_tokens") or 128)
-    if stage != "ppo":
-        bound += int(data.get("max_response_tokens") or data.get("max_new_tokens") or 128)
-    per_token, template = (ratios or {}).get("text") or CHARACTERS, (ratios or {}).get("template") or 0
-    name, columns = table_of(stage)
-    table = run.path(*name)
-    if table.is_file():
-        lengths = [sum(characters(row[one]) for one in columns if one in row) for row in _first(table, columns)]
-        typical = math.ceil(sum(lengths) / max(len(lengths), 1) / per_token + template) or bound
-        return _rows(table), min(typical, bound) if data.get("max_prompt_tokens") else typical
-    configured = {"sft": data.get("sft_examples"), "ppo": data.get("train_prompts")}.get(stage, data.get("pairs"))
-    if isinstance(configured, int):
-        return configured, bound
-    found = _lines(run)
-    if found is not None:
-        total, size = found
-        share = 1 - float(data.get("test_fraction") or 0) - float(data.get("heldout_fraction") or 0)
-        # A line holds a prompt and two answers.
-        typical = math.ceil(size / per_token * (1 / 3 if stage == "ppo" else 2 / 3) + template)
-        return int(total * share), min(typical, bound) if data.get("max_prompt_tokens") else typical
-    return None, bound
-
-
-def table_of(stage: str) -> tuple[tuple[str, str], list[str]]:
-    """Where a stage's examples are, and the columns of one (of a pair: one side)."""
-    found = {"sft": ("data", "sft_train.parquet"), "ppo": ("data", "prompts_train.parquet")}
-    return found.get(stage, ("pairs", "train.parquet")), [
-        "prompt",
-        *({"ppo": [], "sft": ["completion"]}.get(stage, ["chosen"])),
-    ]
-
-
-def some_texts(run: RunFolder, number: int = 16) -> list[dict[str, Any]]:
-    """Prompts with an answer, a few, as they are in the run's pairs or its file; for a tokenizer to say how long."""
-    (folder, file), columns = table_of("dpo")
-    table = run.path(folder, file)
-    if table.is_file():
-        return list(islice(_first(table, columns), number))
-    path = Path(str(run.config.data.get("path")))
-    if ".jsonl" not in path.suffixes or not path.is_file():
-        return []
-    try:
-        with _opened(path) as lines:
-            rows = [json.loads(line) for line in islice(lines, number) if line.strip()]
-    except (OSError, EOFError, ValueError):
-        return []  # the data stage says what is wrong with it
-    found = [{key: row[key] for key in columns} for row in rows if isinstance(row, dict) and {*columns} <= {*row}]
-    if run.config.data.get("conversational"):  # text becomes a user's turn
-        ask = lambda text: [{"role": "user", "content": text}] if isinstance(text, str) else text  # noqa: E731
-        found = [{**row, "prompt": ask(row["prompt"])} for row in found]
-    return found
-
-
-def characters(value: Any) -> int:
-    """Of a text, or of a list of messages."""
-    return len(value) if isinstance(value, str) else sum(len(one.get("content") or "") for one in value or [])
-
-
-def _first(table: Path, columns: Iterable[str]) -> list[dict[str, Any]]:
-    import pyarrow.parquet
-
-    file = pyarrow.parquet.ParquetFile(table)
-    there = [one for one in columns if one in file.schema_arrow.names]
-    first = next(file.iter_batches(batch_size=LOOKED_AT, columns=there), None)
-    return first.to_pylist() if first is not None else []
-
-
-def _rows(table: Path) -> int:
-    import pyarrow.parquet
-
-    return pyarrow.parquet.ParquetFile(table).metadata.num_rows
-
-
-def _lines(run: RunFolder) -> tuple[int, int] | None:
-    """Rows of the file that the pairs are read from, at most as many as are taken, and bytes of one (not compressed),
-    where a look tells."""
-    path = Path(str(run.config.data.get("path")))
-    suffixes = [one for one in path.suffixes if one in (".jsonl", ".csv", ".parquet", ".gz")]
-    if not path.is_file() or not suffixes or suffixes[0] == ".gz":
-        return None
-    try:
-        if suffixes == [".parquet"]:
-            import pyarrow.parquet
-
-            known = pyarrow.parquet.ParquetFile(path).metadata
-            total = known.num_rows
-            size = sum(known.row_group(group).total_byte_size for group in range(known.num_row_groups))
-        else:
-            total = size = 0
-            with _opened(path) as lines:
-                for line in lines:
-                    total, size = total + bool(line.strip()), size + len(line)
-    except (OSError, EOFError, ValueError):
-        return None  # the data stage says what is wrong with it
-    return min(total, int(run.config.data.get("max_pairs") or total)), math.ceil(size / max(total, 1))
-
-
-def _opened(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")

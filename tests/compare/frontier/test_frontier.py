@@ -147,6 +147,10 @@ def test_kinds_of_matched_kl():
     noisy.draws.measures = dict.fromkeys(("kl", "k1", "k3"), 1.08 * kl / kl.mean())
     found = matched_kl([Compared([noisy, dpo], table=judged([noisy, dpo], {}))], "ppo", "dpo", Settings())
     assert (found["kind"], found["kl_apart"]) == ("one-sided", False)
+    # Two that have not moved: which of them is nearer is a matter of rounding.
+    still = [on_frontier(name, name, {}, kl, 1, 1) for name, kl in (("ppo", 4e-9), ("dpo", 6e-7))]
+    found = matched_kl([Compared(still, table=judged(still, {}))], "ppo", "dpo", Settings())
+    assert "neither has moved" in found["refused"]
 
 
 def test_over_optimisation_is_marked_only_where_gold_falls_and_proxy_rises():

@@ -300,13 +300,17 @@ def test_a_wrong_value_leaves_a_finished_run_as_it_was(tmp_path, monkeypatch):
     }
 
 
-def test_a_refused_run_leaves_no_folder_behind(tmp_path, monkeypatch):
+def test_a_refused_run_leaves_no_folder_behind(tmp_path, tmp_path_factory, monkeypatch):
     from ppo_vs_dpo.pipeline.running import command as running
 
     monkeypatch.setattr("ppo_vs_dpo.pipeline.checking.check.problems_of", lambda *a: ["sft.x is wrong."])
-    for _ in range(2):
+    pairs = tmp_path_factory.mktemp("own") / "pairs.jsonl"
+    pairs.write_text("{}\n")
+    # With files of one's own, too: their hashes are remembered once there is a run.
+    for name, *own in (["quickstart"], ["try", f"model.path={pairs.parent}", f"data.path={pairs}"]):
+        config = load([f"experiment={name}", *own, f"output_dir={tmp_path}/runs/all", "stages=[data]"])
         with pytest.raises(UserError, match=r"sft\.x is wrong"):
-            running.run_pipeline(load(["experiment=quickstart", f"output_dir={tmp_path}/runs/all", "stages=[data]"]))
+            running.run_pipeline(config)
         assert not list(tmp_path.iterdir())
     (tmp_path / "runs").mkdir()  # what was there stays
     with pytest.raises(UserError, match=r"sft\.x is wrong"):

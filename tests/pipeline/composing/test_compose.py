@@ -249,6 +249,8 @@ def test_a_value_that_is_swept_twice(tmp_path):
 
     with pytest.raises(UserError, match="seed=1 stands twice among the swept values"):
         sweep(["experiment=quickstart", "seed=1,2,1", f"output_dir={tmp_path}"])
+    with pytest.raises(UserError, match=r"^the configuration cannot be composed: .*seed="):  # nothing is swept
+        sweep(["experiment=quickstart", "seed=", f"output_dir={tmp_path}"])
 
 
 def test_a_long_name_is_cut_and_stays_unique():

@@ -3,8 +3,11 @@
 import gzip
 import json
 import os
+import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
@@ -15,7 +18,7 @@ from ppo_vs_dpo.compare.sampling import completions, policies
 from ppo_vs_dpo.compare.stage import CompareStage
 from ppo_vs_dpo.pipeline.composing.compose import load
 from ppo_vs_dpo.pipeline.planning.cost import __main__ as afterwards
-from ppo_vs_dpo.pipeline.planning.cost import beforehand, measured, work
+from ppo_vs_dpo.pipeline.planning.cost import beforehand, counted, measured, work
 from tests.pipeline.chat_model import save_chat_model
 
 STAGES = ("data", "sft", "pairs", "reward_model", "dpo", "ppo", "compare")
@@ -75,22 +78,22 @@ def test_a_file_of_pairs_is_counted_in_every_form(tmp_path, kind):
     else:
         path.write_bytes(gzip.compress(lines) if kind.endswith("gz") else lines)
     run = run_of(tmp_path / "run", "experiment=try", "model.path=x", f"data.path={path}")
-    found, length = work.examples(run, "dpo")
+    found, length = counted.examples(run, "dpo")
     assert found == pytest.approx(0.8 * 200, abs=1)
     assert (
-        80 / work.CHARACTERS <= length <= 2 * 80 / work.CHARACTERS or kind == "parquet"
+        80 / counted.CHARACTERS <= length <= 2 * 80 / counted.CHARACTERS or kind == "parquet"
     )  # what repeats is not stored
-    assert work.test_pairs(run) == pytest.approx(20, abs=1)
-    assert len(work.some_texts(run)) == (16 if "jsonl" in kind else 0)
+    assert counted.test_pairs(run) == pytest.approx(20, abs=1)
+    assert len(counted.some_texts(run)) == (16 if "jsonl" in kind else 0)
     path.write_bytes(path.read_bytes()[:50] if kind != "csv" else b"")
-    work.examples(run, "dpo")  # a torn file is the data stage's to complain of
+    counted.examples(run, "dpo")  # a torn file is the data stage's to complain of
 
 
 def test_once_the_pairs_are_there_they_are_counted(hh):
     write_parquet(hh.path("pairs", "train.parquet"), [{"prompt": "a" * 80, "chosen": "b" * 80, "rejected": "c"}] * 640)
     dpo = work.work_of(hh, "dpo")
     assert dpo.updates == 10
-    assert dpo.trained == 10 * 64 * 2 * (160 / work.CHARACTERS)
+    assert dpo.trained == 10 * 64 * 2 * (160 / counted.CHARACTERS)
 
 
 def test_a_hub_set_is_not_known_before_it_is_read(tmp_path):
@@ -159,9 +162,44 @@ def test_speed_is_measured_once_and_doubles_with_the_layers(tmp_path, monkeypatc
     run.cache("speed.json").write_bytes(b"\xff")  # spoilt: measured again
     assert beforehand.speed_of(run, {}) == beforehand.speed_of(run, {}) == found
     assert len(asked) == 2
+    # Texts for a tokenizer to read: once; that there are others of them, and more, measures nothing again.
+    pairs = [{"prompt": "p" * 40, "chosen": "c" * 40, "rejected": "r" * 40}] * 3
+    write_parquet(run.path("pairs", "train.parquet"), pairs)
+    found["characters"] = {"text": 4.0, "template": 0}
+    assert beforehand.speed_of(run, {}) == found
+    assert (len(asked), asked[-1]["texts"][0]["prompt"]) == (3, "p" * 40)
+    write_parquet(run.path("pairs", "train.parquet"), [{**row, "prompt": "q" * 80} for row in pairs])
+    write_parquet(run.path("data", "prompts_train.parquet"), [{"prompt": "q" * 80}])
+    assert beforehand.speed_of(run, {}) == found
+    assert len(asked) == 3
     text = beforehand.table(run, [work.work_of(run, "ppo")], {"ppo": 60.0}, found)
     assert f"{peaks['ppo'] / 1e9:.1f} GB" in text
     assert "the peak of a stage's process" in text
+
+
+def test_other_work_is_no_part_of_the_measurement(monkeypatch):
+    """One thread on a CPU: seconds of the process's own clock, so that who else computes is not extrapolated."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    own = {"process_time": time.process_time, "time": time.time}
+    monkeypatch.setattr(measured, "time", SimpleNamespace(**own, perf_counter=lambda: pytest.fail("the wall's clock")))
+    architecture = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "vocab_size": 32}
+    architecture |= {"num_attention_heads": 2, "num_hidden_layers": 3}
+    found = measured.measure({"architecture": architecture}, 0.0)
+    assert 0 < found["start"] <= time.process_time()  # not the 50 years since 1970
+    assert found["train"] > 0
+    # Several threads wait for each other: the wall's clock.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(measured, "time", SimpleNamespace(time=time.time, perf_counter=time.perf_counter))
+    assert measured.measure({"architecture": architecture}, 0.0)["train"] > 0
+
+
+@pytest.mark.parametrize(("load", "device", "says"), [(5.1, "cpu", True), (0.9, "cpu", False), (5.1, "cuda", False)])
+def test_that_others_use_the_machine_is_said(tmp_path, monkeypatch, load, device, says):
+    run = run_of(tmp_path, "experiment=quickstart")
+    monkeypatch.setattr(beforehand.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(beforehand.os, "cpu_count", lambda: 2)
+    text = beforehand.table(run, [work.work_of(run, "ppo")], {"ppo": 60.0}, {"device": device, "parameters": 1e6})
+    assert ("this machine has some now (load 5.1 on 2 cores)" in text) == says
 
 
 DRAWING = ["compare.n_prompts=8", "compare.baseline_draws=3", "compare.pool_size=5", "compare.best_of_n=[2,4]",
@@ -192,7 +230,7 @@ def test_compare_reads_more_than_it_draws(tmp_path):
                  "compare.best_of_n=[]", "compare.best_of={}", "compare.samples=1", "compare.checkpoints={}",
                  "compare.other_temperatures=[]", "dpo.sweep=null")  # fmt: skip
     found, new = work.work_of(run, "compare"), 10
-    prompt, pair = work.examples(run, "ppo")[1], work.examples(run, "dpo")[1]
+    prompt, pair = counted.examples(run, "ppo")[1], counted.examples(run, "dpo")[1]
     responses = 8 * (2 + 1 + 1)
     assert (found.responses, found.sampled) == (responses, responses * new)
     assert found.steps == 3 * new  # each policy's rows fit into one batch
@@ -201,6 +239,40 @@ def test_compare_reads_more_than_it_draws(tmp_path):
     pairs = 2 * work.MEASURED * (1 + 2 + 2) + 2 * work.CHECKED
     assert found.read == passes * (prompt + new) + pairs * pair + responses * prompt
     assert found.loads == 3 + 1 + 2
+
+
+def test_stages_that_stand_beside_each_other_are_not_added_up(tmp_path, monkeypatch):
+    """DPO (9 s) beside the reward model (4 s) and PPO (6 s), compare behind both."""
+    monkeypatch.setattr(beforehand.os, "cpu_count", lambda: 8)
+    seconds = {"data": 1.0, "sft": 1.0, "pairs": 1.0, "reward_model": 4.0, "dpo": 9.0, "ppo": 6.0, "compare": 5.0}
+    run = run_of(tmp_path, "experiment=hh", "model.path=x", "launch.workers=2")
+    assert beforehand.at_once(run, seconds) == 3 + 10 + 5
+    run = run_of(tmp_path, "experiment=hh", "model.path=x", "launch.workers=1")
+    assert beforehand.at_once(run, seconds) == sum(seconds.values())
+
+
+def test_what_processes_share_is_not_counted_twice(tmp_path, monkeypatch):
+    """compare forks its drawing and scoring: by hand, for two processes that take parts of 4, 3 and 2 seconds."""
+    speed = {"train": 1.0, "forward": 1.0, "decode": 1.0, "step": 1.0, "start": 1.0, "parameters": 0, "device": "cpu"}
+    parts = [work.Work("compare", read=seconds) for seconds in (4.0, 3.0, 2.0)]
+    whole = work.Work("compare", read=9.0 + 5.0, beside=parts)
+    assert whole.seconds(speed) == 1 + 14
+    whole.processes = 2
+    assert whole.seconds(speed) == 1 + 5 + 4.5
+    assert whole.seconds({**speed, "device": "cuda"}) == 1 + 14  # no GPU survives a fork
+    parts[0].read = whole.read = 20.0  # the longest one is one process's
+    whole.read += 5.0 + 5.0
+    assert whole.seconds(speed) == 1 + 5 + 20
+    monkeypatch.setattr(work.os, "cpu_count", lambda: 8)
+    run = run_of(tmp_path, "experiment=quickstart", "launch.workers=2")
+    found = work.work_of(run, "compare")
+    drawn = len(list(work.drawn(run.config)))
+    assert (found.processes, len(found.beside)) == (2, drawn + 2)
+    assert sum(one.sampled for one in found.beside) == found.sampled > 0
+    assert sum(one.read for one in found.beside) < found.read
+    (tmp_path / "config.yaml").unlink()
+    run = run_of(tmp_path, "experiment=quickstart", "launch.workers=2", "launch.threads=2")
+    assert work.work_of(run, "compare").processes == 1  # OpenMP's threads survive none
 
 
 def test_seconds_are_starts_loads_tokens_and_steps():
@@ -228,9 +300,9 @@ def test_tokens_of_the_models_own_tokenizer_count(tmp_path, monkeypatch):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = run_of(tmp_path, "experiment=try", "model.path=x", f"data.path={tmp_path}/pairs.jsonl",
                  "data.conversational=true")  # fmt: skip
-    assert work.some_texts(run, 1) == [{"prompt": [{"role": "user", "content": "p" * 40}], "chosen": "c" * 40}]
+    assert counted.some_texts(run, 1) == [{"prompt": [{"role": "user", "content": "p" * 40}], "chosen": "c" * 40}]
     write_parquet(run.path("pairs", "train.parquet"), rows)
-    assert work.examples(run, "dpo", {"text": 8.0, "template": 7})[1] == 80 / 8 + 7
+    assert counted.examples(run, "dpo", {"text": 8.0, "template": 7})[1] == 80 / 8 + 7
 
 
 def test_a_finished_run_says_what_was_estimated_and_what_it_took(tmp_path, monkeypatch, capsys):

@@ -417,6 +417,13 @@ def test_time_left_is_known_from_the_first_update_on(run, monkeypatch):
     assert overview.left() == "16:20 and what b will take"
     overview.estimates = {"b": 20.0}
     assert overview.left() == "16:20"  # two workers: b beside a
+    overview.estimates = {"b": 9000.0}
+    assert overview.left() == "2:30 h"  # hours are not counted in minutes
+    # Another part of its work begins at nothing again: samples after the training.
+    overview.estimates, done[0] = {}, 1
+    overview.left()
+    now[0], done[0] = 70.0, 2
+    assert overview.rest_of(jobs[0]) == 980.0
 
 
 def test_a_tracker_writes_into_the_run_unless_told_otherwise(monkeypatch, tmp_path):

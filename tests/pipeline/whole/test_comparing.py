@@ -40,6 +40,7 @@ def desk(tmp_path_factory):
         "short": [{"instruction": one, "output": "No."} for one in PROMPTS],  # AlpacaEval's names
         "half": [{"prompt": one, "completion": "No."} for one in PROMPTS[:9]],
     }
+    rows["none"] = []
     for name, lines in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "judge.py").write_text(
@@ -109,8 +110,13 @@ def test_the_first_model_is_what_others_are_held_against():
         (["--policy", "a=right.jsonl", "--policy", "b=gone.jsonl"], r"--policy b: gone\.jsonl does not exist"),
         (["--policy", "a=right.jsonl", "--policy", "b=./gone"], r"--policy b: \./gone does not exist"),
         (["--policy", "a=right.jsonl", "--policy", "b=."], r"--policy b: \. holds no model: it has no config\.json"),
-        (["--policy", "a=right.jsonl", "--policy", "b=half.jsonl"], r"b=half\.jsonl has fewer than 1 .* 11 of 20"),
+        (["--policy", "a=right.jsonl", "--policy", "b=half.jsonl"], r"b=half\.jsonl has no completion for 11 of 20"),
         (["--policy", "a=tuned", "--policy", "b=base"], "on which prompts"),
+        (["--prompts", "none.jsonl", "--policy", "a=tuned", "--policy", "b=base"], r"none\.jsonl: .* no prompt"),
+        (
+            ["--policy", "a=right.jsonl", "--policy", "b=short.jsonl", "--judge", "reward_model=tuned"],
+            "tuned has no head to score with",
+        ),
         (["--policy", "a=right.jsonl", "--policy", "b=short.jsonl", "--judge", "judge.py:shorter"], "shorter"),
         (
             ["--policy", "a=right.jsonl", "--policy", "b=short.jsonl", "--judge", "gone.py:f"],
@@ -125,8 +131,10 @@ def test_the_first_model_is_what_others_are_held_against():
 )
 def test_what_is_wrong_is_said_before_anything_is_loaded(words, message, monkeypatch):
     monkeypatch.setattr("ppo_vs_dpo.compare.stage.run_compare", lambda context: pytest.fail("it began to work"))
+    before = {*Path().rglob("*")}
     with pytest.raises(UserError, match=message):
         compare(*words)
+    assert {*Path().rglob("*")} == before  # and nothing is written
 
 
 def test_somebody_must_judge():

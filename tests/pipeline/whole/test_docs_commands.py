@@ -1,4 +1,4 @@
-"""Every command of the pages in docs/ is run: typed as it stands, with what makes it small behind it.
+"""Every command of README and the pages in docs/ is run: typed as it stands, with what makes it small behind it.
 
 `SMALLER` says what that is: the commands share few runs, of a minute each. What is not there is still tried, and that
 is fast: a run by what ``ppo-vs-dpo check`` does, which looks at all that its stages would refuse; a benchmark by its
@@ -20,11 +20,18 @@ from omegaconf import OmegaConf
 
 from ppo_vs_dpo.pipeline.checking.inputs import problems
 from ppo_vs_dpo.pipeline.cli import COMMANDS, dispatch
+from ppo_vs_dpo.pipeline.composing.schema import CONFIGS, SECTIONS, section_keys
 from ppo_vs_dpo.pipeline.composing.words import experiments
 from tests.pipeline import mini
-from tests.pipeline.whole.test_readme import FEW, PAGES, ROOT, make_desk, typed
+from tests.pipeline.whole.test_readme import FEW, ROOT, commands, make_desk, typed
+from tests.pipeline.whole.test_readme import PAGES as IN_DOCS
 
-BEGINS = re.compile(r"(ppo-vs-dpo|python -m|python benchmarks|make|torchrun|sbatch|tensorboard|vllm serve|pip) \S")
+# The README's blocks are the affair of test_readme; what its sentences name is tried here, and so is CONTRIBUTING.
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *IN_DOCS]
+# A setting of the environment may stand before a command.
+BEGINS = re.compile(
+    r"([A-Z_]+=\S+ )?(ppo-vs-dpo \S|python (-m \S|benchmarks/)|(make|torchrun|sbatch|tensorboard|vllm serve|pip) \S)"
+)
 OWN = ["data=files", "data.path=my_pairs.jsonl", "data.conversational=true"]
 SMALL = [
     *mini.SMALL[1:], "dpo.sweep=null", "data.sft_examples=320", "sft.num_train_epochs=1", "data.pairs=128",
@@ -100,7 +107,6 @@ ELSEWHERE = {
     "ppo-vs-dpo quickstart deepspeed=zero3 launch.hostfile*": "pipeline/running/test_launch.py",
     "ppo-vs-dpo quickstart launch.processes=8*": "pipeline/running/test_launch.py",
     "ppo-vs-dpo quickstart ppo.push_to_hub*": "pipeline/running/test_publish.py",
-    "ppo-vs-dpo quickstart report_to=wandb*": "pipeline/composing/test_compose.py",
     "ppo-vs-dpo paper run*": "papers/test_miniature.py",
     "torchrun*": "pipeline/running/test_launch.py",
     "sbatch*": "pipeline/running/test_launch.py",
@@ -142,6 +148,7 @@ def commands_of(text: str) -> list[str]:
     plain = [re.sub(r"^(ppo-vs-dpo (?:-m |show |plan |check )?)experiment=", r"\1", line) for line in plain]
     for pattern, name in STANDS_FOR:
         plain = [re.sub(pattern, name, line) for line in plain]
+    plain = [re.sub(r"^[A-Z_]+=\S+ ", "", line) if BEGINS.match(line) else line for line in plain]
     return [line for line in dict.fromkeys(plain) if BEGINS.match(line) and "..." not in line]
 
 
@@ -167,7 +174,13 @@ def is_mention(line: str) -> bool:
     return len(words) == 2 and words[0] == "ppo-vs-dpo" and words[1] in COMMANDS and line not in SMALLER
 
 
-ALL = {line: page.stem for page in PAGES for line in commands_of(page.read_text(encoding="utf-8"))}
+def commands_on(page) -> list[str]:
+    """A page's commands; of the README those that `test_readme` does not run."""
+    found = commands_of(page.read_text(encoding="utf-8"))
+    return [line for line in found if line not in commands()] if page.stem == "README" else found
+
+
+ALL = {line: page.stem for page in PAGES for line in commands_on(page)}
 
 
 def test_every_command_has_its_place_and_every_place_its_command():
@@ -185,6 +198,8 @@ def test_every_command_has_its_place_and_every_place_its_command():
 
 
 def test_a_command_that_no_test_runs_is_found():
+    sentence = "See `python benchmarks/x.py MODEL`, or `A_B=1 make audit`."
+    assert commands_of(sentence) == ["python benchmarks/x.py my_model", "make audit"]
     page = "```sh\ncurl http://x | sh\nppo-vs-dpo quickstart \\\n  seed=3   # another\nzap 'a\nb' c\n```\n"
     assert in_shell(page) == ["curl http://x | sh", "ppo-vs-dpo quickstart seed=3", "zap 'a b' c"]
     assert how_it_is_tried("torchrun --nproc-per-node 2 my_script.py") is None
@@ -192,6 +207,31 @@ def test_a_command_that_no_test_runs_is_found():
     assert how_it_is_tried("ppo-vs-dpo paper list") == "asked"
     assert how_it_is_tried("ppo-vs-dpo -m quickstart seed=1,2,3") == "looked at"
     assert how_it_is_tried("python -m benchmarks.nothing") is None
+
+
+# A key of a section, not a module (compare.frontier.exact) nor a file (ppo.py).
+SETTING = re.compile(rf"(?<![\w./-])({'|'.join([*SECTIONS, 'launch'])})\.(?!py\b)([a-z_0-9]+)(?!\w*\.\w|\w)")
+
+
+def settings_of(text: str) -> set[tuple[str, str]]:
+    """Section and key of every setting in a page's blocks and backquotes."""
+    sentences = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    places = re.findall(r"```(?:sh|yaml)\n(.*?)```", text, re.DOTALL) + re.findall(r"`([^`]+)`", sentences)
+    places += re.findall(r"^ {4,}(\S.*)$", text, re.MULTILINE)
+    return {found for place in places for found in SETTING.findall(place)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}-{page.stem}")
+def test_every_setting_that_a_page_names_exists(page):
+    known = {section: section_keys(section) for section in SECTIONS}
+    known["launch"] = OmegaConf.load(CONFIGS / "config.yaml").launch
+    for section, key in settings_of(page.read_text(encoding="utf-8")):
+        assert key in known[section], f"{page.name}: {section}.{key}"
+
+
+def test_a_setting_that_is_not_there_is_found():
+    page = "See `ppo.kl_coeff=1` and `compare.frontier.exact`, `ppo.py`.\n\n    ppo-vs-dpo x launch.worker=2\n"
+    assert settings_of(page) == {("ppo", "kl_coeff"), ("launch", "worker")}
 
 
 def in_a_table(line: str) -> bool:
@@ -259,7 +299,7 @@ def test_it_is_typed_and_ends_well(line, desk):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}-{page.stem}")
 def test_what_is_too_long_would_start(page, desk, monkeypatch):
     """All that no table names: runs are looked at, benchmarks and make are asked what they would do."""
     monkeypatch.chdir(desk)
@@ -269,14 +309,16 @@ def test_what_is_too_long_would_start(page, desk, monkeypatch):
         "ppo_vs_dpo.pipeline.checking.check.problems_of",
         lambda config, stages, environment=None: problems(OmegaConf.to_container(config, resolve=True), stages),
     )
-    for line in commands_of(page.read_text(encoding="utf-8")):
+    for line in commands_on(page):
         if is_mention(line) or in_a_table(line):
             continue
         how, words = how_it_is_tried(line), shlex.split(line)
         if how == "make":
             subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
         elif how == "helped":
-            subprocess.run([sys.executable, *words[1:], "--help"], cwd=ROOT, check=True, capture_output=True)
+            asked = [sys.executable, *words[1:], "--help"]
+            said = subprocess.run(asked, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+            assert not [word for word in words if word.startswith("--") and word not in said], line
         elif how == "asked":
             assert dispatch(words[1:]) == 0, line
         else:

@@ -107,7 +107,8 @@ def test_the_stage_and_what_it_refuses(serve, run_folder, monkeypatch):  # noqa:
     [
         ({}, "say who judges"),
         ({"local": True}, "model: required"),
-        ({"model": "m", "modle": 1}, "no such key"),
+        ({"model": "m", "modle": 1}, r"modle: no such key\. Did you mean model"),
+        ({"model": "m", "on": ["ppo"]}, r"on: no such key\. There are: .*pairs"),
         ({"model": "m", "n_prompts": 4}, "of compare's judges"),
     ],
 )

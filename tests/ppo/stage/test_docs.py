@@ -119,6 +119,11 @@ def test_all_of_trl_s_arguments_are_there_or_explained(tmp_path):
 def test_the_trainer_s_own_removed_arguments(tiny_llama, word_tokenizer):
     with pytest.raises(UserError, match=r"(?s)data_collator: padding is.*tokenizer: use processing_class"):
         PPOTrainer(model=tiny_llama(0), data_collator=None, tokenizer=word_tokenizer)
+    # As TRL 0.12 called them: the policy is then in none of our arguments.
+    with pytest.raises(UserError, match=r"(?s)policy: use model.*ref_policy: use ref_model"):
+        PPOTrainer(policy=tiny_llama(0), ref_policy=tiny_llama(0), processing_class=word_tokenizer)
+    with pytest.raises(UserError, match="needs the policy to train: model="):
+        PPOTrainer(processing_class=word_tokenizer)
     with pytest.raises(TypeError, match="no argument 'reward_fun'"):
         PPOTrainer(model=tiny_llama(0), reward_fun=None)
 
