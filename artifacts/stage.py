@@ -17,7 +17,7 @@ from ppo_vs_dpo.artifacts.errors import UserError, warn
 from ppo_vs_dpo.artifacts.files import read_marker, write_json
 from ppo_vs_dpo.artifacts.guards import locks, refusals
 from ppo_vs_dpo.artifacts.guards.digests import Digests
-from ppo_vs_dpo.artifacts.guards.fingerprints import NEEDS, fingerprint_of
+from ppo_vs_dpo.artifacts.guards.fingerprints import NEEDS, fingerprint_of, points_of
 from ppo_vs_dpo.artifacts.guards.processes import beat, die_with_parent, lose_no_interrupt, say_where_asked
 from ppo_vs_dpo.artifacts.resources import BEFORE, age, cpu_seconds, peak_memory, seconds_by_part
 from ppo_vs_dpo.artifacts.run import RunFolder, point_name
@@ -202,6 +202,11 @@ def begin(context: StageContext, held: contextlib.ExitStack) -> Callable[[], Non
         run.refuse_other_rows(context.name, made)
         if rank == 0:
             digests.save()
+            if context.point and context.point not in points_of(run.config, context.stage):
+                warn(
+                    f"{context.name}: {context.stage}.sweep has no such point. It is trained, and compare will not "
+                    f"read it until the sweep has it.\n"
+                )
             aside = run.begin(context.name, made)
             if aside is not None:
                 warn(f"{context.name} was made with other settings; that result is kept in {aside}\n")

@@ -49,12 +49,15 @@ def test_public_names():
         for block in source.body
         if isinstance(block, ast.If)
         for node in block.body
+        if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
     assert sorted(declared) == sorted(ppo_vs_dpo.__all__)
     for name, module in declared.items():
         assert getattr(ppo_vs_dpo, name) is getattr(importlib.import_module(module), name)
         assert name in dir(ppo_vs_dpo)
+    # What is not there is not there for an editor either: the module has no __getattr__ that a type checker sees.
+    assert "__getattr__" not in {node.name for node in source.body if isinstance(node, ast.FunctionDef)}
     with pytest.raises(AttributeError, match=r"no attribute 'PPOtrainer'; public names: .*PPOTrainer"):
         ppo_vs_dpo.PPOtrainer  # noqa: B018
 

@@ -1,5 +1,6 @@
 """The frame around a stage: settings, points, done.json, exit codes."""
 
+import contextlib
 import gc
 import json
 import subprocess
@@ -9,14 +10,15 @@ import threading
 from dataclasses import dataclass
 
 import pytest
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 from ppo_vs_dpo.artifacts import resources
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import write_json
 from ppo_vs_dpo.artifacts.run import RunFolder, point_name
 from ppo_vs_dpo.artifacts.settings import split
-from ppo_vs_dpo.artifacts.stage import StageContext, parse_point
+from ppo_vs_dpo.artifacts.stage import StageContext, begin, parse_point
+from ppo_vs_dpo.pipeline.composing.compose import load
 
 
 @dataclass
@@ -62,6 +64,14 @@ def test_context_applies_a_point(run):
     assert context.dir == run / "sweep" / "ppo,kl_coef=0.0"
     with pytest.raises(UserError, match="beta"):
         StageContext(RunFolder(run), "ppo", {"beta": 1})
+
+
+def test_a_point_that_no_sweep_has_is_trained_and_said(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(load(["experiment=quickstart"])))
+    for coefficient, said in ((9.0, True), (0.0, False)):
+        with contextlib.ExitStack() as held:
+            begin(StageContext(RunFolder(tmp_path), "ppo", {"kl_coef": coefficient}), held)
+        assert ("ppo.sweep has no such point" in capsys.readouterr().err) == said
 
 
 def test_points_read_back_as_written():
