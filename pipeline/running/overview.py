@@ -35,6 +35,7 @@ class Overview:
         self.run, self.jobs, self.estimates = run, jobs, estimates or {}
         # When a job was first seen to get on, and how far it was: loading and compiling are before that.
         self.first: dict[str, tuple[float, float]] = {}
+        self.shares: dict[str, float] = {}
         self.console = console or terminal()
         self.states = {job.name: job.state for job in jobs}
         self.began: dict[str, float] = {}
@@ -134,9 +135,10 @@ class Overview:
         elapsed = now - self.began[job.name]
         share, _ = self.progress(job)
         if share > 0:
+            if share < self.shares.get(job.name, 0.0):  # another part of its work: samples after training
+                self.first.pop(job.name, None)
+            self.shares[job.name] = share
             seen, before = self.first.setdefault(job.name, (now, share))
-            if share < before:  # another part of its work: samples after training, training after the reference
-                seen, before = self.first[job.name] = now, share
             if share > before:
                 return (now - seen) * (1 - share) / (share - before)
             if share > 0.05:

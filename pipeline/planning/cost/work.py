@@ -252,7 +252,7 @@ def _compare(run: RunFolder, section: Any, ratios: dict[str, float] | None) -> W
     pairs = test_pairs(run)
     pairs = 10**9 if pairs is None else pairs
     work, policies = Work("compare", ranks=ranks(run)), list(drawn(run.config))
-    # Policies draw, and rows are scored, in forked processes (compare.sampling.gather.may_fork).
+    # Policies draw, and rows are scored, in forked processes (models.sampling.forked.may_fork).
     if work.ranks == 1 and int(run.config.launch.threads) == 1:
         work.processes = min(int(section.get("workers") or 1), os.cpu_count() or 1)
     for one in policies:

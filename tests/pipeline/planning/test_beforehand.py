@@ -322,7 +322,7 @@ def test_a_finished_run_says_what_was_estimated_and_what_it_took(tmp_path, monke
     assert afterwards.main([str(tmp_path)]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[1].split() == ["data", "7", "s", "75", "s"]
-    assert len(said) == 4  # no stage that has not finished
+    assert len(said) == 5  # no stage that has not finished
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(45, "45 s"), (600, "10 min"), (9000, "2.5 h"), (300_000, "3.5 d")])
