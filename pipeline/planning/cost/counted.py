@@ -1,15 +1,31 @@
 """What there is to work on: examples and how long they are, from a run's tables, its file, or its configuration."""
 
+import contextlib
+import dataclasses
+import functools
 import gzip
 import json
 import math
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from omegaconf import OmegaConf
+
+from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.pipeline.planning.gpus import ranks_of
+from ppo_vs_dpo.preferences.reading.mappings import (
+    GATHERED,
+    FilteredError,
+    MappingOptions,
+    UnmappableError,
+    detect,
+    map_row,
+    mapping_named,
+)
+from ppo_vs_dpo.preferences.reading.readers import SUFFIXES, Broken, read_files, suffix_of
 
 # Characters of a token, about; only for texts that nobody has tokenised yet.
 CHARACTERS = 4
@@ -30,8 +46,9 @@ def test_pairs(run: RunFolder) -> int | None:
     configured = run.config.data.get("test_pairs")
     if isinstance(configured, int):
         return configured
-    found, share = _lines(run), float(run.config.data.get("test_fraction") or 0)
-    return None if found is None else int(found[0] * share)
+    number = examples(run, "dpo")[0]
+    test, held = (float(run.config.data.get(key) or 0) for key in ("test_fraction", "heldout_fraction"))
+    return None if number is None else int(number * test / max(1 - test - held, 1e-9))
 
 
 def examples(run: RunFolder, stage: str, ratios: dict[str, float] | None = None) -> tuple[int | None, int]:
@@ -50,14 +67,27 @@ def examples(run: RunFolder, stage: str, ratios: dict[str, float] | None = None)
     configured = {"sft": data.get("sft_examples"), "ppo": data.get("train_prompts")}.get(stage, data.get("pairs"))
     if isinstance(configured, int):
         return configured, bound
-    found = _lines(run)
+    found = _file_of(run)
     if found is not None:
-        total, size = found
+        total, pairs = found[0], [row for row in found[1] if _fits(row, data, per_token)]
+        number = total * len(pairs) / max(len(found[1]), 1)
+        number = min(number, float(data.get("max_pairs") or number))
         share = 1 - float(data.get("test_fraction") or 0) - float(data.get("heldout_fraction") or 0)
-        # A line holds a prompt and two answers.
-        typical = math.ceil(size / per_token * (1 / 3 if stage == "ppo" else 2 / 3) + template)
-        return int(total * share), min(typical, bound) if data.get("max_prompt_tokens") else typical
+        lengths = [
+            sum(map(characters, (row["prompt"], *(() if stage == "ppo" else (row["chosen"],))))) for row in pairs
+        ]
+        typical = math.ceil(sum(lengths) / max(len(lengths), 1) / per_token + template) if pairs else bound
+        return int(number * share), min(typical, bound) if data.get("max_prompt_tokens") else typical
     return None, bound
+
+
+def _fits(row: dict[str, Any], data: Any, per_token: float) -> bool:
+    """Whether a pair is about as short as the data step lets it be."""
+    if (data.get("on_problem") or {}).get("truncated") != "drop":
+        return True
+    limits = [(data.get("max_prompt_tokens"), "prompt")]
+    limits += [(data.get("max_response_tokens"), side) for side in ("chosen", "rejected")]
+    return all(limit is None or characters(row[name]) <= per_token * limit for limit, name in limits)
 
 
 def table_of(stage: str) -> tuple[tuple[str, str], list[str]]:
@@ -75,19 +105,8 @@ def some_texts(run: RunFolder, number: int = 16) -> list[dict[str, Any]]:
     table = run.path(folder, file)
     if table.is_file():
         return list(islice(_first(table, columns), number))
-    path = Path(str(run.config.data.get("path")))
-    if ".jsonl" not in path.suffixes or not path.is_file():
-        return []
-    try:
-        with _opened(path) as lines:
-            rows = [json.loads(line) for line in islice(lines, number) if line.strip()]
-    except (OSError, EOFError, ValueError):
-        return []  # the data stage says what is wrong with it
-    found = [{key: row[key] for key in columns} for row in rows if isinstance(row, dict) and {*columns} <= {*row}]
-    if run.config.data.get("conversational"):  # text becomes a user's turn
-        ask = lambda text: [{"role": "user", "content": text}] if isinstance(text, str) else text  # noqa: E731
-        found = [{**row, "prompt": ask(row["prompt"])} for row in found]
-    return found
+    found = _file_of(run)
+    return [{key: row[key] for key in columns} for row in (found[1] if found else [])[:number]]
 
 
 def characters(value: Any) -> int:
@@ -110,29 +129,47 @@ def rows_of(table: Path) -> int:
     return pyarrow.parquet.ParquetFile(table).metadata.num_rows
 
 
-def _lines(run: RunFolder) -> tuple[int, int] | None:
-    """Rows of the file that the pairs are read from, at most as many as are taken, and bytes of one (not compressed),
-    where a look tells."""
-    path = Path(str(run.config.data.get("path")))
-    suffixes = [one for one in path.suffixes if one in (".jsonl", ".csv", ".parquet", ".gz")]
-    if not path.is_file() or not suffixes or suffixes[0] == ".gz":
+def _file_of(run: RunFolder) -> tuple[int, list[dict[str, Any]]] | None:
+    """Rows of the file that the pairs are read from, and the pairs of its first ones, mapped as the data step does.
+
+    ``None`` where it is no file, or cannot be read: the data step says what is wrong with it.
+    """
+    data = run.config.data
+    path = Path(str(data.get("path")))
+    if not path.is_file() or suffix_of(path) not in SUFFIXES:
         return None
+    told = {field.name: data.get(field.name) for field in dataclasses.fields(MappingOptions) if field.name != "render"}
+    told = {
+        name: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for name, value in told.items()
+    }
+    stat = path.stat()
+    question = json.dumps([{name: value for name, value in told.items() if value is not None}, data.get("format")])
+    return _look(str(path), question, (stat.st_size, stat.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=8)
+def _look(path: str, question: str, state: tuple[int, int]) -> tuple[int, list[dict[str, Any]]] | None:
+    told, format = json.loads(question)
+    options, pairs = MappingOptions(**told), []
     try:
-        if suffixes == [".parquet"]:
-            import pyarrow.parquet
-
-            known = pyarrow.parquet.ParquetFile(path).metadata
-            total = known.num_rows
-            size = sum(known.row_group(group).total_byte_size for group in range(known.num_row_groups))
-        else:
-            total = size = 0
-            with _opened(path) as lines:
-                for line in lines:
-                    total, size = total + bool(line.strip()), size + len(line)
-    except (OSError, EOFError, ValueError):
-        return None  # the data stage says what is wrong with it
-    return min(total, int(run.config.data.get("max_pairs") or total)), math.ceil(size / max(total, 1))
+        for _, row in islice(read_files(path), LOOKED_AT):
+            if isinstance(row, Broken):
+                continue
+            format = detect(row, options) if format in (None, "auto") else format
+            if format in GATHERED:
+                return None  # several rows make a pair
+            with contextlib.suppress(UnmappableError, FilteredError):
+                pairs.append(map_row(row, mapping_named(format), options))
+        return (_rows_in(Path(path)), pairs) if pairs else None
+    except (UserError, OSError, EOFError, ValueError):
+        return None
 
 
-def _opened(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+def _rows_in(path: Path) -> int:
+    """Without parsing them: rows of a Parquet file, lines of one with a row a line, else all are read."""
+    if suffix_of(path) == ".parquet":
+        return rows_of(path)
+    if suffix_of(path).removesuffix(".gz") in (".jsonl", ".csv"):
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+            return sum(bool(line.strip()) for line in lines)
+    return sum(1 for _ in read_files(str(path)))

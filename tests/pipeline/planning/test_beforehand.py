@@ -80,13 +80,41 @@ def test_a_file_of_pairs_is_counted_in_every_form(tmp_path, kind):
     run = run_of(tmp_path / "run", "experiment=try", "model.path=x", f"data.path={path}")
     found, length = counted.examples(run, "dpo")
     assert found == pytest.approx(0.8 * 200, abs=1)
-    assert (
-        80 / counted.CHARACTERS <= length <= 2 * 80 / counted.CHARACTERS or kind == "parquet"
-    )  # what repeats is not stored
+    assert length == 80 / counted.CHARACTERS
     assert counted.test_pairs(run) == pytest.approx(20, abs=1)
-    assert len(counted.some_texts(run)) == (16 if "jsonl" in kind else 0)
+    assert len(counted.some_texts(run)) == 16
     path.write_bytes(path.read_bytes()[:50] if kind != "csv" else b"")
     counted.examples(run, "dpo")  # a torn file is the data stage's to complain of
+
+
+def test_pairs_are_counted_as_the_data_step_reads_them(tmp_path):
+    """HH's dialogues have no column prompt, and every side begins with it; what is too long is not trained on."""
+    turn = "\n\nHuman: " + "p" * 40 + "\n\nAssistant: "
+    rows = [{side: turn + answer * 20 for side, answer in (("chosen", "c"), ("rejected", "r"))} for _ in range(60)]
+    rows += [{"chosen": turn + "c" * 4000, "rejected": turn + "r"}] * 40
+    rows += [{"chosen": turn, "rejected": turn + "r"}, {"chosen": "no dialogue"}]  # left out, or not a pair
+    path = tmp_path / "hh.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = run_of(tmp_path / "run", "experiment=try", "model.path=x", f"data.path={path}")
+    number, length = counted.examples(run, "dpo")
+    assert number == pytest.approx(0.8 * 60, abs=2)
+    assert length == (40 + 20) / counted.CHARACTERS
+    assert counted.examples(run, "ppo")[1] == 40 / counted.CHARACTERS
+    assert counted.some_texts(run, 1) == [
+        {
+            "prompt": [{"role": "user", "content": "p" * 40}],
+            "chosen": [{"role": "assistant", "content": "c" * 20}],
+        }
+    ]
+    # At most so many pairs are taken, of those that are left.
+    few = run_of(tmp_path / "few", "experiment=try", "model.path=x", f"data.path={path}", "data.max_pairs=50")
+    assert counted.examples(few, "dpo")[0] == 40
+    assert counted.test_pairs(few) == 5
+    # Other columns, told by name.
+    path.write_text(json.dumps({"q": "p" * 40, "a": "c" * 20, "b": "r"}) + "\n")
+    columns = "data.columns={prompt: q, chosen: a, rejected: b}"
+    run = run_of(tmp_path / "named", "experiment=try", "model.path=x", f"data.path={path}", columns)
+    assert counted.examples(run, "dpo")[1] == (40 + 20) / counted.CHARACTERS
 
 
 def test_once_the_pairs_are_there_they_are_counted(hh):
@@ -300,7 +328,10 @@ def test_tokens_of_the_models_own_tokenizer_count(tmp_path, monkeypatch):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = run_of(tmp_path, "experiment=try", "model.path=x", f"data.path={tmp_path}/pairs.jsonl",
                  "data.conversational=true")  # fmt: skip
-    assert counted.some_texts(run, 1) == [{"prompt": [{"role": "user", "content": "p" * 40}], "chosen": "c" * 40}]
+    (text,) = counted.some_texts(run, 1)
+    assert text["prompt"] == [{"role": "user", "content": "p" * 40}]
+    assert text["chosen"] == [{"role": "assistant", "content": "c" * 40}]
+    assert measured.characters_of_a_token({"path": str(tmp_path / "model"), "texts": [text]})["text"] > 0
     write_parquet(run.path("pairs", "train.parquet"), rows)
     assert counted.examples(run, "dpo", {"text": 8.0, "template": 7})[1] == 80 / 8 + 7
 
