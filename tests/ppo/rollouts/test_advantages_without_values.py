@@ -181,10 +181,11 @@ def test_it_learns(make_trainer):
     assert sum(scores[-3:]) > sum(scores[:3]) + 0.5
 
 
-def test_goes_on_exactly(make_trainer, weights, tmp_path):
+@pytest.mark.parametrize(("advantage", "k"), CRITIC_FREE)
+def test_goes_on_exactly(advantage, k, make_trainer, weights, tmp_path):
     settings = {
-        "advantage": "grpo",
-        "samples_per_prompt": 2,
+        "advantage": advantage,
+        "samples_per_prompt": k,
         "save_strategy": "steps",
         "save_steps": 1,
         "max_steps": 3,
