@@ -66,10 +66,11 @@ def matched_kl(
             the figure. ``None``: it is worked out here.
 
     Returns:
-        ``kind`` ``matched`` (the farther method's mixture has the nearer one's KL), ``equal`` (the two KLs are shown
-        to differ by less than `ALIKE`: they are compared as they are) or ``one-sided`` (no point of the farther
-        method's sweep lies at or below the nearer KL: they are compared as they are, and where the KLs are shown to
-        differ, ``kl_apart``, a win of the nearer one is a win with less KL); or ``{"refused": reason}``.
+        ``kind`` ``matched`` (the farther method's mixture has the nearer one's KL; each run at its own, ``kl`` is
+        their mean and ``points`` the first run's), ``equal`` (the two KLs are shown to differ by less than `ALIKE`:
+        they are compared as they are) or ``one-sided`` (in so many runs ``without`` a point of the farther method's
+        sweep at or below the nearer KL: they are compared as they are, and where the KLs are shown to differ,
+        ``kl_apart``, a win of the nearer one is a win with less KL); or ``{"refused": reason}``.
     """
     about = {"policy": a, "versus": b}
     if not all(run.has(a) and run.has(b) for run in runs):
@@ -103,7 +104,9 @@ def matched_kl(
         figures = as_they_are(a, b)
         return {**about, "kind": "equal", "kl": float(np.mean(list(kls.values()))), **figures}
     near, far = (a, b) if kls[a] < kls[b] else (b, a)
-    sides = [_sides(run, near, far) for run in runs]
+    # Of several runs each at its own lower KL: a seed may turn round which of the two that is.
+    ends = [(a, b) if run[a].kl().mean() < run[b].kl().mean() else (b, a) for run in runs]
+    sides = [_sides(run, *pair) for run, pair in zip(runs, ends, strict=True)]
     if not all(sides):
         about = {"policy": near, "versus": far, "kl_apart": bool(apart.low[0] > 0 or apart.high[0] < 0)}
         return {
@@ -111,28 +114,33 @@ def matched_kl(
             "kind": "one-sided",
             "kl": kls[near],
             "kl_versus": kls[far],
+            "without": sum(side is None for side in sides),
             **as_they_are(near, far),
         }
     matched = [
-        matched_values(mixture, run[near].kl(), run.table.of(below, near), run.table.of(above, near))
-        for run, (below, above, mixture) in zip(runs, sides, strict=True)
+        matched_values(mixture, run[nearer].kl(), run.table.of(below, nearer), run.table.of(above, nearer))
+        for run, (nearer, _), (below, above, mixture) in zip(runs, ends, sides, strict=True)
     ]
     below, above, _ = sides[0]
     mixed = {below: 1 - matched[0][1], above: matched[0][1]}
-    groups = [values for values, _ in matched]
+    groups = [v if farther == far else 1 - v for (v, _), (_, farther) in zip(matched, ends, strict=True)]
     figures = _figures(groups, settings, runs, shared)
     inner = _figures(groups, replace(settings, confidence=settings.both_sided), runs, shared)["ci"]
     figures["within"] = max(0.5 - inner[0], inner[1] - 0.5)
     figures["decided"] = max(
         replace(settings, clusters=run.clusters).units_of(
-            (np.abs(np.stack([run.table.of(name, near) for name in side[:2]]) - 0.5) > 1e-12).any(axis=0)
+            (np.abs(np.stack([run.table.of(name, nearer) for name in side[:2]]) - 0.5) > 1e-12).any(axis=0)
         )
-        for run, side in zip(runs, sides, strict=True)
+        for run, (nearer, _), side in zip(runs, ends, sides, strict=True)
     )
     return {
-        **{"policy": far, "versus": near, "kind": "matched", "kl": kls[near]},
+        **{"policy": far, "versus": near, "kind": "matched"},
+        "kl": float(np.mean([run[nearer].kl().mean() for run, (nearer, _) in zip(runs, ends, strict=True)])),
         **figures,
-        "points": {far: {name: weight for name, weight in mixed.items() if weight > 1e-9}, near: {near: 1.0}},
+        "points": {
+            ends[0][1]: {name: weight for name, weight in mixed.items() if weight > 1e-9},
+            ends[0][0]: {ends[0][0]: 1.0},
+        },
     }
 
 

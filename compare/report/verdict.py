@@ -206,6 +206,8 @@ def _matched(report: dict[str, Any]) -> str:
             f"{less} has the lower KL, {both}" if matched["kl_apart"] else f"Which KL is lower is not shown ({both})"
         )
         nothing = f"no point of {more}'s sweep lies at or below {nats(matched['kl'])} nats"
+        if (runs := matched.get("runs", 1)) > 1:
+            nothing = f"in {matched['without']} of {runs} runs the farther one has no point below the nearer's KL"
         return f"{lower}, and {nothing}: who is better at one KL is not decided."
     found = next(one for one in decision["secondary"] if one["kind"] == "matched KL")
     entry = matched if matched["win_rate"] >= 0.5 else flipped(matched)
@@ -310,12 +312,11 @@ def _would_change(report: dict[str, Any]) -> list[str]:
             f"Other seeds: {number} of each, and {ENOUGH_SEEDS} or more say something about the methods "
             f"(ppo-vs-dpo compare RUN RUN RUN)."
         )
-    if report["matched_kl"].get("kind") == "one-sided":
-        matched = report["matched_kl"]
-        found.append(
-            f"A point of {label(matched['versus'])}'s sweep at or below {nats(matched['kl'])} nats, for a "
-            f"comparison at one KL."
-        )
+    if (matched := report["matched_kl"]).get("kind") == "one-sided":
+        wanted = f"{label(matched['versus'])}'s sweep at or below {nats(matched['kl'])} nats"
+        if matched.get("runs", 1) > 1:
+            wanted = "the farther one's sweep at or below the nearer one's KL, in each run"
+        found.append(f"A point of {wanted}, for a comparison at one KL.")
     cut = [p["eos_rate"] for name, p in report["policies"].items() if name in head_to_head(report)]
     if cut and min(cut) < 0.5:
         found.append("A longer budget: most answers are cut off, so beginnings of answers are compared.")

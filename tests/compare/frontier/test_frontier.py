@@ -153,6 +153,38 @@ def test_kinds_of_matched_kl():
     assert "neither has moved" in found["refused"]
 
 
+def test_each_run_at_its_own_lower_kl():
+    """A seed may turn round which method is the nearer one; the win rate is the same method's in all runs."""
+
+    def run(near, far, beyond):
+        """``far`` has a point at ``beyond`` and one below ``near``, which stands alone at KL 1; DPO wins by 0.1."""
+        points = [
+            on_frontier(near, near, {}, 1.0, 1, 1), on_frontier(far, far, {}, beyond, 1, 1),
+            on_frontier(f"{far},other", far, {"other": 1}, 0.5, 1, 1),
+        ]  # fmt: skip
+        for one, other in ((points[1], points[2]), (points[2], points[1])):
+            one.draws.measures["logprob"] = 0 * one.weights
+            one.draws.under[other.name] = 0 * one.weights - 2.0
+        table = judged(points, {one.name: 0.1 for one in points if one.method == "dpo"})
+        return Compared(points, table=table)
+
+    one, other = run("ppo", "dpo", 3.0), run("dpo", "ppo", 5.0)
+    alone = [matched_kl([which], "ppo", "dpo", Settings()) for which in (one, other)]
+    assert [(found["policy"], found["kind"]) for found in alone] == [("dpo", "matched"), ("ppo", "matched")]
+    of_dpo = [alone[0]["win_rate"], 1 - alone[1]["win_rate"]]
+    assert min(of_dpo) > 0.53
+    both = matched_kl([one, other], "ppo", "dpo", Settings())
+    assert (both["kind"], both["policy"], both["versus"], both["runs"]) == ("matched", "ppo", "dpo", 2)
+    assert both["win_rate"] == pytest.approx(1 - np.mean(of_dpo), abs=1e-9)
+    assert both["kl"] == pytest.approx(1.0)
+    assert set(both["points"]) == {"ppo", "dpo"}
+    assert sum(both["points"]["dpo"].values()) == pytest.approx(1.0)
+    # One of two has nothing to mix: that is said, and of how many.
+    lacking = Compared(one.contenders[:2], table=one.table)
+    found = matched_kl([lacking, other], "ppo", "dpo", Settings())
+    assert (found["kind"], found["without"], found["runs"]) == ("one-sided", 1, 2)
+
+
 def test_over_optimisation_is_marked_only_where_gold_falls_and_proxy_rises():
     rng = np.random.default_rng(0)
     noise, other = rng.normal(0, 1, (2, 300, 4))

@@ -273,6 +273,7 @@ def test_no_two_sentences_contradict_each_other(seed):
             "one-sided": {
                 **{"policy": near, "versus": far, "kind": "one-sided"},
                 **{"kl": float(kls[near].mean()), "kl_versus": float(kls[far].mean()), "kl_apart": rng.random() < 0.5},
+                **{"runs": len(seeds), "without": int(rng.integers(1, len(seeds) + 1))},
             },
             "matched": {"policy": far, "versus": near, "kind": "matched", "kl": float(kls[near].mean())},
         }[kind]
@@ -332,6 +333,8 @@ def check(report, failed):
         ends = [float(x) for x in re.search(r"\((\S+) to (\S+)\)", says[0]).groups()]
         assert max(abs(end - 50) for end in ends) <= float(bound[1]) + 0.51
         assert entry["allowed"]["at_most"] < 0.45
+    if (matched := report["matched_kl"]).get("kind") == "one-sided" and "decided" in says[1] and matched["runs"] > 1:
+        assert f"in {matched['without']} of {matched['runs']} runs the farther one has no point" in says[1]
     if "does so with less KL" in says[1]:
         assert outcomes["head"][0] == "beats"
         assert outcomes["head"][1] == label(report["matched_kl"]["policy"])
