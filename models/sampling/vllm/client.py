@@ -6,20 +6,19 @@ token-out endpoint. The trainer may run on any number of ranks: the first one se
 completions of its own prompts.
 """
 
-import http.client
-import json
+import contextlib
 import os
 import shutil
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import requests
 import torch
 import torch.distributed as dist
+from requests.adapters import HTTPAdapter
 from transformers import PreTrainedModel
 
 from ppo_vs_dpo.artifacts.errors import UserError
@@ -34,6 +33,9 @@ REQUESTS = 512
 # Seconds that one completion or one set of weights may take.
 TIMEOUT = 1800
 KEY = "VLLM_API_KEY"
+# Asked twice, these are answered as if asked once: by connections that are kept open, and anew where one broke off.
+# All others are steps of a weight transfer.
+REPEATABLE = ("/v1/models", "/get_world_size", "/collective_rpc", "/reset_prefix_cache", "/inference/v1/generate")
 PREFIX = ".weights-"
 
 
@@ -74,6 +76,8 @@ class VLLMServerEngine:
         check_sampling(sampling)
         check_mergeable(policy)
         self.url, self.eos_token_ids, self.dtype = url.rstrip("/"), sorted(eos_token_ids), dtype
+        self.kept = requests.Session()
+        self.kept.mount(self.url, HTTPAdapter(pool_connections=1, pool_maxsize=REQUESTS))
         served = self._ask("/v1/models").get("data") or [{}]
         room = served[0].get("max_model_len")
         if room is not None and room < max_length:
@@ -202,33 +206,49 @@ class VLLMServerEngine:
             return list(pool.map(one, prompt_ids, seeds))
 
     def _ask(self, path: str, body: dict | None = None) -> dict:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY):
-            headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}{path}", data, headers)
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-                text = answer.read()
-        except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")[:500]
+        """What the server answers to a question (``body``; ``None``: to a GET)."""
+        answer = self._answer(path, body)
+        if not answer.ok:
             hint = (
                 "Start it with `python -m ppo_vs_dpo.models.sampling.vllm.server MODEL`"
-                if error.code == 404
+                if answer.status_code == 404
                 else "Its log says more"
             )
-            raise UserError(f"the vLLM server answers {error.code} to {self.url}{path}: {said} {hint}.") from error
-        except (OSError, http.client.HTTPException) as error:
             raise UserError(
-                f"no vLLM server at {self.url} (ppo.vllm_server_base_url): {error}. Start one with "
-                f"`python -m ppo_vs_dpo.models.sampling.vllm.server MODEL`; the run goes on from its last checkpoint."
-            ) from error
+                f"the vLLM server answers {answer.status_code} to {self.url}{path}: {answer.text[:500]} {hint}."
+            )
         try:
-            found = json.loads(text) if text else {}
+            found = answer.json() if answer.content else {}
         except ValueError:
             found = None
         if not isinstance(found, dict):
             raise UserError(
-                f"{self.url} (ppo.vllm_server_base_url) is no vLLM server: it answers {path} with {text[:80]!r}."
+                f"{self.url} (ppo.vllm_server_base_url) is no vLLM server: it answers {path} with "
+                f"{answer.content[:80]!r}."
             )
         return found
+
+    def _answer(self, path: str, body: dict | None) -> requests.Response:
+        asked = ("GET" if body is None else "POST", f"{self.url}{path}")
+
+        def ask(way: Any) -> requests.Response:
+            return way.request(*asked, json=body, auth=_signed, timeout=TIMEOUT)
+
+        try:
+            if path in REPEATABLE:
+                # A server closes what was idle for long (vLLM's: for 5 s), perhaps at this moment.
+                with contextlib.suppress(requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
+                    return ask(self.kept)
+            return ask(requests)
+        except requests.RequestException as error:
+            raise UserError(
+                f"no vLLM server at {self.url} (ppo.vllm_server_base_url): {error}. Start one with "
+                f"`python -m ppo_vs_dpo.models.sampling.vllm.server MODEL`; the run goes on from its last checkpoint."
+            ) from error
+
+
+def _signed(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """With the server's key, and never with what a ~/.netrc has for its machine."""
+    if key := os.environ.get(KEY):
+        request.headers["Authorization"] = f"Bearer {key}"
+    return request

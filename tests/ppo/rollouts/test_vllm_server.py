@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 import urllib.request
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -16,18 +17,25 @@ from safetensors.torch import load_file
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate
+from ppo_vs_dpo.models.sampling.vllm.client import VLLMServerEngine
 from ppo_vs_dpo.models.sampling.vllm.server import command
 from ppo_vs_dpo.ppo.rollouts.responses import sample
 from tests.ppo.conftest import count_good, logs
 from tests.ranks import beside_tests, free_port, on_ranks, settings_of
 
 ROOT = Path(__file__).parents[3]
+EIGHT = SamplingConfig(8, batch_size=8)
 
 
 class Server(ThreadingHTTPServer):
     """As many connections waiting as the engine opens at once; five, the default, are reset now and then."""
 
     request_queue_size = 128
+    connections = 0
+
+    def process_request(self, request, client_address):
+        self.connections += 1
+        super().process_request(request, client_address)
 
 
 class StandIn:
@@ -36,9 +44,13 @@ class StandIn:
     def __init__(self, model):
         self.model, self.loads, self.resets, self.keys = model, 0, 0, set()
         self.room, self.lock, self.broken = 64, threading.Lock(), False
+        # Path -> how many of the next requests end with the connection closed and no answer.
+        self.drops, self.asked = Counter(), Counter()
         stand_in = self
 
         class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
             def do_GET(self):
                 self.answer({"data": [{"id": "policy", "max_model_len": stand_in.room}]})
 
@@ -46,6 +58,11 @@ class StandIn:
                 stand_in.keys.add(self.headers.get("Authorization"))
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with stand_in.lock:
+                    stand_in.asked[self.path] += 1
+                    if stand_in.drops[self.path] > 0:
+                        stand_in.drops[self.path] -= 1
+                        self.close_connection = True
+                        return
                     reply = getattr(stand_in, self.path.strip("/").replace("/", "_"), None)
                     self.answer(*((reply(body),) if reply else ({"error": "unknown"}, 404)))
 
@@ -134,6 +151,41 @@ def test_weights_are_sent_once_a_change(make_trainer, prompts, stand_in):
     trainer.evaluate()  # the policy again; the reference's samples are kept
     trainer.evaluate()
     assert stand_in.loads == 6
+
+
+def engine_of(server: StandIn, folder: Path) -> VLLMServerEngine:
+    """Eight requests at once."""
+    return VLLMServerEngine(server.url, folder, server.model, EIGHT, [2], 32, torch.float32)
+
+
+def test_connections_are_kept(stand_in, tmp_path):
+    """A hundred completions by as many connections as are asked at once; the tokens are the loop's."""
+    engine = engine_of(stand_in, tmp_path)
+    prompts = [[5, 6, 7, 8][: 1 + row % 4] for row in range(100)]
+    drawn = engine.generate(prompts, EIGHT, range(100))
+    assert stand_in.asked["/inference/v1/generate"] == 100
+    assert 1 <= stand_in.server.connections <= 8 + 1
+    own = generate(stand_in.model, prompts, EIGHT, eos_token_ids=[2], seeds=range(100))
+    assert [one.token_ids for one in drawn] == [one.token_ids for one in own]
+
+
+def test_a_connection_that_broke_off_costs_one_more_request(stand_in, tmp_path):
+    engine = engine_of(stand_in, tmp_path)
+    stand_in.drops["/inference/v1/generate"] = 1
+    (one,) = engine.generate([[5, 6]], EIGHT, [3])
+    assert stand_in.asked["/inference/v1/generate"] == 2
+    assert one.token_ids == generate(stand_in.model, [[5, 6]], EIGHT, eos_token_ids=[2], seeds=[3])[0].token_ids
+    stand_in.drops["/inference/v1/generate"] = 2
+    with pytest.raises(UserError, match=r"no vLLM server at .*the run goes on from its last checkpoint"):
+        engine.generate([[5, 6]], EIGHT, [3])
+
+
+def test_a_step_of_a_transfer_is_never_made_twice(stand_in, tmp_path):
+    engine = engine_of(stand_in, tmp_path)
+    stand_in.drops["/update_weights"] = 1
+    with pytest.raises(UserError, match=r"no vLLM server at "):
+        engine._ask("/update_weights", {})
+    assert stand_in.asked["/update_weights"] == 1
 
 
 def test_the_key_is_sent_and_told_to_nobody(make_trainer, stand_in, monkeypatch, capfd):
