@@ -52,6 +52,18 @@ def check_length(model: torch.nn.Module, longest: int) -> None:
         )
 
 
+def known_decoder(model: torch.nn.Module) -> bool:
+    """Whether a model is of an architecture that is known to leave out what is masked, and what follows.
+
+    Adapters of weights change neither, on or off: a PEFT model is what its base is. Virtual tokens do.
+    """
+    model = model.policy if getattr(model, "adapters_off", False) else model
+    if any(settings.is_prompt_learning for settings in getattr(model, "peft_config", {}).values()):
+        return False
+    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return isinstance(owner, PreTrainedModel) and can_pack(owner)
+
+
 def check_rows(model: torch.nn.Module, longest: int) -> None:
     """Rows of different lengths, the longest of so many tokens, may share a batch: `check_length` and
     `check_reads_masks`."""
@@ -63,14 +75,14 @@ def check_reads_masks(model: torch.nn.Module) -> None:
     """A left-padded row must give what the row gives alone.
 
     Args:
-        model: a causal language model, or a transformer without its head; one that can be packed is not asked.
+        model: a causal language model, or a transformer without its head; a `known_decoder` is not asked.
 
     Raises:
         UserError: padding reaches the model's state; it reads to both sides.
     """
     check_causal(model)
     if not getattr(model, "_reads_masks", False):
-        if not (isinstance(model, PreTrainedModel) and can_pack(model)) and not _reads_masks(model):
+        if not known_decoder(model) and not _reads_masks(model):
             kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
             raise UserError(
                 f"{type(model).__name__} ({kind}) does not leave out what the attention mask masks: rows of different "
@@ -84,14 +96,14 @@ def check_causal(model: torch.nn.Module) -> None:
     """The states of a row's beginning must not depend on what follows.
 
     Args:
-        model: a causal language model, or a transformer without its head; one that can be packed is not asked.
+        model: a causal language model, or a transformer without its head; a `known_decoder` is not asked.
 
     Raises:
         UserError: they do.
     """
     if getattr(model, "_is_causal", False):
         return
-    if not (isinstance(model, PreTrainedModel) and can_pack(model)) and not _is_causal(model):
+    if not known_decoder(model) and not _is_causal(model):
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise UserError(
             f"{type(model).__name__} ({kind}) reads to both sides: what it says about a token has seen those that "

@@ -17,7 +17,7 @@ from ppo_vs_dpo.artifacts.resources import part
 from ppo_vs_dpo.models.devices import not_finite
 from ppo_vs_dpo.models.passes.head import rows_logprobs
 from ppo_vs_dpo.models.passes.packed import can_pack
-from ppo_vs_dpo.models.passes.padding import LOW_PRECISION, TOLERANCE, check_rows, without_router
+from ppo_vs_dpo.models.passes.padding import LOW_PRECISION, TOLERANCE, check_rows, known_decoder, without_router
 from ppo_vs_dpo.models.sampling.fixed import FixedDecoding, graphs_for
 from ppo_vs_dpo.models.sampling.forked import in_processes, may_fork
 from ppo_vs_dpo.models.sampling.kv_cache import ReservedCache, close_gaps, read, rows_that_fit
@@ -276,8 +276,7 @@ def check_decodes(model: PreTrainedModel) -> None:
     Raises:
         UserError: it does not: the model keeps a state that this loop does not hand on.
     """
-    known = isinstance(model, PreTrainedModel) and can_pack(model)
-    if known or getattr(model, "_decodes", False) or is_sharded(next(model.parameters())):
+    if known_decoder(model) or getattr(model, "_decodes", False) or is_sharded(next(model.parameters())):
         return
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     top = int(model.config.get_text_config().vocab_size) - 1

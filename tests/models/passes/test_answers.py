@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -13,9 +14,11 @@ from transformers import (
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.loading.pretrained import load_policy
+from ppo_vs_dpo.models.passes import padding
 from ppo_vs_dpo.models.passes.answers import check_language_model
 from ppo_vs_dpo.models.passes.logprobs import backbone
 from ppo_vs_dpo.models.passes.padding import check_causal
+from ppo_vs_dpo.ppo.roles.reference import WithoutAdapters
 from tests.architectures import ENCODERS, tiny
 from tests.matrix.tiny import ARCHITECTURES
 from tests.matrix.tiny import tiny as tiny_policy
@@ -82,3 +85,20 @@ def test_a_probe_changes_nothing():
     assert model.training
     assert type(config).model_type == "bert"
     assert torch.is_grad_enabled()
+
+
+def test_adapters_are_what_their_base_is(tiny_llama, monkeypatch):
+    """A decoder that is known needs no look, with adapters on or off; with virtual tokens it is another."""
+
+    def looked(model):
+        raise LookupError
+
+    monkeypatch.setattr(padding, "_is_causal", looked)
+    monkeypatch.setattr(padding, "_reads_masks", looked)
+    policy = get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
+    for model in (policy, WithoutAdapters(policy)):
+        padding.check_reads_masks(model)
+    with pytest.raises(LookupError):
+        check_causal(get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)))
+    with pytest.raises(LookupError):
+        check_causal(tiny("gpt2", AutoModelForCausalLM))
