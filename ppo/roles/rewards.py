@@ -98,7 +98,8 @@ class EnsembleReward:
         self.name = f"ensemble of {len(members)} reward models ({kind})"
 
     def __call__(self, *asked, **columns) -> list[float]:
-        scores = [as_scores(one.name, one(*asked, **columns), asked[0], asked[1]) for one in self.members]
+        found = [(one.name, one(*asked, **columns)) for one in self.members]  # all, before one is found unusable
+        scores = [as_scores(name, values, asked[0], asked[1]) for name, values in found]
         return combined(torch.tensor(scores, dtype=torch.float64).T, self.kind, self.coef).tolist()
 
 
@@ -229,11 +230,19 @@ class Rewards:
             RewardError: a part raised, or gave what `preferences.recipes.functions.as_scores` does not take.
         """
         out, answers = Scored([0.0] * len(prompts), [], None), columns.pop("reference_answers", None)
+        failed: RewardError | None = None
         for part, weight in zip(self.parts, self.weights, strict=True):
+            if failed is not None and not isinstance(part, ModelReward | EnsembleReward):
+                continue
             more = {"reference_answers": answers} if getattr(part, "wants_references", False) else {}
-            found = part(prompts, completions, prompt_ids, response_ids, finished, **columns, **more)
-            found, dense = sums_of_dense(part.name, found, [len(ids) for ids in response_ids])
-            scores = as_scores(part.name, found, prompts, completions)
+            try:
+                found = part(prompts, completions, prompt_ids, response_ids, finished, **columns, **more)
+                found, dense = sums_of_dense(part.name, found, [len(ids) for ids in response_ids])
+                scores = as_scores(part.name, found, prompts, completions)
+            except RewardError as raised:
+                # Models that are in pieces are still asked: all ranks make their passes together.
+                failed = failed or raised
+                continue
             out.parts.append(scores)
             for row, score in enumerate(scores):
                 out.total[row] += weight * score
@@ -241,6 +250,8 @@ class Rewards:
                 weighted = [[weight * value for value in row] for row in dense]
                 rows = zip(out.dense or [[0.0] * len(row) for row in dense], weighted, strict=True)
                 out.dense = [[a + b for a, b in zip(*pair, strict=True)] for pair in rows]
+        if failed is not None:
+            raise failed
         return out
 
 

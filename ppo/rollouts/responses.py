@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.models.sampling.engine import TransformersEngine
 from ppo_vs_dpo.models.sampling.generation import Generated, row_seed
-from ppo_vs_dpo.models.sharding.collectives import any_rank, global_max
+from ppo_vs_dpo.models.sharding.collectives import any_rank, barrier, global_max, several
 from ppo_vs_dpo.models.sharding.deepspeed import gathered
 from ppo_vs_dpo.models.text.prompts import decode_completion
 from ppo_vs_dpo.ppo.config import PPOConfig
@@ -71,6 +71,11 @@ def score(
         columns["reference_answers"] = reference_answers(roles, prompts, rows, accelerator, args)
     try:
         roles.check_known([g.token_ids for g in generated])
+    except RewardError as raised:
+        error = raised
+    # Before the passes that all ranks make together where models are in pieces.
+    stop_together(error, accelerator, rollout)
+    try:
         found = roles.rewards(
             [prompts.prompts[row] for row in rows],
             [decode_completion(roles.tokenizer, g.token_ids) for g in generated],
@@ -81,13 +86,19 @@ def score(
         )
     except RewardError as raised:
         error = raised
-    # All ranks stop together, with the message of the one that failed.
-    if any_rank(error is not None, accelerator.device):
+    if roles.rewards.wants_references:
+        barrier()  # a judge may take one rank longer than a collective is waited for
+    stop_together(error, accelerator, rollout)
+    return found
+
+
+def stop_together(error: RewardError | None, accelerator: Accelerator, rollout: Rollout | None) -> None:
+    """All ranks stop with the message of the one that failed, where one did; see `score`."""
+    if any_rank(error is not None, accelerator.device) if several() else error is not None:
         message = str(error or "the reward failed on another rank.")
         if rollout is None:
             raise UserError(message) from error
         raise Unusable(rollout, "reward", lambda where: f"{message} The rollout is in {where}.") from error
-    return found
 
 
 def score_rollout(

@@ -17,6 +17,7 @@ from ppo_vs_dpo.models.loading.pretrained import load_value_or_reward
 from ppo_vs_dpo.models.passes.logprobs import sequence_scores
 from ppo_vs_dpo.models.text.encoding import encode_completions, encode_prompts
 from ppo_vs_dpo.ppo.checkpoints.saving import trained_tensors
+from ppo_vs_dpo.ppo.roles.rewards import RewardError
 from ppo_vs_dpo.reward_model.scorer import RewardScorer, store_bias
 from tests.architectures import tiny
 from tests.ppo.conftest import PROMPTS, count_good, logs, same, untimed
@@ -167,6 +168,27 @@ def test_reward_model_with_another_tokenizer(make_trainer, tiny_reward, word_tok
         with torch.no_grad():
             expected = reward(input_ids=torch.tensor([mine])).logits.item()
         assert rollout.scores[row] == pytest.approx(expected, abs=1e-4)
+
+
+def test_models_are_asked_although_a_part_failed(make_trainer, tiny_reward):
+    """In pieces their passes are all ranks'; who is paid by the question is not asked in vain."""
+    asked = []
+
+    def fails(prompts, completions):
+        return [float("nan")] * len(prompts)
+
+    def counts(prompts, completions):
+        asked.append("function")
+        return [0.0] * len(prompts)
+
+    rewards = make_trainer({"reward_model": tiny_reward(1), "reward_funcs": [fails, counts]}).roles.rewards
+    model, first, second = rewards.parts
+    scored = model.scorer.score_sequences
+    model.scorer.score_sequences = lambda rows: asked.append("model") or scored(rows)
+    rewards.parts = [first, model, second]
+    with pytest.raises(RewardError, match="fails"):
+        rewards(["the"], [" film"], [[5]], [[6]], [True])
+    assert asked == ["model"]
 
 
 def test_scorer_objects(make_trainer):

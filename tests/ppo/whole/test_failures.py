@@ -15,6 +15,8 @@ from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.pipeline.running.job import root_cause
 from ppo_vs_dpo.ppo.checkpoints.state import STATE, last_checkpoint, load_state
+from ppo_vs_dpo.ppo.roles.rewards import RewardError
+from ppo_vs_dpo.ppo.roles.roles import Roles
 from tests.ppo.stage.test_train import run_folder  # noqa: F401 (a fixture)
 from tests.ppo.whole.test_deepspeed import SETTINGS
 from tests.ranks import on_ranks, settings_of
@@ -110,6 +112,43 @@ def test_a_stalled_rank_is_reported_with_the_step(make_trainer):
     assert "waited in vain for another rank in this step: ppo, update 1, score" in said
     assert "rank 1 is at slow_on_rank_1 (" in said
     assert "ddp_timeout" in said
+
+
+class SlowJudge:
+    """A judge that answers all ranks but one at once."""
+
+    wants_references, name = True, "slow judge"
+
+    def __call__(self, prompts, completions, prompt_ids, response_ids, finished, reference_answers, **columns):
+        if os.environ["RANK"] == "1":
+            time.sleep(16)
+        return [float(len(ids)) for ids in response_ids]
+
+
+@pytest.mark.slow
+def test_a_judge_may_take_a_rank_longer_than_a_collective_is_waited_for(make_trainer):
+    def work():
+        trainer = make_trainer({"reward_funcs": SlowJudge()}, max_steps=1, ddp_timeout=8)
+        trainer.train()
+        return trainer.state.global_step
+
+    assert on_ranks(2, work, timeout=8) == [1, 1]
+
+
+def test_a_token_that_one_rank_cannot_score_stops_all_in_pieces(make_trainer, tiny_reward, monkeypatch):
+    """Under ZeRO-3 a reward model's passes are made by all ranks together, or by none."""
+
+    def unknown_on_rank_1(self, responses):
+        if os.environ["RANK"] == "1":
+            raise RewardError("the policy sampled token 99", 0)
+
+    def work():
+        trainer = make_trainer({"reward_model": tiny_reward(1)}, **SHORT, deepspeed=settings_of("zero3"))
+        with pytest.raises(UserError, match=r"sampled token 99|failed on another rank"):
+            trainer.train()
+
+    monkeypatch.setattr(Roles, "check_known", unknown_on_rank_1)
+    on_ranks(2, work, timeout=60)
 
 
 @pytest.mark.slow
