@@ -18,6 +18,7 @@ from pathlib import Path
 from packaging.version import Version
 
 from ppo_vs_dpo.artifacts.errors import UserError, in_help, say
+from ppo_vs_dpo.pipeline.checking.elsewhere import not_handed_on, own_files
 from ppo_vs_dpo.pipeline.planning.gpus import visible
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "vllm", "bitsandbytes")
@@ -113,20 +114,29 @@ def network() -> Iterator[Finding]:
     here = {name for _, name in socket.if_nameindex()}
     for variable in INTERFACES:
         given = os.environ.get(variable, "")
-        # NCCL's own forms: ^name leaves one out, =name is exact, a plain name is a beginning.
-        wanted = [name for name in given.removeprefix("=").split(",") if name and not given.startswith("^")]
-        gone = [name for name in wanted if not any(one.startswith(name) for one in here)]
-        wrong = f"there is no {', '.join(gone)} here ({', '.join(sorted(here))})" if gone else ""
+        missing = interfaces_missing(variable, given, here)
+        wrong = f"there is no {', '.join(missing)} here ({', '.join(sorted(here))})" if missing else ""
         if given:
-            yield Finding(variable, given, wrong, stops=bool(gone))
+            yield Finding(variable, given, wrong, stops=bool(missing))
     tools = [tool for tool in ("torchrun", "srun", "pdsh", "ssh") if shutil.which(tool)]
     yield Finding("launchers", ", ".join(tools) or "none but python -m torch.distributed.run")
-    kept = [name for name in os.environ if name.startswith(("HF_", "OMP_"))]
-    if "pdsh" in tools and kept and not any((folder / ".deepspeed_env").is_file() for folder in (Path.home(), Path())):
-        wrong = (
-            f"launch.hostfile forwards NCCL* and PYTHON* alone: write {', '.join(sorted(kept))} into ~/.deepspeed_env"
-        )
-        yield Finding("pdsh", "no .deepspeed_env", wrong)
+    if "pdsh" in tools and (names := not_handed_on(os.environ)):
+        wrong = f"machines of launch.hostfile will not see {', '.join(names)}: write them into ~/.deepspeed_env"
+        yield Finding("pdsh", f"hands on {'what .deepspeed_env has' if own_files() else 'all but keys'}", wrong)
+
+
+def interfaces_missing(variable: str, given: str, here: set[str]) -> list[str]:
+    """Of the interfaces that a variable names those that a machine lacks, where its backend would then fail.
+
+    gloo wants each by its whole name. NCCL takes what it finds of a list: ``=name`` is exact, a plain name is a
+    beginning, and a list that begins with ``^`` says which to leave out.
+    """
+    names = [name for name in given.removeprefix("=").split(",") if name]
+    if variable.startswith("GLOO"):
+        return [name for name in names if name not in here]
+    exact = given.startswith("=")
+    found = any(one == name if exact else one.startswith(name) for one in here for name in names)
+    return [] if given.startswith("^") or found else names
 
 
 def disks(output: str) -> Iterator[Finding]:

@@ -27,6 +27,7 @@ from ppo_vs_dpo.artifacts.guards.processes import (
 )
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.artifacts.stage import PULSE, on_several_machines
+from ppo_vs_dpo.pipeline.checking.elsewhere import handed_on
 from ppo_vs_dpo.pipeline.planning.gpus import VISIBLE
 from ppo_vs_dpo.pipeline.running.graph import DISTRIBUTED, Job
 from ppo_vs_dpo.pipeline.running.launch import launcher
@@ -101,12 +102,15 @@ class Running:
         self.elsewhere = on_several_machines(run.config)
         shutil.rmtree(folder / PULSE, ignore_errors=True)
         self.pulses = Pulses(folder / PULSE)
+        env = environment(run.config, mark, self.gpus)
+        if run.config.launch.get("hostfile"):
+            env |= handed_on(env, folder)
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=environment(run.config, mark, self.gpus),
+            env=env,
             preexec_fn=die_with_parent,
             start_new_session=True,
         )

@@ -1,12 +1,14 @@
 """The page of this machine: what is wrong is said with what to do, and no secret is."""
 
 import socket
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.pipeline.checking import doctor
+from ppo_vs_dpo.pipeline.checking.elsewhere import handed_on
 from ppo_vs_dpo.pipeline.cli import dispatch
 from ppo_vs_dpo.pipeline.running import command as run
 
@@ -52,11 +54,49 @@ def test_the_network(monkeypatch, tmp_path):
     assert "GLOO_SOCKET_IFNAME" in found["host name"][0]
     assert "there is no nosuch0 here" in found["NCCL_SOCKET_IFNAME"][0]
     assert found["NCCL_SOCKET_IFNAME"][1]
-    assert "~/.deepspeed_env" in found["pdsh"][0]
+    assert "pdsh" not in found  # the command hands all on that matters, but for keys
     assert "GLOO_SOCKET_IFNAME" not in found
-    (tmp_path / ".deepspeed_env").write_text("HF_HOME=/shared\n")
-    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "^docker0")
-    assert {topic for topic, *_ in wrong(doctor.network())} == {"host name"}
+    monkeypatch.setenv("HF_TOKEN", "hf_a_secret_word")
+    ((said, _),) = [rest for topic, *rest in wrong(doctor.network()) if topic == "pdsh"]
+    assert "will not see HF_TOKEN: write them into ~/.deepspeed_env" in said
+    # With a file of the user's own DeepSpeed reads that one, and no other.
+    (tmp_path / ".deepspeed_env").write_text("HF_TOKEN=x\nOMP_NUM_THREADS=4\n")
+    ((said, _),) = [rest for topic, *rest in wrong(doctor.network()) if topic == "pdsh"]
+    assert "GLOO_SOCKET_IFNAME" in said
+    assert not {"HF_TOKEN", "OMP_NUM_THREADS"} & set(said.replace(",", "").replace(":", "").split())
+
+
+@pytest.mark.parametrize(
+    ("variable", "given", "missing"),
+    [
+        ("NCCL_SOCKET_IFNAME", "eth,ib0", []),
+        ("NCCL_SOCKET_IFNAME", "=eth", ["eth"]),
+        ("NCCL_SOCKET_IFNAME", "^eth", []),
+        ("NCCL_SOCKET_IFNAME", "ib,mlx", ["ib", "mlx"]),
+        ("GLOO_SOCKET_IFNAME", "eth", ["eth"]),
+        ("GLOO_SOCKET_IFNAME", "eth0,ib0", ["ib0"]),
+        ("GLOO_SOCKET_IFNAME", "eth0", []),
+    ],
+)
+def test_how_each_backend_reads_the_names_of_interfaces(variable, given, missing):
+    """NCCL takes beginnings, and any that is there; gloo takes whole names, and wants them all."""
+    assert doctor.interfaces_missing(variable, given, {"lo", "eth0"}) == missing
+
+
+def test_machines_of_a_hostfile_get_what_a_run_is_told(tmp_path, monkeypatch):
+    """DeepSpeed's launcher reads the file that its variable names; no secret is in it."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DS_ENV_FILE", raising=False)
+    told = {"OMP_NUM_THREADS": "3", "GLOO_SOCKET_IFNAME": "eth0", "HF_HOME": "/shared/hf", "HF_TOKEN": "hf_secret",
+            "WANDB_API_KEY": "secret", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "LANG": "C"}  # fmt: skip
+    ((name, path),) = handed_on(told, tmp_path).items()
+    assert name == "DS_ENV_FILE"
+    lines = dict(line.split("=", 1) for line in Path(path).read_text().splitlines())
+    assert lines == {key: told[key] for key in told if key not in ("HF_TOKEN", "WANDB_API_KEY", "LANG")}
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / ".deepspeed_env").write_text("A=1\n")
+    assert handed_on(told, tmp_path) == {}
 
 
 def test_disks(monkeypatch, tmp_path):

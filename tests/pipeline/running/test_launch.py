@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.guards.fingerprints import Made
 from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.pipeline.checking.elsewhere import handed_on
 from ppo_vs_dpo.pipeline.running.execute import command
 from ppo_vs_dpo.pipeline.running.graph import Job
 from ppo_vs_dpo.pipeline.running.launch import launcher
@@ -38,7 +39,7 @@ SSH = """#!/bin/bash
 case "$*" in *"hostname -I") echo 127.0.0.1;; *) echo here;; esac
 """
 PDSH = """#!/bin/bash
-while [ "$1" != -w ]; do shift; done
+while [ "$1" != -w ]; do shift; done; echo "told: $*"
 IFS=, read -ra hosts <<< "$2"; shift 2
 code=0; pids=()
 for index in "${!hosts[@]}"; do line="$*"; bash -c "${line//%n/$index}" & pids+=($!); done
@@ -137,9 +138,12 @@ def test_two_machines_of_a_hostfile(tiny, tmp_path, tools):
     """DeepSpeed's launcher starts a process on each of two machines, both of them this one."""
     (tmp_path / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")
     run = tiny(hostfile=str(tmp_path / "hosts"))
-    said = start(command(run, Job("dpo", "dpo", made=Made("f", {}))), DS_ACCELERATOR="cpu")
+    told = handed_on({"OMP_NUM_THREADS": "1", "HF_HOME": "/shared/the cache"}, tmp_path)
+    said = start(command(run, Job("dpo", "dpo", made=Made("f", {}))), DS_ACCELERATOR="cpu", HOME=str(tmp_path), **told)
     assert run.done("dpo")["figures"]["steps"] == 2
     assert "nnodes=2" in said
+    assert "export OMP_NUM_THREADS=1;" in said
+    assert 'export HF_HOME="/shared/the cache";' in said
 
 
 def test_the_batch_script(tmp_path):
