@@ -211,24 +211,29 @@ class Frozen:
             to get them twice over (reduced and gathered).
         tokens: of the pass, on a rank.
         group: GPUs of a machine.
+        rows: sequences of a pass from which on ZeRO-3 gets less than tensor parallelism would.
     """
 
     zero3: tuple[float, float]
     parallel: tuple[float, float]
     tokens: int
     group: int
+    rows: int
 
 
 def frozen_role(shape: Shape, job: Job, sharding: Sharding, group: int = 8) -> Frozen:
     """What PPO's reference or reward model costs to hold and to read with, split one way or the other."""
     group, weights = min(group, sharding.ranks), float(sharding.width * shape.parameters)
     tokens = min(job.forward_rows, math.ceil(job.updates_rows / sharding.ranks)) * job.length
-    states = float(sharding.width * tokens * group * shape.hidden)
+    gathered = weights * (1 - 1 / sharding.ranks)
+    # Of one token on each GPU of the machine.
+    added_up = 2 * shape.layers * 2 * float(sharding.width * group * shape.hidden) * (1 - 1 / group)
     return Frozen(
-        (weights / sharding.ranks, weights * (1 - 1 / sharding.ranks)),
-        (weights / group, 2 * shape.layers * 2 * states * (1 - 1 / group)),
+        (weights / sharding.ranks, gathered),
+        (weights / group, added_up * tokens),
         tokens,
         group,
+        math.ceil(gathered / (added_up * job.length)),
     )
 
 

@@ -174,10 +174,13 @@ def report(shape: Shape, jobs: list[Job], sharding: Sharding, gpu: Gpu) -> tuple
 def frozen_line(role: Frozen) -> str:
     """How a frozen role is split, beside the other way to do it."""
     (held, sent), (other_held, other_sent) = role.zero3, role.parallel
-    return (
+    line = (
         f"  a frozen role, by ZeRO-3: {held / GB:.2f} held, {sent / GB:.0f} got for a pass of {role.tokens:,} tokens; "
         f"tensor parallel over {role.group} it would be {other_held / GB:.2f} and {other_sent / GB:.0f}"
     )
+    if other_sent < sent:
+        line += f": take {role.rows} rows a pass or more (ppo.local_rollout_forward_batch_size, rollout_batch_size)"
+    return line
 
 
 def model_config(config: Any) -> Any:

@@ -114,6 +114,12 @@ def test_frozen_roles_by_zero3_beside_tensor_parallelism():
     # Few tokens a pass: then activations are less than weights.
     few = frozen_role(shape, dataclasses.replace(work, forward_rows=1), Sharding(64, stage=3))
     assert few.parallel[1] < few.zero3[1] < found.parallel[1]
+    assert "take 7 rows a pass or more (ppo.local_rollout_forward_batch_size" in frozen_line(few)
+    enough, short = (
+        frozen_role(shape, dataclasses.replace(work, forward_rows=rows), Sharding(64, stage=3)) for rows in (7, 6)
+    )
+    assert enough.zero3[1] < enough.parallel[1]
+    assert short.zero3[1] > short.parallel[1]
     assert frozen_line(found) == (
         "  a frozen role, by ZeRO-3: 2.20 held, 139 got for a pass of 4,520 tokens; tensor parallel over 8 it would "
         "be 17.64 and 166"
