@@ -66,7 +66,7 @@ class RewardModelJudge:
     ):
         self.name, self.folder, self.head = name, str(folder), head
         loader = functools.partial(load_reward, head=head)
-        self.frozen = ranks.load(loader, folder, model_config, whole=head is not None)
+        self.frozen = ranks.load(loader, folder, model_config)
         self.scorer = RewardScorer.of(self.frozen.model, folder, model_config, batch_size=256, head=head)
 
     def identity(self) -> dict[str, Any]:

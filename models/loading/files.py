@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json
 from ppo_vs_dpo.models.loading.config import ModelConfig
+from ppo_vs_dpo.models.sharding.deepspeed import is_sharded
 
 # What a folder's config.json may say of a scalar model, beside what transformers knows: the bias of its scores (this
 # project trained it), that others trained it all the same, and the name of its head where others named it.
@@ -147,6 +148,8 @@ def check_layers(model: PreTrainedModel, path: str, unexpected: Iterable[str]) -
         UserError: one is.
     """
     own = {_unnumbered(key) for key in model.state_dict()}
+    if is_sharded(next(model.parameters())):  # transformers does not say so of what ZeRO-3 splits
+        unexpected = set(weights_of(path)) - set(model.state_dict())
     over = sorted(key for key in unexpected if re.search(r"\.\d+\.", key) and _unnumbered(key) in own)
     if over:
         raise UserError(

@@ -37,6 +37,7 @@ from ppo_vs_dpo.models.loading.files import (
 )
 from ppo_vs_dpo.models.loading.prepared import prepare, score_head
 from ppo_vs_dpo.models.loading.pretrained import is_adapter, load_scalar_model, refuse_adapter
+from ppo_vs_dpo.models.sharding.deepspeed import unsharded_loading, whole
 
 # What a scalar head is called here and there; the last part of the name is weight or bias.
 _HEADS = re.compile(
@@ -75,7 +76,8 @@ def load_reward(
     head = head or named_head(path, config)
     if is_adapter(path):
         refuse_adapter(path, quantization)
-        model, missing = _adapter(path, config)
+        with unsharded_loading():  # to be merged it must be whole
+            model, missing = _adapter(path, config)
     else:
         model, missing = _whole(path, config, quantization)
     if head is not None:
@@ -200,7 +202,7 @@ def _put_head(model: PreTrainedModel, path: str, name: str, weight: torch.Tensor
         raise UserError(
             f"{path}: the head {name} takes {weight.shape[1]} numbers, and the model gives {head.in_features}."
         )
-    with torch.no_grad():
+    with torch.no_grad(), whole(head.parameters()):
         head.weight.copy_(weight)
         if bias is not None:
             head.bias = torch.nn.Parameter(bias.reshape(1).to(head.weight))
@@ -219,7 +221,7 @@ def _normalise(model: PreTrainedModel, path: str, config: ModelConfig) -> None:
     else:
         return
     head = score_head(model)
-    with torch.no_grad():
+    with torch.no_grad(), whole(head.parameters()):
         if head.bias is None:
             head.bias = torch.nn.Parameter(head.weight.new_zeros(1))
         head.weight.div_(std)

@@ -33,6 +33,7 @@ from ppo_vs_dpo.models.loading.files import (
     wrapped,
 )
 from ppo_vs_dpo.models.loading.prepared import prepare, score_head
+from ppo_vs_dpo.models.sharding.deepspeed import unsharded_loading, whole
 
 
 def _load(loader: Any, path: str, what: str, **kwargs: Any) -> Any:
@@ -237,8 +238,9 @@ def load_policy(
         refuse_adapter(path, quantization)
         from peft import AutoPeftModelForCausalLM
 
-        model = _load(AutoPeftModelForCausalLM.from_pretrained, path, "an adapter", **_kwargs(config))
-        model = merge(check_base(model, path, config), path)
+        with unsharded_loading():  # to be merged it must be whole
+            model = _load(AutoPeftModelForCausalLM.from_pretrained, path, "an adapter", **_kwargs(config))
+            model = merge(check_base(model, path, config), path)
     else:
         model, report = _load(
             AutoModelForCausalLM.from_pretrained,
@@ -290,17 +292,17 @@ def load_value_or_reward(
         refuse_adapter(path, quantization)
         from peft import AutoPeftModelForSequenceClassification
 
-        model = _load(
-            AutoPeftModelForSequenceClassification.from_pretrained, path, "an adapter", num_labels=1, **_kwargs(config)
-        )
-        merged = merge(model, path)
+        with unsharded_loading():
+            loader = AutoPeftModelForSequenceClassification.from_pretrained
+            merged = merge(_load(loader, path, "an adapter", num_labels=1, **_kwargs(config)), path)
         copy_marks(merged, path, config)
         return prepare(restore_bias(merged, path, config), trainable)
     model, missing = load_scalar_model(path, config, "a reward or value model", quantization)
     head = score_head(model)
     check_complete(model, path, [key for key in missing if key.startswith(f"{model.base_model_prefix}.")])
     if any(key.split(".")[0] in ("score", "classifier") for key in missing):
-        torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+        with whole([head.weight]):
+            torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
     return prepare(restore_bias(model, path, config), trainable, quantization)
 
 

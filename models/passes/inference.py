@@ -23,9 +23,8 @@ from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.models.devices import arithmetic
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.prepared import halve_frozen
-from ppo_vs_dpo.models.loading.pretrained import is_adapter
 from ppo_vs_dpo.models.sharding.collectives import of_first
-from ppo_vs_dpo.models.sharding.deepspeed import deepspeed_settings, gathered, start_deepspeed, unsharded_loading
+from ppo_vs_dpo.models.sharding.deepspeed import deepspeed_settings, gathered, start_deepspeed
 
 Value = TypeVar("Value")
 
@@ -126,14 +125,11 @@ class Ranks:
         """Whether this process is the one that writes."""
         return self.rank == 0
 
-    def load(
-        self, loader: Callable[..., PreTrainedModel], path: str | Path, config: ModelConfig, whole: bool = False
-    ) -> Frozen:
+    def load(self, loader: Callable[..., PreTrainedModel], path: str | Path, config: ModelConfig) -> Frozen:
         """Load a model, whole onto this rank's device or split over the ranks; all ranks must call this.
 
         Args:
             loader: `models.loading.pretrained.load_policy` or `models.loading.heads.load_reward`.
-            whole: the loader changes weights, which must not be in pieces then.
         """
         if self.settings is None:
             model = loader(path, config).requires_grad_(False)
@@ -144,9 +140,7 @@ class Ranks:
             return Frozen(model)
         import deepspeed
 
-        # An adapter is merged into its base, which needs both whole; the engine splits them afterwards.
-        with unsharded_loading() if whole or is_adapter(path) else contextlib.nullcontext():
-            model = loader(path, config)
+        model = loader(path, config)
         engine, *_ = deepspeed.initialize(model=model, config=self.settings)
         engine.eval()
         return Frozen(engine.module, engine)

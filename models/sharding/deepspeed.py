@@ -184,6 +184,40 @@ def whole_copy(model: torch.nn.Module) -> torch.nn.Module:
         return copy.deepcopy(model)
 
 
+def copied(model: torch.nn.Module) -> torch.nn.Module:
+    """A deep copy; in pieces where ZeRO-3 holds ``model`` in pieces. Parameters are whole one at a time."""
+    twin = copy.deepcopy(model)  # what is in pieces is empty
+    for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+        if is_sharded(theirs):
+            with whole([theirs], write=False):
+                mine.data = theirs.data.clone()
+            theirs.convert_to_zero_parameters([mine])
+    return twin
+
+
+@contextlib.contextmanager
+def alike(one: torch.nn.Parameter, other: torch.nn.Parameter) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What this rank holds of two parameters of one shape: under ZeRO-3 a piece, the same of both."""
+    if is_sharded(one) and is_sharded(other) and not getattr(one, "ds_persist", False):
+        yield one.ds_tensor, other.ds_tensor
+        return
+    with whole([one, other]):
+        yield one.data, other.data
+
+
+@torch.no_grad()
+def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Put the weights of one module into another that has the same, each rank its pieces of them."""
+    theirs, kept = dict(source.named_parameters()), target.state_dict().keys()
+    for name, parameter in target.named_parameters():
+        with alike(parameter, theirs[name]) as (mine, other):
+            mine.copy_(other)
+    buffers = dict(source.named_buffers())
+    for name, buffer in target.named_buffers():
+        if name in kept:
+            buffer.copy_(buffers[name])
+
+
 def whole_state(model: torch.nn.Module, keep: bool, trained_only: bool = False) -> dict[str, torch.Tensor]:
     """The state dict of a model in pieces, on the CPU: parameters are gathered one at a time.
 

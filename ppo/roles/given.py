@@ -1,5 +1,6 @@
 """The models as they are given, objects or names, and the ones that are made from them where they are not."""
 
+import contextlib
 import copy
 
 import torch
@@ -14,7 +15,14 @@ from ppo_vs_dpo.models.loading.vocabulary import check_tokens
 from ppo_vs_dpo.models.passes.answers import check_language_model
 from ppo_vs_dpo.models.passes.logprobs import backbone, base, score_head_of
 from ppo_vs_dpo.models.passes.padding import check_causal
-from ppo_vs_dpo.models.sharding.deepspeed import unsharded_loading, whole_copy, whole_state
+from ppo_vs_dpo.models.sharding.deepspeed import (
+    copied,
+    copy_weights,
+    is_sharded,
+    unsharded_loading,
+    whole,
+    whole_copy,
+)
 
 
 def as_policy(
@@ -83,23 +91,27 @@ def value_model_from(reward_model: PreTrainedModel | None, policy: PreTrainedMod
     With a head of zeros all values are 0 at first: advantages start as what the rewards themselves say.
     """
     if reward_model is not None:
-        copied = whole_copy(reward_model)
-        return (merge(copied, "the reward model") if is_peft(copied) else copied).requires_grad_(True)
+        if is_peft(reward_model):
+            return merge(whole_copy(reward_model), "the reward model").requires_grad_(True)
+        return copied(reward_model).requires_grad_(True)
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
+    # A policy that comes with adapters is what it answers with them.
+    inner = merge(whole_copy(policy), "the policy") if is_peft(policy) else policy
+    in_pieces = any(is_sharded(parameter) for parameter in inner.parameters())
     try:
-        with unsharded_loading():
+        # All that is drawn here is replaced; in pieces the first rank alone would draw.
+        with torch.random.fork_rng(devices=[]), contextlib.nullcontext() if in_pieces else unsharded_loading():
             value_model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
     except ValueError as error:
         raise _no_value_model(policy) from error
-    # A policy that comes with adapters is what it answers with them.
-    inner = merge(whole_copy(policy), "the policy") if is_peft(policy) else policy
-    theirs = whole_state(getattr(inner, inner.base_model_prefix), keep=True)
-    mine = getattr(value_model, value_model.base_model_prefix)
-    if mine.state_dict().keys() != theirs.keys():
+    theirs, mine = (getattr(model, model.base_model_prefix) for model in (inner, value_model))
+    if mine.state_dict().keys() != theirs.state_dict().keys():
         raise _no_value_model(policy)  # another transformer under the same name (BART's with an encoder)
-    mine.load_state_dict(theirs)
-    torch.nn.init.zeros_(score_head(value_model).weight)
+    copy_weights(theirs, mine)
+    head = score_head(value_model).weight
+    with whole([head]):
+        torch.nn.init.zeros_(head)
     return value_model
 
 

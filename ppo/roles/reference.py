@@ -1,7 +1,6 @@
 """The reference: a frozen policy of its own, or the policy with its adapters switched off."""
 
 import contextlib
-from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -16,7 +15,7 @@ from ppo_vs_dpo.models.loading.prepared import disable_dropout, halve_frozen
 from ppo_vs_dpo.models.loading.vocabulary import check_same_vocabulary
 from ppo_vs_dpo.models.passes.answers import answers, rewriting_init, same_answers
 from ppo_vs_dpo.models.passes.logprobs import Batch, response_logprobs
-from ppo_vs_dpo.models.sharding.deepspeed import gathered, is_sharded, whole, whole_copy, whole_state
+from ppo_vs_dpo.models.sharding.deepspeed import alike, copied, gathered, is_sharded, whole, whole_state
 from ppo_vs_dpo.models.sharding.state import piece_of
 from ppo_vs_dpo.ppo.roles.shared import SharedRole
 
@@ -66,7 +65,7 @@ class Reference:
             raise UserError("ref_model is the policy itself: the KL would always be 0. Pass a copy, or nothing.")
         self.is_start = model is None
         if model is None and not (is_peft(policy) and base_is_given(policy, given)):
-            model = whole_copy(policy)
+            model = copied(policy)
         if model is not None:
             check_same_vocabulary(policy, model)
             disable_dropout(model)
@@ -112,22 +111,13 @@ class Reference:
             )
         theirs, self.version = dict(policy.named_parameters()), self.version + 1
         for name, mine in self.module.named_parameters():
-            with self._held(mine, theirs[name]) as (target, source):
+            with alike(mine, theirs[name]) as (target, source):
                 if target.dtype == torch.float32:
                     target.lerp_(source.float(), alpha)
                     continue
                 # In bfloat16 a thousandth of the way is less than half a step: it would stand still.
                 slow = self.slow.setdefault(name, target.float())
                 target.copy_(slow.lerp_(source.float(), alpha))
-
-    @contextlib.contextmanager
-    def _held(self, mine: nn.Parameter, theirs: nn.Parameter) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """What this rank holds of two parameters of one shape: under ZeRO-3 a piece, the same of both."""
-        if is_sharded(mine) and is_sharded(theirs) and not getattr(mine, "ds_persist", False):
-            yield mine.ds_tensor, theirs.ds_tensor
-            return
-        with whole([mine, theirs]):
-            yield mine.data, theirs.data
 
     @torch.no_grad()
     def state(self, keep: bool) -> dict[str, torch.Tensor]:

@@ -13,7 +13,6 @@ from ppo_vs_dpo.models.loading.heads import load_reward
 from ppo_vs_dpo.models.loading.prepared import score_head
 from ppo_vs_dpo.models.loading.pretrained import load_policy, load_tokenizer, load_value_or_reward
 from ppo_vs_dpo.models.loading.quantized import quantization
-from ppo_vs_dpo.models.sharding.deepspeed import is_sharded
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.roles.given import value_model_from
 from ppo_vs_dpo.ppo.roles.rewards import same_tokenizer
@@ -45,9 +44,6 @@ def _separate(context: StageContext, own: PPOStage, config: ModelConfig, args: P
     roles: dict[str, Any] = {"model": policy}
     if own.lora is not None:
         roles["peft_config"] = own.lora.peft_config("CAUSAL_LM")
-    elif any(is_sharded(parameter) for parameter in policy.parameters()):
-        # ZeRO-3 splits what it loads as it is read; the trainer's copy of the policy would be whole for a moment.
-        roles["ref_model"] = load_policy(sft, config)
     if own.value_path is not None:
         roles["value_model"] = _given_values(own.value_path, sft, config, args, base)
     if not own.uses_model:
