@@ -177,6 +177,8 @@ def test_what_forbids_a_verdict():
         assert report["decision"]["primary"]["outcome"] == "undecided"
         assert {one["outcome"] for one in report["decision"]["secondary"]} == {"undecided"}
         assert why in sentences(report)[0]
+        # An interval on one side of 50 beside "undecided": why is said there, too.
+        assert "best-of-4 is undecided for the reason in the first sentence (better on 80" in sentences(report)[2]
         assert " beats " not in " ".join(sentences(report))
     assert simple(0.7, judge="reader", heldout={"reader": (160, 256)})["decision"]["primary"]["outcome"] == "beats"
     report = simple(0.7)
