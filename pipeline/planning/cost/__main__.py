@@ -27,7 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     run = RunFolder(given.run)
     names = [*STAGES[:-1], *run.points("dpo"), *run.points("ppo"), STAGES[-1]]
-    took = {name: float(done["seconds"]) for name in names if (done := run.done(name)) is not None}
+    finished = {name: done for name in names if (done := run.done(name)) is not None}
+    took = {name: float(done["seconds"]) for name, done in finished.items()}
     if not took:
         raise UserError(f"{run.root}: no stage has finished, so there is nothing to compare an estimate with.")
     threads = str(run.config.launch.threads)
@@ -35,18 +36,23 @@ def main(argv: list[str] | None = None) -> int:
     speed = speed_of(run, environment)
     if speed is None:
         raise UserError(f"{run.root}: its model could not be measured (ppo-vs-dpo check says why).")
-    lines, total = [f"{'stage':<22}{'estimated':>12}{'took':>12}"], 0.0
+    lines, total = [f"{'stage':<22}{'estimated':>12}{'took':>12}{'of CPUs':>12}"], 0.0
     for name, seconds in took.items():
         guess = work_of(run, name, speed["characters"]).seconds(speed)
         total += guess or 0.0
-        lines.append(f"{name[:21]:<22}{'?' if guess is None else f'{guess:,.0f} s':>12}{f'{seconds:,.0f} s':>12}")
+        own = (finished[name].get("cost") or {}).get("cpu_seconds")
+        cells = ("?" if guess is None else f"{guess:,.0f} s", f"{seconds:,.0f} s", f"{own:,.0f} s" if own else "")
+        lines.append(f"{name[:21]:<22}" + "".join(f"{cell:>12}" for cell in cells).rstrip())
     lines.append(f"{'all':<22}{f'{total:,.0f} s':>12}{f'{sum(took.values()):,.0f} s':>12}")
     say(
         "\n".join(lines)
         + f"\nmeasured on {speed['device']}; stages that ran at once are added up. The {spell(speed['start'])} that "
     )
     say("a process takes to load its libraries are in the estimates, and not in what the stages' own clocks say;\n")
-    say("what other work took of the machine is in what they took, and not in the estimates.\n")
+    say(
+        "what other work took of the machine is in what they took, and not in the estimates, nor in seconds of CPUs,\n"
+    )
+    say("which are those of all processes of a stage together.\n")
     return 0
 
 

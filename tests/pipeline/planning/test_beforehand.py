@@ -339,7 +339,9 @@ def test_tokens_of_the_models_own_tokenizer_count(tmp_path, monkeypatch):
 def test_a_finished_run_says_what_was_estimated_and_what_it_took(tmp_path, monkeypatch, capsys):
     run = run_of(tmp_path, "experiment=quickstart")
     run.begin("data", Made("f", {}))
-    run.finish("data", "f", 75.0, {})
+    run.finish("data", "f", 75.0, {}, {"cpu_seconds": 31.4})
+    run.begin("sft", Made("f", {}))
+    run.finish("sft", "f", 3.0, {})
     speed = {
         "train": 1.0,
         "forward": 1.0,
@@ -352,8 +354,9 @@ def test_a_finished_run_says_what_was_estimated_and_what_it_took(tmp_path, monke
     monkeypatch.setattr(afterwards, "speed_of", lambda *_: {**speed, "characters": {}})
     assert afterwards.main([str(tmp_path)]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[1].split() == ["data", "7", "s", "75", "s"]
-    assert len(said) == 5  # no stage that has not finished
+    assert said[1].split() == ["data", "7", "s", "75", "s", "31", "s"]
+    assert said[2].split() == ["sft", "14", "s", "3", "s"]  # of a version that did not count
+    assert len(said) == 7  # no stage that has not finished
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(45, "45 s"), (600, "10 min"), (9000, "2.5 h"), (300_000, "3.5 d")])
