@@ -50,9 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     say("a process takes to load its libraries are in the estimates, and not in what the stages' own clocks say;\n")
     say(
-        "what other work took of the machine is in what they took, and not in the estimates, nor in seconds of CPUs,\n"
+        "what other work took of the machine is in what they took, and neither in the estimates nor in the seconds of\n"
     )
-    say("which are those of all processes of a stage together.\n")
+    say("CPUs, which are those of all processes of a stage together.\n")
     return 0
 
 
