@@ -16,6 +16,13 @@ from ppo_vs_dpo.pipeline.planning.cost.beforehand import speed_of, spell
 from ppo_vs_dpo.pipeline.planning.cost.work import work_of
 
 
+READ = """\
+measured on {device}; stages that ran at once are added up. The {start} that a process takes to load its libraries are
+in the estimates, and not in what the stages' own clocks say. What other work took of the machine is in what they took,
+and neither in the estimates nor in the seconds of CPUs: those are of all processes of a stage together.
+"""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print a line for each stage that has finished.
 
@@ -44,17 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         cells = ("?" if guess is None else f"{guess:,.0f} s", f"{seconds:,.0f} s", f"{own:,.0f} s" if own else "")
         lines.append(f"{name[:21]:<22}" + "".join(f"{cell:>12}" for cell in cells).rstrip())
     lines.append(f"{'all':<22}{f'{total:,.0f} s':>12}{f'{sum(took.values()):,.0f} s':>12}")
-    say("\n".join(lines) + "\n")
-    say(
-        f"measured on {speed['device']}; stages that ran at once are added up. The {spell(speed['start'])} that a process\n"
-    )
-    say(
-        "takes to load its libraries are in the estimates, and not in what the stages' own clocks say. What other work\n"
-    )
-    say(
-        "took of the machine is in what they took, and neither in the estimates nor in the seconds of CPUs: those are\n"
-    )
-    say("of all processes of a stage together.\n")
+    lines.append(READ.format(device=speed["device"], start=spell(speed["start"])))
+    say("\n".join(lines))
     return 0
 
 
