@@ -15,7 +15,6 @@ from ppo_vs_dpo.artifacts.run import STAGES, RunFolder
 from ppo_vs_dpo.pipeline.planning.cost.beforehand import speed_of, spell
 from ppo_vs_dpo.pipeline.planning.cost.work import work_of
 
-
 READ = """\
 measured on {device}; stages that ran at once are added up. The {start} that a process takes to load its libraries are
 in the estimates, and not in what the stages' own clocks say. What other work took of the machine is in what they took,
