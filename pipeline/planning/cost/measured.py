@@ -204,8 +204,9 @@ def _times(model: Any, vocabulary: int, device: Any, clock: Callable[[], float],
 
 
 def _seconds(clock: Callable[[], float], action: Callable[[], Any]) -> float:
-    """Seconds of one call: the least of three after one to warm up, of ten where they are short: whoever computes beside
-    this process slows it down, by shared caches and cores, and never makes it faster.
+    """Seconds of one call: the least of three after one to warm up, of ten where they are short.
+
+    Whoever computes beside this process slows it down, by shared caches and cores, and never makes it faster.
     """
     import torch
 
