@@ -1,7 +1,7 @@
 """Does gold fall while the policy moves on, and later with rewards that are harder to hack? On the testbed, by PPO.
 
-    for s in 1 2 3; do ppo-vs-dpo methods name=hump-seed$s seed=$s "stages=[data,sft,pairs,reward_model]" \\
-        reward_model.ensemble=4 reward_model.average_weights=true; done
+    ppo-vs-dpo methods seed=1 name=hump-seed1 stages=[data,sft,pairs,reward_model] reward_model.ensemble=4 \\
+        reward_model.average_weights=true   # and for seeds 2 and 3
     python benchmarks/hump.py runs/hump-seed1 runs/hump-seed2 runs/hump-seed3
 
 Each way of making a reward of the four reward models trains the SFT policy without a KL penalty, so that it moves as
