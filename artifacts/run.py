@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ppo_vs_dpo.artifacts.errors import UserError, first_sentence, not_the_file
 from ppo_vs_dpo.artifacts.files import read_marker, write_json
 from ppo_vs_dpo.artifacts.guards import outputs, replaced
-from ppo_vs_dpo.artifacts.guards.fingerprints import NEEDS, TRAINED, Made, point_name
+from ppo_vs_dpo.artifacts.guards.fingerprints import NEEDS, TRAINED, Made, point_name, points_of
 from ppo_vs_dpo.artifacts.guards.versions import differences, made_by
 
 # Runs of versions before this one name modules, and are fingerprinted by names, that are no longer there.
@@ -109,9 +109,14 @@ class RunFolder:
         return f"is damaged ({found[0]})" if found else "has not finished"
 
     def points(self, stage: str) -> list[str]:
-        """Names of the finished points of a stage's sweep, sorted."""
-        folders = self.path("sweep").glob(f"{stage},*")
-        return sorted(folder.name for folder in folders if self.done(folder.name) is not None)
+        """Names of the finished points of a stage's sweep, sorted.
+
+        What lies there of an earlier sweep may have been made from other settings, and is none of this one's.
+        """
+        names = {folder.name for folder in self.path("sweep").glob(f"{stage},*")}
+        if "sweep" in (self.config.get(stage) or {}):
+            names &= {point_name(stage, point) for point in points_of(self.config, stage)}
+        return sorted(name for name in names if self.done(name) is not None)
 
     def begun(self, name: str) -> dict[str, Any] | None:
         """With what there is of a stage was begun: ``fingerprint``, ``parts`` and ``update``, the cut of its updates.

@@ -204,8 +204,8 @@ def begin(context: StageContext, held: contextlib.ExitStack) -> Callable[[], Non
             digests.save()
             if context.point and context.point not in points_of(run.config, context.stage):
                 warn(
-                    f"{context.name}: {context.stage}.sweep has no such point. It is trained, and the comparison that "
-                    f"is made next reads it; the run's own command neither makes it nor makes it again.\n"
+                    f"{context.name}: {context.stage}.sweep has no such point. It is trained, and compare will not "
+                    f"read it until the sweep has it.\n"
                 )
             aside = run.begin(context.name, made)
             if aside is not None:

@@ -74,6 +74,18 @@ def test_a_point_that_no_sweep_has_is_trained_and_said(tmp_path, capsys):
         assert ("ppo.sweep has no such point" in capsys.readouterr().err) == said
 
 
+def test_points_of_an_earlier_sweep_are_none_of_this_one(run):
+    """They may be of other settings: a report would show them as this run's."""
+    done = {"stage": "ppo", "fingerprint": "f", "finished": "-", "seconds": 1.0, "figures": {}}
+    for coefficient in (0.0, 9.0):
+        write_json(run / "sweep" / f"ppo,kl_coef={coefficient}" / "done.json", done)
+    assert RunFolder(run).points("ppo") == ["ppo,kl_coef=0.0"]
+    (run / "config.yaml").write_text("seed: 5\nppo:\n  kl_coef: 0.1\n  sweep: null\n")
+    assert RunFolder(run).points("ppo") == []
+    (run / "config.yaml").write_text("seed: 5\n")  # made by nobody's sweep: all there is
+    assert RunFolder(run).points("ppo") == ["ppo,kl_coef=0.0", "ppo,kl_coef=9.0"]
+
+
 def test_points_read_back_as_written():
     assert parse_point("kl_coef=0.0,n=3,name=x") == {"kl_coef": 0.0, "n": 3, "name": "x"}
     assert point_name("ppo", {"b": 1, "a": 0.5}) == "ppo,a=0.5,b=1"
