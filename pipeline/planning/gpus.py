@@ -13,16 +13,30 @@ from typing import Any
 from ppo_vs_dpo.artifacts.errors import UserError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+# Seconds that the driver may take to list them.
+PATIENCE = 60
 
 
 def visible() -> list[str]:
-    """The GPUs of this machine that this process may use, as the environment names them; none without a driver."""
+    """The GPUs of this machine that this process may use, as the environment names them; none without a driver.
+
+    Raises:
+        UserError: the driver does not answer.
+    """
     given = os.environ.get(VISIBLE)
     if given is not None:
         return [name.strip() for name in given.split(",") if name.strip() not in ("", "-1")]
     if shutil.which("nvidia-smi") is None:
         return []
-    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False, timeout=60)
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False, timeout=PATIENCE
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UserError(
+            f"nvidia-smi has not answered for {PATIENCE} s, so nobody knows what GPUs there are: the driver hangs. "
+            f"Say {VISIBLE}=0,1,... where some of them work, or {VISIBLE}= to use none."
+        ) from error
     lines = listed.stdout.splitlines() if listed.returncode == 0 else []
     return [str(number) for number, line in enumerate(line for line in lines if line.startswith("GPU "))]
 

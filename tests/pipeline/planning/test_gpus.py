@@ -85,3 +85,23 @@ def test_the_driver_is_asked(tmp_path, monkeypatch):
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert visible() == ["0", "1"]
+
+
+def test_a_driver_that_hangs_is_said(monkeypatch, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nexec sleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(gpus, "PATIENCE", 0.2)
+    with pytest.raises(UserError, match=r"nvidia-smi has not answered for 0.2 s.*the driver hangs"):
+        visible()
+
+
+def test_ranks_are_counted_over_machines(machine, tmp_path):
+    machine(4)
+    assert gpus.ranks_of(None) == 1
+    assert gpus.ranks_of(launch(processes=2, nodes=3)) == 6
+    assert gpus.ranks_of(launch(processes="auto", nodes=2)) == 8
+    (tmp_path / "hosts").write_text("one slots=8  # a machine\n\ntwo slots=4\n")
+    assert gpus.ranks_of(launch(hostfile=str(tmp_path / "hosts"))) == 12
