@@ -81,7 +81,11 @@ def gpus() -> Iterator[Finding]:
     """What the driver shows, and whether torch can use it."""
     import torch
 
-    names = visible()
+    try:
+        names = visible()
+    except UserError as error:  # a driver that hangs is what this page is for
+        yield Finding("GPUs", "not known", str(error), stops=True)
+        return
     if not names:
         yield Finding("GPUs", "none: everything runs on the CPU")
         return

@@ -129,3 +129,13 @@ def test_the_short_form_before_a_cluster_run(monkeypatch, tmp_path):
 def test_which_runs_ask_the_doctor(monkeypatch, launch, gpus, asked):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
     assert bool(run.of_a_cluster(OmegaConf.create(launch))) == asked
+
+
+def test_a_driver_that_hangs_is_a_finding(monkeypatch):
+    def hangs():
+        raise UserError("nvidia-smi has not answered for 60 s")
+
+    monkeypatch.setattr(doctor, "visible", hangs)
+    (found,) = doctor.gpus()
+    assert found.stops
+    assert "has not answered" in found.wrong
