@@ -240,11 +240,9 @@ def _against_reference(report: dict[str, Any]) -> str:
             within = f"within {100 * decision['delta']:.3g} points"
             parts.append(f"{name} {'equal' if many else 'equals'} {reference} {within} (better on {says})")
         else:
-            after = ""
-            if not entry["ci"][0] <= 0.5 <= entry["ci"][1]:  # the interval alone says something else
-                after = (
-                    " for the reason in the first sentence" if decision["objections"] else " after Holm's correction"
-                )
+            why = "for the reason in the first sentence" if decision["objections"] else "after Holm's correction"
+            # Where the interval alone says something else.
+            after = "" if entry["ci"][0] <= 0.5 <= entry["ci"][1] else f" {why}"
             parts.append(f"{name} {'are' if many else 'is'} undecided{after} (better on {says})")
     seeds = report["settings"]["seeds"]
     spread = (
