@@ -107,6 +107,7 @@ class Reference:
         pairs: Sequence[dict[str, Any]] = (),
     ):
         self.folder, self.model_config, self.ranks, self.pairs = str(folder), model_config, ranks, pairs
+        self.likelihoods: dict[int, dict[str, np.ndarray]] = {}
         self.tokenizer = load_tokenizer(folder, model_config)
         self.frozen = ranks.load(load_policy, folder, model_config)
         self.model = self.frozen.model

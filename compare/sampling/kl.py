@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_vs_dpo.compare.statistics.rates import wilson
-from ppo_vs_dpo.models.passes.logprobs import logits_in_pieces, pad_batch
+from ppo_vs_dpo.models.passes.logprobs import logits_in_pieces, pad_batch, response_logprobs
 from ppo_vs_dpo.models.text.encoding import encode_prompts
 from ppo_vs_dpo.models.text.prompts import encode_completion
 
@@ -87,16 +87,41 @@ def sequence_kl(
     return SequenceKL(*sums)
 
 
+def sequence_logprobs(
+    model: PreTrainedModel,
+    prompt_ids: list[list[int]],
+    response_ids: list[list[int]],
+    pad_id: int,
+    batch_size: int = 256,
+) -> np.ndarray:
+    """log pi(y) of whole responses at temperature 1, ``(N,)`` in nats."""
+    device, sums = next(model.parameters()).device, np.zeros(len(prompt_ids))
+    order = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]) + len(response_ids[row]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = pad_batch([prompt_ids[r] for r in rows], [response_ids[r] for r in rows], pad_id, device)
+        with torch.no_grad():
+            logprobs, _ = response_logprobs(model, batch)
+        sums[rows] = logprobs.double().sum(1).cpu().numpy()
+    return sums
+
+
 # Pairs that are measured, at most.
 MEASURED_PAIRS = 128
+SIDES = ("chosen", "rejected")
 
 
 class Known(Protocol):
-    """The reference policy, its tokenizer, and the held-out pairs of the run."""
+    """The reference policy, its tokenizer, and the held-out pairs of the run.
+
+    ``likelihoods`` keeps what the reference gives their answers, by the seed that picks them: every policy is held
+    against it.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     pairs: Sequence[dict[str, Any]]
+    likelihoods: dict[int, dict[str, np.ndarray]]
 
 
 def on_heldout_pairs(model: PreTrainedModel, reference: Known, seed: int) -> dict[str, Any] | None:
@@ -118,23 +143,28 @@ def on_heldout_pairs(model: PreTrainedModel, reference: Known, seed: int) -> dic
     if not pairs:
         return None
     prompt_ids = encode_prompts(reference.tokenizer, [pair["prompt"] for pair in pairs])
-    found, tokens = {}, 0
-    for side in ("chosen", "rejected"):
-        answers = [encode_completion(reference.tokenizer, pair[side]) for pair in pairs]
-        found[side] = sequence_kl(model, reference.model, prompt_ids, answers, reference.tokenizer.pad_token_id)
-        tokens = tokens or sum(map(len, answers))
-    chosen, rejected = found["chosen"], found["rejected"]
+    answers = {side: [encode_completion(reference.tokenizer, pair[side]) for pair in pairs] for side in SIDES}
+
+    def under(one: PreTrainedModel) -> dict[str, np.ndarray]:
+        pad_id = reference.tokenizer.pad_token_id
+        return {side: sequence_logprobs(one, prompt_ids, answers[side], pad_id) for side in SIDES}
+
+    if seed not in reference.likelihoods:
+        reference.likelihoods[seed] = under(reference.model)
+    theirs = reference.likelihoods[seed]
+    mine = theirs if model is reference.model else under(model)
+    moved = {side: mine[side] - theirs[side] for side in SIDES}
     implicit = None
     if model is not reference.model:
-        margins = chosen.k1 - rejected.k1
+        margins = moved["chosen"] - moved["rejected"]
         implicit = agreement_with_labels(int((margins > 0).sum()), int((margins != 0).sum()))
     return {
-        "chosen": float(chosen.k1.mean()),
-        "chosen_reference": float(chosen.reference_logprob.mean()),
-        "rejected": float(rejected.k1.mean()),
-        "rejected_reference": float(rejected.reference_logprob.mean()),
-        "margin": float(chosen.k1.mean() - rejected.k1.mean()),
-        "perplexity": float(np.exp(-chosen.logprob.sum() / tokens)),
+        "chosen": float(moved["chosen"].mean()),
+        "chosen_reference": float(theirs["chosen"].mean()),
+        "rejected": float(moved["rejected"].mean()),
+        "rejected_reference": float(theirs["rejected"].mean()),
+        "margin": float(moved["chosen"].mean() - moved["rejected"].mean()),
+        "perplexity": float(np.exp(-mine["chosen"].sum() / sum(map(len, answers["chosen"])))),
         "implicit_reward": implicit,
         "n_pairs": len(pairs),
     }
@@ -152,4 +182,4 @@ def agreement_with_labels(right: float, n: float) -> dict[str, Any]:
 
 def one_turn(pair: dict[str, Any]) -> bool:
     """Whether both answers of a pair are one message, or plain text."""
-    return all(isinstance(pair[side], str) or len(pair[side]) == 1 for side in ("chosen", "rejected"))
+    return all(isinstance(pair[side], str) or len(pair[side]) == 1 for side in SIDES)

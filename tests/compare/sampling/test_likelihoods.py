@@ -11,6 +11,7 @@ from scipy.stats import binomtest
 
 from ppo_vs_dpo.artifacts.files import write_parquet
 from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.compare.sampling import kl
 from ppo_vs_dpo.compare.sampling.kl import agreement_with_labels, on_heldout_pairs
 from ppo_vs_dpo.compare.sampling.policies import heldout_prompts
 from ppo_vs_dpo.compare.sampling.quality import rouge_l
@@ -31,7 +32,7 @@ def known(word_tokenizer):
         for prompt in PROMPTS
         for chosen, rejected in itertools.combinations(ANSWERS, 2)
     ]
-    return policy, SimpleNamespace(model=reference, tokenizer=word_tokenizer, pairs=pairs)
+    return policy, SimpleNamespace(model=reference, tokenizer=word_tokenizer, pairs=pairs, likelihoods={})
 
 
 def loglikelihood(model, tokenizer, prompt, answer):
@@ -70,11 +71,25 @@ def test_the_reference_implies_no_reward(known):
     assert found["perplexity"] > 1
 
 
+def test_the_reference_reads_them_once(known, monkeypatch):
+    policy, reference = known
+    fresh = SimpleNamespace(**{**vars(reference), "likelihoods": {}})
+    read = []
+    passes = kl.sequence_logprobs
+    monkeypatch.setattr(kl, "sequence_logprobs", lambda model, *rest: read.append(model) or passes(model, *rest))
+    first, again = (on_heldout_pairs(policy, fresh, seed=3) for _ in range(2))
+    assert first == again
+    assert (read.count(reference.model), read.count(policy)) == (2, 4)
+    # Another seed picks other pairs.
+    on_heldout_pairs(fresh.model, fresh, seed=4)
+    assert read.count(reference.model) == 4
+
+
 def test_dialogues_and_no_pairs(known):
     policy, reference = known
     turns = [{"role": role, "content": "a"} for role in ("assistant", "user", "assistant")]
     several = [{"prompt": "a", "chosen": turns, "rejected": "b"}]
-    empty = SimpleNamespace(model=reference.model, tokenizer=reference.tokenizer, pairs=several)
+    empty = SimpleNamespace(model=reference.model, tokenizer=reference.tokenizer, pairs=several, likelihoods={})
     assert on_heldout_pairs(policy, empty, seed=1) is None
 
 
