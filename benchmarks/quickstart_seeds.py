@@ -69,7 +69,7 @@ def run_seed(seed: int, output_dir: str, compare_again: bool = False) -> tuple[P
     """Run one seed (a finished run is reused, its comparison too unless it is wanted again).
 
     Returns:
-        Its folder, and the seconds that its stages took.
+        Its folder, and the seconds of its four trainings, without the points of its sweeps.
     """
     folder = Path(output_dir) / f"quickstart-seed{seed}"
     module = [sys.executable, "-m"]
@@ -193,7 +193,7 @@ def main() -> int:
         write_text(
             arguments.markdown,
             f"# The quickstart on {len(arguments.seeds)} seeds\n\n"
-            f"Printed by `{command}`. Win rates are against SFT by gold; seconds are those of all stages.\n\n"
+            f"Printed by `{command}`. Win rates are against SFT by gold; seconds are those of the four trainings of the main run, without the sweeps.\n\n"
             f"{table}\n\n{verdicts}\n\n## Verdicts\n\n{words}\n",
         )
     return 1 if any(missed.values()) else 0
