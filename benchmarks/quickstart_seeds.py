@@ -193,7 +193,8 @@ def main() -> int:
         write_text(
             arguments.markdown,
             f"# The quickstart on {len(arguments.seeds)} seeds\n\n"
-            f"Printed by `{command}`. Win rates are against SFT by gold; seconds are those of the four trainings of the main run, without the sweeps.\n\n"
+            f"Printed by `{command}`. Win rates are against SFT by gold; seconds are those of the four trainings of "
+            f"the main run, without the sweeps.\n\n"
             f"{table}\n\n{verdicts}\n\n## Verdicts\n\n{words}\n",
         )
     return 1 if any(missed.values()) else 0

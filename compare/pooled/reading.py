@@ -73,7 +73,7 @@ def load(root: str | Path, only: Sequence[str] | None = None) -> Run:
     run = RunFolder(root)
     if run.done("compare") is None:
         why = run.why_not_done("compare")
-        raise UserError(f"the comparison of {root} {why}. Run `python -m ppo_vs_dpo.compare {root}` first.")
+        raise UserError(f"the comparison of {root} {why}. Give that run's own command again first: it goes on.")
     report = read_json(run.path("compare", "report.json"))
     if report.get("schema_version") != SCHEMA_VERSION:
         raise UserError(

@@ -10,6 +10,7 @@ from rich.text import Text
 from ppo_vs_dpo.artifacts.errors import printable, terminal
 from ppo_vs_dpo.artifacts.files import read_marker
 from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.pipeline.planning.cost.beforehand import at_once
 from ppo_vs_dpo.pipeline.running.graph import Job
 
 # State -> its word and style. Not as markup: a line that is printed above the table without it would show the marks.
@@ -64,7 +65,8 @@ class Overview:
         verb = {"stale": f"again ({job.because} changed)", "part": "resumes"}.get(job.state, "starts")
         self.states[job.name] = "running"
         self.began[job.name] = time.monotonic()
-        self._say(f"{job.name} {verb}")
+        # Why something is made again stays to be read, also above the live table.
+        (self.say if job.state == "stale" else self._say)(f"{job.name} {verb}")
 
     def finished(self, job: Job, seconds: float) -> None:
         """A job has finished."""
@@ -112,21 +114,20 @@ class Overview:
 
     def left(self) -> str:
         """Time left, as far as it can be known: from a running job's first update on by how fast it gets on."""
-        work, longest, unknown = 0.0, 0.0, []
+        rests: dict[str, float] = {}
+        unknown = []
         for job in self.jobs:
             if self.states[job.name] == "done":
                 continue
-            if self.states[job.name] == "running":
-                rest = self.rest_of(job)
-            else:
-                rest = self.expected(job)
+            rest = self.rest_of(job) if self.states[job.name] == "running" else self.expected(job)
             if rest is None:
                 unknown.append(job.name)
-                continue
-            work, longest = work + rest, max(longest, rest)
-        if unknown and not work:
+            else:
+                rests[job.name] = rest
+        if unknown and not any(rests.values()):
             return "?"
-        known = clock(max(work / max(1, self.run.config.launch.workers), longest))
+        needs = {job.name: job.needs for job in self.jobs}
+        known = clock(at_once(rests, needs.__getitem__, self.run.config.launch.workers))
         return known + (f" and what {', '.join(unknown)} will take" if unknown else "")
 
     def rest_of(self, job: Job) -> float | None:

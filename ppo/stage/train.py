@@ -160,6 +160,9 @@ def run_stage(context: StageContext) -> None:
         train_score=last.get("objective/scores"),
         evaluation={k: v for k, v in evaluation.items() if k.startswith("eval_")},
         best_step=trainer.state.best_global_step if args.load_best_model_at_end else None,
+        warnings=[f"{', '.join(said)}: log.txt says why, and what to try."]
+        if (said := trainer.loop.diagnosis.said)
+        else [],
     )
 
 

@@ -99,10 +99,26 @@ def no_eos(history: list[Metrics]) -> Finding | None:
     )
 
 
+# Below this, scores have no spread.
+NO_SPREAD = 1e-6
+
+
+def reward_without_spread(history: list[Metrics]) -> Finding | None:
+    """Scores that have been the same for every response since the beginning."""
+    if len(history) < 3 or max(row.get("objective/scores_std", 1.0) for row in history) > NO_SPREAD:
+        return None
+    return Finding(
+        "reward without spread",
+        "every response has scored the same since the first update.",
+        "The reward tells no response from another, so that only the KL penalty and missing_eos act.",
+        "Call the reward on some responses by hand: a function may look for what this policy never says.",
+    )
+
+
 def reward_saturation(history: list[Metrics]) -> Finding | None:
-    """Scores without spread carry no signal."""
+    """Scores that lost their spread carry no signal any more."""
     spread = [row.get("objective/scores_std", 1.0) for row in history]
-    if len(spread) < 3 or spread[-1] > 0.05 * max(spread[0], 1e-6):
+    if len(spread) < 3 or max(spread) <= NO_SPREAD or spread[-1] > 0.05 * max(spread[0], NO_SPREAD):
         return None
     return Finding(
         "reward saturation",
@@ -208,6 +224,7 @@ CHECKS: tuple[Callable[[list[Metrics]], Finding | None], ...] = (
     first_ratio,
     negative_kl,
     no_eos,
+    reward_without_spread,
     reward_saturation,
     reward_flat,
     entropy_collapse,

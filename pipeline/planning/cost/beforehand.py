@@ -1,7 +1,7 @@
 """What a run will cost, said before its first stage: responses, tokens, updates, time here, memory, disk."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -118,7 +118,8 @@ def table(run: RunFolder, works: list[Work], seconds: dict[str, float], speed: d
         where = f", measured on {speed['device']}" if speed else ", from launch.expected_seconds"
         open_ = [work.name for work in works if not work.known]
         more = f", and {', '.join(open_)} once the data is read" if open_ else ""
-        quick, slow = spell(at_once(run, seconds)), spell(total)
+        needs = lambda name: needs_of(run.config, name.split(",")[0])  # noqa: E731
+        quick, slow = spell(at_once(seconds, needs, run.config.launch.workers)), spell(total)
         time = slow if quick == slow else f"{quick} to {slow}"
         lines.append(f"about {time} in all{where}{more}; Ctrl-C keeps what is done")
         if (speed or {}).get("device", "cpu") == "cpu" and (load := busy()):
@@ -133,16 +134,20 @@ def table(run: RunFolder, works: list[Work], seconds: dict[str, float], speed: d
     return "\n".join(line for line in lines if line) + "\n"
 
 
-def at_once(run: RunFolder, seconds: dict[str, float]) -> float:
-    """Seconds from the first job to the last, where ``launch.workers`` of them find a core each and none waits but for
-    what it reads.
+def at_once(seconds: dict[str, float], needs: Callable[[str], Iterable[str]], workers: int) -> float:
+    """Seconds from the first job to the last, where ``workers`` of them find a core each and none waits but for what
+    it reads.
+
+    Args:
+        seconds: of every job, in the order in which they start.
+        needs: the jobs that one reads; those without seconds are there already.
     """
-    places = [0.0] * max(1, min(int(run.config.launch.workers), os.cpu_count() or 1))
+    places = [0.0] * max(1, min(int(workers), os.cpu_count() or 1))
     ends: dict[str, float] = {}
     for name, takes in seconds.items():
-        begins = max([min(places), *(ends.get(need, 0.0) for need in needs_of(run.config, name.split(",")[0]))])
+        begins = max([min(places), *(ends.get(need, 0.0) for need in needs(name))])
         ends[name] = places[places.index(min(places))] = begins + takes
-    return max(ends.values())
+    return max(ends.values(), default=0.0)
 
 
 def busy() -> str:

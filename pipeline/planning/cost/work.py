@@ -260,7 +260,7 @@ def _compare(run: RunFolder, section: Any, ratios: dict[str, float] | None) -> W
         for draws in one.batches:
             _decode(own, prompts * draws, new, prompt, at_once, work.ranks)
         own.read += prompts * one.read * one.models * length
-        own.read += 0 if one.checkpoint else 2 * min(MEASURED, pairs) * one.models * pair
+        own.read += 0 if one.checkpoint else 2 * min(MEASURED, pairs) * pair
         work.responses += prompts * sum(one.batches)
         work.beside.append(own)
     scored = judges * (work.responses * length + 2 * min(CHECKED, pairs) * pair)

@@ -254,7 +254,7 @@ def test_a_policy_that_one_run_lacks_is_left_out(runs, tmp_path):
     ("damage", "message"),
     [
         (lambda root: None, "both have seed 3 and the same pairs"),
-        (lambda root: (root / "compare" / "done.json").unlink(), "has not finished. Run"),
+        (lambda root: (root / "compare" / "done.json").unlink(), "has not finished. Give"),
         (lambda root: (root / "config.yaml").unlink(), "is not a run folder"),
         (
             lambda root: (root / "compare" / "completions.parquet").write_bytes(b"PAR1 torn"),

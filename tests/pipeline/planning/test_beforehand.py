@@ -1,6 +1,7 @@
 """What a run says it will cost before it starts, and the speed behind it."""
 
 import gzip
+import io
 import json
 import os
 import time
@@ -9,16 +10,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from omegaconf import OmegaConf
+from rich.console import Console
 from transformers import AutoTokenizer
 
 from ppo_vs_dpo.artifacts.files import write_parquet
-from ppo_vs_dpo.artifacts.guards.fingerprints import Made
+from ppo_vs_dpo.artifacts.guards.fingerprints import Made, needs_of
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.compare.sampling import completions, policies
 from ppo_vs_dpo.compare.stage import CompareStage
 from ppo_vs_dpo.pipeline.composing.compose import load
 from ppo_vs_dpo.pipeline.planning.cost import __main__ as afterwards
 from ppo_vs_dpo.pipeline.planning.cost import beforehand, counted, measured, work
+from ppo_vs_dpo.pipeline.running.graph import Job
+from ppo_vs_dpo.pipeline.running.overview import Overview, clock
 from tests.pipeline.chat_model import save_chat_model
 
 STAGES = ("data", "sft", "pairs", "reward_model", "dpo", "ppo", "compare")
@@ -264,7 +268,7 @@ def test_compare_reads_more_than_it_draws(tmp_path):
     assert found.steps == 3 * new  # each policy's rows fit into one batch
     # KL: the reference's own by itself, the others' by policy and reference; once more each other's; the judge's.
     passes = 8 * (2 * 1 + 2 * 2 + 2) + responses
-    pairs = 2 * work.MEASURED * (1 + 2 + 2) + 2 * work.CHECKED
+    pairs = 2 * work.MEASURED * 3 + 2 * work.CHECKED
     assert found.read == passes * (prompt + new) + pairs * pair + responses * prompt
     assert found.loads == 3 + 1 + 2
 
@@ -273,10 +277,19 @@ def test_stages_that_stand_beside_each_other_are_not_added_up(tmp_path, monkeypa
     """DPO (9 s) beside the reward model (4 s) and PPO (6 s), compare behind both."""
     monkeypatch.setattr(beforehand.os, "cpu_count", lambda: 8)
     seconds = {"data": 1.0, "sft": 1.0, "pairs": 1.0, "reward_model": 4.0, "dpo": 9.0, "ppo": 6.0, "compare": 5.0}
-    run = run_of(tmp_path, "experiment=hh", "model.path=x", "launch.workers=2")
-    assert beforehand.at_once(run, seconds) == 3 + 10 + 5
-    run = run_of(tmp_path, "experiment=hh", "model.path=x", "launch.workers=1")
-    assert beforehand.at_once(run, seconds) == sum(seconds.values())
+    run = run_of(tmp_path, "experiment=hh", "model.path=x")
+
+    def needs(name):
+        return needs_of(run.config, name)
+
+    assert beforehand.at_once(seconds, needs, workers=2) == 3 + 10 + 5
+    assert beforehand.at_once(seconds, needs, workers=1) == sum(seconds.values())
+    # The time left is counted so, too: half-way through the reward model, DPO beside it.
+    jobs = [Job(name, name, needs=needs(name)) for name in seconds]
+    left = Overview(run, jobs, Console(file=io.StringIO()), estimates=seconds)
+    monkeypatch.setattr(left, "rest_of", lambda job: {"reward_model": 2.0, "dpo": 5.0}[job.name])
+    left.states |= dict.fromkeys(("data", "sft", "pairs"), "done") | dict.fromkeys(("reward_model", "dpo"), "running")
+    assert left.left() == clock(2 + 6 + 5)
 
 
 def test_what_processes_share_is_not_counted_twice(tmp_path, monkeypatch):

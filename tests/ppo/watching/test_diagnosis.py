@@ -40,6 +40,7 @@ def test_a_healthy_run_is_left_in_peace():
         ("no EOS", [{"response/eos_rate": 0.2}]),
         ("no EOS", [{}, {"response/eos_rate": 0.3}]),
         ("reward saturation", [{}, {}, {"objective/scores_std": 0.01}]),
+        ("reward without spread", [{"objective/scores_std": 0.0}] * 3),
         ("reward does not rise", [{}] * 31),
         ("entropy collapse", [{}, {}, {"policy/entropy": 0.1}]),
         ("length drift", [{}, {}, {"response/length": 45.0}]),
