@@ -128,13 +128,14 @@ class Made(NamedTuple):
     update: dict[str, Any] | None = None
 
 
-def update_of(section: dict[str, Any], ranks: int) -> dict[str, Any] | None:
+def update_of(section: dict[str, Any], ranks: int | None) -> dict[str, Any] | None:
     """The cut of a stage's updates: ``{"settings": its keys of `CUT`, "ranks": 2, "rows": 16}``.
 
-    ``rows`` is an update's, over all ranks (PPO: responses). ``None`` where a number is none: refused elsewhere.
+    ``rows`` is an update's, over all ranks (PPO: responses). ``None`` where a number is none, or nobody knows the
+    ranks: refused elsewhere, before work.
     """
     counts = [section.get(key) or default for key, default in ROWS.items()]
-    if any(type(count) is not int or count < 1 for count in counts):
+    if ranks is None or any(type(count) is not int or count < 1 for count in counts):
         return None
     rows = section.get("rollout_batch_size") or prod(counts) * ranks
     return {"settings": {key: section[key] for key in CUT if key in section}, "ranks": ranks, "rows": rows}
@@ -143,14 +144,14 @@ def update_of(section: dict[str, Any], ranks: int) -> dict[str, Any] | None:
 def fingerprints(
     config: DictConfig,
     digests: Digests | None = None,
-    ranks: int = 1,
+    ranks: int | None = 1,
     recorded: Callable[[str], dict[str, Any] | None] = lambda name: None,
 ) -> dict[str, Made]:
     """Of every job of a run: what its result depends on.
 
     Args:
         digests: keeps the hashes of files that did not change; ``None`` reads them all.
-        ranks: of a training stage that starts now.
+        ranks: of a training stage that starts now; ``None`` where nobody knows.
         recorded: with what there is of a job was begun, by its name: ``{"fingerprint": ..., "update": ...}``
             (`update_of`). Where only the cut differs, and not the rows of an update, the job is what it was.
     """
@@ -167,7 +168,7 @@ def fingerprint_of(
     stage: str,
     point: dict[str, Any],
     digests: Digests | None = None,
-    ranks: int = 1,
+    ranks: int | None = 1,
     recorded: Callable[[str], dict[str, Any] | None] = lambda name: None,
 ) -> Made:
     """`fingerprints` of one job; the point need not be one of the sweep's."""
@@ -185,7 +186,7 @@ def _made(
     point: dict[str, Any],
     inputs: dict[str, str],
     known: dict[str, Made],
-    ranks: int,
+    ranks: int | None,
     recorded: Callable[[str], dict[str, Any] | None],
 ) -> Made:
     own = OmegaConf.to_container(config.get(stage, OmegaConf.create({})), resolve=True) or {}

@@ -17,7 +17,9 @@ NAMES = (
     "HF_", "OMP_", "MKL_", "GLOO_", "TORCH", "PYTORCH_", "TOKENIZERS_", "TRANSFORMERS_", "WANDB_", "VLLM_",
 )  # fmt: skip
 # Theirs would stand in a file, and in the command line of every machine.
-_SECRET = re.compile("TOKEN$|KEY|SECRET|PASSWORD")
+_SECRET = re.compile("TOKEN$|KEY|SECRET|PASSW|CREDENTIAL|AUTH")
+# An address with a user's name and word in it is one, too.
+_SIGNED = re.compile(r"://[^/\s]*@")
 # What DeepSpeed reads: a name in the home folder and in this one, or, where it is absolute, that file.
 VARIABLE, DEFAULT = "DS_ENV_FILE", ".deepspeed_env"
 
@@ -31,7 +33,7 @@ def own_files() -> list[Path]:
 def wanted(environment: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """Names of variables that matter to a run, and of those among them that are secrets."""
     names = sorted(name for name, value in environment.items() if name.startswith(NAMES) and "\n" not in value)
-    secrets = [name for name in names if _SECRET.search(name)]
+    secrets = [name for name in names if _SECRET.search(name) or _SIGNED.search(environment[name])]
     return [name for name in names if name not in secrets], secrets
 
 

@@ -63,7 +63,11 @@ def build(run: RunFolder, digests: Digests | None = None) -> list[Job]:
     """
     taken = digests if digests is not None else Digests(run.cache("digests.json"))
     jobs = []
-    known = fingerprints(run.config, taken, ranks_of(run.config.get("launch")), run.begun)
+    try:
+        ranks = ranks_of(run.config.get("launch"))
+    except UserError:  # a hostfile is gone, a driver hangs: said where something is started, and what is done is done
+        ranks = None
+    known = fingerprints(run.config, taken, ranks, run.begun)
     if digests is None:
         taken.save()
     for stage in STAGES:

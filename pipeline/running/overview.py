@@ -116,7 +116,7 @@ class Overview:
         """Time left, as far as it can be known: from a running job's first update on by how fast it gets on."""
         rests: dict[str, float] = {}
         unknown = []
-        for job in self.jobs:
+        for job in sorted(self.jobs, key=lambda one: self.states[one.name] != "running"):
             if self.states[job.name] == "done":
                 continue
             rest = self.rest_of(job) if self.states[job.name] == "running" else self.expected(job)

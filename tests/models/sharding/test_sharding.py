@@ -134,15 +134,18 @@ def test_any_number_of_ranks(make, stage, ranks, deepspeed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "deepspeed"), [(1, "zero3"), (4, "zero2")])
-def test_going_on_with_another_number_of_ranks(make, ranks, deepspeed):
-    """Ten updates on two ranks under ZeRO-3, ten on one or four, also under the other stage: one trajectory."""
-    run = make("run", 4, "zero3")
+@pytest.mark.parametrize(
+    ("before", "ranks", "after"), [("zero3", 1, "zero3"), ("zero3", 4, "zero2"), (None, 1, None), (None, 4, None)]
+)
+def test_going_on_with_another_number_of_ranks(make, before, ranks, after):
+    """Ten updates on two ranks, ten on one or four, without DeepSpeed, or under another stage: one trajectory."""
+    run = make("run", 4, before)
     launch(run, "dpo")
     trajectory = losses(run, "dpo")
     interrupt_after_10(run)
     config = OmegaConf.load(run.path("config.yaml"))
-    config.deepspeed = settings_of(deepspeed)
+    if after:
+        config.deepspeed = settings_of(after)
     config.dpo.per_device_train_batch_size = 8 // ranks
     OmegaConf.save(config, run.path("config.yaml"))
     assert "checkpoint-10" in launch(run, "dpo", ranks=ranks)

@@ -89,11 +89,12 @@ def test_machines_of_a_hostfile_get_what_a_run_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DS_ENV_FILE", raising=False)
     told = {"OMP_NUM_THREADS": "3", "GLOO_SOCKET_IFNAME": "eth0", "HF_HOME": "/shared/hf", "HF_TOKEN": "hf_secret",
-            "WANDB_API_KEY": "secret", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "LANG": "C"}  # fmt: skip
+            "WANDB_API_KEY": "secret", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "LANG": "C",
+            "HF_ENDPOINT": "https://me:secret@hub"}  # fmt: skip
     ((name, path),) = handed_on(told, tmp_path).items()
     assert name == "DS_ENV_FILE"
     lines = dict(line.split("=", 1) for line in Path(path).read_text().splitlines())
-    assert lines == {key: told[key] for key in told if key not in ("HF_TOKEN", "WANDB_API_KEY", "LANG")}
+    assert lines == {key: told[key] for key in told if "secret" not in told[key] and key != "LANG"}
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / ".deepspeed_env").write_text("A=1\n")
     assert handed_on(told, tmp_path) == {}

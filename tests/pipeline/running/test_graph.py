@@ -304,6 +304,12 @@ def test_more_ranks_later_make_nothing_that_is_finished_stale(begun):
     assert states(write(split(config, 4, 1, 1)))["dpo"] == "stale"
 
 
+def test_a_finished_run_is_done_although_its_hostfile_is_gone(begun, tmp_path):
+    config, write = begun(whole=True)
+    gone = {"processes": 1, "nodes": 1, "hostfile": str(tmp_path / "gone")}
+    assert set(states(write({**split(config, 8, 1, 1), "launch": gone})).values()) == {"done"}
+
+
 def test_going_on_with_updates_of_other_rows_is_refused_before_anything_changes(begun):
     config, write = begun(whole=False)
     run = write(split(config, 8, 1, 4))
