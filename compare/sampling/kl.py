@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_vs_dpo.compare.statistics.rates import wilson
-from ppo_vs_dpo.models.passes.logprobs import logits_in_pieces, pad_batch, response_logprobs
+from ppo_vs_dpo.models.passes.logprobs import logits_in_pieces, pad_batch, response_logprobs, token_kl
 from ppo_vs_dpo.models.text.encoding import encode_prompts
 from ppo_vs_dpo.models.text.prompts import encode_completion
 
@@ -76,9 +76,7 @@ def sequence_kl(
             token = tokens[here, None]
             logprob, reference_logprob = p.gather(-1, token).squeeze(-1), q.gather(-1, token).squeeze(-1)
             log_ratio = logprob - reference_logprob
-            # A KL is never negative; the rounding of two models that are nearly one would be.
-            exact = (p.exp() * (p - q)).sum(-1).clamp(min=0)
-            pieces.append(torch.stack([exact, log_ratio, k3(log_ratio), logprob, reference_logprob]))
+            pieces.append(torch.stack([token_kl(p, q), log_ratio, k3(log_ratio), logprob, reference_logprob]))
         if pieces:
             of_token = torch.cat(pieces, dim=1).double()
             row_of_token = batch.places.real // batch.response_mask.shape[1]

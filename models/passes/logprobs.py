@@ -234,6 +234,14 @@ def _head_and_states(model: PreTrainedModel, batch: Batch) -> tuple[torch.nn.Lin
     return (None, response_logits(model, batch)) if states is None else (head, states)
 
 
+def token_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL of each next-token distribution from log-probabilities ``(..., V)`` of both, ``(...)`` in nats.
+
+    A KL is never negative (Gibbs); the rounding of two models that are nearly one would be.
+    """
+    return (p.exp() * (p - q)).sum(-1).clamp(min=0)
+
+
 @torch.no_grad()
 def full_kl(
     model: PreTrainedModel, reference: PreTrainedModel, batch: Batch, temperature: float = 1.0
@@ -246,7 +254,7 @@ def full_kl(
     pieces = []
     for _, both in logits_in_pieces((model, reference), batch):
         p, q = ((logits.float() / temperature).log_softmax(-1) for logits in both)
-        pieces.append((p.exp() * (p - q)).sum(-1))
+        pieces.append(token_kl(p, q))
     zeros = torch.zeros(batch.response_mask.shape, device=batch.input_ids.device, dtype=torch.float32)
     return batch.spread(torch.cat(pieces)) if pieces else zeros
 

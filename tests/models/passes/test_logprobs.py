@@ -15,6 +15,7 @@ from ppo_vs_dpo.models.passes.logprobs import (
     response_logprobs,
     response_values,
     sequence_scores,
+    token_kl,
 )
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate
 
@@ -168,3 +169,13 @@ def test_longrope_stays_where_its_positions_stay(kind):
     with pytest.raises(UserError, match="LongRoPE"):
         generate(model, [long[0]], SamplingConfig(5), eos_token_ids=[2], seeds=[0])
     assert len(generate(model, [long[0]], SamplingConfig(4), eos_token_ids=[2], seeds=[0])) == 1
+
+
+def test_a_kl_of_next_to_nothing_is_not_negative():
+    """Of a policy that has hardly moved: rounding alone would give both signs."""
+    torch.manual_seed(0)
+    logits = torch.randn(500, 64)
+    p, q = (one.log_softmax(-1) for one in (logits, logits + 1e-6 * torch.randn(500, 64)))
+    assert (p.exp() * (p - q)).sum(-1).min() < 0
+    assert token_kl(p, q).min() == 0
+    assert token_kl(p, q).max() < 1e-6

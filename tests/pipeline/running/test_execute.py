@@ -392,6 +392,17 @@ def test_one_command_at_a_time(run):
         pass
 
 
+def test_a_terminal_says_why_something_is_made_again(run):
+    """Above the live table, where it stays."""
+    out = io.StringIO()
+    jobs = [Job("a", "a", state="stale", because="the settings of a"), Job("b", "b")]
+    with Overview(run, jobs, Console(file=out, width=100, force_terminal=True)) as overview:
+        for job in jobs:
+            overview.started(job)
+    assert "a again (the settings of a changed)" in out.getvalue()
+    assert "b starts" not in out.getvalue()  # the table says so
+
+
 def test_time_left_is_unknown_until_something_is_known(run):
     jobs = [Job("a", "a"), Job("a,x=1", "a", {"x": 1})]
     overview = Overview(run, jobs, Console(file=io.StringIO()))

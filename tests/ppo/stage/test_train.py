@@ -166,6 +166,19 @@ def test_a_function_of_one_s_own_alone_or_beside_the_reward_model(run_folder, tm
     assert mixed == pytest.approx(model + own / 2, abs=1e-4)
 
 
+def test_what_the_diagnosis_found_is_said_at_the_stage_s_end(run_folder, tmp_path):
+    """A reward that gives the same to every response: in the log with its reason, and in ``done.json``."""
+    (tmp_path / "same.py").write_text("def same(prompts, completions, **columns):\n    return [0.5] * len(prompts)\n")
+    settings = {"reward": f"{tmp_path}/same.py:same", "missing_eos_penalty": None, "eval_strategy": "no"}
+    for changed, flat in ((settings, True), ({}, False)):
+        run = run_folder(**changed)
+        run_stage(StageContext(run, "ppo"))
+        warnings = run.done("ppo")["figures"]["warnings"]
+        assert all(one.endswith(": log.txt says why, and what to try.") for one in warnings)
+        assert ("reward without spread" in ", ".join(warnings)) is flat
+        run.clear("ppo")
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
