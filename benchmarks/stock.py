@@ -42,16 +42,35 @@ def text_of(tokenizer, prompt, answer=None) -> str:
     return text_of(tokenizer, prompt) + answer[0]["content"]
 
 
+def read_alike(tokenizer, rows):
+    """Rows whose messages are texts, so that TRL's trainers read the tokens that ours read.
+
+    Handed messages they render conversations whole, and train at what a chat template writes after the token that ends
+    the answer (a line break, mostly); ours ends with that token. Texts they end with it themselves.
+    """
+    if isinstance(rows[0]["prompt"], str):
+        return rows
+    answers = [name for name in ("completion", "chosen", "rejected") if name in rows.column_names]
+    return rows.map(
+        lambda row: {
+            "prompt": text_of(tokenizer, row["prompt"]),
+            **{name: row[name][0]["content"] for name in answers},
+        },
+        remove_columns=rows.column_names,
+    )
+
+
 def stock_sft(run: Path, out: Path) -> dict[str, float]:
     """TRL's SFTTrainer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
+    tokenizer = AutoTokenizer.from_pretrained(out / "init")
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(out / "init"),
         args=SFTConfig(str(out / "sft"), **section(run, "sft", SFTConfig)),
-        train_dataset=rows_of(run, "data/sft_train", "prompt", "completion"),
-        processing_class=AutoTokenizer.from_pretrained(out / "init"),
+        train_dataset=read_alike(tokenizer, rows_of(run, "data/sft_train", "prompt", "completion")),
+        processing_class=tokenizer,
     )
     return trained(trainer)
 
@@ -69,7 +88,7 @@ def stock_reward_model(run: Path, out: Path) -> dict[str, float]:
     trainer = RewardTrainer(
         model=model,
         args=RewardConfig(str(out / "reward_model"), **section(run, "reward_model", RewardConfig)),
-        train_dataset=rows_of(run, "pairs/train", "prompt", "chosen", "rejected"),
+        train_dataset=read_alike(tokenizer, rows_of(run, "pairs/train", "prompt", "chosen", "rejected")),
         processing_class=tokenizer,
     )
     figures = trained(trainer)
@@ -89,12 +108,13 @@ def stock_dpo(run: Path, out: Path) -> dict[str, float]:
     from trl import DPOConfig, DPOTrainer
 
     settings = {**section(run, "dpo", DPOConfig), "precompute_ref_log_probs": False}
+    tokenizer = AutoTokenizer.from_pretrained(out / "sft")
     trainer = DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(out / "sft"),
         ref_model=AutoModelForCausalLM.from_pretrained(out / "sft"),
         args=DPOConfig(str(out / "dpo"), **settings),
-        train_dataset=rows_of(run, "pairs/train", "prompt", "chosen", "rejected"),
-        processing_class=AutoTokenizer.from_pretrained(out / "sft"),
+        train_dataset=read_alike(tokenizer, rows_of(run, "pairs/train", "prompt", "chosen", "rejected")),
+        processing_class=tokenizer,
     )
     return trained(trainer)
 

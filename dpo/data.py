@@ -1,5 +1,6 @@
 """What DPO learns from: the pair set, as token ids."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from ppo_vs_dpo.models.text.encoding import (
 )
 
 COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
+# Marks a batch with a pair that the reference has not read.
+UNREAD = "unread"
 
 
 @part("tokenising")
@@ -53,10 +56,12 @@ def dpo_dataset(
 
 @dataclass
 class PairCollator(DataCollatorForPreference):
-    """TRL's collator, with two things added.
+    """TRL's collator, with three things added.
 
     ``soft_label`` ``(B,)``, where the pairs have it, is 1 for a pair without one. ``completion_mask`` ``(2B, T)`` is 0
     where others speak within an answer of several turns.
+
+    A pair whose ``ref_chosen_logps`` is NaN marks its batch: ``unread`` is True there, and missing elsewhere.
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -67,4 +72,5 @@ class PairCollator(DataCollatorForPreference):
                 if example.get(name) is not None:
                     start, mask = len(example["prompt_ids"]), torch.tensor(example[name], dtype=torch.long)
                     batch["completion_mask"][half * len(examples) + row, start : start + len(mask)] = mask
-        return {**batch, **soft_label_batch(examples)}
+        unread = any(math.isnan(example.get("ref_chosen_logps", 0.0)) for example in examples)
+        return {**batch, **soft_label_batch(examples), **({UNREAD: True} if unread else {})}

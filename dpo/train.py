@@ -133,8 +133,9 @@ def run_stage(context: StageContext) -> None:
         progress=lambda done, total: context.progress(done, total, "read by the reference"),
     )
     summary = train(trainer, context)
-    # Counted so far: the policy's passes, 6 N a token. The reference's forward pass takes 2 N, once or each epoch.
-    epochs = trainer.state.epoch or 1.0
+    # Counted so far: the policy's passes, 6 N a token. The reference's forward pass takes 2 N, each epoch, or once for
+    # the pairs that are trained on.
+    epochs = (trainer.state.epoch or 1.0) / trainer.share_read
     context.count(flops=context.counted("flops") / 3 / (epochs if args.precompute_ref_log_probs else 1.0))
 
     # 5. How well its implicit reward beta log(pi/ref) orders pairs it has not seen.

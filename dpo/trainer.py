@@ -14,7 +14,8 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_parquet, sha256_of, write_parquet
 from ppo_vs_dpo.artifacts.resources import part
-from ppo_vs_dpo.dpo.data import COLUMNS, PairCollator
+from ppo_vs_dpo.dpo.data import COLUMNS, UNREAD, PairCollator
+from ppo_vs_dpo.dpo.order import trained_rows
 from ppo_vs_dpo.models.passes.unpadded import skip_padding
 from ppo_vs_dpo.models.sharding.collectives import of_first
 from ppo_vs_dpo.models.text.encoding import MASKS
@@ -37,8 +38,9 @@ def kept_whole(path: Path, rows: int) -> bool:
 class PairTrainer(DPOTrainer):
     """Direct preference optimisation (Rafailov et al. 2023, eq. 7) on pairs that are token ids already.
 
-    With ``precompute_ref_log_probs`` the reference's log-probabilities, the same for every beta and seed, are kept in
-    a file: the runs of a sweep compute them once.
+    With ``precompute_ref_log_probs`` the reference's log-probabilities, the same for every beta, are kept in a file:
+    the runs of a sweep compute them once. Of training pairs it reads those that the run will draw (`dpo.order`); the
+    others have NaN, and a step that draws one stops.
 
     Args:
         reference_cache: folder for them; ``None`` keeps none.
@@ -59,6 +61,8 @@ class PairTrainer(DPOTrainer):
     ):
         self.reference_cache, self.reference_id = reference_cache, reference_id
         self.progress, self._read, self._to_read = progress, 0, 0
+        # Share of the training pairs that the reference reads beforehand.
+        self.share_read = 1.0
         self.starts_from_reference, self._checked_start = starts_from_reference, False
         # Said once, where the reference is another model: for the run's warnings.
         self.start_note: str | None = None
@@ -79,6 +83,12 @@ class PairTrainer(DPOTrainer):
         self._metrics[mode][PAIRS].append(len(inputs["input_ids"]) // 2)
         inputs = dict(inputs)
         labels = inputs.pop("soft_label", None)
+        if inputs.pop(UNREAD, False):
+            raise UserError(
+                f"step {self.state.global_step + 1} draws pairs that the reference has not read: the trainer was made "
+                f"for other steps or another order (max_steps={self.args.max_steps}, per_device_train_batch_size, "
+                f"data_seed). Make it anew after a change of these."
+            )
         if labels is None:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             self._check_start(inputs)
@@ -165,11 +175,22 @@ class PairTrainer(DPOTrainer):
     @part("scoring")
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         skip_padding(self.accelerator.unwrap_model(self.ref_model or self.model))
-        self._read, self._to_read = 0, len(dataset)
+        rows = trained_rows(self, dataset) if name == "train" else None
+        some = dataset if rows is None else dataset.select(rows)
+        if name == "train":
+            self.share_read = len(some) / len(dataset)
+        self._read, self._to_read = 0, len(some)
         try:
-            return self._reference_of(dataset, name, batch_size)
+            read = self._reference_of(some, name, batch_size)
         finally:
             self._to_read = 0
+        if rows is None:
+            return read
+        values = {}
+        for column in REFERENCE_COLUMNS:
+            values[column] = np.full(len(dataset), np.nan, dtype=read.features[column].dtype)
+            values[column][rows] = read[column][:]
+        return concatenate_datasets([dataset, Dataset.from_dict(values)], axis=1)
 
     def _reference_of(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if self.reference_cache is None:

@@ -22,10 +22,18 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ppo_vs_dpo.models.passes.packed import Groups, Packing, Pick, Spread, attend, forward_packed
+from ppo_vs_dpo.models.sharding.deepspeed import is_sharded
 
 # Layers that do exactly what `layer_forward` does. Others go packed with transformers' own layers.
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+# Tokens that a CPU reads at once where nothing is differentiated (docs/performance.md).
+TOKENS = 1024
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+
+
+def rms_scale(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, which stays with one place."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 class RMSNorm(torch.autograd.Function):
@@ -33,7 +41,7 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale = rms_scale(x, eps)
         normal = x * scale
         ctx.save_for_backward(normal, scale, weight)
         return normal * weight
@@ -100,7 +108,14 @@ def norm_forward(norm: nn.Module, hidden_states: torch.Tensor, packed: bool = Fa
     roundings in half precision."""
     if not packed or hidden_states.dtype != torch.float32 or norm.weight.dtype != torch.float32:
         return type(norm).forward(norm, hidden_states)
+    if not torch.is_grad_enabled():
+        return (hidden_states * rms_scale(hidden_states, norm.variance_epsilon)).mul_(norm.weight)
     return RMSNorm.apply(hidden_states, norm.weight, norm.variance_epsilon)
+
+
+def gated_unit(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """`GatedUnit`; where nothing is differentiated in one tensor's memory, the same bits."""
+    return GatedUnit.apply(gate, up) if torch.is_grad_enabled() else gate.sigmoid().mul_(gate).mul_(up)
 
 
 def attention(
@@ -185,7 +200,7 @@ def _packed_layer(
     hidden_states = residual + attended
     normal, mlp = layer.post_attention_layernorm(hidden_states, packed=True), layer.mlp
     if type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation"):
-        inner = GatedUnit.apply(mlp.gate_proj(normal), mlp.up_proj(normal))
+        inner = gated_unit(mlp.gate_proj(normal), mlp.up_proj(normal))
         return hidden_states + mlp.down_proj(inner)
     return hidden_states + mlp(normal)
 
@@ -229,7 +244,35 @@ def packed_states(
     Returns:
         ``(N, d)``.
     """
-    fused = fuse(backbone)
+    call, fused = call or backbone, fuse(backbone)
+    if not reads_in_pieces(backbone, packing):
+        return _states(call, owner, packing, batch_ids, keep, fused)
+    places = torch.arange(len(packing.order)) if keep is None else keep
+    states = None
+    for start, piece in packing.pieces(TOKENS):
+        here = ((places >= start) & (places < start + len(piece.order))).nonzero().squeeze(-1)
+        if len(here):
+            own = _states(call, owner, piece, batch_ids, None if keep is None else places[here] - start, fused)
+            states = own.new_empty(len(places), own.shape[-1]) if states is None else states
+            states.index_copy_(0, here, own)
+    return _states(call, owner, packing, batch_ids, keep, fused) if states is None else states
+
+
+def reads_in_pieces(backbone: nn.Module, packing: Packing) -> bool:
+    """Whether packed rows go through a piece at a time: on a CPU, whose caches hold the states of `TOKENS` tokens and
+    not those of many more, where nothing is differentiated and no rank must gather weights as often as the others."""
+    many = not torch.is_grad_enabled() and packing.order.device.type == "cpu" and len(packing.order) > TOKENS
+    return many and not any(map(is_sharded, backbone.parameters()))
+
+
+def _states(
+    call: Callable,
+    owner: PreTrainedModel,
+    packing: Packing,
+    batch_ids: torch.Tensor,
+    keep: torch.Tensor | None,
+    fused: bool,
+) -> torch.Tensor:
     kwargs = {"packed_keep": keep} if fused else {}
-    states = forward_packed(call or backbone, owner, packing, batch_ids, **kwargs).last_hidden_state[0]
+    states = forward_packed(call, owner, packing, batch_ids, **kwargs).last_hidden_state[0]
     return states if fused or keep is None else Pick.apply(states, keep)

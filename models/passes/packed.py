@@ -10,6 +10,7 @@ What is where is worked out on the host, from the lengths, and goes to the devic
 """
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -100,6 +101,22 @@ class Packing:
         groups = [g if g.places is None else dataclasses.replace(g, places=next(moved)) for g in self.groups]
         return Packing(order, positions, Groups(groups, bounds.int(), self.groups.longest), starts, lengths)
 
+    def pieces(self, tokens: int) -> Iterator[tuple[int, "Packing"]]:
+        """Sequences one after the other, as many at a time as have ``tokens`` tokens; a longer one goes alone.
+
+        Yields:
+            The packed place where a piece begins, and its own packing.
+        """
+        lengths = self.groups.bounds.diff()
+        first, start = 0, 0
+        while first < len(lengths):
+            count = max(1, int((lengths[first:].cumsum(0) <= tokens).sum()))
+            own = lengths[first : first + count]
+            groups, positions = _grouped(own)
+            stop = start + len(positions)
+            yield start, Packing(self.order[start:stop], positions, groups, groups.bounds[:-1], own)
+            first, start = first + count, stop
+
 
 class Groups(list):
     """The `Group` s of a packed row, and where its sequences stand for a kernel that takes them as they are.
@@ -140,9 +157,15 @@ def _layout(attention_mask: torch.Tensor) -> Packing:
     ends = lengths[by_length].cumsum(0)
     starts = torch.empty_like(lengths)
     starts[by_length] = ends - lengths[by_length]
-    groups, positions, start = [], [], 0
     filled = lengths[by_length]
-    for sizes in _chunks(filled[filled > 0]):
+    groups, positions = _grouped(filled[filled > 0])
+    return Packing(order, positions, groups, starts, lengths)
+
+
+def _grouped(lengths: torch.Tensor) -> tuple[Groups, torch.Tensor]:
+    """Groups of sequences of these ascending ``lengths``, and the number of each token in its sequence."""
+    groups, positions, start = [], [], 0
+    for sizes in _chunks(lengths):
         longest, count = int(sizes[-1]), len(sizes)
         if int(sizes[0]) == longest:
             places, number = None, torch.arange(longest, device=sizes.device).repeat(count)
@@ -153,9 +176,8 @@ def _layout(attention_mask: torch.Tensor) -> Packing:
         groups.append(Group(start, start + len(number), count, longest, places))
         positions.append(number)
         start += len(number)
-    bounds = F.pad(filled[filled > 0].cumsum(0), (1, 0))
-    grouped = Groups(groups, bounds, int(lengths.max()) if len(lengths) else 0)
-    return Packing(order, torch.cat(positions) if positions else order, grouped, starts, lengths)
+    bounds = F.pad(lengths.cumsum(0), (1, 0))
+    return Groups(groups, bounds, int(lengths[-1]) if len(lengths) else 0), torch.cat([lengths[:0], *positions])
 
 
 def _chunks(lengths: torch.Tensor) -> list[torch.Tensor]:

@@ -19,6 +19,7 @@ from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.dpo.config import smoothed_loss
 from ppo_vs_dpo.dpo.data import dpo_dataset
 from ppo_vs_dpo.dpo.train import build_trainer, run_stage
+from ppo_vs_dpo.dpo.trainer import PairTrainer
 from ppo_vs_dpo.models.loading.config import LoraSettings
 from ppo_vs_dpo.models.loading.pretrained import load_policy
 from ppo_vs_dpo.models.passes.logprobs import pad_batch, response_logprobs
@@ -310,6 +311,59 @@ def test_a_sweep_computes_the_reference_once(word_tokenizer, tiny_llama, tmp_pat
     run_stage(context_of(run, "dpo"))
     assert len(list(run.path("pairs", "reference_logprobs").iterdir())) == 4
     assert read_jsonl(run.path("dpo", "metrics.jsonl"))[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{}, {"train_sampling_strategy": "sequential"}, {"data_seed": 5}])
+def test_the_reference_reads_the_pairs_that_are_trained_and_no_others(trainer_for, tiny_llama, settings, monkeypatch):
+    rows = Dataset.from_list(make_rows(200, conversational=False))
+    read, drawn = [], []
+    plain, of_step = PairTrainer.compute_ref_log_probs, PairTrainer.compute_loss
+
+    def noted(into, call):
+        def inner(self, *args, **kwargs):
+            batch = next(arg for arg in args if isinstance(arg, dict))
+            into.extend(batch["input_ids"].tolist())
+            return call(self, *args, **kwargs)
+
+        return inner
+
+    monkeypatch.setattr(PairTrainer, "compute_ref_log_probs", noted(read, plain))
+    monkeypatch.setattr(PairTrainer, "compute_loss", noted(drawn, of_step))
+    few = {"max_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, **settings}
+    trainer = trainer_for(rows, beta=0.5, learning_rate=1e-2, precompute_ref_log_probs=True, **few)
+    assert len(read) == 2 * 24
+    assert trainer.share_read == 24 / 200
+    known = [value == value for value in trainer.train_dataset["ref_chosen_logps"][:]]
+    assert sum(known) == 24
+    # Somebody draws random numbers between making and training: the order is the one that was foreseen.
+    torch.manual_seed(1234)
+    trainer.train()
+    words = lambda rows: sorted([token for token in row if token] for row in rows)  # noqa: E731
+    assert words(drawn) == words(read)
+    # The same steps as where the reference reads along.
+    beside = trainer_for(
+        rows, reference=tiny_llama(), beta=0.5, learning_rate=1e-2, precompute_ref_log_probs=False, **few
+    )
+    beside.train()
+    for one, other in zip(trainer.model.parameters(), beside.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-6, rtol=1e-5)
+    # More steps than the trainer was made for stop with a sentence, not with NaN.
+    trainer.args.max_steps = 12
+    with pytest.raises(UserError, match=r"step \d+ draws pairs that the reference has not read"):
+        trainer.train()
+
+
+def test_the_reference_reads_all_where_all_are_trained_or_nobody_can_say(trainer_for):
+    rows = Dataset.from_list(make_rows(24, conversational=False))
+    for settings in (
+        {"num_train_epochs": 1},
+        {"max_steps": 6},
+        {"max_steps": 2, "train_sampling_strategy": "group_by_length"},
+        {"max_steps": 2, "accelerator_config": {"use_seedable_sampler": False}},
+    ):
+        trainer = trainer_for(rows, beta=0.5, precompute_ref_log_probs=True, per_device_train_batch_size=4, **settings)
+        assert trainer.share_read == 1.0, settings
+        assert all(value == value for value in trainer.train_dataset["ref_chosen_logps"][:])
 
 
 def test_another_reference_than_the_start(word_tokenizer, tiny_llama, tmp_path):

@@ -124,8 +124,8 @@ def work_of(run: RunFolder, name: str, ratios: dict[str, float] | None = None) -
         steps = math.ceil(math.ceil(rows / batch) * float(section.get("num_train_epochs") or EPOCHS))
     length = min(length, int(section.get("max_length") or length))
     trained = steps * batch * sides * length
-    # DPO reads every pair once under the reference.
-    read = (rows or steps * batch) * sides * length if stage == "dpo" else 0.0
+    # DPO reads every pair that it trains on once under the reference.
+    read = min(rows or steps * batch, steps * batch) * sides * length if stage == "dpo" else 0.0
     # At the end both sides of the test pairs, by the reward model also of as many training pairs, by DPO's two models.
     tests = min(int(section.get("test_pairs") or 1000), test_pairs(run) or 1000)
     read += 4 * tests * length if stage != "sft" else 0.0

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from ppo_vs_dpo.models.loading.pretrained import load_value_or_reward
 from ppo_vs_dpo.models.passes import fused
-from ppo_vs_dpo.models.passes.fused import GatedUnit, RMSNorm, Rotary, fuse, layer_forward
+from ppo_vs_dpo.models.passes.fused import GatedUnit, RMSNorm, Rotary, fuse, gated_unit, layer_forward, norm_forward
 from ppo_vs_dpo.models.passes.logprobs import pad_batch, response_logprobs, response_values, sequence_scores
 
 PROMPTS = [[3, 4, 5], [6, 7], [8, 9, 10, 11, 12, 13, 14], [5, 6], [4]]
@@ -107,6 +107,19 @@ def test_values_and_scores(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr("ppo_vs_dpo.models.passes.logprobs.can_pack", lambda model: False)
     for one, other in zip(got, compute(), strict=True):
         assert (one - other).abs().max() <= 5e-6 * other.abs().max().clamp_min(1)
+
+
+def test_without_gradients_the_same_bits_in_less_memory():
+    torch.manual_seed(0)
+    gate, up, x = torch.randn(3, 5, 16).unbind()
+    norm = LlamaRMSNorm(16, eps=1e-6)
+    norm.weight.data.normal_()
+    expected = [GatedUnit.apply(gate, up), RMSNorm.apply(x, norm.weight, 1e-6)]
+    before = [one.clone() for one in (gate, up, x)]
+    with torch.no_grad():
+        found = [gated_unit(gate, up), norm_forward(norm, x, packed=True)]
+    for one, other in zip([*found, gate, up, x], [*expected, *before], strict=True):
+        assert one.equal(other)
 
 
 def test_nothing_to_keep(tiny_llama):

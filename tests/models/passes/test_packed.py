@@ -5,8 +5,18 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from ppo_vs_dpo.models.passes.logprobs import full_kl, pad_batch, response_logprobs, response_values, sequence_scores
+from ppo_vs_dpo.models.passes import fused
+from ppo_vs_dpo.models.passes.fused import packed_states
+from ppo_vs_dpo.models.passes.logprobs import (
+    backbone,
+    full_kl,
+    pad_batch,
+    response_logprobs,
+    response_values,
+    sequence_scores,
+)
 from ppo_vs_dpo.models.passes.packed import GROUPS, can_pack, pack, uses_varlen, varlen_kernel
 
 torch.manual_seed(0)
@@ -41,6 +51,64 @@ def test_groups():
     assert groups[3].places is None
     (whole,) = pack(torch.ones(6, 4, dtype=torch.long)).groups
     assert (whole.rows, whole.longest, whole.places) == (6, 4, None)
+
+
+def test_pieces():
+    """Whole sequences, shortest first, never more tokens than asked for but where one sequence has more."""
+    lengths = torch.tensor([9, 2, 0, 5, 5, 12, 1, 7, 3])
+    packing = pack((torch.arange(12) < lengths[:, None]).long())
+    found = list(packing.pieces(10))
+    assert [len(piece.order) for _, piece in found] == [6, 10, 7, 9, 12]
+    assert [start for start, _ in found] == [0, 6, 16, 23, 32]
+    assert torch.cat([piece.order for _, piece in found]).equal(packing.order)
+    assert torch.cat([piece.positions for _, piece in found]).equal(packing.positions)
+    for _, piece in found:
+        # As if the piece's rows had been packed alone.
+        alone = pack((torch.arange(12) < piece.lengths[:, None]).long())
+        assert alone.positions.equal(piece.positions)
+        assert alone.starts.equal(piece.starts)
+        assert alone.groups.bounds.equal(piece.groups.bounds)
+        assert [(g.start, g.stop, g.rows, g.longest) for g in alone.groups] == [
+            (g.start, g.stop, g.rows, g.longest) for g in piece.groups
+        ]
+    assert list(pack(torch.zeros(2, 3, dtype=torch.long)).pieces(10)) == []
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+def test_a_cpu_reads_a_piece_at_a_time(tiny_llama, tmp_path, monkeypatch, architecture):
+    """The same states of few tokens at a time, wanted in any order, of a fused model and of another; where gradients
+    flow or a rank holds a part of the weights, all go at once."""
+    if architecture == "llama":
+        model = tiny_llama()
+    else:
+        config = AutoConfig.for_model(
+            architecture, vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=2, initializer_range=0.2,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+    batch = pad_batch(PROMPTS, RESPONSES, 0)
+    inner, packing = backbone(model), batch.places.packing
+    sizes = []
+    inner.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    backwards = torch.arange(len(packing.order)).flip(0)[::2]
+    with torch.no_grad():
+        for keep in (None, batch.places.before, backwards, backwards[:0]):
+            whole = packed_states(inner, model, packing, batch.input_ids, keep)
+            with monkeypatch.context() as patch:
+                patch.setattr(fused, "TOKENS", 11)
+                sizes.clear()
+                states = packed_states(inner, model, packing, batch.input_ids, keep)
+            torch.testing.assert_close(states, whole, atol=2e-6, rtol=1e-5)
+            assert (keep is not None and not len(keep)) or (len(sizes) > 3 and max(sizes) <= 16)
+    monkeypatch.setattr(fused, "TOKENS", 11)
+    assert not fused.reads_in_pieces(inner, packing)
+    with torch.no_grad():
+        assert fused.reads_in_pieces(inner, packing)
+        next(inner.parameters()).ds_id = 0
+        assert not fused.reads_in_pieces(inner, packing)
 
 
 @pytest.mark.parametrize("heads", [2, 1])
