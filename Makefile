@@ -17,8 +17,10 @@ WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
+	@echo "installing into $(VENV): 2 GB of packages, PyTorch above all; minutes, as fast as they arrive (pip says only what is wrong)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,judge]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,judge]'
+	@echo "installed: $(BIN)/ppo-vs-dpo"
 	@touch $(STAMP)
 
 # The report is tested in a real browser. Without one those tests skip and say so.

@@ -20,6 +20,8 @@ PARTS = (
 )  # fmt: skip
 # Those that come before a stage knows its name.
 BEFORE = ("start-up", "imports")
+# In a stage's environment: when the command started it, or its launcher (`time.monotonic`, one clock on a machine).
+BEGAN = "PPO_VS_DPO_BEGAN"
 
 
 def peak_memory() -> dict[str, float]:
@@ -39,6 +41,13 @@ def age() -> float:
     return time.monotonic() - _imported
 
 
+def lived() -> float:
+    """Wall-clock seconds since a command started this process, or the launcher that did; `age`, where none says so."""
+    with contextlib.suppress(KeyError, ValueError):
+        return max(age(), time.monotonic() - float(os.environ[BEGAN]))
+    return age()
+
+
 def cpu_seconds() -> float:
     """CPU time of this process and of those that it started and waited for."""
     spent = os.times()
@@ -46,7 +55,7 @@ def cpu_seconds() -> float:
 
 
 _imported = time.monotonic()
-_spent: dict[str, float] = {"start-up": age()}
+_spent: dict[str, float] = {"start-up": lived()}
 _open: list[tuple[str, float]] = []
 
 

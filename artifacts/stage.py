@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ppo_vs_dpo.artifacts.guards import locks, refusals
 from ppo_vs_dpo.artifacts.guards.digests import Digests
 from ppo_vs_dpo.artifacts.guards.fingerprints import NEEDS, fingerprint_of, points_of
 from ppo_vs_dpo.artifacts.guards.processes import beat, die_with_parent, lose_no_interrupt, say_where_asked
-from ppo_vs_dpo.artifacts.resources import BEFORE, age, cpu_seconds, peak_memory, seconds_by_part
+from ppo_vs_dpo.artifacts.resources import BEFORE, cpu_seconds, lived, peak_memory, seconds_by_part
 from ppo_vs_dpo.artifacts.run import RunFolder, point_name
 
 # Seconds between two notes of the time spent so far: what a killed stage loses of its account.
@@ -39,10 +39,18 @@ class StageContext:
         dir: where this stage writes.
         config: the stage's section as a plain dict, the point applied, without the key ``sweep``.
         seed: the run's seed.
+
+    Args:
+        began: when the stage's process was started, by `time.monotonic`; now, where a process does other things, too.
     """
 
     def __init__(
-        self, run: RunFolder, stage: str, point: dict[str, Any] | None = None, fingerprint: str | None = None
+        self,
+        run: RunFolder,
+        stage: str,
+        point: dict[str, Any] | None = None,
+        fingerprint: str | None = None,
+        began: float | None = None,
     ):
         self.run, self.stage, self.point = run, stage, point or {}
         self.name = point_name(stage, self.point)
@@ -56,14 +64,16 @@ class StageContext:
             raise UserError(f"--point {unknown[0]}: {stage} has no such key in {run.path('config.yaml')}.")
         self.config.update(self.point)
         self.seed = int(run.config.get("seed", 0))
-        self._started = time.monotonic()
+        self._started = time.monotonic() if began is None else began
         self._last_progress = 0.0
         self._spent_file = Path(self.dir) / "spent.json"
         # Time of an attempt that was interrupted counts; a stage that is run again after its end starts at 0.
         interrupted = self._spent_file.is_file() and run.done(self.name) is None
-        spent = (read_marker(self._spent_file) or {}).get("seconds") if interrupted else 0.0
-        self._spent_before = float(spent) if isinstance(spent, int | float) else 0.0
-        self._last_spent = self._started
+        spent = (read_marker(self._spent_file) or {}) if interrupted else {}
+        self._spent_before, self._cpu_before = (
+            float(spent[key]) if isinstance(spent.get(key), int | float) else 0.0 for key in ("seconds", "cpu_seconds")
+        )
+        self._last_spent = time.monotonic()
         self._counted: dict[str, float] = {}
         self._parts_before = {name: seconds for name, seconds in seconds_by_part().items() if name not in BEFORE}
 
@@ -81,12 +91,32 @@ class StageContext:
         write_json(self.dir / "progress.json", {"done": done, "total": total, "note": note})
         if now - self._last_spent > SPENT_EVERY:
             self._last_spent = now
-            write_json(self._spent_file, {"seconds": self.seconds})
+            self.note_spent()
+
+    @contextlib.contextmanager
+    def noting_its_end(self) -> Iterator[None]:
+        """Around a stage's work: where it is interrupted, its time until then is not lost."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):  # a full disk: what came after the last note is lost
+                self.note_spent()
+            raise
+
+    def note_spent(self) -> None:
+        """Write down what this stage has taken so far, for the attempt that goes on where this one is interrupted."""
+        if self.is_main_process:
+            write_json(self._spent_file, {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds})
 
     @property
     def seconds(self) -> float:
-        """Wall time of this stage so far, interrupted attempts included."""
+        """Wall-clock seconds of this stage so far: of its process from its start on, interrupted attempts included."""
         return self._spent_before + time.monotonic() - self._started
+
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU seconds of this process and those that it started, interrupted attempts included."""
+        return self._cpu_before + cpu_seconds()
 
     def count(self, **amounts: float) -> None:
         """Add to what this stage cost: ``flops``, ``tokens_generated``. `finish` writes the sums."""
@@ -101,12 +131,12 @@ class StageContext:
         """Write the model's card, where there is a model, and ``done.json`` with figures and cost. Call it last.
 
         The cost is apart from the figures, for it differs between equal runs: peak memory of the main process, what
-        the stage counted, CPU time, and the wall-clock seconds of this attempt by part (`resources.PARTS`).
+        the stage counted, CPU seconds, and the wall-clock seconds of this attempt by part (`resources.PARTS`).
         """
         if self.is_main_process:
             times = {name: seconds - self._parts_before.get(name, 0.0) for name, seconds in seconds_by_part().items()}
-            times["other"] = max(0.0, age() - sum(times.values()))
-            cost = {**peak_memory(), **self._counted, "cpu_seconds": round(cpu_seconds(), 2)}
+            times["other"] = max(0.0, lived() - sum(times.values()))
+            cost = {**peak_memory(), **self._counted, "cpu_seconds": round(self.cpu_seconds, 2)}
             cost["times"] = {name: round(seconds, 3) for name, seconds in times.items()}
             model = self.dir / "model"
             # A model that was brought along keeps its own card, where it lies.
@@ -156,9 +186,10 @@ def stage_main(
                 stage, run_stage, point = arguments.step, choices[arguments.step], {}
             else:
                 point = parse_point(arguments.point) if arguments.point else {}
-            context = StageContext(run, stage, point, arguments.fingerprint)
+            context = StageContext(run, stage, point, arguments.fingerprint, time.monotonic() - lived())
             ended = begin(context, held)
-            run_stage(context)
+            with context.noting_its_end():
+                run_stage(context)
         code = 0
     except KeyboardInterrupt:
         warn(f"\nstage {stage} interrupted; the same command goes on from its last checkpoint.\n")

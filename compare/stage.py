@@ -1,6 +1,5 @@
 """The stage ``compare``: completions, judges, win rates, KL, frontier, one report."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +62,6 @@ def run_compare(context: StageContext) -> None:
         UserError: whatever makes the comparison meaningless; or a judge's endpoint went down, after the report of all
             that is known was written.
     """
-    started = time.monotonic()
     settings, _ = split(context.config, CompareStage, where="compare")
     check_settings(settings)
     # 1. The same pairs in both branches, and prompts that nobody was trained on.
@@ -156,7 +154,7 @@ def run_compare(context: StageContext) -> None:
     report["verdict"] = sentences(report)
     report["would_change"] = would_change(report)
     points = {point["policy"]: point for point in report["frontier"]} | report["policies"]
-    report["cost"] = cost(context, found.learned, started, selection, points)
+    report["cost"] = cost(context, found.learned, selection, points)
     report["cost"]["judges"] = {judge.name: judge.counted() for judge in reading}
     # 6. Files.
     context.progress(97, 100, "report")

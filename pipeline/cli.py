@@ -74,15 +74,13 @@ def main(argv: list[str] | None = None) -> None:
     interrupt_on_termination()
     try:
         code = dispatch(arguments)
-    except UserError as error:
-        warn(f"\nerror: {printable(str(error))}\n")
-        code = 2
-    except KeyboardInterrupt:
-        warn("\ninterrupted; the same command goes on from here.\n")
-        code = 130
-    except OSError as error:
-        explained = explain_os_error(error)
-        if explained is None:
+    except (KeyboardInterrupt, Exception) as error:
+        # A library may have made another error of Ctrl-C (`__main__.Interrupt`).
+        if isinstance(error, KeyboardInterrupt) or getattr(signal.getsignal(signal.SIGINT), "heard", False):
+            warn("\ninterrupted; the same command goes on from here.\n")
+            sys.exit(130)
+        explained = explain_os_error(error) if isinstance(error, OSError) else str(error)
+        if explained is None or not isinstance(error, UserError | OSError):
             raise
         warn(f"\nerror: {printable(explained)}\n")
         code = 2

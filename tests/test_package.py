@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import signal
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ import pytest
 import transformers
 
 import ppo_vs_dpo
+from ppo_vs_dpo.artifacts.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -39,6 +41,41 @@ def test_every_folder_with_code_is_installed():
     assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(found)
     code = {file.parent for room in ROOMS for file in (ROOT / room).rglob("*.py")}
     assert all((folder / "__init__.py").is_file() for folder in code)
+
+
+def test_ctrl_c_is_heard_from_the_first_line_on(monkeypatch, capsys):
+    """While libraries load, and where one of them makes another error of it."""
+    assert PROJECT["project"]["scripts"] == {"ppo-vs-dpo": "ppo_vs_dpo.__main__:main"}
+    from ppo_vs_dpo import __main__ as begin
+    from ppo_vs_dpo.pipeline import cli
+
+    def swallowed(arguments):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise UserError("'NoneType' object has no attribute '_invalidate_flags_cache'") from None
+
+    class Typed:
+        """Ctrl-C as the command's own module is looked for."""
+
+        def find_spec(self, name, *_):
+            if name == cli.__name__:
+                signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(cli, "dispatch", swallowed)
+    monkeypatch.setattr(sys, "argv", ["ppo-vs-dpo", "list"])
+    try:
+        for _ in range(2):
+            with pytest.raises(SystemExit) as end:
+                begin.main()
+            assert end.value.code == 130
+            assert capsys.readouterr().err.strip() == "interrupted; the same command goes on from here."
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            monkeypatch.delitem(sys.modules, cli.__name__, raising=False)
+            monkeypatch.setattr(sys, "meta_path", [Typed(), *sys.meta_path])
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_public_names():

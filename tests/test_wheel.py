@@ -99,4 +99,4 @@ def test_pipeline_and_python_from_a_folder_of_somebody_else(installed, elsewhere
     example = re.search(r"```python\n(.*?)```", page, flags=re.S).group(1)
     (elsewhere / "example.py").write_text(example.replace("runs/quickstart", "runs/small"))
     run([str(installed / "python"), "example.py"], elsewhere)
-    assert (elsewhere / "out" / "checkpoint-3").is_dir()
+    assert (elsewhere / "likes_good" / "checkpoint-3").is_dir()

@@ -1,6 +1,5 @@
 """The price of each method: time, memory, tokens, FLOPs. The part of a report that differs between equal runs."""
 
-import time
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,14 @@ METHOD_STAGES = {"ppo": ("reward_model", "ppo"), "dpo": ("dpo",), "best_of_n": (
 WORK = ("episodes", "steps", "updates")
 REWARDS = ("gold_reward", "proxy_reward")
 SUMMED, LARGEST = ("seconds", "tokens_generated", "flops"), ("peak_memory_mb", "gpu_peak_memory_mb")
+CPU = "cpu_seconds"
 
 
 def stage_cost(run: RunFolder, stage: str) -> dict[str, Any] | None:
     """What one stage took, from its ``done.json``; ``None`` where it has not finished.
 
-    ``seconds`` of wall time (interrupted attempts included), ``peak_memory_mb`` of the main process,
+    ``seconds`` of wall time of the stage's process from its start to its end (start-up and interrupted attempts
+    included), ``cpu_seconds`` of it and the processes it started, ``peak_memory_mb`` of the main process,
     ``gpu_peak_memory_mb`` where a GPU was used, ``tokens_generated`` while training, ``flops`` as the Trainer counts
     them (6 N a token trained, 2 N a token in a forward pass, N without embeddings).
     """
@@ -32,7 +33,8 @@ def stage_cost(run: RunFolder, stage: str) -> dict[str, Any] | None:
         return None
     figures, spent = done.get("figures") or {}, done.get("cost") or {}
     work = {key: figures[key] for key in WORK if isinstance(figures.get(key), int | float)}
-    return {"seconds": done.get("seconds"), **{key: spent[key] for key in (*SUMMED, *LARGEST) if key in spent}, **work}
+    known = {key: spent[key] for key in (CPU, *SUMMED, *LARGEST) if key in spent}
+    return {"seconds": done.get("seconds"), **known, **work}
 
 
 def together(stages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -42,6 +44,9 @@ def together(stages: list[dict[str, Any]]) -> dict[str, Any]:
         known = [one[key] for one in stages if one.get(key) is not None]
         if known:
             found[key] = round(sum(known), 3)
+    cpus = [one.get(CPU) for one in stages]
+    if cpus and None not in cpus:  # a part of them would look like little
+        found[CPU] = round(sum(cpus), 2)
     for key in LARGEST:
         known = [one[key] for one in stages if one.get(key) is not None]
         if known:
@@ -52,7 +57,6 @@ def together(stages: list[dict[str, Any]]) -> dict[str, Any]:
 def cost(
     context: StageContext,
     learned: dict[str, dict[str, Any]],
-    started: float,
     selection: Selection | None = None,
     policies: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
@@ -61,7 +65,6 @@ def cost(
     Args:
         context: of the comparison.
         learned: policy -> what was learned while its completions were drawn.
-        started: when the comparison began.
         selection: how each method's point was chosen; then ``tuned`` says what all settings took.
         policies: entries of the report, and of the points of its frontier: their rewards are those of ``curves``.
     """
@@ -90,7 +93,9 @@ def cost(
         **of_tuning,
         "curves": compute_curves(context.run, policies or {}, stages, selection),
         "generation": generation,
-        "compare_seconds": round(time.monotonic() - started, 3),
+        # Up to here: the pages are still to be written.
+        "compare_seconds": round(context.seconds, 3),
+        "compare_cpu_seconds": round(context.cpu_seconds, 2),
         **memory,
     }
 

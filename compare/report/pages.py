@@ -92,20 +92,26 @@ def si(value: float | None, unit: str = "") -> str:
 
 
 STAGE_NAMES = {"sft": "SFT", "reward_model": "reward model", "ppo": "PPO", "dpo": "DPO"}
+COSTS = ("seconds", "cpu_seconds", "peak_memory_mb", "gpu_peak_memory_mb", "tokens_generated", "flops")
 METHOD_NAMES = {**METHODS, "best_of_n": "best-of-n"}
 
 
 def cost_rows(cost: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the table of costs: every stage, then every method with all it needs after SFT."""
+    """Rows of the table of costs: every stage, then every method with all it needs after SFT.
+
+    The comparison is among them up to its report: its own end comes after that.
+    """
     rows = [{"name": STAGE_NAMES[stage], "kind": "stage", **spent} for stage, spent in cost.get("stages", {}).items()]
+    here = {key: cost[f"compare_{key}"] for key in COSTS if f"compare_{key}" in cost}
+    if here:
+        rows.append({"name": "comparison", "needs": "until this page was written", "kind": "stage", **here})
     for method, spent in cost.get("methods", {}).items():
         needs = " + ".join(STAGE_NAMES[stage] for stage in spent["stages"])
         rows.append({"name": f"{METHOD_NAMES[method]} in all", "needs": needs, "kind": "method", **spent})
     for method, spent in cost.get("tuned", {}).items():
         needs = f"all {spent['settings']:.0f} settings, chosen among"
         rows.append({"name": f"{METHOD_NAMES[method]}, tuned", "needs": needs, "kind": "method", **spent})
-    keys = ("seconds", "peak_memory_mb", "gpu_peak_memory_mb", "tokens_generated", "flops")
-    return [{**dict.fromkeys(keys), "needs": "", **row} for row in rows]
+    return [{**dict.fromkeys(COSTS), "needs": "", **row} for row in rows]
 
 
 def json_for_script(value: Any) -> Markup:

@@ -29,12 +29,16 @@ PATIENCE = 300.0
 def load_checked(overrides: list[str], launcher: Callable[[Any], Any]) -> DictConfig:
     """`compose.load`; where that complains, all that the stages would refuse besides is said with it.
 
+    Not where names alone are wrong: that costs no libraries, and what a mistyped key was to say is not known yet.
+
     Raises:
         UserError: all of it at once.
     """
     try:
         return load(overrides)
     except Complaint as error:
+        if all(": no such key." in line for line in error.problems):
+            raise
         raise Complaint([*error.problems, *beyond(error, launcher)]) from None
 
 
@@ -70,6 +74,8 @@ def check_run(
     Raises:
         UserError: all of it at once.
     """
+    say("looking at settings, data and models (some seconds) ...\n")
+    sys.stdout.flush()
     found = [*no_folder(Path(config.output_dir) / config.name), *problems_of(config, stages, environment)]
     try:
         launcher(config.launch)

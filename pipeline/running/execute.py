@@ -86,13 +86,15 @@ def _execute(run: RunFolder, jobs: list[Job], overview: Overview, mark: str) -> 
                 one.close()
                 if one.process.returncode != 0 or run.done(one.job.name) is None:
                     one.kill()
+                    overview.stopped(one.job, "failed")
                     raise StageFailed(explain_end(one))
                 one.job.state = "done"
                 unfinished.discard(one.job.name)
-                overview.finished(one.job, time.monotonic() - one.started)
+                overview.finished(one.job)
             for one in running:
                 if (why := one.hung()) is not None:
                     running.remove(one)
+                    overview.stopped(one.job, "failed")
                     one.kill()
                     one.process.wait()
                     one.close()
@@ -113,6 +115,8 @@ def _execute(run: RunFolder, jobs: list[Job], overview: Overview, mark: str) -> 
             overview.update()
             time.sleep(0.05)
     finally:
+        for one in running:
+            overview.stopped(one.job, "interrupted")
         for name in stop(running):
             overview.say(
                 f"{name}: the earlier result is in its place again; the same command goes on with the new one"

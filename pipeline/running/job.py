@@ -25,6 +25,7 @@ from ppo_vs_dpo.artifacts.guards.processes import (
     kill_marked,
     stopped,
 )
+from ppo_vs_dpo.artifacts.resources import BEGAN
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.artifacts.stage import PULSE, on_several_machines
 from ppo_vs_dpo.pipeline.checking.elsewhere import handed_on
@@ -103,6 +104,8 @@ class Running:
         shutil.rmtree(folder / PULSE, ignore_errors=True)
         self.pulses = Pulses(folder / PULSE)
         env = environment(run.config, mark, self.gpus)
+        if not self.elsewhere:  # another machine has another clock
+            env[BEGAN] = str(self.started)
         if run.config.launch.get("hostfile"):
             env |= handed_on(env, folder)
         self.process = subprocess.Popen(

@@ -14,7 +14,14 @@ from ppo_vs_dpo.pipeline.planning.cost.beforehand import at_once
 from ppo_vs_dpo.pipeline.running.graph import Job
 
 # State -> its word and style. Not as markup: a line that is printed above the table without it would show the marks.
-MARKS = {"done": ("done", "green"), "running": ("running", "cyan"), "part": ("to resume", ""), "stale": ("stale", "")}
+MARKS = {
+    "done": ("done", "green"),
+    "running": ("running", "cyan"),
+    "interrupted": ("interrupted", ""),
+    "failed": ("failed", "red"),
+    "part": ("to resume", ""),
+    "stale": ("stale", ""),
+}
 
 
 def clock(seconds: float) -> str:
@@ -37,6 +44,8 @@ class Overview:
         # When a job was first seen to get on, and how far it was: loading and compiling are before that.
         self.first: dict[str, tuple[float, float]] = {}
         self.shares: dict[str, float] = {}
+        # What the table shows of a job that has ended early: what lies in its folder may be an earlier result again.
+        self.last: dict[str, tuple[float, str]] = {}
         self.console = console or terminal()
         self.states = {job.name: job.state for job in jobs}
         self.began: dict[str, float] = {}
@@ -68,15 +77,21 @@ class Overview:
         # Why something is made again stays to be read, also above the live table.
         (self.say if job.state == "stale" else self._say)(f"{job.name} {verb}")
 
-    def finished(self, job: Job, seconds: float) -> None:
-        """A job has finished."""
+    def finished(self, job: Job) -> None:
+        """A job has finished. Its seconds are those that it wrote itself: the report has the same."""
+        done = self.run.done(job.name) or {}
         self.states[job.name] = "done"
-        self.seconds[job.name] = seconds
+        seconds = self.seconds[job.name] = done.get("seconds", 0.0)
         rest = all(state == "done" for state in self.states.values())
         self._say(f"{job.name} done in {seconds:.0f} s" + ("" if rest else f"; about {self.left()} left"))
-        for sentence in ((self.run.done(job.name) or {}).get("figures") or {}).get("warnings") or []:
+        for sentence in (done.get("figures") or {}).get("warnings") or []:
             line = printable(f"{job.name}: {sentence}")
             self.console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+    def stopped(self, job: Job, how: str) -> None:
+        """A job has ended early, ``"interrupted"`` or ``"failed"``; told before its folder is looked after."""
+        self.last[job.name] = self.progress(job)
+        self.states[job.name] = how
 
     def update(self) -> None:
         """Redraw."""
@@ -158,8 +173,8 @@ class Overview:
         for job in self.jobs:
             state = self.states[job.name]
             progress, spent = "", ""
-            if state == "running":
-                share, note = self.progress(job)
+            if state in ("running", "interrupted", "failed"):
+                share, note = self.progress(job) if state == "running" else self.last[job.name]
                 progress = f"{'━' * round(20 * share):<20} {note}"
                 spent = clock(time.monotonic() - self.began[job.name])
             elif state == "done" and job.name in self.seconds:

@@ -8,9 +8,10 @@ from ppo_vs_dpo.artifacts.resources import PARTS
 from ppo_vs_dpo.artifacts.run import RunFolder
 
 ABOUT = (
-    "Wall-clock seconds of each finished stage's process from its start on, by part; CPU seconds with those of the "
-    "processes that it started. Of the attempt that finished: interrupted ones before it are left out."
+    "Wall-clock seconds of each finished stage's process from its start on, by part, those of interrupted attempts in "
+    "one; CPU seconds with those of the processes that it started."
 )
+INTERRUPTED = "interrupted"
 
 
 def profile(run: RunFolder, names: Sequence[str]) -> str:
@@ -18,14 +19,16 @@ def profile(run: RunFolder, names: Sequence[str]) -> str:
     rows: list[tuple[str, dict[str, float], float]] = []
     without = []
     for name in names:
-        cost = (run.done(name) or {}).get("cost") or {}
+        done = run.done(name) or {}
+        cost = done.get("cost") or {}
         if cost.get("times"):
-            rows.append((name, cost["times"], cost.get("cpu_seconds", 0.0)))
+            before = max(0.0, done["seconds"] - sum(cost["times"].values()))
+            rows.append((name, {**cost["times"], INTERRUPTED: before}, cost.get("cpu_seconds", 0.0)))
         else:
             without.append(name)
-    total = {part: sum(times.get(part, 0.0) for _, times, _ in rows) for part in PARTS}
+    total = {part: sum(times.get(part, 0.0) for _, times, _ in rows) for part in (*PARTS, INTERRUPTED)}
     rows.append(("together", total, sum(cpu for *_, cpu in rows)))
-    shown = [part for part in PARTS if total[part] >= 0.05]
+    shown = [part for part in total if total[part] >= 0.05]
     table = [["stage", "seconds", *shown, "CPU"], ["---"] * (len(shown) + 3)]
     for name, times, cpu in rows:
         numbers = [sum(times.values()), *(times.get(part, 0.0) for part in shown), cpu]

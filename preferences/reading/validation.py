@@ -3,6 +3,7 @@
 import unicodedata
 from array import array
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -178,7 +179,8 @@ class Statistics:
     def summary(self) -> dict[str, Any]:
         """Quantiles of lengths (in words) and scores, and what a length rule alone would get right.
 
-        ``length_rule.longer_is_chosen`` is the accuracy of "the longer response is preferred", ties counted half;
+        ``length_rule.longer_is_chosen`` is the accuracy of "the longer response is preferred", ties counted half, and
+        ``length_rule.interval`` its 95 % interval;
         ``length_rule.explained`` is 2 |accuracy - 1/2|: 0 where length says nothing, 1 where it says everything.
         """
         lengths = {side: np.asarray(values) for side, values in self.lengths.items()}
@@ -193,7 +195,7 @@ class Statistics:
                 "same_length": float((difference == 0).mean()),
                 "chosen_shorter": float((difference < 0).mean()),
                 "longer_is_chosen": accuracy,
-                "standard_error": float(np.sqrt(accuracy * (1 - accuracy) / len(difference))),
+                "interval": wilson(accuracy, len(difference)),
                 "explained": 2 * abs(accuracy - 0.5),
             },
         }
@@ -207,6 +209,17 @@ class Statistics:
             gap = (scores[0] - scores[1])[both]
             result["score_difference"] = {**_quantiles(gap), "chosen_not_higher": float((gap <= 0).mean())}
         return result
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95 % score interval of a share among ``n`` (Wilson 1927): it holds for a handful, and near 0 and 1.
+
+    Halves (ties) are allowed, which ``scipy.stats.binomtest`` takes no count of.
+    """
+    z = NormalDist().inv_cdf(0.975)
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:

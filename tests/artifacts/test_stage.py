@@ -3,10 +3,12 @@
 import contextlib
 import gc
 import json
+import os
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -218,6 +220,44 @@ def test_time_of_an_interrupted_attempt_counts(run, monkeypatch):
     assert RunFolder(run).done("ppo")["seconds"] >= 100
     # Run again after its end: a new account.
     assert StageContext(RunFolder(run), "ppo").seconds < 50
+
+
+def toy(folder, what, ago=None):
+    """The stage above, which its command started ``ago`` seconds before."""
+    (folder / "config.yaml").write_text(f"toy:\n  do: {what}\n")
+    environment = {**os.environ, **({resources.BEGAN: str(time.monotonic() - ago)} if ago else {})}
+    words = [sys.executable, "-c", textwrap.dedent(STAGE), str(folder), "--fingerprint", "abc"]
+    return subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_a_stage_s_seconds_are_its_process_s_from_its_start_on(tmp_path, monkeypatch):
+    """Start-up and imports come before a stage's first line, and its launcher's before that."""
+    monkeypatch.delenv(resources.BEGAN, raising=False)
+    monkeypatch.setattr(resources, "age", lambda: 3.0)
+    assert resources.lived() == 3.0  # started by hand
+    monkeypatch.setenv(resources.BEGAN, str(time.monotonic() - 7))
+    assert resources.lived() == pytest.approx(7, abs=0.1)
+    monkeypatch.setenv(resources.BEGAN, "soon")
+    assert resources.lived() == 3.0
+    assert toy(tmp_path, "finish", ago=50).returncode == 0
+    done = RunFolder(tmp_path).done("toy")
+    assert 50 <= done["seconds"] < 60
+    assert sum(done["cost"]["times"].values()) == pytest.approx(done["seconds"], abs=0.1)
+
+
+@pytest.mark.parametrize(("how", "code"), [("interrupt", 130), ("user", 2)])
+def test_what_an_attempt_took_that_ended_early_is_noted(tmp_path, how, code):
+    """Of both clocks, also where it made no progress."""
+    assert toy(tmp_path, how, ago=50).returncode == code
+    spent = json.loads((tmp_path / "toy" / "spent.json").read_text())
+    assert 50 <= spent["seconds"] < 60
+    assert spent["cpu_seconds"] > 0
+    (tmp_path / "toy" / "spent.json").write_text(json.dumps({**spent, "cpu_seconds": 20}))
+    assert toy(tmp_path, "finish", ago=5).returncode == 0
+    done = RunFolder(tmp_path).done("toy")
+    assert 55 <= done["seconds"] < 65
+    assert 20 < done["cost"]["cpu_seconds"] < 25
+    assert not (tmp_path / "toy" / "spent.json").exists()
 
 
 def test_a_run_of_another_age_is_refused_in_one_sentence(tmp_path):

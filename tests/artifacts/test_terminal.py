@@ -83,7 +83,7 @@ def test_the_overview_and_the_verdict(tmp_path, capsys):
         overview.started(job)
         console.print(overview.table())
         folder.finish(name, "f", 1.0, {"warnings": [f"[u]careful{EVIL}"]})
-        overview.finished(job, 1.0)
+        overview.finished(job)
         (folder.stage_dir(name) / "done.json").unlink()
     for text in (live.getvalue(), plain.getvalue()):
         assert_harmless(text)
@@ -115,7 +115,7 @@ def test_a_line_above_the_live_table_takes_no_colour_from_it(tmp_path):
         overview.say("[u]careful")
         assert "so far, about" in out.getvalue()
         folder.finish("dpo", "f", 1.0, {})
-        overview.finished(overview.jobs[1], 1.0)
+        overview.finished(overview.jobs[1])
     assert "in all" in out.getvalue().rpartition("so far")[2]
     assert "[u]careful" in out.getvalue()
     assert "done" in out.getvalue()

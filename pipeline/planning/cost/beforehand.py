@@ -1,12 +1,13 @@
 """What a run will cost, said before its first stage: responses, tokens, updates, time here, memory, disk."""
 
 import os
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.artifacts.errors import UserError, say
 from ppo_vs_dpo.artifacts.files import read_marker, sha256_of, write_json
 from ppo_vs_dpo.artifacts.guards.fingerprints import needs_of
 from ppo_vs_dpo.artifacts.run import RunFolder
@@ -88,6 +89,8 @@ def speed_of(run: RunFolder, environment: dict[str, str]) -> dict[str, Any] | No
     known = read_marker(kept, set_aside=True) or {}
     if known.get("asked") == asked and "answer" in known and (known["answer"].get("characters") or not texts):
         return known["answer"]
+    say("timing two layers of the model on this machine, to say what the run will take (once; up to a minute) ...\n")
+    sys.stdout.flush()
     answer = ask({**question, "prompt": examples(run, "ppo")[1], "texts": texts}, environment)
     if answer is not None:
         write_json(kept, {"asked": asked, "answer": answer})
@@ -100,17 +103,18 @@ def speed_of(run: RunFolder, environment: dict[str, str]) -> dict[str, Any] | No
 def table(run: RunFolder, works: list[Work], seconds: dict[str, float], speed: dict[str, Any] | None) -> str:
     """The table as text."""
     memory = (speed or {}).get("memory") or {}
-    head = f"{'stage':<22}{'updates':>9}{'responses':>11}{'tokens':>10}{'time':>10}"
+    head = f"{'stage':<22}{'updates':>9}{'responses':>11}{'tokens':>12}{'time':>12}"
     lines = [head + (f"{'memory':>10}" if memory else "")]
     for work in works:
-        tokens = work.tokens
+        tokens, most = work.tokens, "<= " * work.at_most
+        time = f"{most if speed else ''}{spell(seconds[work.name])}" if work.name in seconds else ""
         cells = (
             "" if work.updates is None else f"{work.updates:,}",
             f"{work.responses:,}" if work.responses else "",
-            short(tokens) if tokens else "",
-            spell(seconds[work.name]) if work.name in seconds else "?" if not work.known else "",
+            most + short(tokens) if tokens else "",
+            time or ("" if work.known else "?"),
         )
-        line = f"{work.name[:21]:<22}{cells[0]:>9}{cells[1]:>11}{cells[2]:>10}{cells[3]:>10}"
+        line = f"{work.name[:21]:<22}{cells[0]:>9}{cells[1]:>11}{cells[2]:>12}{cells[3]:>12}"
         peak = memory.get(work.name.split(",")[0])
         lines.append(line + (f"{peak / 1e9:>7.1f} GB" if peak else ""))
     total = sum(seconds.values())
@@ -121,11 +125,16 @@ def table(run: RunFolder, works: list[Work], seconds: dict[str, float], speed: d
         needs = lambda name: needs_of(run.config, name.split(",")[0])  # noqa: E731
         quick, slow = spell(at_once(seconds, needs, run.config.launch.workers)), spell(total)
         time = slow if quick == slow else f"{quick} to {slow}"
-        lines.append(f"about {time} in all{where}{more}; Ctrl-C keeps what is done")
+        about = "at most about" if speed and any(work.at_most for work in works) else "about"
+        lines.append(f"{about} {time} in all{where}{more}; Ctrl-C keeps what is done")
         if (speed or {}).get("device", "cpu") == "cpu" and (load := busy()):
             lines.append(f"that is beside no other work; this machine has some now ({load}): it will take longer")
     else:
         lines.append("how long that takes is known after the first update; Ctrl-C keeps what is done")
+    if any(work.at_most for work in works):
+        texts = ", and texts at the longest that data lets them be: how long they are is known once the data is read"
+        texts = texts if any(work.longest and work.tokens for work in works) else ""
+        lines.append(f"<=: answers are counted at their full length, and many end earlier{texts}")
     if memory:
         where = "a stage's process" if speed["device"] == "cpu" else "each GPU"
         beside = f"; {run.config.launch.workers} stages run at once" if int(run.config.launch.workers) > 1 else ""

@@ -29,6 +29,8 @@ from ppo_vs_dpo.preferences.reading.readers import SUFFIXES, Broken, read_files,
 
 # Characters of a token, about; only for texts that nobody has tokenised yet.
 CHARACTERS = 4
+# Reviews of the testbed that are written to know how long one is: some 20 ms.
+WRITTEN = 200
 # Rows of a file that are looked at to know how long a text is.
 LOOKED_AT = 200
 
@@ -53,20 +55,34 @@ def test_pairs(run: RunFolder) -> int | None:
 
 def examples(run: RunFolder, stage: str, ratios: dict[str, float] | None = None) -> tuple[int | None, int]:
     """How many examples a stage trains on (``None``: not known yet), and tokens of one, about (ppo: of a prompt)."""
+    return _examples(run, stage, ratios)[:2]
+
+
+def at_their_longest(run: RunFolder, stage: str) -> bool:
+    """Whether nobody knows yet how long a stage's texts are, and `examples` has the longest that may be."""
+    return _examples(run, stage)[2]
+
+
+def _examples(run: RunFolder, stage: str, ratios: dict[str, float] | None = None) -> tuple[int | None, int, bool]:
     data = run.config.data
     bound = int(data.get("max_prompt_tokens") or 128)
     if stage != "ppo":
         bound += int(data.get("max_response_tokens") or data.get("max_new_tokens") or 128)
-    per_token, template = (ratios or {}).get("text") or CHARACTERS, (ratios or {}).get("template") or 0
+    written = _written(run)
+    template = (ratios or {}).get("template") or 0
+    per_token = (ratios or {}).get("text") or (_characters_of_a_word() if written else CHARACTERS)
     name, columns = table_of(stage)
     table = run.path(*name)
     if table.is_file():
         lengths = [sum(characters(row[one]) for one in columns if one in row) for row in _first(table, columns)]
         typical = math.ceil(sum(lengths) / max(len(lengths), 1) / per_token + template) or bound
-        return rows_of(table), min(typical, bound) if data.get("max_prompt_tokens") else typical
+        return rows_of(table), min(typical, bound) if data.get("max_prompt_tokens") else typical, False
     configured = {"sft": data.get("sft_examples"), "ppo": data.get("train_prompts")}.get(stage, data.get("pairs"))
+    if isinstance(configured, int) and written:
+        lengths = [len(prompt) + (len(answer) if stage != "ppo" else 0) for prompt, answer in _reviews()]
+        return configured, min(math.ceil(sum(lengths) / len(lengths) / per_token), bound), False
     if isinstance(configured, int):
-        return configured, bound
+        return configured, bound, True
     found = _file_of(run)
     if found is not None:
         total, pairs = found[0], [row for row in found[1] if _fits(row, data, per_token)]
@@ -77,8 +93,29 @@ def examples(run: RunFolder, stage: str, ratios: dict[str, float] | None = None)
             sum(map(characters, (row["prompt"], *(() if stage == "ppo" else (row["chosen"],))))) for row in pairs
         ]
         typical = math.ceil(sum(lengths) / max(len(lengths), 1) / per_token + template) if pairs else bound
-        return int(number * share), min(typical, bound) if data.get("max_prompt_tokens") else typical
-    return None, bound
+        return int(number * share), min(typical, bound) if data.get("max_prompt_tokens") else typical, not pairs
+    return None, bound, True
+
+
+def _written(run: RunFolder) -> bool:
+    """Whether a run's texts are the testbed's, which has its own tokenizer: a word is a token."""
+    data, own = run.config.data, not run.config.model.get("path")
+    return own and "testbed" in (data.get("source"), data.get("prompts_path"))
+
+
+@functools.cache
+def _reviews() -> list[tuple[str, str]]:
+    from ppo_vs_dpo.preferences.testbed.grammar import reviews
+
+    return list(reviews(0, WRITTEN))
+
+
+@functools.cache
+def _characters_of_a_word() -> float:
+    from ppo_vs_dpo.preferences.testbed.gold import words_of
+
+    texts = [prompt + answer for prompt, answer in _reviews()]
+    return sum(map(len, texts)) / sum(len(words_of(text)) for text in texts)
 
 
 def _fits(row: dict[str, Any], data: Any, per_token: float) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from ppo_vs_dpo.artifacts.guards.fingerprints import point_name, points_of
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.compare.config import VALIDATION_PROMPTS
-from ppo_vs_dpo.pipeline.planning.cost.counted import examples, ranks, rows_of, test_pairs
+from ppo_vs_dpo.pipeline.planning.cost.counted import at_their_longest, examples, ranks, rows_of, test_pairs
 from ppo_vs_dpo.ppo.stage.config import reward_models, trained_share, trains_values
 
 # trl's and transformers' defaults where a section says nothing.
@@ -47,6 +47,7 @@ class Work:
         ranks: that share the work.
         beside: parts of what is summed up above, which ``processes`` of this machine take from each other, one at a
             time; on CPUs only.
+        longest: whether the lengths of its texts are the longest that may be, for nobody knows them yet.
     """
 
     name: str
@@ -62,11 +63,17 @@ class Work:
     ranks: int = 1
     beside: list["Work"] = field(default_factory=list)
     processes: int = 1
+    longest: bool = False
 
     @property
     def tokens(self) -> float:
         """All of them."""
         return self.trained + self.read + self.sampled
+
+    @property
+    def at_most(self) -> bool:
+        """Whether its tokens, and what follows from them, are a bound: answers are counted at their full length."""
+        return bool(self.tokens) and (self.longest or self.responses > 0)
 
     def seconds(self, speed: dict[str, Any]) -> float | None:
         """On this machine (`measured.ask`); ``None`` where the work is not known.
@@ -100,6 +107,14 @@ def work_of(run: RunFolder, name: str, ratios: dict[str, float] | None = None) -
         name: of the job, ``"ppo,kl_coef=0.0"`` for a point of a sweep.
         ratios: characters of a token, and the template's tokens (`measured.ask`, ``characters``).
     """
+    work = _work_of(run, name, ratios)
+    # Prompts alone are read where answers are sampled.
+    texts = {"pairs": ["ppo"], "compare": ["ppo", "dpo"]}.get(name.split(",")[0], [name.split(",")[0]])
+    work.longest = any(at_their_longest(run, stage) for stage in texts)
+    return work
+
+
+def _work_of(run: RunFolder, name: str, ratios: dict[str, float] | None) -> Work:
     stage = name.split(",")[0]
     section = run.config.get(stage) or {}
     if stage in ("data", "pairs"):

@@ -232,10 +232,13 @@ def _show_statistics(report: Report, console: Console) -> None:
     for name, values in [*named, *statistics.items()]:
         table.add_row(name, *(f"{values[key]:.4g}" for key in ("mean", "min", "p5", "median", "p95", "max")))
     console.print(table)
+    low, high = rule["interval"]
+    if rule["longer_is_chosen"] < 0.5:
+        low, high = 1 - high, 1 - low
     console.print(
         f"The longer response is the chosen one in {rule['chosen_longer']:.1%} of the pairs, the shorter in "
         f"{rule['chosen_shorter']:.1%}.\nA rule that looks at length alone is right in "
-        f"{max(rule['longer_is_chosen'], 1 - rule['longer_is_chosen']):.1%} (± {1.96 * rule['standard_error']:.1%}); "
+        f"{max(rule['longer_is_chosen'], 1 - rule['longer_is_chosen']):.1%} (95 % interval: {low:.1%} to {high:.1%}); "
         f"a coin in 50 %."
     )
     if "score_difference" in statistics:

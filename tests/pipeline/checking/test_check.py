@@ -207,6 +207,16 @@ def test_what_is_refused_later_is_said_in_the_same_round(monkeypatch):
     assert len(found) == len(wrong), found
 
 
+def test_a_mistyped_name_costs_no_libraries(monkeypatch):
+    monkeypatch.setattr(
+        "ppo_vs_dpo.pipeline.checking.check.problems_of", lambda *_: pytest.fail("what loads TRL was asked")
+    )
+    wrong = ["ppo.kl_coeff=1", "seeed=3", "launch.worker=2"]
+    with pytest.raises(Complaint) as refused:
+        load_checked(["experiment=quickstart", *wrong], launcher)
+    assert len(refused.value.problems) == 3  # all of them
+
+
 @pytest.mark.parametrize(
     ("row", "more", "message"),
     [

@@ -23,6 +23,8 @@ from ppo_vs_dpo.pipeline.planning.cost import __main__ as afterwards
 from ppo_vs_dpo.pipeline.planning.cost import beforehand, counted, measured, work
 from ppo_vs_dpo.pipeline.running.graph import Job
 from ppo_vs_dpo.pipeline.running.overview import Overview, clock
+from ppo_vs_dpo.preferences.testbed.grammar import reviews
+from ppo_vs_dpo.preferences.testbed.tokenizer import build_tokenizer
 from tests.pipeline.chat_model import save_chat_model
 
 STAGES = ("data", "sft", "pairs", "reward_model", "dpo", "ppo", "compare")
@@ -126,6 +128,42 @@ def test_once_the_pairs_are_there_they_are_counted(hh):
     dpo = work.work_of(hh, "dpo")
     assert dpo.updates == 10
     assert dpo.trained == 10 * 64 * 2 * (160 / counted.CHARACTERS)
+
+
+def test_the_testbed_s_texts_are_as_long_as_its_reviews(tmp_path):
+    """Before and after its data step, by its own tokenizer: within a tenth, where the longest is many times that."""
+    run = run_of(tmp_path, "experiment=quickstart")
+    before = {stage: counted.examples(run, stage)[1] for stage in ("sft", "ppo", "dpo")}
+    assert not any(counted.at_their_longest(run, stage) for stage in before)
+    assert run.config.data.max_new_tokens + 128 > 4 * before["dpo"]
+    texts, tokenizer = list(reviews(1, 500)), build_tokenizer()
+    pairs = [{"prompt": prompt, "completion": answer, "chosen": answer} for prompt, answer in texts]
+    for place in (("data", "sft_train.parquet"), ("data", "prompts_train.parquet"), ("pairs", "train.parquet")):
+        write_parquet(run.path(*place), pairs)
+    lengths = [[len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in both] for both in texts]
+    mean = {"ppo": sum(p for p, _ in lengths) / 500, "sft": sum(map(sum, lengths)) / 500}
+    for stage in before:
+        assert before[stage] == pytest.approx(mean["ppo" if stage == "ppo" else "sft"], rel=0.1)
+        assert counted.examples(run, stage)[1] == pytest.approx(before[stage], rel=0.1)
+
+
+def test_what_is_a_bound_says_so(hh, tmp_path):
+    """Answers at their full length, texts that nobody has read, and the times that follow; nothing else."""
+    speed = {"train": 1e-2, "forward": 1e-4, "decode": 1e-3, "device": "cpu", "parameters": 10**9, "layers": 2}
+    speed |= {"start": 5.0, "step": 0.01, "characters": {}}
+    hub = run_of(tmp_path / "hub", "experiment=hh", "model.path=x", "data.path=Anthropic/hh-rlhf", "dpo.max_steps=5")
+    rows = {}
+    for name, run in (("file", hh), ("hub", hub)):
+        works = [work.work_of(run, stage) for stage in STAGES]
+        seconds = {one.name: found for one in works if (found := one.seconds(speed)) is not None}
+        text = beforehand.table(run, works, seconds, speed)
+        rows[name] = {line.split()[0]: line.count("<= ") for line in text.splitlines()}
+        assert "at most about" in text
+        assert ("at the longest" in text) == (name == "hub")
+        # Seconds that are named are none that follow from tokens.
+        assert beforehand.table(run, works, seconds, None).count("<= ") < text.count("<= ")
+    assert (rows["file"]["ppo"], rows["file"]["compare"], rows["file"]["dpo"]) == (2, 2, 0)
+    assert (rows["hub"]["ppo"], rows["hub"]["compare"], rows["hub"]["dpo"]) == (2, 2, 2)
 
 
 def test_a_hub_set_is_not_known_before_it_is_read(tmp_path):
@@ -371,7 +409,7 @@ def test_a_finished_run_says_what_was_estimated_and_what_it_took(tmp_path, monke
     stage, guess, _, *took = said[2].split()
     assert (stage, took) == ("sft", ["3", "s"])  # of a version that did not count
     assert float(guess.replace(",", "")) > 7
-    assert len(said) == 7  # no stage that has not finished
+    assert not [line for line in said if line.startswith(("pairs", "ppo"))]  # no stage that has not finished
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(45, "45 s"), (600, "10 min"), (9000, "2.5 h"), (300_000, "3.5 d")])

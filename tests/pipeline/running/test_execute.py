@@ -34,6 +34,7 @@ folder = pathlib.Path(run) / name
 print("working on", name, flush=True)
 if what.startswith("some work, then "):
     step = len(list(folder.glob("checkpoints/*"))) + 1
+    (folder / "progress.json").write_text('{"done": 1, "total": 4, "note": "a quarter"}')
     (folder / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
     what = what.removeprefix("some work, then ")
 if what == "fail":
@@ -336,17 +337,17 @@ def test_a_replaced_result_is_back_where_the_new_attempt_made_nothing(run):
     assert not (run.root / ".replaced").exists()
 
 
+def _interrupt_at_work(run, job, attempt):
+    while not (run.stage_dir(job.name) / "checkpoints" / f"checkpoint-{attempt}").is_dir():
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def interrupted(run, job, attempt):
     """Ctrl-C once the job is at work."""
-
-    def stop():
-        while not (run.stage_dir(job.name) / "checkpoints" / f"checkpoint-{attempt}").is_dir():
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
-
     # Tests that were started in the background have the signal ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Thread(target=stop).start()
+    threading.Thread(target=_interrupt_at_work, args=(run, job, attempt)).start()
     try:
         with pytest.raises(KeyboardInterrupt):
             go(run, [job])
@@ -403,11 +404,50 @@ def test_a_terminal_says_why_something_is_made_again(run):
     assert "b starts" not in out.getvalue()  # the table says so
 
 
+@pytest.mark.parametrize(("what", "word"), [("hang", "interrupted"), ("fail", "failed")])
+def test_the_last_table_shows_the_new_attempt_and_not_the_earlier_result(run, what, word):
+    """By then the earlier result is in its place again, with its progress."""
+    folder, out = run.stage_dir("bad"), io.StringIO()
+    run.begin("bad", Made("earlier", {}))
+    (folder / "progress.json").write_text('{"done": 4, "total": 4, "note": "all of it"}')
+    run.finish("bad", "earlier", 1.0, {})
+    job = Job("bad", "bad", {"what": f"some work, then {what}"}, state="stale", made=Made("new", {}))
+    threading.Thread(target=_interrupt_at_work, args=(run, job, 1)).start() if what == "hang" else None
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises((KeyboardInterrupt, UserError)):
+            with Overview(
+                run, [job], Console(file=out, width=100, force_terminal=True, color_system=None)
+            ) as overview:
+                execute.execute(run, [job], overview)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert run.done("bad")["fingerprint"] == "earlier"
+    last = out.getvalue().rpartition("stage")[2]
+    assert word in last
+    assert "a quarter" in last
+    assert "all of it" not in last
+
+
+def test_a_stage_is_told_when_the_command_started_it(run, monkeypatch):
+    """Its seconds begin there; on other machines, whose clocks are others, at its own start."""
+    told = "import json, os; print(os.environ.get('PPO_VS_DPO_BEGAN'))"
+    monkeypatch.setattr(execute, "command", lambda run, job: [sys.executable, "-c", told])
+    for elsewhere in (False, True):
+        monkeypatch.setattr(job_module, "on_several_machines", lambda config, e=elsewhere: e)
+        before = time.monotonic()
+        with pytest.raises(UserError, match="without its last word"):
+            go(run, [Job("a", "a")])
+        said = (run.stage_dir("a") / "log.txt").read_text().split()[-1]
+        assert said == "None" if elsewhere else before <= float(said) <= time.monotonic()
+
+
 def test_time_left_is_unknown_until_something_is_known(run):
     jobs = [Job("a", "a"), Job("a,x=1", "a", {"x": 1})]
     overview = Overview(run, jobs, Console(file=io.StringIO()))
     assert overview.left() == "?"
-    overview.finished(jobs[0], 90.0)
+    run.finish("a", "f", 90.0, {})
+    overview.finished(jobs[0])
     assert overview.left() == "1:30"
 
 

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from ppo_vs_dpo.artifacts.run import RunFolder
 from tests import warm
 from tests.pipeline import mini
 
@@ -90,7 +91,14 @@ def test_every_stage_says_what_it_cost_and_the_report_adds_it_up(finished):
     # What the quickstart asks for beyond a run's own policies.
     assert "best_of_4,policy=ppo" in report["policies"]
     assert report["optimum"]["kind"] == "importance weights"
-    assert "What it took" in (run / "compare" / "report.html").read_text()
+    for stage, spent in report["cost"]["stages"].items():
+        assert spent["seconds"] == done[stage]["seconds"]
+        assert spent["cpu_seconds"] == done[stage]["cost"]["cpu_seconds"] > 0
+    page = (run / "compare" / "report.html").read_text()
+    assert "What it took" in page
+    assert "until this page was written" in page
+    compare = json.loads((run / "compare" / "done.json").read_text())
+    assert 0.5 * compare["seconds"] < report["cost"]["compare_seconds"] <= compare["seconds"]
 
 
 def test_a_table_says_where_the_time_went(finished):
@@ -104,6 +112,11 @@ def test_a_table_says_where_the_time_went(finished):
         parts = {part: seconds for part, seconds in row.items() if part not in ("seconds", "CPU")}
         assert sum(parts.values()) == pytest.approx(row["seconds"], abs=0.05 * (len(parts) + 1)), name
         assert row["CPU"] > 0
+        if name != "together":
+            # One figure everywhere: table, last word, report, and what the command said.
+            took = json.loads((RunFolder(folder / "quickstart").stage_dir(name) / "done.json").read_text())["seconds"]
+            assert row["seconds"] == pytest.approx(took, abs=0.2), name
+            assert f"{name} done in {took:.0f} s" in said
         # What no part has is little: the parts are where the work is.
         assert row["other"] < 0.5 * row["seconds"] + 1, name
     for stage, parts in {

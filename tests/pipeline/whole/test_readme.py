@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ppo_vs_dpo.pipeline.cli import COMMANDS, with_config_dir
 from ppo_vs_dpo.pipeline.composing.compose import load
 from ppo_vs_dpo.pipeline.composing.words import with_experiment
+from ppo_vs_dpo.preferences.testbed.tokenizer import build_tokenizer
 from tests.pipeline import mini
 from tests.pipeline.chat_model import save_chat_model
 from tests.pipeline.whole.test_real_input import FEW
@@ -121,6 +122,26 @@ def test_the_ten_lines_end_in_a_saved_model(desk, monkeypatch):
     exec(block.replace("max_steps=20", "max_steps=1, report_to='none'"), {})
     AutoModelForCausalLM.from_pretrained("my_policy")
     AutoTokenizer.from_pretrained("my_policy")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/ppo.md"])
+def test_example_prompts_are_words_that_the_quickstart_s_model_knows(page):
+    """They are tried on it first: what it cannot read would be sampled from <unk>."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    tokenizer = build_tokenizer()
+    (prompts,) = re.findall(r'from_dict\(\s*\{"prompt": (\[.*?\])\}\s*\)', text)
+    for prompt in json.loads(prompts):
+        assert tokenizer.unk_token_id not in tokenizer(prompt)["input_ids"], prompt
+
+
+def test_no_two_pages_write_into_one_folder():
+    """Whoever tries one example after the other would go on with the first one's checkpoints."""
+    used = []
+    for page in (ROOT / "README.md", *PAGES):
+        blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        used += {*re.findall(r'output_dir="(.*?)"', "\n".join(blocks))}
+    assert len(used) >= 3
+    assert len(used) == len({*used}), used
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """``ppo-vs-dpo data inspect``: the report of a file, for people and as JSON."""
 
+import io
 import json
 import re
 import subprocess
@@ -8,12 +9,14 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from rich.console import Console
+from scipy.stats import binomtest
 from transformers import AutoTokenizer
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.dpo.data import dpo_dataset
 from ppo_vs_dpo.preferences.reading.importing import mapped
-from ppo_vs_dpo.preferences.reading.inspect import main
+from ppo_vs_dpo.preferences.reading.inspect import main, show
 from ppo_vs_dpo.preferences.reading.mappings import MappingOptions
 from ppo_vs_dpo.preferences.reading.readers import read_files
 from ppo_vs_dpo.preferences.reading.validation import Checker, Report, Statistics, policies
@@ -44,6 +47,22 @@ def test_length_rule_by_hand():
     assert (rule["chosen_longer"], rule["chosen_shorter"], rule["same_length"]) == (0.5, 0.25, 0.25)
     assert rule["longer_is_chosen"] == 0.5 + 0.25 / 2
     assert rule["explained"] == 0.25
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 4), (3, 4), (4, 4), (60, 100)])
+def test_what_length_explains_has_a_score_interval(right, n):
+    statistics, report = Statistics(), Report("x")
+    for chosen in ["a b"] * right + ["a"] * (n - right):
+        statistics.add({"prompt": "q", "chosen": chosen, "rejected": "a" if chosen == "a b" else "a b"})
+    report.statistics = statistics.summary()
+    found = binomtest(right, n).proportion_ci(method="wilson")
+    assert report.statistics["length_rule"]["interval"] == pytest.approx((found.low, found.high), abs=1e-12)
+    console = Console(file=io.StringIO(), width=200)
+    show(report, None, console)
+    # Of the better of the two rules: longer, or shorter.
+    ends = (found.low, found.high) if right >= n / 2 else (1 - found.high, 1 - found.low)
+    says = f"right in {max(right, n - right) / n:.1%} (95 % interval: {ends[0]:.1%} to {ends[1]:.1%})"
+    assert says in console.file.getvalue()
 
 
 def test_scores_by_hand():
