@@ -6,18 +6,24 @@ Nothing is trained. All that can be wrong with files is said in the first second
 import argparse
 import contextlib
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import Complaint, UserError, first_sentence, in_help, say
-from ppo_vs_dpo.artifacts.files import fingerprint_file, read_json, sha256_of, write_json, write_parquet, write_text
+from ppo_vs_dpo.artifacts.files import fingerprint_file, sha256_of, write_json, write_parquet, write_text
+from ppo_vs_dpo.artifacts.resources import lived
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.artifacts.stage import StageContext
-from ppo_vs_dpo.compare.sampling.rows import match, read_completions
+from ppo_vs_dpo.compare.sampling.rows import fitting, match, read_completions
 from ppo_vs_dpo.pipeline.composing.compose import check_section, compose_plainly
 from ppo_vs_dpo.pipeline.composing.words import no_such_choice
+from ppo_vs_dpo.pipeline.planning.cost.beforehand import requests, say_cost
+from ppo_vs_dpo.pipeline.planning.cost.work import work_of
+from ppo_vs_dpo.pipeline.running.job import environment
 from ppo_vs_dpo.preferences.reading.prompts import read_prompts
 from ppo_vs_dpo.preferences.reading.readers import SUFFIXES, suffix_of
 from ppo_vs_dpo.preferences.recipes.named import load_gold
@@ -46,33 +52,14 @@ def wanted(arguments: list[str]) -> bool:
 def main(arguments: list[str]) -> int:
     """The command."""
     given = parser().parse_intermixed_args(arguments)
-    sources = [source_of(text) for text in given.policy or []]
-    if len(sources) < 2 and not (sources and given.reference):
-        raise UserError(
-            "what is compared with what? Give two of --policy NAME=SOURCE, or one and --reference MODEL; or finished "
-            "runs to pool: ppo-vs-dpo compare RUN RUN ..."
-        )
-    names = [name for name, _ in sources]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"--policy {twice[0]}: the name stands there twice.")
-    judges = [judge_of(text) for text in given.judge or []]
-    if not judges:
-        raise UserError(
-            "who judges? Give --judge my_file.py:function, --judge reward_model=MODEL, or --judge "
-            "'llm={model: NAME, base_url: URL, template: alpaca_eval}' (docs/compare.md)."
-        )
-    prompts = prompts_of(given.prompts, sources)[: int(settings_of(given.settings)["compare"]["n_prompts"])]
-    prompts, note = fitting(prompts, [path for _, path in sources if not is_outputs(path)] + [given.reference or ""])
+    sources, judges, prompts, note = understood(given)
     if note:
         say(note + "\n")
-    ids = [prompt_id(prompt) for prompt in prompts]
-    for name, path in sources:
-        if is_outputs(path):
-            match(path, prompts, ids, 1, f"--policy {name}={path}")
-    folder = Path(given.output or f"runs/{'-against-'.join(names)[:80]}")
-    run = lay_out(folder, given, sources, judges, prompts)
+    run = lay_out(folder_of(given, sources), given, sources, judges, prompts)
+    say(cost_of(run))
+    sys.stdout.flush()
 
-    context = Told(run, "compare")
+    context = Told(run, "compare", began=time.monotonic() - lived())
     Path(context.dir).mkdir(parents=True, exist_ok=True)
     with (Path(context.dir) / "log.txt").open("a", encoding="utf-8") as log:
         # What libraries print goes where a stage's output goes.
@@ -83,6 +70,118 @@ def main(arguments: list[str]) -> int:
             run_compare(context)
         say_verdict(run)
     return 0
+
+
+def understood(given: argparse.Namespace) -> tuple[list[tuple[str, str]], list[dict[str, Any]], list[Text], str]:
+    """Policies, judges and prompts as they were meant, and what was done to the prompts.
+
+    Raises:
+        UserError: all that is wrong with them, at once.
+    """
+    wrong: list[str] = []
+    found = gathered(given, wrong)
+    if wrong:
+        raise UserError(wrong[0] if len(wrong) == 1 else "\n  ".join(["the command has errors:", *wrong]))
+    return found
+
+
+@contextlib.contextmanager
+def noted(wrong: list[str]) -> Iterator[None]:
+    """Around a look at one thing: what is wrong with it is said with the rest."""
+    try:
+        yield
+    except Complaint as error:
+        wrong += error.problems
+    except UserError as error:
+        wrong.append(str(error))
+
+
+def gathered(
+    given: argparse.Namespace, wrong: list[str]
+) -> tuple[list[tuple[str, str]], list[dict[str, Any]], list[Text], str]:
+    """`understood`, as far as it could be; a sentence in ``wrong`` for all that could not."""
+    sources, judges, prompts, note, settings = [], [], [], "", None
+    for text in given.policy or []:
+        with noted(wrong):
+            sources.append(source_of(text))
+    if len(given.policy or []) < 2 and not (given.policy and given.reference):
+        wrong.append(
+            "what is compared with what? Give two of --policy NAME=SOURCE, or one and --reference MODEL; or finished "
+            "runs to pool: ppo-vs-dpo compare RUN RUN ..."
+        )
+    names = [name for name, _ in sources]
+    wrong += [f"--policy {name}: the name stands there twice." for name in {*names} if names.count(name) > 1]
+    if given.reference is not None:
+        with noted(wrong):
+            check_model(given.reference, "--reference")
+    with noted(wrong):
+        reference_of(given, sources)
+    for text in given.judge or []:
+        with noted(wrong):
+            judges.append(judge_of(text))
+    if not given.judge:
+        wrong.append(
+            "who judges? Give --judge my_file.py:function, --judge reward_model=MODEL, or --judge "
+            "'llm={model: NAME, base_url: URL, template: alpaca_eval}' (docs/compare.md)."
+        )
+    with noted(wrong):
+        settings = settings_of(given.settings)
+    with noted(wrong):
+        check_folder(folder_of(given, sources))
+    # Prompts may be those of a policy's file: without it nothing is known of them.
+    if given.prompts is not None or len(sources) == len(given.policy or []):
+        with noted(wrong):
+            prompts = prompts_of(given.prompts, sources)
+    if prompts and settings is not None:
+        prompts = prompts[: int(settings["compare"]["n_prompts"])]
+        models = [path for _, path in sources if not is_outputs(path)] + [given.reference or ""]
+        with noted(wrong):
+            prompts, note = fitting(prompts, models)
+        ids = [prompt_id(prompt) for prompt in prompts]
+        for name, path in sources:
+            if is_outputs(path):
+                with noted(wrong):
+                    match(path, prompts, ids, 1, f"--policy {name}={path}")
+    return sources, judges, prompts, note
+
+
+def folder_of(given: argparse.Namespace, sources: list[tuple[str, str]]) -> Path:
+    """Where the comparison is written."""
+    return Path(given.output or f"runs/{'-against-'.join(name for name, _ in sources)[:80]}")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse the folder of a run in which something was trained."""
+    if (folder / "config.yaml").is_file() and OmegaConf.load(folder / "config.yaml").get("given") is None:
+        raise UserError(f"{folder} holds a run. Choose another folder: --output FOLDER.")
+
+
+def reference_of(given: argparse.Namespace, sources: list[tuple[str, str]]) -> tuple[str, str, dict[str, str]]:
+    """What the others are held against, the name it is shown by, and the others.
+
+    Without ``--reference`` the first model, or the first file where there is no model.
+
+    Raises:
+        UserError: a policy's name is one that reports have for something else.
+    """
+    reference, rest, shown = given.reference, dict(sources), "reference"
+    if reference is None and sources:
+        shown = next((name for name, path in sources if not is_outputs(path)), sources[0][0])
+        reference = rest.pop(shown)
+    taken = {name for name in rest if name == REFERENCE or name.startswith("best_of_")}
+    if taken:
+        raise UserError(f"--policy {min(taken)}: this name has a meaning in reports. Choose another.")
+    return reference, shown, rest
+
+
+def cost_of(run: RunFolder) -> str:
+    """What is drawn, read and asked, and how long that takes here, as models of the reference's size would."""
+    work = work_of(run, "compare")
+    if not work.responses:  # files alone
+        return requests([work])
+    kept = run.cache("completions")
+    again = "what was drawn or answered before is used again, and costs nothing\n" if kept.is_dir() else ""
+    return say_cost(run, ["compare"], environment(run.config, "measured"))[0] + again
 
 
 def parser() -> argparse.ArgumentParser:
@@ -200,46 +299,6 @@ def prompts_of(path: str | None, sources: list[tuple[str, str]]) -> list[Text]:
     return list({prompt_id(prompt): prompt for prompt, *_ in rows}.values())
 
 
-def has_template(model: str) -> bool | None:
-    """Whether a model in a folder has a chat template; ``None`` where that is not known without the Hub."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return None
-    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
-        return True
-    config = folder / "tokenizer_config.json"
-    return config.is_file() and bool(read_json(config).get("chat_template"))
-
-
-def fitting(prompts: list[Text], models: list[str]) -> tuple[list[Text], str]:
-    """Prompts as the models read them, and what was done to them: plain text for chat models becomes a user's turn.
-
-    Raises:
-        UserError: conversations for a model without a chat template, or models of both kinds.
-    """
-    known = {model: has_template(model) for model in models if model}
-    chat, plain = ([m for m, has in known.items() if has is wanted] for wanted in (True, False))
-    texts = sum(isinstance(prompt, str) for prompt in prompts)
-    if 0 < texts < len(prompts):
-        raise UserError(
-            f"{texts} of {len(prompts)} prompts are plain text and the others conversations: give one kind."
-        )
-    if not texts and plain:
-        raise UserError(f"the prompts are conversations, and {plain[0]} has no chat template: give plain text.")
-    if texts and chat and plain:
-        raise UserError(
-            f"{chat[0]} is a chat model and {plain[0]} is not: no prompt means the same to both. Let each make its "
-            f"completions as it should, and give the files: --policy NAME=outputs.jsonl."
-        )
-    if texts and chat:
-        turns = [[{"role": "user", "content": prompt.strip()}] for prompt in prompts]
-        return (
-            turns,
-            f"{len(prompts)} prompts of plain text are asked as a user's turn each: {chat[0]} is a chat model.",
-        )
-    return prompts, ""
-
-
 def settings_of(overrides: list[str]) -> dict[str, Any]:
     """The sections ``model`` and ``compare``, with what was typed.
 
@@ -261,22 +320,8 @@ def settings_of(overrides: list[str]) -> dict[str, Any]:
 def lay_out(
     folder: Path, given: Any, sources: list[tuple[str, str]], judges: list[dict[str, Any]], prompts: list[Text]
 ) -> RunFolder:
-    """Write the folder that `compare.stage` reads: a run in which nothing was trained.
-
-    Without ``--reference`` the first model, or the first file where there is no model, takes the place of the policy
-    that the others are held against.
-    """
-    if (folder / "config.yaml").is_file() and OmegaConf.load(folder / "config.yaml").get("given") is None:
-        raise UserError(f"{folder} holds a run. Choose another folder: --output FOLDER.")
-    reference, rest, shown = given.reference, dict(sources), "reference"
-    if reference is None:
-        shown = next((name for name, path in sources if not is_outputs(path)), sources[0][0])
-        reference = rest.pop(shown)
-    else:
-        check_model(reference, "--reference")
-    taken = {name for name in rest if name == REFERENCE or name.startswith("best_of_")}
-    if taken:
-        raise UserError(f"--policy {min(taken)}: this name has a meaning in reports. Choose another.")
+    """Write the folder that `compare.stage` reads: a run in which nothing was trained."""
+    reference, shown, rest = reference_of(given, sources)
     config = settings_of(given.settings)
     policies = {name: {"completions" if is_outputs(path) else "path": path} for name, path in rest.items()}
     config["compare"] |= {"policies": policies, "judges": [*config["compare"]["judges"], *judges]}

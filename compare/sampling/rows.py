@@ -1,10 +1,11 @@
-"""Rows of completions made elsewhere, matched with prompts however a prompt is written down. Reads without torch."""
+"""Completions made elsewhere, matched with prompts however those are written down. Reads without torch."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from ppo_vs_dpo.artifacts.errors import UserError, short
+from ppo_vs_dpo.artifacts.files import read_json
 from ppo_vs_dpo.preferences.reading.readers import Broken, read_files
 from ppo_vs_dpo.preferences.schema import Text, prompt_id, text_of
 
@@ -84,6 +85,46 @@ def match(path: str | Path, prompts: list[Text], ids: list[str], samples: int, w
             f"prompt_id, and completion."
         )
     return found
+
+
+def has_template(model: str) -> bool | None:
+    """Whether a model in a folder has a chat template; ``None`` where that is not known without the Hub."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return None
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.is_file() and bool(read_json(config).get("chat_template"))
+
+
+def fitting(prompts: list[Text], models: list[str]) -> tuple[list[Text], str]:
+    """Prompts as the models read them, and what was done to them: plain text for chat models becomes a user's turn.
+
+    Raises:
+        UserError: conversations for a model without a chat template, or models of both kinds.
+    """
+    known = {model: has_template(model) for model in models if model}
+    chat, plain = ([m for m, has in known.items() if has is wanted] for wanted in (True, False))
+    texts = sum(isinstance(prompt, str) for prompt in prompts)
+    if 0 < texts < len(prompts):
+        raise UserError(
+            f"{texts} of {len(prompts)} prompts are plain text and the others conversations: give one kind."
+        )
+    if not texts and plain:
+        raise UserError(f"the prompts are conversations, and {plain[0]} has no chat template: give plain text.")
+    if texts and chat and plain:
+        raise UserError(
+            f"{chat[0]} is a chat model and {plain[0]} is not: no prompt means the same to both. Let each make its "
+            f"completions as it should, and give the files: --policy NAME=outputs.jsonl."
+        )
+    if texts and chat:
+        turns = [[{"role": "user", "content": prompt.strip()}] for prompt in prompts]
+        return (
+            turns,
+            f"{len(prompts)} prompts of plain text are asked as a user's turn each: {chat[0]} is a chat model.",
+        )
+    return prompts, ""
 
 
 def _plain(prompt: Any) -> Any:

@@ -135,12 +135,19 @@ def table(run: RunFolder, works: list[Work], seconds: dict[str, float], speed: d
         texts = ", and texts at the longest that data lets them be: how long they are is known once the data is read"
         texts = texts if any(work.longest and work.tokens for work in works) else ""
         lines.append(f"<=: answers are counted at their full length, and many end earlier{texts}")
+    lines.append(requests(works).rstrip())
     if memory:
         where = "a stage's process" if speed["device"] == "cpu" else "each GPU"
         beside = f"; {run.config.launch.workers} stages run at once" if int(run.config.launch.workers) > 1 else ""
         lines.append(f"memory: the peak of {where}, estimated from above{beside}")
     lines.append(space(run, works, speed))
     return "\n".join(line for line in lines if line) + "\n"
+
+
+def requests(works: list[Work]) -> str:
+    """A line on what judges behind an endpoint are asked, where there are any: it may cost money."""
+    asked = [f"{work.name} {work.requests:,}" for work in works if work.requests]
+    return f"requests to LLM judges, at most: {', '.join(asked)}; each reply is paid once\n" if asked else ""
 
 
 def at_once(seconds: dict[str, float], needs: Callable[[str], Iterable[str]], workers: int) -> float:

@@ -72,6 +72,8 @@ def _examples(run: RunFolder, stage: str, ratios: dict[str, float] | None = None
     template = (ratios or {}).get("template") or 0
     per_token = (ratios or {}).get("text") or (_characters_of_a_word() if written else CHARACTERS)
     name, columns = table_of(stage)
+    if "given" in run.config:  # models and outputs of somebody else: there is nothing but the prompts
+        name, columns = ("data", "prompts_heldout.parquet"), ["prompt"]
     table = run.path(*name)
     if table.is_file():
         lengths = [sum(characters(row[one]) for one in columns if one in row) for row in _first(table, columns)]

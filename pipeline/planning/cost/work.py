@@ -47,6 +47,7 @@ class Work:
         ranks: that share the work.
         beside: parts of what is summed up above, which ``processes`` of this machine take from each other, one at a
             time; on CPUs only.
+        requests: to judges that are language models, kept replies not taken off.
         longest: whether the lengths of its texts are the longest that may be, for nobody knows them yet.
     """
 
@@ -64,6 +65,7 @@ class Work:
     beside: list["Work"] = field(default_factory=list)
     processes: int = 1
     longest: bool = False
+    requests: int = 0
 
     @property
     def tokens(self) -> float:
@@ -233,7 +235,8 @@ def drawn(config: Any) -> Iterator[Drawn]:
     main = section.get("temperature") or 1.0
     others = [one for one in section.get("other_temperatures") or [] if one != main]
     warm = sum(one > 0 for one in others)
-    yield Drawn((baseline, *([pool] if pool else []), *(1 for _ in others)), baseline + warm, 1)
+    if "given" not in config or config.model.get("path"):
+        yield Drawn((baseline, *([pool] if pool else []), *(1 for _ in others)), baseline + warm, 1)
     best = {key: 2 * max(values) for key, values in (section.get("best_of") or {}).items() if values}
     names = ["ppo", "dpo"] if "given" not in config else []
     names += [key for key, one in (section.get("policies") or {}).items() if (one or {}).get("path")]
@@ -264,7 +267,7 @@ def _compare(run: RunFolder, section: Any, ratios: dict[str, float] | None) -> W
     at_once = int(section.get("batch_size") or 512)
     judges = reward_models(run.config) if run.config.get("reward_model") else 0
     judges += sum((one or {}).get("kind") == "reward_model" for one in section.get("judges") or [])
-    pairs = test_pairs(run)
+    pairs = 0 if "given" in run.config else test_pairs(run)
     pairs = 10**9 if pairs is None else pairs
     work, policies = Work("compare", ranks=ranks(run)), list(drawn(run.config))
     # Policies draw, and rows are scored, in forked processes (models.sampling.forked.may_fork).
@@ -287,8 +290,9 @@ def _compare(run: RunFolder, section: Any, ratios: dict[str, float] | None) -> W
     swept = any((run.config.get(stage) or {}).get("sweep") for stage in ("ppo", "dpo"))
     near = sum(_stays_near(run.config.get(stage)) for stage in ("ppo", "dpo") if run.config.get(stage))
     again = len(section.get("best_of_n") or []) + samples * (2 + 2 * swept)
-    again += near * sum(policies[0].batches[:2]) + (near > 0) * int(section.get("pool_size") or 0)
-    work.read += prompts * again * length
+    again += (near * sum(policies[0].batches[:2]) + int(section.get("pool_size") or 0)) if near else 0
+    work.read += prompts * again * length if policies else 0
+    work.requests = _asked(run, section, prompts)
     work.loads = len(policies) + judges + 2 + near
     if select := section.get("select"):
         # Every setting draws on validation prompts first; what it drew is read for its KL, and by the judge.
@@ -299,6 +303,20 @@ def _compare(run: RunFolder, section: Any, ratios: dict[str, float] | None) -> W
         work.responses += (len(policies) - 1) * responses
         work.loads += len(policies)
     return work
+
+
+def _asked(run: RunFolder, section: Any, prompts: int) -> int:
+    """Both orders of every pair of main policies (`compare.estimates.judgements.main_pairs`), for each LLM judge."""
+    policies = 1 + (0 if "given" in run.config else 2 + bool(section.get("best_of_n")))
+    policies += len(section.get("policies") or {})
+    asked = 0
+    for judge in section.get("judges") or []:
+        if (judge or {}).get("kind") == "llm":
+            pairs = len(judge.get("pairs") or []) or math.comb(policies, 2)
+            compared = pairs * min(prompts, int(judge.get("n_prompts") or prompts))
+            compared += int(section.get("check_pairs") or 0)
+            asked += 2 * compared * int(judge.get("repeats") or 1)
+    return asked
 
 
 def _stays_near(section: Any) -> bool:

@@ -11,9 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json, read_parquet
-from ppo_vs_dpo.compare.sampling.rows import match, names_of
+from ppo_vs_dpo.compare.sampling.rows import fitting, match, names_of
 from ppo_vs_dpo.pipeline.cli import dispatch
-from ppo_vs_dpo.pipeline.comparing import fitting
 from ppo_vs_dpo.preferences.schema import prompt_id
 from tests.compare.helpers import check_schema
 from tests.pipeline.chat_model import save_chat_model
@@ -51,7 +50,15 @@ def desk(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def here(desk, monkeypatch):
+    """On the desk, with a machine that is not timed: that takes a process of its own."""
     monkeypatch.chdir(desk)
+    speed = {"train": 1e-2, "forward": 1e-2, "decode": 1e-2, "device": "cpu", "parameters": 10**6, "layers": 2}
+    speed |= {"start": 5.0, "step": 0.01, "characters": {}}
+    monkeypatch.setattr("ppo_vs_dpo.pipeline.planning.cost.beforehand.ask", lambda *_: speed)
+
+
+def typed(line: str) -> int:
+    return dispatch(shlex.split(line))
 
 
 def compare(*words: str) -> int:
@@ -135,6 +142,51 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(words, message, monkeyp
     with pytest.raises(UserError, match=message):
         compare(*words)
     assert {*Path().rglob("*")} == before  # and nothing is written
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    with pytest.raises(UserError) as refused:
+        typed(
+            "compare --policy a=gone.jsonl --policy right.jsonl --policy sft=short.jsonl --policy b=half.jsonl "
+            "--prompts prompts.jsonl --reference ./nowhere --judge gone.py:f --judge rewrd=x compare.sampels=1 "
+            "compare.confidence=2"
+        )
+    said = str(refused.value).splitlines()
+    assert said[0] == "the command has errors:"
+    for words in (
+        "--policy a: gone.jsonl does not exist",
+        "--policy right.jsonl: give a name",
+        "--policy sft: this name has a meaning",
+        "--reference: ./nowhere does not exist",
+        "gone.py does not exist",
+        "no such --judge",
+        "sampels: no such key",
+    ):
+        assert len([line for line in said if words in line]) == 1, (words, said)
+    with pytest.raises(UserError) as refused:  # what needs the prompts, with what does not
+        typed("compare --policy b=half.jsonl --policy c=right.jsonl --prompts prompts.jsonl")
+    assert "has no completion for 11 of 20 prompts" in str(refused.value)
+    assert "who judges" in str(refused.value)
+
+
+def test_what_it_will_take_is_said_before_the_work(capsys, monkeypatch, tmp_path):
+    """Answers, tokens, time here; requests to a judge that costs money; nothing where nothing is drawn or asked."""
+    monkeypatch.setattr("ppo_vs_dpo.compare.stage.run_compare", lambda context: None)
+    judge = "llm={model: m, base_url: 'http://localhost:1', template: alpaca_eval, repeats: 3}"
+    words = ["--prompts", "prompts.jsonl", "--policy", "tuned=tuned", "--policy", "right=right.jsonl", "--reference"]
+    assert compare(*words, "base", "--judge", judge, "--output", str(tmp_path / "a")) == 0
+    said = capsys.readouterr().out
+    (row,) = [line.split() for line in said.splitlines() if line.startswith("compare ")]
+    # Two draws of the reference and one of the policy for 20 prompts; three pairs, both orders, three times.
+    assert row[1] == str(20 * (2 + 1))
+    assert row.count("<=") == 2
+    assert f"requests to LLM judges, at most: compare {3 * 20 * 2 * 3:,}" in said
+    assert "in all, measured on cpu" in said
+    files = ["--policy", "right=right.jsonl", "--policy", "short=short.jsonl"]
+    assert compare(*files, "--judge", judge, "--output", str(tmp_path / "b")) == 0
+    assert f"at most: compare {20 * 2 * 3:,}" in capsys.readouterr().out
+    assert compare(*files, "--output", str(tmp_path / "c")) == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_somebody_must_judge():
