@@ -127,26 +127,39 @@ class RunFolder:
         written = read_marker(folder / "started.json", keys=STARTED_KEYS) or read_marker(folder / "done.json")
         return with_update(written) if written is not None else None
 
+    def rows(self, name: str) -> int | None:
+        """Rows of an update, over all ranks, of a finished stage (PPO: responses); ``None`` where nobody wrote it."""
+        update = with_update(self.done(name) or {})["update"]
+        return None if update is None else update["rows"]
+
     def refuse_other_rows(self, name: str, made: Made) -> None:
         """Where a stage could go on, its updates must have as many rows as the ones that were made.
 
         Raises:
             UserError: they have not; says how to go on, and how to begin anew.
         """
-        folder = self.stage_dir(name)
-        if (attempt := replaced.unfinished(self.root, name, made.fingerprint)) is not None:
-            folder = attempt
+        folder, attempt = self.stage_dir(name), replaced.unfinished(self.root, name, made.fingerprint)
+        # A finished one whose files are damaged is made whole from its checkpoints.
+        if attempt is None and self.done(name) is not None:
+            return
+        folder = folder if attempt is None else attempt
         before = with_update(read_marker(folder / "started.json", keys=STARTED_KEYS) or {})
-        if before.get("fingerprint") != made.fingerprint or (folder / "done.json").exists():
-            return
         was, now = before["update"], made.update
-        if was is None or now is None or was["rows"] == now["rows"] or not replaced.worth_keeping(folder):
+        if before.get("fingerprint") != made.fingerprint or not replaced.worth_keeping(folder):
             return
+        if was is None or now is None or was["rows"] == now["rows"]:
+            return
+        stage, ranks = name.split(",")[0], f"{was['ranks']} rank{'s' * (was['ranks'] != 1)}"
+        go_on = (
+            f"set {stage}.per_device_train_batch_size or gradient_accumulation_steps so that an update has "
+            f"{was['rows']} rows again"
+        )
+        if (bound := was.get("bound")) is not None:
+            go_on = f"start it on {ranks} again (with this {stage}.{bound} a result depends on the rows of a rank)"
         raise UserError(
-            f"{name} has checkpoints in {folder} whose updates were of {was['rows']} rows on {was['ranks']} "
-            f"rank{'s' * (was['ranks'] != 1)}; on {now['ranks']} the same settings make {now['rows']}. To go on, set "
-            f"{name.split(',')[0]}.per_device_train_batch_size or gradient_accumulation_steps so that an update has "
-            f"{was['rows']} rows again; to begin anew, move that folder away."
+            f"{name} has checkpoints in {folder} whose updates were of {was['rows']} rows on {ranks}; on "
+            f"{now['ranks']} the same settings make {now['rows']}. To go on, {go_on}; to begin anew, move that folder "
+            f"away."
         )
 
     def begin(self, name: str, made: Made) -> Path | None:

@@ -14,14 +14,23 @@ from ppo_vs_dpo.artifacts.guards.checkpoints import newest_whole, set_aside
 from ppo_vs_dpo.artifacts.guards.refusals import of_a_pickle
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.models.sharding.collectives import of_first
+from ppo_vs_dpo.models.sharding.state import check_sharding
 
 
-def resume_point(context: StageContext, folder: str | Path) -> Path | None:
+def resume_point(context: StageContext, folder: str | Path, sharded: bool) -> Path | None:
     """The checkpoint that a stage goes on from, the same on all ranks; ``None`` where it begins anew.
 
     The main process decides, and sets aside what is not fit.
+
+    Args:
+        sharded: the optimizer is DeepSpeed's.
+
+    Raises:
+        UserError: the optimizer's state in it is of the other kind: transformers' Trainer would go on without it.
     """
     found = of_first(newest_whole(Path(folder), context.fingerprint) if context.is_main_process else None)
+    if found is not None:
+        check_sharding(found, sharded)
     if found is not None and context.is_main_process:
         warn(f"going on from {found}\n")
     return found

@@ -119,6 +119,16 @@ def check_values(values: dict[str, Any], stage: str) -> None:
             raise UserError(
                 f"{stage}.{name} is set and there are no workers: set dataloader_num_workers, or remove it."
             )
+    order = values.get("train_sampling_strategy")
+    if order == "group_by_length":
+        raise UserError(
+            f"{stage}.train_sampling_strategy=group_by_length draws an order that no checkpoint holds, so that the "
+            f"stage could not go on where it stopped. Padding is skipped without it; take random."
+        )
+    if order == "batch_rebalance" and stage != "sft":
+        raise UserError(
+            f"{stage}.train_sampling_strategy=batch_rebalance reads one length a row, and a pair has two. Take random."
+        )
     if values.get("fp16") and values.get("use_cpu"):
         raise UserError(f"{stage}.fp16 does nothing on a CPU: use bf16=true there, or remove it.")
     if values.get("activation_offloading") and values.get("use_cpu"):
@@ -232,7 +242,7 @@ def train(trainer: Trainer, context: StageContext) -> dict[str, float]:
             f"{context.stage}: {rows} rows for {ranks} processes. Start at most {rows} (launch.processes)."
         )
     gradients_in_buckets(trainer.accelerator)
-    checkpoint = resume_point(context, trainer.args.output_dir)
+    checkpoint = resume_point(context, trainer.args.output_dir, trainer.is_deepspeed_enabled)
     steps = next(one for one in trainer.callback_handler.callbacks if isinstance(one, RunCallback))
     # One line a log is written by the progress bar where there is one, by metrics.jsonl always: no second printout.
     trainer.remove_callback(PrinterCallback)

@@ -58,6 +58,8 @@ CUT += ("micro_batch_tokens", "local_rollout_forward_batch_size", "torch_empty_c
 CUT += ("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_offloading")
 CUT += ("activation_checkpointing", "activation_checkpointing_kwargs")
 CUT += ("dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers")
+# Losses that compare the rows of one pass with each other, or average over its tokens (trl 1.16, `DPOTrainer`).
+OF_A_PASS = ("aot", "aot_unpaired", "sft")
 # Keys whose values are names of something else, also where a file of that name lies about.
 NAMES = frozenset(
     {"source", "format", "split", "test_split", "subset", "kind", "name", "sft", "mode", "rule", "revision", "dtype"}
@@ -128,17 +130,37 @@ class Made(NamedTuple):
     update: dict[str, Any] | None = None
 
 
-def update_of(section: dict[str, Any], ranks: int | None) -> dict[str, Any] | None:
-    """The cut of a stage's updates: ``{"settings": its keys of `CUT`, "ranks": 2, "rows": 16}``.
+def bound_by(section: dict[str, Any]) -> str | None:
+    """The setting of a stage by which the rows of one pass are part of its result, and not of the cut alone.
 
-    ``rows`` is an update's, over all ranks (PPO: responses). ``None`` where a number is none, or nobody knows the
-    ranks: refused elsewhere, before work.
+    Rows that an epoch leaves out (``dataloader_drop_last``) are those of a pass that would not be full.
+    """
+    losses = section.get("loss_type") or ()
+    losses = (losses,) if isinstance(losses, str) else losses
+    if any(loss in OF_A_PASS for loss in losses):
+        return "loss_type"
+    if section.get("dataloader_drop_last"):
+        return "dataloader_drop_last"
+    return "average_tokens_across_devices" if section.get("average_tokens_across_devices") is False else None
+
+
+def cut_keys(section: dict[str, Any]) -> tuple[str, ...]:
+    """The keys of `CUT` that may change between two attempts at a stage."""
+    return tuple(key for key in CUT if bound_by(section) is None or key not in ROWS)
+
+
+def update_of(section: dict[str, Any], ranks: int | None) -> dict[str, Any] | None:
+    """The cut of a stage's updates: ``{"settings": its keys of `cut_keys`, "ranks": 2, "rows": 16, "bound": None}``.
+
+    ``rows`` is an update's, over all ranks (PPO: responses); ``bound`` is `bound_by`. ``None`` where a number is none,
+    or nobody knows the ranks: refused elsewhere, before work.
     """
     counts = [section.get(key) or default for key, default in ROWS.items()]
     if ranks is None or any(type(count) is not int or count < 1 for count in counts):
         return None
     rows = section.get("rollout_batch_size") or prod(counts) * ranks
-    return {"settings": {key: section[key] for key in CUT if key in section}, "ranks": ranks, "rows": rows}
+    settings = {key: section[key] for key in cut_keys(section) if key in section}
+    return {"settings": settings, "ranks": ranks, "rows": rows, "bound": bound_by(section)}
 
 
 def fingerprints(
@@ -205,11 +227,15 @@ def _made(
         whole = {f"the settings of {stage}": sha256_of([own, point]), **parts}
         return Made(sha256_of(whole), whole, update)
 
-    update = update_of({**own, **point}, ranks) if stage in TRAINED else None
-    before = recorded(point_name(stage, point)) if update is not None and not {*CUT} & point.keys() else None
+    if stage not in TRAINED:
+        return made(own, None)
+    update, keys = update_of({**own, **point}, ranks), cut_keys({**own, **point})
+    before = recorded(point_name(stage, point)) if not {*CUT} & point.keys() else None
     cut = before["update"] if before is not None else None
-    if cut is not None and cut["rows"] == update["rows"]:
-        same = made({key: value for key, value in own.items() if key not in CUT} | cut["settings"], cut)
+    # Where nobody knows the ranks, nothing is started, and what there is may well be of these rows.
+    if cut is not None and (ranks is None or (update is not None and cut["rows"] == update["rows"])):
+        settings = {key: value for key, value in cut["settings"].items() if key in keys}
+        same = made({key: value for key, value in own.items() if key not in keys} | settings, cut)
         if same.fingerprint == before["fingerprint"]:
             return same
     return made(own, update)

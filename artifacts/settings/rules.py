@@ -67,6 +67,10 @@ TRL: dict[str, Rule] = {
     "dataset_num_proc": _nothing("the stage turns the data into tokens itself, in batches, once"),
     **dict.fromkeys(("include_for_metrics", "batch_eval_metrics", "prediction_loss_only"), _nothing(_NO_METRICS)),
     "eval_accumulation_steps": _nothing(_NO_METRICS),
+    "auto_find_batch_size": _refused(
+        "its updates would have fewer rows than the settings say, and the report; where memory is short, halve "
+        "per_device_train_batch_size and double gradient_accumulation_steps. Remove it."
+    ),
     "truncation_mode": _refused("rows over max_length are left out, not cut; remove it.", "keep_start"),
 }
 _NO_EVALUATION = "the stage has no evaluation set; remove it (its report is on held-out pairs, after training)."

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from ppo_vs_dpo.artifacts.errors import UserError, in_help, say
 from ppo_vs_dpo.artifacts.files import read_marker, sha256_of
-from ppo_vs_dpo.artifacts.run import RunFolder
+from ppo_vs_dpo.artifacts.run import TRAINED, RunFolder
 from ppo_vs_dpo.compare.config import REWARD_MODEL_FIGURES
 from ppo_vs_dpo.compare.estimates.allowed import sampled_as_measured, use_kl
 from ppo_vs_dpo.compare.estimates.controls import controls_of, positive_control
@@ -78,6 +78,13 @@ def check_alike(runs: list[Run]) -> list[str]:
             )
         if different:
             notes.append(f"{run.root.name} has other settings than {runs[0].root.name} in {', '.join(different)}.")
+        for stage in TRAINED:
+            rows = [RunFolder(one.root).rows(stage) for one in (runs[0], run)]
+            if None not in rows and rows[0] != rows[1]:
+                notes.append(
+                    f"Updates of {stage} were of {rows[0]} rows in {runs[0].root.name} and of {rows[1]} in "
+                    f"{run.root.name}."
+                )
     if len({run.report["settings"]["temperature"] for run in runs}) > 1:
         raise UserError("the runs were compared at different temperatures; compare them again at one.")
     return notes

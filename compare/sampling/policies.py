@@ -10,6 +10,7 @@ import numpy as np
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_parquet
 from ppo_vs_dpo.artifacts.guards.digests import Digests
+from ppo_vs_dpo.artifacts.guards.fingerprints import ROWS
 from ppo_vs_dpo.artifacts.guards.outputs import content_id
 from ppo_vs_dpo.artifacts.run import RunFolder, point_name
 from ppo_vs_dpo.compare.config import CompareStage, method_of
@@ -92,7 +93,9 @@ def policies_of(run: RunFolder, settings: CompareStage) -> tuple[list[Policy], l
         if run.done(stage) is None:
             warnings.append(f"{stage} has not finished in this run and is left out.")
             continue
-        for name in [stage, *(run.points(stage) if stage != REFERENCE else [])]:
+        points = run.points(stage) if stage != REFERENCE else []
+        warnings += rows_apart(run, stage, points)
+        for name in [stage, *points]:
             done = run.done(name)
             point, identity = _point(name), model_content(run, name, done)
             method = method_of(stage, {**_section(run, stage), **point})
@@ -108,6 +111,23 @@ def policies_of(run: RunFolder, settings: CompareStage) -> tuple[list[Policy], l
             f"{run.root} has only the reference policy: there is nothing to compare. Run ppo or dpo first."
         )
     return found, warnings
+
+
+def rows_apart(run: RunFolder, stage: str, points: list[str]) -> list[str]:
+    """A warning where points of a sweep differ from the main run in the rows of an update, and do not vary them.
+
+    A finished result stays one whatever the ranks are now (`guards.fingerprints`); a point added on more of them has
+    larger updates.
+    """
+    varied, own = {*ROWS, "rollout_batch_size"}, run.rows(stage)
+    rows = {name: run.rows(name) for name in points if not varied & _point(name).keys()}
+    others = [
+        f"those of {name} of {count}" for name, count in rows.items() if None not in (own, count) and count != own
+    ]
+    if not others:
+        return []
+    said = f"Updates of {stage} were of {own} rows, {', '.join(others)} (other ranks, the same batch on each)"
+    return [f"{said}: these points differ in more than the sweep's keys."]
 
 
 def checkpoints_of(run: RunFolder, wanted: dict[str, Any]) -> tuple[list[Policy], list[str]]:

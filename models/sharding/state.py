@@ -29,6 +29,22 @@ WEIGHT = "weight"
 PART = 8 * 2**30
 
 
+def check_sharding(checkpoint: Path, sharded: bool) -> None:
+    """Whether a run, sharded by DeepSpeed or not, can go on from a checkpoint of PPO or of one of TRL's trainers.
+
+    Raises:
+        UserError: the optimizer's state in it is of the other kind. transformers' Trainer would go on without it, and
+            with a new one.
+    """
+    written = any(checkpoint.glob(INDEX)) or any(checkpoint.glob(f"global_step*/{INDEX}"))
+    if written != sharded:
+        here, there = ("with", "without") if sharded else ("without", "with")
+        raise UserError(
+            f"{checkpoint} was written {there} DeepSpeed and this run is {here} it. Set deepspeed as it was (stages "
+            f"2 and 3, and any number of processes, go on from each other)."
+        )
+
+
 def _partitions(engine: torch.nn.Module) -> tuple[torch.optim.Optimizer, list[torch.Tensor]]:
     """The optimizer under ZeRO's, and this rank's flat fp32 partitions that it steps."""
     zero = engine.optimizer

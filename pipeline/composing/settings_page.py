@@ -55,8 +55,7 @@ UNSEEN: dict[str, str] = {
         "worker processes",
     ),
     **dict.fromkeys(
-        ("auto_find_batch_size", "enable_jit_checkpoint", "debug", "logging_nan_inf_filter", "check_first_ratio")
-        + ("diagnose",),
+        ("enable_jit_checkpoint", "debug", "logging_nan_inf_filter", "check_first_ratio", "diagnose"),
         "what goes wrong: full memory, a signal, an overflow, a run that turns bad",
     ),
     **dict.fromkeys(("ignore_data_skip", "restore_callback_states_from_checkpoint"), "going on from a checkpoint"),

@@ -17,7 +17,7 @@ from ppo_vs_dpo.artifacts.files import as_the_umask_says
 from ppo_vs_dpo.models.loading.adapters import is_peft
 from ppo_vs_dpo.models.sharding.collectives import barrier
 from ppo_vs_dpo.models.sharding.deepspeed import whole_state
-from ppo_vs_dpo.models.sharding.state import INDEX, load_trained, save_trained
+from ppo_vs_dpo.models.sharding.state import check_sharding, load_trained, save_trained
 from ppo_vs_dpo.ppo.checkpoints.identity import SCHEDULE, adopt, changed
 from ppo_vs_dpo.ppo.checkpoints.loop import PROGRESS, LoopState
 from ppo_vs_dpo.ppo.checkpoints.state import (
@@ -120,12 +120,7 @@ class Checkpoints:
         """
         self.roles.version += 1
         state = load_state(folder, STATE)
-        if (folder / INDEX).is_file() != self.sharded:
-            here, there = ("with", "without") if self.sharded else ("without", "with")
-            raise UserError(
-                f"{folder} was written {there} DeepSpeed and this run is {here} it. Set deepspeed as it was (stages "
-                f"2 and 3, and any number of processes, go on from each other)."
-            )
+        check_sharding(folder, self.sharded)
         different = changed(state["settings"], self.settings, self.args.resume_with, str(folder))
         fresh = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         self.loop.progress = TrainerState.load_from_json(str(folder / PROGRESS))

@@ -139,7 +139,7 @@ def run_stage(context: StageContext) -> None:
     )
     # One line a log is in metrics.jsonl and on the progress bar: no second printout.
     trainer.remove_callback(PrinterCallback)
-    checkpoint = resume_point(context, args.output_dir)
+    checkpoint = resume_point(context, args.output_dir, trainer.is_deepspeed_enabled)
     with readable(checkpoint, context, lambda: watching.stepped):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.is_deepspeed_enabled:

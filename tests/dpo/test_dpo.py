@@ -1,6 +1,8 @@
 """DPO: closed forms through TRL's trainer, the reference and its cache, and that an interrupted run ends the same."""
 
+import ast
 import math
+import re
 import subprocess
 import sys
 
@@ -15,6 +17,7 @@ from trl.trainer.dpo_config import DPOConfig
 import ppo_vs_dpo.dpo.train as dpo_train
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_jsonl, read_parquet, write_parquet
+from ppo_vs_dpo.artifacts.guards.fingerprints import OF_A_PASS
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.dpo.config import smoothed_loss
 from ppo_vs_dpo.dpo.data import dpo_dataset
@@ -166,6 +169,30 @@ def test_conservative_loss_is_the_weighted_sum(trainer_for, tiny_llama, eps):
     margin = torch.tensor(trainer._metrics["train"]["rewards/margins"][-1], dtype=torch.double)
     expected = -(1 - eps) * F.logsigmoid(margin) - eps * F.logsigmoid(-margin)
     assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_losses_that_depend_on_the_rows_of_a_pass_are_known(trainer_for, tiny_llama):
+    """Of all others the loss of a batch is the mean of its halves', so that rows may be cut up in any way."""
+
+    def loss_of(loss, batches):
+        made = trainer_for(PAIRS, reference=tiny_llama(seed=9), beta=0.3)
+        made.loss_types, made.loss_weights, made.label_smoothing = [loss], [1.0], 0.1
+        made.model.train()
+        with torch.no_grad():
+            return [made.compute_loss(made.model, made.data_collator(rows)).item() for rows in batches(made)]
+
+    def cut(made):
+        rows = [made.train_dataset[i] for i in range(8)]
+        return rows, rows[:4], rows[4:]
+
+    with pytest.raises(ValueError, match="Should be one of") as caught:
+        loss_of("nonsense", cut)
+    names = ast.literal_eval(re.search(r"\[.*\]", str(caught.value)).group())
+    assert "sigmoid" in names
+    for loss in names:
+        whole, *halves = loss_of(loss, cut)
+        alike = whole == pytest.approx(sum(halves) / 2, abs=1e-5)
+        assert alike is (loss not in OF_A_PASS), loss
 
 
 def test_smoothing_that_would_be_ignored_is_refused():
@@ -443,6 +470,8 @@ def test_messages_for_bad_input(word_tokenizer, tiny_llama, tmp_path):
     fails(make("beta", beta=0.0), run_stage, "dpo.beta is 0.0; it must be above 0", "dpo")
     fails(make("key", betta=0.1), run_stage, "dpo.betta: no such key. Did you mean beta?", "dpo")
     fails(make("reserved", output_dir="x"), run_stage, "dpo.output_dir: set by the stage itself", "dpo")
+    order = "dpo.train_sampling_strategy=batch_rebalance reads one length a row, and a pair has two"
+    fails(make("order", train_sampling_strategy="batch_rebalance"), run_stage, order, "dpo")
     fails(make("short", max_length=2), run_stage, "Raise dpo.max_length", "dpo")
     run = make("long", max_length=500)
     rows = [{"prompt": "the", "chosen": " good" * 90, "rejected": " bad", "pair_id": "p7"}]

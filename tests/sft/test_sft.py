@@ -87,10 +87,13 @@ def without_time(rows):
     return [{key: value for key, value in row.items() if key not in timed} for row in rows]
 
 
-def test_an_interrupted_run_ends_bit_for_bit_as_if_it_had_not_been(word_tokenizer, tmp_path, monkeypatch):
-    whole = make_run(tmp_path / "whole", word_tokenizer)
+@pytest.mark.parametrize("order", ["random", "batch_rebalance"])
+def test_an_interrupted_run_ends_bit_for_bit_as_if_it_had_not_been(word_tokenizer, tmp_path, monkeypatch, order):
+    """In its second epoch, whose order is another one than the first's."""
+    settings = {"train_sampling_strategy": order}
+    whole = make_run(tmp_path / "whole", word_tokenizer, sft=settings)
     run_stage(context_of(whole, "sft"))
-    cut = make_run(tmp_path / "cut", word_tokenizer)
+    cut = make_run(tmp_path / "cut", word_tokenizer, sft=settings)
     with monkeypatch.context() as patch:
         patch.setattr(sft_train, "callbacks", lambda context: [*callbacks(context), InterruptAt(5)])
         with pytest.raises(KeyboardInterrupt):
@@ -239,6 +242,8 @@ def test_messages_for_bad_input(word_tokenizer, tmp_path):
     fails(make("value", lr_scheduler_type="linar"), run_stage, "sft: linar is not a valid SchedulerType")
     fails(make("skip", skip_training=True), run_stage, "sft.skip_training needs a trained model in model.path")
     fails(make("short", max_length=2), run_stage, "Raise sft.max_length")
+    order = "sft.train_sampling_strategy=group_by_length draws an order that no checkpoint holds"
+    fails(make("order", train_sampling_strategy="group_by_length"), run_stage, order)
     run = make("columns")
     write_parquet(run.path("data", "sft_train.parquet"), [{"question": "a", "answer": "b"}])
     fails(run, run_stage, "SFT needs prompt and completion, or messages, or text")

@@ -250,6 +250,22 @@ def test_a_policy_that_one_run_lacks_is_left_out(runs, tmp_path):
     assert any("not every run has it: ppo,kl_coef=0.0" in warning for warning in report["warnings"])
 
 
+def test_updates_of_other_rows_are_said(runs, tmp_path):
+    """The same settings on other ranks: what is finished stays so, and a reader is told."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    for root, source in ((one, runs[1]), (other, runs[0])):
+        shutil.copytree(source, root)
+    for root, name, rows in ((one, "dpo", 8), (other, "dpo", 32), (other, "sweep/dpo,beta=1.0", 8)):
+        marker = root / name / "done.json"
+        write_json(marker, {**read_json(marker), "update": {"settings": {}, "ranks": rows // 8, "rows": rows}})
+    set_seed(other, 9)
+    compare(other)
+    said = "Updates of dpo were of 32 rows, those of dpo,beta=1.0 of 8 (other ranks, the same batch on each)"
+    assert any(said in warning for warning in read_json(other / "compare" / "report.json")["warnings"])
+    warnings = pooled([one, other], tmp_path)["warnings"]
+    assert "Updates of dpo were of 8 rows in one and of 32 in other." in warnings
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

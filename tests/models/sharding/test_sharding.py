@@ -15,6 +15,7 @@ from ppo_vs_dpo.artifacts.files import read_json, read_jsonl
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.models.sharding import deepspeed
 from ppo_vs_dpo.models.sharding.deepspeed import deepspeed_settings, held_bytes, settled
+from ppo_vs_dpo.models.sharding.state import check_sharding
 from tests.ranks import CONFIGS, launch, launch_forked, settings_of
 from tests.sft.tiny_run import context_of, make_run, weights
 
@@ -152,6 +153,40 @@ def test_going_on_with_another_number_of_ranks(make, before, ranks, after):
     agree(losses(run, "dpo"), trajectory)
 
 
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo"])
+def test_the_optimizer_of_another_kind_is_refused(make, stage):
+    """transformers' Trainer would go on with a new one, from weights that fit: another run, and no word of it."""
+    run = make("run", 8)
+    STAGES[stage](context_of(run, stage))
+    interrupt_after_10(run, stage)
+    checkpoint = run.path(stage, "checkpoints", "checkpoint-10")
+    part = checkpoint / "global_step10" / "trained.json"
+    part.parent.mkdir()
+    part.write_text("{}")
+    with pytest.raises(UserError, match="checkpoint-10 was written with DeepSpeed and this run is without it"):
+        STAGES[stage](context_of(run, stage))
+    # The same one, set as it was.
+    shutil.rmtree(part.parent)
+    with pytest.raises(UserError, match="checkpoint-10 was written without DeepSpeed and this run is with it"):
+        check_sharding(checkpoint, True)
+    STAGES[stage](context_of(run, stage))
+    assert run.done(stage)["figures"]["steps"] == UPDATES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [("zero2", None), (None, "zero2")])
+def test_deepspeed_cannot_be_switched_halfway(make, before, after):
+    run = make("run", 8, before)
+    launch(run, "dpo", ranks=1)
+    interrupt_after_10(run)
+    config = OmegaConf.load(run.path("config.yaml"))
+    config.deepspeed = settings_of(after) if after else {}
+    OmegaConf.save(config, run.path("config.yaml"))
+    assert "Set deepspeed as it was" in launch(run, "dpo", ranks=1, code=1)
+    # Nothing was set aside.
+    assert run.path("dpo", "checkpoints", "checkpoint-10").is_dir()
+
+
 @pytest.mark.slow
 def test_a_part_that_is_missing(make):
     run = make("run", 4, "zero2")
@@ -164,11 +199,11 @@ def test_a_part_that_is_missing(make):
     assert "trained-1.safetensors is gone" in said
 
 
-def interrupt_after_10(run: RunFolder) -> None:
+def interrupt_after_10(run: RunFolder, stage: str = "dpo") -> None:
     """As if the stage had been killed after step 10."""
-    shutil.rmtree(run.path("dpo", "checkpoints", f"checkpoint-{UPDATES}"))
-    shutil.rmtree(run.path("dpo", "model"))
-    run.path("dpo", "done.json").unlink()
+    shutil.rmtree(run.path(stage, "checkpoints", f"checkpoint-{UPDATES}"))
+    shutil.rmtree(run.path(stage, "model"))
+    run.path(stage, "done.json").unlink()
 
 
 def test_settings_that_cannot_be(make, tmp_path):

@@ -307,7 +307,8 @@ def test_more_ranks_later_make_nothing_that_is_finished_stale(begun):
 def test_a_finished_run_is_done_although_its_hostfile_is_gone(begun, tmp_path):
     config, write = begun(whole=True)
     gone = {"processes": 1, "nodes": 1, "hostfile": str(tmp_path / "gone")}
-    assert set(states(write({**split(config, 8, 1, 1), "launch": gone})).values()) == {"done"}
+    for rows, accumulate in ((8, 1), (2, 4)):
+        assert set(states(write({**split(config, rows, accumulate, 1), "launch": gone})).values()) == {"done"}
 
 
 def test_going_on_with_updates_of_other_rows_is_refused_before_anything_changes(begun):
@@ -322,6 +323,48 @@ def test_going_on_with_updates_of_other_rows_is_refused_before_anything_changes(
     with pytest.raises(UserError, match=r"\.replaced/dpo-2 whose updates were of 8 rows"):
         graph.select(run, graph.build(run), ["dpo"])
     graph.select(run, graph.build(write(split(config, 2, 1, 4))), ["dpo"])
+
+
+BOUND = {
+    "loss_type": {"loss_type": ["sigmoid", "aot"]},
+    "dataloader_drop_last": {"dataloader_drop_last": True},
+    "average_tokens_across_devices": {"average_tokens_across_devices": False},
+}
+
+
+@pytest.mark.parametrize("key", BOUND)
+def test_where_a_result_depends_on_the_rows_of_a_pass_their_cut_is_part_of_it(begun, key):
+    """A loss that sorts the rows of a pass, or leaves out one that is not full, is another one with other rows."""
+    config, write = begun(whole=False)
+    config = {**config, "dpo": {**config["dpo"], **BOUND[key]}}
+    run = write(split(config, 8, 1, 1, gradient_checkpointing=False))
+    for job in graph.build(run):
+        if job.stage == "dpo":
+            run.begin(job.name, job.made)
+            (run.stage_dir(job.name) / "checkpoints" / "checkpoint-10").mkdir(parents=True)
+    assert states(run)["dpo"] == "part"
+    assert states(write(split(config, 4, 2, 1)))["dpo"] == "stale"
+    assert states(write(split(config, 4, 1, 2)))["dpo"] == "stale"
+    # What cuts up nothing but memory still may change.
+    assert states(write(split(config, 8, 1, 1, gradient_checkpointing=True)))["dpo"] == "part"
+    run = write(split(config, 8, 1, 2, gradient_checkpointing=False))
+    with pytest.raises(UserError, match=rf"To go on, start it on 1 rank again \(with this dpo\.{key} a result"):
+        graph.select(run, graph.build(run), ["dpo"])
+
+
+def test_a_damaged_result_is_made_whole_with_updates_of_its_rows(begun):
+    """It has an end and checkpoints: those of other rows would go on from them, and count as what it was."""
+    config, write = begun(whole=False)
+    run = write(split(config, 8, 1, 1))
+    (run.path("dpo", "model")).mkdir()
+    (run.path("dpo", "model", "model.safetensors")).write_text("weights")
+    run.finish("dpo", next(job for job in graph.build(run) if job.name == "dpo").fingerprint, 1.0, {})
+    run.path("dpo", "model", "model.safetensors").unlink()
+    assert states(run)["dpo"] == "part"
+    graph.select(run, graph.build(run), ["dpo"])
+    run = write(split(config, 8, 1, 4))
+    with pytest.raises(UserError, match=r"of 8 rows on 1 rank; on 4 the same settings make 32\. To go on"):
+        graph.select(run, graph.build(run), ["dpo"])
 
 
 def test_ppo_s_responses_an_update_are_its_rows(begun):
