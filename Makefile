@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 # Tests in the order of tests/conftest.py: long ones first.
 WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: install browser quickstart papers test coverage test-slow faults bench audit lint format clean
+.PHONY: install browser quickstart papers test coverage test-slow test-gpu faults bench audit lint format clean
 
 install: $(STAMP)
 
@@ -46,6 +46,10 @@ coverage: $(STAMP)
 
 test-slow: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+# What only a GPU can show, on a machine with one: about three minutes.
+test-gpu: $(STAMP)
+	PPO_VS_DPO_TEST_GPU=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/device/test_real.py $(ARGS)
 
 # Kills at random moments, spoilt files, wrong settings; ARGS='--kills 20 --seed 7' and so on (docs/faults.md).
 faults: $(STAMP)

@@ -26,7 +26,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ppo_vs_dpo.models.devices import arithmetic
 from ppo_vs_dpo.models.loading.config import LoraSettings, ModelConfig
-from ppo_vs_dpo.models.loading.prepared import halve_frozen
 from ppo_vs_dpo.models.sharding.deepspeed import settled, start_deepspeed
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.trainer import PPOTrainer
@@ -50,7 +49,7 @@ HEAD = ["GPU", "model", "ranks", *(f"{phase}, s" for phase in PHASES), "s an upd
 
 def models(size: str, kind: str, given: argparse.Namespace, device: str) -> dict[str, PreTrainedModel]:
     """The roles with random weights, made where they will be: in pieces under ZeRO-3, whose settings are there by now;
-    what adapters leave frozen in half precision from the start, as a stage would have it before it comes to a GPU."""
+    what adapters leave frozen in bfloat16 from the start (a stage's `model.dtype`)."""
     config = LlamaConfig(**SIZES[size], max_position_embeddings=8192, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     config.num_labels = 1
     sharded, made = (given.deepspeed or "").startswith("zero3"), {}
@@ -61,9 +60,8 @@ def models(size: str, kind: str, given: argparse.Namespace, device: str) -> dict
     for role, auto in kinds.items():
         torch.manual_seed(0)
         with contextlib.nullcontext() if sharded else torch.device(device):
-            made[role] = auto.from_config(config)
-        if kind == "lora" and device != "cpu" and not given.deepspeed:
-            halve_frozen(made[role].requires_grad_(False), torch.bfloat16)
+            half = kind == "lora" and device != "cpu" and not given.deepspeed
+            made[role] = auto.from_config(config, dtype=torch.bfloat16 if half else torch.float32)
     return made
 
 

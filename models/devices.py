@@ -20,6 +20,23 @@ def has_tf32() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
+def has_flash(device: torch.device) -> bool:
+    """Whether torch's flash attention runs on a device (NVIDIA, from Ampere on)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def computes_in_tf32() -> bool:
+    """Whether fp32 products run on tensor cores, with 11 bits.
+
+    From torch 2.9 on transformers says so by a setting that forbids to read the old one (``allow_tf32`` raises then).
+    """
+    if not torch.cuda.is_available():
+        return False
+    if hasattr(torch.backends, "fp32_precision"):
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return torch.backends.cuda.matmul.allow_tf32
+
+
 def arithmetic(model: ModelConfig, passed: dict[str, Any], accelerator: bool) -> dict[str, bool]:
     """``bf16``, ``tf32`` and ``gradient_checkpointing`` of a stage: its own keys, else the model's, else the device's.
 

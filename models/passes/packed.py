@@ -10,6 +10,8 @@ What is where is worked out on the host, from the lengths, and goes to the devic
 """
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from ppo_vs_dpo.models.devices import has_flash
 
 NAME = "packed_sdpa"
 # Groups of sequences by length: more waste less at padding, fewer cost less in calls. Four was fastest at 64 to 128
@@ -238,7 +242,7 @@ def attend(
     if torch.is_autocast_enabled(query.device.type):
         # What autocast does to attention, done before its kernel is chosen: rotary embeddings leave fp32 behind.
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
-    if uses_varlen(query) and not dropout and groups:
+    if uses_varlen(query, width) and not dropout and groups:
         return _varlen(query, key, value, width, groups, scaling)
     sizes = [group.stop - group.start for group in groups]
     # Split once: the backward pass of a split is one concatenation, that of a slice a tensor of zeros each.
@@ -256,18 +260,42 @@ def attend(
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
+@functools.cache
 def varlen_kernel():
-    """torch's flash attention for sequences of different lengths (2.10 and later), or ``None``."""
+    """torch's flash attention for sequences of different lengths, called as 2.13 has it; ``None`` before 2.11.
+
+    2.11 has it without ``enable_gqa``: keys and values are then repeated for the queries that share them.
+    """
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn
+    takes = inspect.signature(varlen_attn).parameters
+    if not {"scale", "window_size"} <= takes.keys():
+        return None
+    return varlen_attn if "enable_gqa" in takes else functools.partial(_repeated, varlen_attn)
 
 
-def uses_varlen(query: torch.Tensor) -> bool:
-    """Whether that kernel is there for these values: on CUDA, in half precision."""
-    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and varlen_kernel() is not None
+def _repeated(kernel, query, key, value, *bounds, enable_gqa: bool, **options):
+    """A kernel that wants as many heads of keys and values as of queries."""
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    return kernel(query, key, value, *bounds, **options)
+
+
+def uses_varlen(query: torch.Tensor, width: int) -> bool:
+    """Whether that kernel is there for these values: flash attention's conditions.
+
+    On CUDA from Ampere on, in half precision, heads of a width of up to 256 that is a multiple of 8.
+    """
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and width % 8 == 0
+        and width <= 256
+        and has_flash(query.device)
+        and varlen_kernel() is not None
+    )
 
 
 def _varlen(

@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import write_jsonl
+from ppo_vs_dpo.models.devices import computes_in_tf32
 from ppo_vs_dpo.models.sharding.collectives import any_rank
 from ppo_vs_dpo.ppo.algorithm import masked_mean
 from ppo_vs_dpo.ppo.config import PPOConfig
@@ -76,8 +77,7 @@ def rounding(dtype: torch.dtype) -> float:
     and float16, 8 in bfloat16. Dropout of 0.1 gives more than each of these bounds.
     """
     if dtype in (torch.float32, torch.float64):
-        tf32 = torch.cuda.is_available() and torch.backends.cuda.matmul.allow_tf32
-        return 5e-3 if tf32 else 1e-4
+        return 5e-3 if computes_in_tf32() else 1e-4
     return 3e-2 if dtype == torch.bfloat16 else 5e-3
 
 

@@ -25,8 +25,9 @@ from ppo_vs_dpo.pipeline.planning.memory import GPUS, Shape, Sharding
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.rollouts.clock import Clock
 from ppo_vs_dpo.ppo.trainer import PPOTrainer
+from tests.device.jobs import COMMON, LORA, TOKENIZER, llama, on_one_base
 from tests.device.pretended import ALLOCATED, Probe, trainers_on_device
-from tests.device.work import COMMON, LORA, TOKENIZER, half_precision_kernel, llama, on_one_base
+from tests.device.work import ON_HOST, half_precision_kernel
 
 # A row: tokens of its prompt and of its response, and rows of a pass.
 PROMPT, RESPONSE, ROWS = 24, 24, 8
@@ -111,7 +112,7 @@ def _pairs(case: Case, probe: Probe, folder: Path) -> dict[str, Any]:
     from ppo_vs_dpo.reward_model.data import reward_dataset
     from ppo_vs_dpo.sft.data import sft_dataset
 
-    fixed = {**COMMON, "bf16": True, "gradient_checkpointing": case.checkpointing, "max_steps": 2,
+    fixed = {**COMMON, **ON_HOST, "bf16": True, "gradient_checkpointing": case.checkpointing, "max_steps": 2,
              "per_device_train_batch_size": ROWS, "gradient_accumulation_steps": case.accumulate}  # fmt: skip
     # An end token is appended.
     rows = [{"prompt": text(PROMPT, n % 8), "chosen": " " + text(RESPONSE - 1, n % 5),
@@ -167,7 +168,7 @@ def _ppo(case: Case, probe: Probe, folder: Path) -> dict[str, Any]:
     try:
         trainer = PPOTrainer(
             train_dataset=Dataset.from_dict({"prompt": [text(PROMPT, n) for n in range(8)]}),
-            processing_class=TOKENIZER, args=PPOConfig(**{**COMMON, **settings}), **parts,
+            processing_class=TOKENIZER, args=PPOConfig(**{**COMMON, **ON_HOST, **settings}), **parts,
         )  # fmt: skip
         # No response ends before its budget.
         trainer.roles.engine.eos_token_ids = [SIZES["vocabulary"] + 1]

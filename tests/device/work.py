@@ -21,47 +21,26 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, TrainerCallback
+from transformers import TrainerCallback
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
 from ppo_vs_dpo.artifacts.files import write_text
-from ppo_vs_dpo.models.loading.config import LoraSettings
 from ppo_vs_dpo.models.passes import packed
 from ppo_vs_dpo.models.passes.logprobs import full_kl, pad_batch, response_logprobs
 from ppo_vs_dpo.models.sampling import fixed
-from ppo_vs_dpo.models.sampling.engine import TransformersEngine
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate
-from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.roles.trained import PolicyAndValue
 from ppo_vs_dpo.ppo.rollouts.clock import Clock
-from ppo_vs_dpo.ppo.trainer import PPOTrainer
-from tests.conftest import build_word_tokenizer
+from tests.device.jobs import llama, ppo, trained
 from tests.device.pretended import ALLOCATED, DEVICE, Probe, Shadow, trainers_on_device
 from tests.models.passes.test_packed import reference_kernel
 from tests.models.sampling.recorded_graph import RecordedGraph
 
 torch.set_num_threads(1)
-TOKENIZER = build_word_tokenizer()
-PROMPTS = ["the film", "a story was", "very", "the plot was", "the cast", "a bad film", "not", "a bright plot and"]
-LORA = LoraSettings(r=2, alpha=4, target_modules=["q_proj", "v_proj"])
-MICRO = 4
 RECORD = Path(__file__).parent / "counts.json"
-COMMON = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
-
-
-def llama(scalar: bool = False, layers: int = 4, vocabulary: int | None = None, seed: int = 0, **more: Any):
-    """A Llama with grouped queries, of a few thousand weights."""
-    torch.manual_seed(seed)
-    sizes = {
-        "vocab_size": vocabulary or len(TOKENIZER), "hidden_size": 32, "intermediate_size": 64,
-        "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "max_position_embeddings": 256, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2,
-        "pad_token_id": 0, "num_labels": 1,
-    }  # fmt: skip
-    config = LlamaConfig(**{**sizes, **more})
-    return (LlamaForSequenceClassification if scalar else LlamaForCausalLM)(config).eval()
+# The pretended device is not one that accelerate would find.
+ON_HOST = {"use_cpu": True}
 
 
 class StandIn(torch.autograd.Function):
@@ -112,8 +91,8 @@ class OneLaunch:
 @contextlib.contextmanager
 def half_precision_kernel():
     """With that stand-in, and those of TRL's kernels: what a GPU takes instead of torch's own operations."""
-    found = packed.varlen_kernel, dict(vars(chunked_logprob)), trl_utils._use_triton
-    packed.varlen_kernel = lambda: stand_in
+    found = packed.varlen_kernel, packed.has_flash, dict(vars(chunked_logprob)), trl_utils._use_triton
+    packed.varlen_kernel, packed.has_flash = lambda: stand_in, lambda device: device.type == DEVICE.type
     forward, backward = OneLaunch(chunked_logprob._forward_tile), OneLaunch(chunked_logprob._backward_tile)
     chunked_logprob._forward_kernel, chunked_logprob._backward_kernel = forward, backward
     chunked_logprob.triton = types.SimpleNamespace(cdiv=lambda a, b: -(-a // b))
@@ -121,55 +100,9 @@ def half_precision_kernel():
     try:
         yield
     finally:
-        packed.varlen_kernel, theirs, trl_utils._use_triton = found
+        packed.varlen_kernel, packed.has_flash, theirs, trl_utils._use_triton = found
         vars(chunked_logprob).clear()
         vars(chunked_logprob).update(theirs)
-
-
-class Copied(TransformersEngine):
-    """An engine with weights of its own (vLLM's place): a copy, and the log-probabilities it sampled with."""
-
-    keeps_weights = True
-
-    def update_weights(self, model, version=None):
-        super().update_weights(model)
-        self.with_logprobs = True
-
-
-def ppo(folder: Path, **settings: Any) -> PPOTrainer:
-    """A PPO trainer: a reward model, 16 responses, two minibatches of two micro-batches."""
-    kind, data = settings.pop("kind", "full"), Dataset.from_dict({"prompt": PROMPTS * 4})
-    policy = llama()
-    with torch.no_grad():  # likelier to end: responses of different lengths
-        policy.lm_head.weight[2] += 2 * policy.lm_head.weight[10]
-    parts: dict[str, Any] = {"model": policy, "reward_model": llama(True, seed=1)}
-    if kind == "lora":
-        parts["peft_config"] = LORA.peft_config("CAUSAL_LM")
-    elif kind == "one base":
-        parts = on_one_base(folder, policy)
-    fixed = {"output_dir": str(folder / "out"), "per_device_train_batch_size": MICRO, "rollout_batch_size": 16,
-             "max_steps": 1, "num_ppo_epochs": 1, "num_mini_batches": 2, "response_length": 12, "learning_rate": 1e-3,
-             "diagnose": False, "seed": 7, "local_rollout_forward_batch_size": 8}  # fmt: skip
-    trainer = PPOTrainer(
-        train_dataset=data, eval_dataset=data.select(range(8)), processing_class=TOKENIZER,
-        args=PPOConfig(**{**COMMON, **fixed, **settings}), **parts,
-    )  # fmt: skip
-    if kind == "engine":
-        trainer.roles.engine = Copied(trainer.roles.eos_ids, TOKENIZER)
-    return trainer
-
-
-def on_one_base(folder: Path, policy: LlamaForCausalLM) -> dict[str, Any]:
-    """The four roles as adapters on one base."""
-    from ppo_vs_dpo.models.loading.pretrained import load_policy
-    from ppo_vs_dpo.ppo.roles.shared import share_base
-    from tests.ppo.roles.test_shared import save_reward_adapter
-
-    policy.save_pretrained(folder / "base")
-    TOKENIZER.save_pretrained(folder / "base")
-    save_reward_adapter(folder / "base", folder / "reward")
-    roles = share_base(load_policy(folder / "base"), LORA, folder / "reward", "reward_model")
-    return dict(zip(("model", "value_model", "reward_model"), roles, strict=True))
 
 
 def run_ppo(probe: Probe, folder: Path, **settings: Any) -> dict[str, Any]:
@@ -183,7 +116,7 @@ def run_ppo(probe: Probe, folder: Path, **settings: Any) -> dict[str, Any]:
 
     Clock.__call__ = phase
     try:
-        settings |= {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+        settings |= {**ON_HOST, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
         trainer = ppo(folder, **settings)
         trainer.prepare()
         trainer.train()
@@ -204,39 +137,7 @@ def run_ppo(probe: Probe, folder: Path, **settings: Any) -> dict[str, Any]:
 
 def run_trl(probe: Probe, folder: Path, stage: str, plain: bool = False) -> dict[str, Any]:
     """The second of two steps of a stage; ``plain``: with TRL's trainer as it is."""
-    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
-
-    import ppo_vs_dpo.dpo.train as dpo
-    import ppo_vs_dpo.reward_model.train as reward_model
-    import ppo_vs_dpo.sft.train as sft
-    from ppo_vs_dpo.dpo.config import smoothed_loss
-    from ppo_vs_dpo.dpo.data import dpo_dataset
-    from ppo_vs_dpo.reward_model.data import reward_dataset
-    from ppo_vs_dpo.sft.data import sft_dataset
-
-    fixed = {**COMMON, "bf16": True, "gradient_checkpointing": False, "per_device_train_batch_size": 8,
-             "max_steps": 2, "logging_steps": 1}  # fmt: skip
-    rows = [{"prompt": p, "chosen": " very good film", "rejected": " bad"} for p in PROMPTS * 4]
-    texts = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
-    args = {"sft": SFTConfig, "reward_model": RewardConfig, "dpo": DPOConfig}[stage](
-        str(folder), **fixed, **(smoothed_loss({}) if stage == "dpo" else {})
-    )
-    model = llama(stage == "reward_model").train()
-    if plain:
-        cls = {"sft": SFTTrainer, "reward_model": RewardTrainer, "dpo": DPOTrainer}[stage]
-        if stage == "dpo":
-            model.save_pretrained(folder / "policy")
-            model, args.precompute_ref_log_probs = str(folder / "policy"), True
-        data = Dataset.from_list(texts if stage == "sft" else rows)
-        trainer = cls(model=model, args=args, train_dataset=data, processing_class=TOKENIZER)
-    elif stage == "dpo":
-        trainer = dpo.build_trainer(model, TOKENIZER, dpo_dataset(Dataset.from_list(rows), TOKENIZER), args)
-    elif stage == "reward_model":
-        data = reward_dataset(Dataset.from_list(rows), TOKENIZER)
-        trainer = reward_model.build_trainer(model, TOKENIZER, data, args)
-    else:
-        data = sft_dataset(Dataset.from_list(texts), TOKENIZER, True, None, None)
-        trainer = sft.build_trainer(model, TOKENIZER, data, args)
+    trainer = trained(folder, stage, plain, **ON_HOST)
 
     class FromSecond(TrainerCallback):
         """Counts the second step: the first makes the optimizer's state."""

@@ -8,6 +8,7 @@ from ppo_vs_dpo.models.devices import arithmetic
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.prepared import train_in_full
 from ppo_vs_dpo.pipeline.composing.compose import load
+from ppo_vs_dpo.ppo.rollouts.checks import rounding
 
 TRAINED = ("sft", "reward_model", "dpo", "ppo")
 
@@ -93,3 +94,16 @@ def test_small_steps_are_not_lost(tiny_llama):
     model = tiny_llama().to(dtype)
     train_in_full(model, sharded=False)
     assert moved(model) > 0.8
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_tf32_is_read_where_transformers_says_it(monkeypatch, precision):
+    """From torch 2.9 on: reading the old flag beside the new one raises, on every GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = torch.backends.fp32_precision
+    try:
+        torch.backends.fp32_precision = precision
+        assert devices.computes_in_tf32() == (precision == "tf32")
+        assert rounding(torch.float32) == (5e-3 if precision == "tf32" else 1e-4)
+    finally:
+        torch.backends.fp32_precision = before

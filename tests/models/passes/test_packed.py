@@ -243,21 +243,55 @@ def test_one_kernel_for_all_lengths(tiny_llama, monkeypatch, heads, checkpointin
         return lambda *args, **kwargs: reference_kernel(*args[:3], args[3].int(), args[4].int(), *args[5:], **kwargs)
 
     expected = compute()
-    monkeypatch.setattr("ppo_vs_dpo.models.passes.packed.uses_varlen", lambda query: True)
+    monkeypatch.setattr("ppo_vs_dpo.models.passes.packed.uses_varlen", lambda query, width: True)
     monkeypatch.setattr("ppo_vs_dpo.models.passes.packed.varlen_kernel", kernel)
     for got, wanted in zip(compute(), expected, strict=True):
         assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp_min(1)
     assert len(calls) == 2 * (1 + checkpointing)
 
 
-def test_the_kernel_is_for_half_precision_on_cuda():
+def test_the_kernel_is_for_half_precision_on_cuda(monkeypatch):
     from torch.nn.attention.varlen import varlen_attn
 
     assert varlen_kernel() is varlen_attn
-    query = torch.zeros(2, 4, dtype=torch.bfloat16)
-    assert not uses_varlen(query)
-    assert uses_varlen(query.as_subclass(Nested))
-    assert not uses_varlen(query.float().as_subclass(Nested))
+    query = torch.zeros(2, 8, dtype=torch.bfloat16)
+    monkeypatch.setattr("ppo_vs_dpo.models.passes.packed.has_flash", lambda device: True)
+    assert not uses_varlen(query, 8)
+    assert uses_varlen(query.as_subclass(Nested), 8)
+    assert not uses_varlen(query.float().as_subclass(Nested), 8)
+    # Widths that flash attention has not.
+    assert not uses_varlen(query.as_subclass(Nested), 4)
+    assert not uses_varlen(query.as_subclass(Nested), 264)
+    # A V100, a T4: half precision, and no flash attention.
+    monkeypatch.setattr("ppo_vs_dpo.models.passes.packed.has_flash", lambda device: False)
+    assert not uses_varlen(query.as_subclass(Nested), 8)
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_the_kernel_of_each_torch(monkeypatch, heads):
+    """2.11's takes no ``enable_gqa``, 2.10's no window; what is called must take what it is given."""
+    import torch.nn.attention.varlen as theirs
+
+    def of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+                window_size=(-1, -1)):  # fmt: skip
+        assert query.shape == key.shape == value.shape
+        return reference_kernel(
+            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=False
+        )
+
+    def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+        raise AssertionError("it has no scale")
+
+    torch.manual_seed(0)
+    query, (key, value) = torch.randn(5, 4, 8), torch.randn(2, 5, heads, 8)
+    bounds = torch.tensor([0, 2, 5], dtype=torch.int32)
+    given = (query, key, value, bounds, bounds, 3, 3)
+    options = {"scale": 0.3, "window_size": (-1, 0), "enable_gqa": heads != 4}
+    monkeypatch.setattr(theirs, "varlen_attn", of_2_11)
+    found = varlen_kernel.__wrapped__()(*given, **options)
+    torch.testing.assert_close(found, reference_kernel(*given, **options), rtol=0, atol=1e-6)
+    monkeypatch.setattr(theirs, "varlen_attn", of_2_10)
+    assert varlen_kernel.__wrapped__() is None
 
 
 def kept_bytes(model, batch) -> int:
