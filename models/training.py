@@ -326,7 +326,9 @@ def write_model(
         return
     if weights is not None or in_4bit(model) or is_halved(model):
         # Merged from the files, into the base as it was saved: the model in memory is in pieces, in 4 or in 16 bits.
-        load = load_value_or_reward if getattr(model.config, "num_labels", 2) == 1 else load_policy
+        # What the adapter was made for says it: a policy's config may have ``num_labels: 1``, too.
+        scalar = model.peft_config[model.active_adapter].task_type == "SEQ_CLS"
+        load = load_value_or_reward if scalar else load_policy
         with unsharded_loading():
             merged = load(first, model_settings(context))
     else:

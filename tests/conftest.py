@@ -8,10 +8,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# What is expected to the last digit is a CPU's; tests/device/test_real.py has the GPU (make test-gpu).
-if "PPO_VS_DPO_TEST_GPU" not in os.environ:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
 import pytest
 import torch
 
@@ -24,6 +20,12 @@ gc.disable()
 
 # Files whose tests take longest, to be begun first: the two workers then end together.
 LONG = ("test_wheel.py", "test_trajectories.py", "test_device.py", "test_quickstart.py", "test_ranks.py")
+
+
+def pytest_configure() -> None:
+    """What is expected to the last digit is a CPU's; tests/device/test_real.py has the GPU (make test-gpu)."""
+    if "PPO_VS_DPO_TEST_GPU" not in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.hookimpl(tryfirst=True)

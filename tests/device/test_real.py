@@ -3,7 +3,9 @@
 The other tests compute on a CPU wherever they run (tests/conftest.py); these skip where there is no GPU.
 """
 
+import collections
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -200,9 +202,11 @@ def test_an_update_hardly_waits(tmp_path, monkeypatch):
     trainer.prepare()
     monkeypatch.setattr(Clock, "__call__", phase)
     trainer.train()
-    # Three updates of four micro-batches; three rollouts of two batches.
-    assert len(found["train"]) / 12 <= 4, found["train"]
-    assert len(found["forward"]) / 6 <= 4, found["forward"]
+    # That one counts a copy to the device as a wait, too.
+    counted = json.loads((Path(__file__).parent / "counts.json").read_text(encoding="utf-8"))["ppo bf16"]
+    for name in ("train", "forward"):
+        allowed = counted[name]["waits"] + counted[name]["uploads"]
+        assert len(found[name]) <= allowed, collections.Counter(found[name])
 
 
 @pytest.mark.parametrize("sharding", ["zero2", "zero3"])
@@ -210,8 +214,9 @@ def test_one_rank_under_deepspeed(sharding):
     """NCCL, bfloat16, an update of PPO."""
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
-         "-m", "benchmarks.gpu", "--size", "tiny", "--deepspeed", sharding, "--prompt", "16", "--response", "16", "--updates", "1"],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "DS_ACCELERATOR": "cuda"},
+         "-m", "benchmarks.gpu", "--size", "tiny", "--deepspeed", sharding, "--prompt", "16", "--response", "16",
+         "--updates", "1"],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

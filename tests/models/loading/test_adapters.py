@@ -188,11 +188,14 @@ def test_a_base_in_half_precision_is_what_autocast_makes_of_it(base):
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-def test_a_base_in_half_precision_is_merged_as_it_was_saved(base, word_tokenizer, tmp_path):
-    """What is written is the saved base in fp32 and the adapter, not the base that trained in bfloat16."""
+@pytest.mark.parametrize("labels", [2, 1])
+def test_a_base_in_half_precision_is_merged_as_it_was_saved(base, word_tokenizer, tmp_path, labels):
+    """What is written is the saved base in fp32 and the adapter, not the base that trained in bfloat16. A policy is
+    one whatever number of labels its configuration has."""
     model = disturbed(get_peft_model(base(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **CAUSAL)))
     expected = merge(copy.deepcopy(model))
     halve_frozen(model, torch.bfloat16)
+    model.config.num_labels = labels
     context = SimpleNamespace(dir=tmp_path / "ppo", run=SimpleNamespace(config=OmegaConf.create({})))
     context.dir.mkdir()
     write_model(model, word_tokenizer, context, adapters=[model.active_adapter])
