@@ -72,21 +72,21 @@ def planned_lengths(workload: Workload, update: int) -> list[int]:
     return lengths
 
 
-def models(workload: Workload) -> tuple:
+def models(workload: Workload, shape: floor.Shape = SHAPE, heads: int = 4) -> tuple:
     """Policy, reference, reward and value model, equal on both sides, and the tokenizer."""
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import WordLevel
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-    words = ["<pad>", "<s>", "</s>", *[f"w{i}" for i in range(VOCABULARY - 3)]]
+    words = ["<pad>", "<s>", "</s>", *[f"w{i}" for i in range(shape.vocabulary - 3)]]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
     )
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=SHAPE.hidden, intermediate_size=SHAPE.intermediate,
-        num_hidden_layers=SHAPE.layers, num_attention_heads=4, max_position_embeddings=1024, pad_token_id=PAD,
+        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers, num_attention_heads=heads, max_position_embeddings=1024, pad_token_id=PAD,
         bos_token_id=BOS, eos_token_id=EOS, num_labels=1, tie_word_embeddings=False,
     )  # fmt: skip
     made = []
@@ -95,13 +95,13 @@ def models(workload: Workload) -> tuple:
         torch.manual_seed(max(seed, 1))
         model = kind(config)
         if kind is LlamaForCausalLM:
-            head = torch.nn.Linear(SHAPE.hidden, VOCABULARY, bias=True)
+            head = torch.nn.Linear(shape.hidden, shape.vocabulary, bias=True)
             with torch.no_grad():
                 head.weight.copy_(model.lm_head.weight)
                 head.bias.zero_()
                 # Near-uniform logits: a log-odds of the hazard over the other tokens; the pad token never comes.
                 chance = hazard(workload.mean, workload.budget) if workload.mean else 0.0
-                odds = chance / (1 - chance) * (VOCABULARY - 2)
+                odds = chance / (1 - chance) * (shape.vocabulary - 2)
                 head.bias[EOS] = torch.tensor(odds).log() if odds else -1e4
                 head.bias[PAD] = -1e4
             model.lm_head = head
@@ -152,7 +152,7 @@ def planned_generation(workload: Workload, generate):
 
         def __call__(self, input_ids, scores):
             self.step += 1
-            scores[:, EOS] = torch.where(self.lengths == self.step, 1e4, -1e4)
+            scores[:, EOS] = torch.where(self.lengths.to(scores.device) == self.step, 1e4, -1e4)
             return scores
 
     updates = itertools.count()

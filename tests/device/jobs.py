@@ -5,7 +5,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, Trainer
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+)
 
 from ppo_vs_dpo.models.loading.config import LoraSettings
 from ppo_vs_dpo.models.sampling.engine import TransformersEngine
@@ -79,7 +86,18 @@ def on_one_base(folder: Path, policy: LlamaForCausalLM) -> dict[str, Any]:
     return dict(zip(("model", "value_model", "reward_model"), roles, strict=True))
 
 
-def trained(folder: Path, stage: str, plain: bool = False, **more: Any) -> Trainer:
+ROWS = [{"prompt": prompt, "chosen": " very good film", "rejected": " bad"} for prompt in PROMPTS * 4]
+
+
+def trained(
+    folder: Path,
+    stage: str,
+    plain: bool = False,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase = TOKENIZER,
+    rows: list[dict[str, str]] = ROWS,
+    **more: Any,
+) -> Trainer:
     """The trainer of SFT, reward model or DPO, two steps of eight rows; ``plain``: TRL's as it is.
 
     Args:
@@ -97,25 +115,24 @@ def trained(folder: Path, stage: str, plain: bool = False, **more: Any) -> Train
 
     fixed = {**COMMON, "bf16": True, "gradient_checkpointing": False, "per_device_train_batch_size": 8,
              "max_steps": 2, "logging_steps": 1, **more}  # fmt: skip
-    rows = [{"prompt": p, "chosen": " very good film", "rejected": " bad"} for p in PROMPTS * 4]
     texts = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
     args = {"sft": SFTConfig, "reward_model": RewardConfig, "dpo": DPOConfig}[stage](
         str(folder), **fixed, **(smoothed_loss({}) if stage == "dpo" else {})
     )
-    model = llama(stage == "reward_model").train()
+    model = (llama(stage == "reward_model") if model is None else model).train()
     if plain:
         cls = {"sft": SFTTrainer, "reward_model": RewardTrainer, "dpo": DPOTrainer}[stage]
         if stage == "dpo":
             model.save_pretrained(folder / "policy")
             model, args.precompute_ref_log_probs = str(folder / "policy"), True
         data = Dataset.from_list(texts if stage == "sft" else rows)
-        trainer = cls(model=model, args=args, train_dataset=data, processing_class=TOKENIZER)
+        trainer = cls(model=model, args=args, train_dataset=data, processing_class=tokenizer)
     elif stage == "dpo":
-        trainer = dpo.build_trainer(model, TOKENIZER, dpo_dataset(Dataset.from_list(rows), TOKENIZER), args)
+        trainer = dpo.build_trainer(model, tokenizer, dpo_dataset(Dataset.from_list(rows), tokenizer), args)
     elif stage == "reward_model":
-        data = reward_dataset(Dataset.from_list(rows), TOKENIZER)
-        trainer = reward_model.build_trainer(model, TOKENIZER, data, args)
+        data = reward_dataset(Dataset.from_list(rows), tokenizer)
+        trainer = reward_model.build_trainer(model, tokenizer, data, args)
     else:
-        data = sft_dataset(Dataset.from_list(texts), TOKENIZER, True, None, None)
-        trainer = sft.build_trainer(model, TOKENIZER, data, args)
+        data = sft_dataset(Dataset.from_list(texts), tokenizer, True, None, None)
+        trainer = sft.build_trainer(model, tokenizer, data, args)
     return trainer
