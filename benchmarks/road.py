@@ -16,12 +16,14 @@ beyond the first of a batch are accumulated). Ours are the stages of the command
 Each stage of each side is a process of one thread, from its start to its end (imports, loading and saving included),
 stock first, then ours, in one run. Seconds are CPU seconds (user and system) of the process and all that it started:
 what else the machine does hardly matters; a ratio is stock's over ours. What is sampled has its own length on each
-side: the mean is printed, to see that both did the same work. Our ``compare`` also makes intervals, tests, the report.
+side: the mean is printed, to see that both did the same work. Our ``compare`` also makes intervals, tests, the report,
+and asks the models more than such a loop does; a second row has a loop that asks them as much.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -134,6 +136,16 @@ def ours_of(run: Path, stage: str) -> dict[str, float]:
     return {key: figures[key] for key in ("steps", "train_loss", "accuracy") if key in figures}
 
 
+def begin_anew(run: RunFolder, stage: str) -> None:
+    """Take away what an earlier measurement left of a stage: ours would find it, and read what it should make."""
+    kept = {
+        "reward_model": run.path("pairs", "tokens"), "dpo": run.path("pairs", "reference_logprobs"),
+        "compare": run.cache("completions"),
+    }  # fmt: skip
+    for folder in (run.stage_dir(stage), *([kept[stage]] if stage in kept else [])):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def travel(out: Path, words: list[str], stages: list[str], trl: str) -> dict[str, dict[str, dict[str, float]]]:
     """Both sides, stage by stage; what was measured before and is not asked for again is kept."""
     run, place = out / "ours" / "road", out / "road.json"
@@ -148,31 +160,40 @@ def travel(out: Path, words: list[str], stages: list[str], trl: str) -> dict[str
         if stage != "sft" and not (run / "pairs" / "done.json").is_file():
             measured(["-m", "ppo_vs_dpo.preferences", str(run), "--step", "pairs"], root, out / "pairs.log")
         path = [trl, *root] if stage == "ppo" else root
+        begin_anew(RunFolder(run), stage)
         stock = measured(["-m", "benchmarks.stock", stage, str(out)], path, out / f"stock-{stage}.log")
         ours = measured(["-m", f"ppo_vs_dpo.{stage}", str(run)], root, out / f"ours-{stage}.log")
         known[stage] = {
             "stock": {**stock, **json.loads((out / f"stock-{stage}.json").read_text())},
             "ours": {**ours, **ours_of(run, stage)},
         }
+        if stage == "compare":
+            more = measured(["-m", "benchmarks.stock", "compare_more", str(out)], root, out / "stock-compare_more.log")
+            known[stage]["more"] = {**more, **json.loads((out / "stock-compare_more.json").read_text())}
         place.write_text(json.dumps(known, indent=1))
         print(f"  {stage}: stock {stock['seconds']:.1f} s, ours {ours['seconds']:.1f} s", file=sys.stderr, flush=True)
     return known
 
 
+def _row(name: str, theirs: dict[str, float], mine: dict[str, float]) -> list[str]:
+    length = [f"{one['tokens']:.1f}" if "tokens" in one else "" for one in (theirs, mine)]
+    return [
+        name, f"{theirs['seconds']:.1f}", f"{mine['seconds']:.1f}", f"{theirs['seconds'] / mine['seconds']:.2f}",
+        f"{theirs['peak']:.0f}", f"{mine['peak']:.0f}", " / ".join(length).strip(" /"),
+    ]  # fmt: skip
+
+
 def report(known: dict[str, dict[str, dict[str, float]]], bar: float) -> str:
     """The table: a row a stage, the sum, and the bars."""
-    rows, sums = [], {"stock": 0.0, "ours": 0.0}
+    rows, last, sums = [], [], {"stock": 0.0, "ours": 0.0}
     for stage, sides in known.items():
-        for side, one in sides.items():
-            sums[side] += one["seconds"]
-        theirs, mine = sides["stock"], sides["ours"]
-        length = [f"{one['tokens']:.1f}" if "tokens" in one else "" for one in (theirs, mine)]
-        rows.append([
-            stage, f"{theirs['seconds']:.1f}", f"{mine['seconds']:.1f}", f"{theirs['seconds'] / mine['seconds']:.2f}",
-            f"{theirs['peak']:.0f}", f"{mine['peak']:.0f}", " / ".join(length).strip(" /"),
-        ])  # fmt: skip
+        rows.append(_row(stage, sides["stock"], sides["ours"]))
+        last += [_row("compare, as many passes", sides["more"], sides["ours"])] if "more" in sides else []
+        for side in sums:
+            sums[side] += sides[side]["seconds"]
     ratio = sums["stock"] / sums["ours"]
     rows.append(["together", f"{sums['stock']:.1f}", f"{sums['ours']:.1f}", f"{ratio:.2f}", "", "", ""])
+    rows += last
     head = "stage, stock CPU s, ours CPU s, ratio, stock peak MiB, ours peak MiB, mean tokens"
     slower = [stage for stage, one in known.items() if one["stock"]["seconds"] < one["ours"]["seconds"]]
     return "\n".join([

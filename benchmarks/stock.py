@@ -4,6 +4,7 @@ python -m benchmarks.stock STAGE FOLDER        # road calls it: a stage is a pro
 """
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from typing import Any
 
 # Of a batch in the loops.
 ROWS = 64
+# Of the held-out pairs, at most: measured under each policy, and read by the reward model (as ours does).
+MEASURED, CHECKED = 128, 256
+SIDES = ("chosen", "rejected")
 
 
 def section(run: Path, stage: str, cls: type) -> dict[str, Any]:
@@ -169,8 +173,12 @@ def stock_ppo(run: Path, out: Path) -> dict[str, float]:
     return {"responses": len(lengths), "tokens": sum(lengths) / len(lengths), "kl of the last rollout": kl}
 
 
-def stock_compare(run: Path, out: Path) -> dict[str, float]:
-    """Completions by ``generate``, scores by the reward model and by gold where there is one, KL, win rates."""
+def stock_compare(run: Path, out: Path, more: bool = False) -> dict[str, float]:
+    """Completions by ``generate``, scores by the reward model and by gold where there is one, KL, win rates.
+
+    With ``more`` what else ours asks the models: log-probabilities of held-out pairs under each policy, KL over the
+    whole vocabulary, and in how many of these pairs the reward model is right.
+    """
     import torch
     from omegaconf import OmegaConf
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -185,6 +193,15 @@ def stock_compare(run: Path, out: Path) -> dict[str, float]:
     reward = AutoModelForSequenceClassification.from_pretrained(out / "reward_model")
     reference = AutoModelForCausalLM.from_pretrained(out / "sft")
     judged, figures, count, tokens = {}, {}, 0, 0
+    pairs = rows_of(run, "pairs/test", "prompt", "chosen", "rejected") if more else []
+    sides = [[(text_of(tokenizer, row["prompt"]), row[side]) for row in pairs] for side in SIDES]
+    sides = [[(prompt, text_of(tokenizer, "", answer)) for prompt, answer in side] for side in sides]
+    if more:
+        both = [
+            scores_of(reward, tokenizer, [p + a for p, a in side[:CHECKED]], [True] * len(side[:CHECKED]))
+            for side in sides
+        ]
+        figures["accuracy"] = sum(a > b for a, b in zip(*both, strict=True)) / len(both[0])
     for name in ("sft", "ppo", "dpo"):
         policy = AutoModelForCausalLM.from_pretrained(out / name)
         wanted = list(prompts) * (settings.baseline_draws if name == "sft" else 1)
@@ -201,8 +218,8 @@ def stock_compare(run: Path, out: Path) -> dict[str, float]:
                 ended = new == tokenizer.eos_token_id
                 real = (ended.cumsum(1) - ended.long()) == 0
                 mask = torch.cat([enc["attention_mask"], real.long()], 1)
-                sides = [logprobs(model, ids, mask, start) for model in (policy, reference)]
-            kl += ((sides[0] - sides[1]) * real).sum(1).tolist()
+                ours, theirs = (logprobs(model, ids, mask, start, more) for model in (policy, reference))
+                kl += (((ours.exp() * (ours - theirs)).sum(-1) if more else ours - theirs) * real).sum(1).tolist()
             tokens += int(real.sum())
             count += len(batch)
             texts += tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -210,6 +227,9 @@ def stock_compare(run: Path, out: Path) -> dict[str, float]:
         scores = scores_of(reward, tokenizer, [p + t for p, t in zip(wanted, texts, strict=True)], finished)
         judged[name] = gold_reward(wanted, texts, finished=finished) if config.data.gold else scores
         figures[f"kl {name}"] = sum(kl) / len(kl)
+        if more:
+            likely = [pair_logprobs(policy, tokenizer, side[:MEASURED]) for side in sides]
+            figures |= {f"{side} {name}": sum(one) / len(one) for side, one in zip(SIDES, likely, strict=True)}
     n = len(prompts)
     for name in ("ppo", "dpo"):
         pairs = list(zip(judged[name], judged["sft"][:n], strict=True))
@@ -223,13 +243,33 @@ def batches(rows: list[str]) -> Iterator[list[str]]:
         yield rows[start : start + ROWS]
 
 
-def logprobs(model, ids, mask, start: int):
-    """Log-probabilities of the tokens from ``start`` on, ``(B, T)``."""
+def logprobs(model, ids, mask, start: int, whole: bool = False):
+    """Log-probabilities of the tokens from ``start`` on, ``(B, T)``; ``whole``: of the vocabulary, ``(B, T, V)``."""
     import torch
 
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     logits = model(ids, attention_mask=mask, position_ids=positions).logits[:, start - 1 : -1]
-    return torch.log_softmax(logits, -1).gather(2, ids[:, start:, None])[..., 0]
+    found = torch.log_softmax(logits, -1)
+    return found if whole else found.gather(2, ids[:, start:, None])[..., 0]
+
+
+def pair_logprobs(model, tokenizer, side: list[tuple[str, str]]) -> list[float]:
+    """Log-probabilities of whole answers to their prompts, EOS included."""
+    import torch
+
+    found: list[float] = []
+    for batch in batches(side):
+        prompts = [tokenizer(prompt)["input_ids"] for prompt, _ in batch]
+        answers = [
+            tokenizer(answer + tokenizer.eos_token, add_special_tokens=False)["input_ids"] for _, answer in batch
+        ]
+        enc = tokenizer.pad({"input_ids": [p + a for p, a in zip(prompts, answers, strict=True)]}, return_tensors="pt")
+        ids, asked = enc["input_ids"], torch.zeros_like(enc["input_ids"])
+        for row, answer in enumerate(answers):
+            asked[row, -len(answer) :] = 1
+        with torch.no_grad():
+            found += (logprobs(model, ids, enc["attention_mask"], 1) * asked[:, 1:]).sum(1).tolist()
+    return found
 
 
 def scores_of(model, tokenizer, texts: list[str], finished: list[bool]) -> list[float]:
@@ -254,6 +294,7 @@ def trained(trainer) -> dict[str, float]:
 
 STOCK = {
     "sft": stock_sft, "reward_model": stock_reward_model, "dpo": stock_dpo, "ppo": stock_ppo, "compare": stock_compare,
+    "compare_more": functools.partial(stock_compare, more=True),
 }  # fmt: skip
 
 

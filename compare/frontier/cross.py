@@ -9,7 +9,7 @@ from ppo_vs_dpo.compare.frontier.matched import curve, neighbours
 from ppo_vs_dpo.compare.sampling.completions import Draws
 from ppo_vs_dpo.compare.sampling.contenders import Contender
 from ppo_vs_dpo.compare.sampling.gather import Gatherer
-from ppo_vs_dpo.compare.sampling.kl import sequence_kl
+from ppo_vs_dpo.compare.sampling.kl import sequence_logprobs
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE, Policy
 from ppo_vs_dpo.models.loading.pretrained import load_policy
 
@@ -73,15 +73,14 @@ def cross_logprobs(
         for one in of:
             rows = ranks.share(len(one.token_ids))
             per = one.shape[1]
-            measured = sequence_kl(
-                frozen.model,
+            measured = sequence_logprobs(
                 frozen.model,
                 [reference.prompt_ids[row // per] for row in rows],
                 [one.token_ids[row] for row in rows],
                 reference.tokenizer.pad_token_id,
                 temperature=one.temperature,
             )
-            merged = ranks.merge(measured.logprob, len(one.token_ids))
+            merged = ranks.merge(measured, len(one.token_ids))
             one.under[name] = np.asarray(merged, dtype=np.float64).reshape(one.shape)
         if not own:
             frozen.release()

@@ -30,7 +30,7 @@ from ppo_vs_dpo.compare.report.verdict import label
 from ppo_vs_dpo.compare.sampling.completions import Draws
 from ppo_vs_dpo.compare.sampling.contenders import PROXY, Contender, main_pair, realised_best, shown_columns, uniform
 from ppo_vs_dpo.compare.sampling.gather import Gatherer
-from ppo_vs_dpo.compare.sampling.kl import sequence_kl
+from ppo_vs_dpo.compare.sampling.kl import sequence_logprobs
 from ppo_vs_dpo.compare.sampling.policies import REFERENCE
 from ppo_vs_dpo.compare.sampling.quality import quality
 from ppo_vs_dpo.compare.statistics.intervals import mean_interval
@@ -226,15 +226,14 @@ def best_of_n_logprobs(contenders: list[Contender], draws: list[Draws], gatherer
     reference, ranks = gatherer.reference, gatherer.ranks
     ranks.step = "log-probabilities of best-of-n"
     own = [slots[number] for number in ranks.share(len(slots))]
-    measured = sequence_kl(
-        reference.model,
+    measured = sequence_logprobs(
         reference.model,
         [reference.prompt_ids[row] for row, _ in own],
         [pool.token_ids[row * pool.shape[1] + column] for row, column in own],
         reference.tokenizer.pad_token_id,
         temperature=pool.temperature,
     )
-    of = dict(zip(slots, ranks.merge(measured.logprob, len(slots)), strict=True))
+    of = dict(zip(slots, ranks.merge(measured, len(slots)), strict=True))
     for name in over_reference:
         found[name] = np.array([of[row, int(column)] for row, column in enumerate(chosen[name])])
     return found

@@ -63,6 +63,9 @@ def sequence_kl(
         response_ids: ``N`` completions, EOS included where there is one.
         temperature: logits of both are divided by it; above 0.
     """
+    if reference is policy:
+        own = sequence_logprobs(policy, prompt_ids, response_ids, pad_id, batch_size, temperature=temperature)
+        return SequenceKL(*np.zeros((3, len(own))), own, own)
     device = next(policy.parameters()).device
     sums = np.zeros((5, len(prompt_ids)))
     order = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]) + len(response_ids[row]))
@@ -71,8 +74,8 @@ def sequence_kl(
         batch = pad_batch([prompt_ids[r] for r in rows], [response_ids[r] for r in rows], pad_id, device)
         tokens = batch.response_ids.flatten()[batch.places.real]
         pieces = []
-        for here, both in logits_in_pieces((policy,) if reference is policy else (policy, reference), batch):
-            p, q = ((logits.float() / temperature).log_softmax(-1) for logits in (both[0], both[-1]))
+        for here, both in logits_in_pieces((policy, reference), batch):
+            p, q = ((logits.float() / temperature).log_softmax(-1) for logits in both)
             token = tokens[here, None]
             logprob, reference_logprob = p.gather(-1, token).squeeze(-1), q.gather(-1, token).squeeze(-1)
             log_ratio = logprob - reference_logprob
@@ -91,15 +94,17 @@ def sequence_logprobs(
     response_ids: list[list[int]],
     pad_id: int,
     batch_size: int = 256,
+    *,
+    temperature: float = 1.0,
 ) -> np.ndarray:
-    """log pi(y) of whole responses at temperature 1, ``(N,)`` in nats."""
+    """log pi(y) of whole responses at a temperature, ``(N,)`` in nats."""
     device, sums = next(model.parameters()).device, np.zeros(len(prompt_ids))
     order = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]) + len(response_ids[row]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = pad_batch([prompt_ids[r] for r in rows], [response_ids[r] for r in rows], pad_id, device)
         with torch.no_grad():
-            logprobs, _ = response_logprobs(model, batch)
+            logprobs, _ = response_logprobs(model, batch, temperature)
         sums[rows] = logprobs.double().sum(1).cpu().numpy()
     return sums
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ppo_vs_dpo.compare.sampling import kl
 from ppo_vs_dpo.compare.sampling.kl import k3, sequence_kl
 from ppo_vs_dpo.models.passes.logprobs import full_kl, pad_batch, response_logprobs
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate
@@ -87,11 +88,15 @@ def test_equals_the_models_own_sum_in_any_batching(space):
     assert found.exact == pytest.approx(whole, abs=1e-5)
 
 
-def test_a_policy_against_itself_is_zero_exactly(space):
+def test_a_policy_against_itself_is_zero_exactly(space, monkeypatch):
+    """And no sum over the vocabulary is made for it: its log-probabilities are all that is left to measure."""
     policy, _, sequences = space
-    found = sequence_kl(policy, policy, [PROMPT] * 20, sequences[:20], 0)
+    monkeypatch.setattr(kl, "token_kl", None)
+    found = sequence_kl(policy, policy, [PROMPT] * 20, sequences[:20], 0, temperature=0.7)
     for values in (found.exact, found.k1, found.k3):
         assert (values == 0).all()
+    for values in (found.logprob, found.reference_logprob):
+        np.testing.assert_allclose(values, logprobs(policy, sequences[:20], 0.7), atol=1e-5)
 
 
 def test_k3_and_its_bias():
