@@ -22,8 +22,10 @@ def profile(run: RunFolder, names: Sequence[str]) -> str:
         done = run.done(name) or {}
         cost = done.get("cost") or {}
         if cost.get("times"):
-            before = max(0.0, done["seconds"] - sum(cost["times"].values()))
-            rows.append((name, {**cost["times"], INTERRUPTED: before}, cost.get("cpu_seconds", 0.0)))
+            # Its last word was written a moment after its account was closed.
+            before = done["seconds"] - sum(cost["times"].values())
+            times = {**cost["times"], INTERRUPTED: before if before > 0.5 else 0.0}
+            rows.append((name, times, cost.get("cpu_seconds", 0.0)))
         else:
             without.append(name)
     total = {part: sum(times.get(part, 0.0) for _, times, _ in rows) for part in (*PARTS, INTERRUPTED)}

@@ -107,7 +107,7 @@ def table(run: RunFolder, works: list[Work], seconds: dict[str, float], speed: d
     lines = [head + (f"{'memory':>10}" if memory else "")]
     for work in works:
         tokens, most = work.tokens, "<= " * work.at_most
-        time = f"{most if speed else ''}{spell(seconds[work.name])}" if work.name in seconds else ""
+        time = spell(seconds[work.name]) if work.name in seconds else ""
         cells = (
             "" if work.updates is None else f"{work.updates:,}",
             f"{work.responses:,}" if work.responses else "",
@@ -125,8 +125,7 @@ def table(run: RunFolder, works: list[Work], seconds: dict[str, float], speed: d
         needs = lambda name: needs_of(run.config, name.split(",")[0])  # noqa: E731
         quick, slow = spell(at_once(seconds, needs, run.config.launch.workers)), spell(total)
         time = slow if quick == slow else f"{quick} to {slow}"
-        about = "at most about" if speed and any(work.at_most for work in works) else "about"
-        lines.append(f"{about} {time} in all{where}{more}; Ctrl-C keeps what is done")
+        lines.append(f"about {time} in all{where}{more}; Ctrl-C keeps what is done")
         if (speed or {}).get("device", "cpu") == "cpu" and (load := busy()):
             lines.append(f"that is beside no other work; this machine has some now ({load}): it will take longer")
     else:
@@ -134,7 +133,8 @@ def table(run: RunFolder, works: list[Work], seconds: dict[str, float], speed: d
     if any(work.at_most for work in works):
         texts = ", and texts at the longest that data lets them be: how long they are is known once the data is read"
         texts = texts if any(work.longest and work.tokens for work in works) else ""
-        lines.append(f"<=: answers are counted at their full length, and many end earlier{texts}")
+        so_is = "; the times follow from that" if speed else ""
+        lines.append(f"<=: answers are counted at their full length, and many end earlier{texts}{so_is}")
     lines.append(requests(works).rstrip())
     if memory:
         where = "a stage's process" if speed["device"] == "cpu" else "each GPU"

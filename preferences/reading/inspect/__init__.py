@@ -31,6 +31,11 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "source", help="a Hub name, a .jsonl, .json, .parquet or .csv file (.gz too), or a folder of them"
     )
+    parser.add_argument(
+        "--model",
+        "--tokenizer",
+        help="a model folder or Hub name: shows the tokens it reads and where the loss is",
+    )
     parser.add_argument("--format", default="auto", choices=["auto", *MAPPINGS], help="the source's format")
     parser.add_argument(
         "--columns",
@@ -40,11 +45,6 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--split", default="train", help="the Hub's split")
     parser.add_argument("--subset", help="the Hub's configuration")
     parser.add_argument("--test", help="a file with test pairs, or test:SPLIT of the Hub: looks for shared prompts")
-    parser.add_argument(
-        "--model",
-        "--tokenizer",
-        help="a model folder or Hub name: shows the tokens it reads and where the loss is",
-    )
     parser.add_argument(
         "--conversational", choices=["true", "false"], help="make messages of texts, or texts of messages"
     )

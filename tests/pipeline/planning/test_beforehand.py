@@ -148,7 +148,7 @@ def test_the_testbed_s_texts_are_as_long_as_its_reviews(tmp_path):
 
 
 def test_what_is_a_bound_says_so(hh, tmp_path):
-    """Answers at their full length, texts that nobody has read, and the times that follow; nothing else."""
+    """Answers at their full length, and texts that nobody has read; nothing else. A time is an estimate, no bound."""
     speed = {"train": 1e-2, "forward": 1e-4, "decode": 1e-3, "device": "cpu", "parameters": 10**9, "layers": 2}
     speed |= {"start": 5.0, "step": 0.01, "characters": {}}
     hub = run_of(tmp_path / "hub", "experiment=hh", "model.path=x", "data.path=Anthropic/hh-rlhf", "dpo.max_steps=5")
@@ -158,12 +158,11 @@ def test_what_is_a_bound_says_so(hh, tmp_path):
         seconds = {one.name: found for one in works if (found := one.seconds(speed)) is not None}
         text = beforehand.table(run, works, seconds, speed)
         rows[name] = {line.split()[0]: line.count("<= ") for line in text.splitlines()}
-        assert "at most about" in text
         assert ("at the longest" in text) == (name == "hub")
-        # Seconds that are named are none that follow from tokens.
-        assert beforehand.table(run, works, seconds, None).count("<= ") < text.count("<= ")
-    assert (rows["file"]["ppo"], rows["file"]["compare"], rows["file"]["dpo"]) == (2, 2, 0)
-    assert (rows["hub"]["ppo"], rows["hub"]["compare"], rows["hub"]["dpo"]) == (2, 2, 2)
+        assert "the times follow from that" in text
+        assert "the times" not in beforehand.table(run, works, seconds, None)  # these were named
+    assert (rows["file"]["ppo"], rows["file"]["compare"], rows["file"]["dpo"]) == (1, 1, 0)
+    assert (rows["hub"]["ppo"], rows["hub"]["compare"], rows["hub"]["dpo"]) == (1, 1, 1)
 
 
 def test_a_hub_set_is_not_known_before_it_is_read(tmp_path):

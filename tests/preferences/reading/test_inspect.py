@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.dpo.data import dpo_dataset
+from ppo_vs_dpo.pipeline.composing.compose import load
 from ppo_vs_dpo.preferences.reading.importing import mapped
 from ppo_vs_dpo.preferences.reading.inspect import main, show
 from ppo_vs_dpo.preferences.reading.mappings import MappingOptions
@@ -248,6 +250,27 @@ def test_it_ends_with_the_command_to_type_next(tmp_path, capsys, byte_model, pla
     code, said = inspected(capsys, path, "--model", plain_model)
     assert code == 0
     assert said.rstrip().endswith(f"{start.format(plain_model)} data.conversational=false")
+
+
+def test_each_command_leads_to_the_next_one(tmp_path, capsys, byte_model):
+    """Typed one after the other as they are printed, to the run: columns with odd names, a chat model, limits."""
+    path = tmp_path / "my pairs.csv"
+    rows = [f"{n}?,It is {n}.,No {n}" for n in range(60)]
+    path.write_text("\n".join(["the question,good answer,bad answer", *rows]) + "\n")
+    line, model = f"ppo-vs-dpo data inspect '{path}' --max-rows 50", str(byte_model)
+    typed = []
+    while line.startswith("ppo-vs-dpo data inspect") and len(typed) < 6:
+        typed.append(line)
+        _, said = inspected(capsys, *shlex.split(line)[3:])
+        shown = [one.strip() for one in said.splitlines() if one.startswith("  ppo-vs-dpo")]
+        line = shown[0].replace("--model MODEL", f"--model {model}")
+    assert len(typed) == 4  # as it is, with columns, with the model, with what its texts are
+    assert all("--max-rows 50" in one for one in typed)
+    words = shlex.split(line)
+    assert words[:2] == ["ppo-vs-dpo", "try"]
+    config = load(["experiment=try", *words[2:]])
+    assert dict(config.data.columns) == {"prompt": "the question", "chosen": "good answer", "rejected": "bad answer"}
+    assert (config.data.path, config.model.path, config.data.conversational) == (str(path), model, True)
 
 
 @pytest.mark.parametrize(
