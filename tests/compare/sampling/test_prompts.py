@@ -7,6 +7,7 @@ from ppo_vs_dpo.preferences.schema import prompt_id
 
 
 def test_training_prompts(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
     chat = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]
     texts = [f"prompt {number % 1500}" for number in range(2500)]
     ids = [prompt_id(text) for text in texts]
