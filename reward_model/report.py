@@ -31,6 +31,7 @@ ENOUGH = 0.6
 ENOUGH_WITHOUT_CEILING = 0.6
 
 
+@part("scoring")
 def scored_pairs(scorer: RewardScorer, pairs: Dataset, limit: int | None, max_length: int | None) -> dict[str, Any]:
     """Scores, lengths and columns of (at most ``limit``) pairs that are not longer than ``max_length``.
 
