@@ -118,14 +118,16 @@ class Overview:
         return min(share, 1.0), str(said.get("note") or "") or f"{said['done']}/{said['total']}"
 
     def expected(self, job: Job) -> float | None:
-        """Seconds a job takes: as it took before, as the same stage took elsewhere in this run, or as configured."""
-        if job.name in self.seconds:
-            return self.seconds[job.name]
-        same = [self.seconds[j.name] for j in self.jobs if j.stage == job.stage and j.name in self.seconds]
-        if same:
-            return sum(same) / len(same)
+        """Seconds a job takes: as the same stage took elsewhere in this run, as estimated, as configured, or as it
+        took with other settings.
+        """
+        same = [j.name for j in self.jobs if j.stage == job.stage and self.states[j.name] == "done"]
+        known = [self.seconds[name] for name in same if name in self.seconds]
+        if known:
+            return sum(known) / len(known)
         configured = self.run.config.launch.expected_seconds.get(job.stage)
-        return self.estimates.get(job.name, float(configured) if configured else None)
+        guess = self.estimates.get(job.name, float(configured) if configured else None)
+        return self.seconds.get(job.name) if guess is None else guess
 
     def left(self) -> str:
         """Time left, as far as it can be known: from a running job's first update on by how fast it gets on."""
@@ -184,8 +186,12 @@ class Overview:
                 Text(printable(job.name)), Text(*MARKS.get(state, ("", ""))), Text(printable(progress)), spent
             )
         spent = clock(time.monotonic() - self.start)
-        over = all(state == "done" for state in self.states.values())
-        table.caption = f"{spent} in all" if over else f"{spent} so far, about {self.left()} left"
+        states = {*self.states.values()}
+        if states <= {"done"}:
+            table.caption = f"{spent} in all"
+        else:  # what is left of a job that has ended early is known when the command goes on with it
+            ended = states & {"interrupted", "failed"}
+            table.caption = f"{spent} so far" + ("" if ended else f", about {self.left()} left")
         return table
 
 

@@ -89,7 +89,7 @@ def speed_of(run: RunFolder, environment: dict[str, str]) -> dict[str, Any] | No
     known = read_marker(kept, set_aside=True) or {}
     if known.get("asked") == asked and "answer" in known and (known["answer"].get("characters") or not texts):
         return known["answer"]
-    say("timing two layers of the model on this machine, to say what the run will take (once; up to a minute) ...\n")
+    say("timing two layers of the model on this machine, to say what this will take (up to a minute) ...\n")
     sys.stdout.flush()
     answer = ask({**question, "prompt": examples(run, "ppo")[1], "texts": texts}, environment)
     if answer is not None:

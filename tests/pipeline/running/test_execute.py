@@ -427,6 +427,7 @@ def test_the_last_table_shows_the_new_attempt_and_not_the_earlier_result(run, wh
     assert word in last
     assert "a quarter" in last
     assert "all of it" not in last
+    assert "left" not in last  # of that nothing is known here
 
 
 def test_a_stage_is_told_when_the_command_started_it(run, monkeypatch):
@@ -449,6 +450,13 @@ def test_time_left_is_unknown_until_something_is_known(run):
     run.finish("a", "f", 90.0, {})
     overview.finished(jobs[0])
     assert overview.left() == "1:30"
+
+
+def test_how_long_it_took_with_other_settings_is_no_estimate(run):
+    run.finish("a", "f", 5.0, {})
+    jobs = [Job("a", "a", state="stale", because="a.max_steps"), Job("b", "b", needs=("a",))]
+    assert Overview(run, jobs, Console(file=io.StringIO()), {"a": 200.0, "b": 10.0}).left() == "3:30"
+    assert Overview(run, jobs, Console(file=io.StringIO()), {"b": 10.0}).left() == "0:15"  # better than nothing
 
 
 def test_time_left_is_known_from_the_first_update_on(run, monkeypatch):
