@@ -59,6 +59,13 @@ _spent: dict[str, float] = {"start-up": lived()}
 _open: list[tuple[str, float]] = []
 
 
+def begin_again() -> None:
+    """In a process that was forked to do a stage's work: what its parent has taken is not of its time."""
+    _open.clear()
+    _spent.clear()
+    _spent["start-up"] = lived()
+
+
 def seconds_by_part() -> dict[str, float]:
     """Wall-clock seconds of this process by part, parts that are still open left out."""
     return dict(_spent)

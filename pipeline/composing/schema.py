@@ -30,6 +30,7 @@ class LaunchConfig:
     nodes: int = 1
     rendezvous: str | None = None
     threads: int = 1
+    fork: bool = True
     stalled_after: float | None = None
     accept_version: bool = False
     profile: bool = False

@@ -18,7 +18,7 @@ from ppo_vs_dpo.pipeline.planning.cost.beforehand import say_cost
 from ppo_vs_dpo.pipeline.planning.gpus import visible
 from ppo_vs_dpo.pipeline.running import graph
 from ppo_vs_dpo.pipeline.running.execute import execute, locked
-from ppo_vs_dpo.pipeline.running.job import environment
+from ppo_vs_dpo.pipeline.running.job import environment, fork_server
 from ppo_vs_dpo.pipeline.running.launch import launcher
 from ppo_vs_dpo.pipeline.running.manifest import write_manifest
 from ppo_vs_dpo.pipeline.running.overview import Overview, verdict
@@ -57,7 +57,7 @@ def run_pipeline(config: DictConfig) -> int:
 
 
 def _run(folder: Path, config: DictConfig) -> int:
-    with locked(folder):
+    with locked(folder), contextlib.ExitStack() as held:
         claim(folder, config)
         # Nothing is written before all is looked at: a wrong value costs nothing that is there.
         run = RunFolder(folder, config)
@@ -65,10 +65,13 @@ def _run(folder: Path, config: DictConfig) -> int:
         jobs = graph.build(run, digests)
         todo = graph.select(run, jobs, list(config.stages))
         work = [job for job in todo if not finished_before(job)]
+        server = None
         if work:
             check_versions(run, jobs, work)
             if of_a_cluster(config.launch):
                 warn(before_cluster(config.output_dir))
+            if (server := fork_server(run, work)) is not None:
+                held.enter_context(server)
             check_once(run, depends_on(jobs, work), launcher, environment(config, "check"))
         digests.save()
         if len(work) < len(todo):
@@ -84,7 +87,7 @@ def _run(folder: Path, config: DictConfig) -> int:
             say(said)
             sys.stdout.flush()
             with Overview(run, chosen, estimates=estimates) as overview:
-                execute(run, todo, overview)
+                execute(run, todo, overview, server)
             write_manifest(run)
         else:
             make_whole(run, jobs)

@@ -15,6 +15,7 @@ from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.pipeline.planning.gpus import Gpus
 from ppo_vs_dpo.pipeline.running.graph import DISTRIBUTED, Job
 from ppo_vs_dpo.pipeline.running.job import Running, command, explain_end
+from ppo_vs_dpo.pipeline.running.launch import ForkServer
 from ppo_vs_dpo.pipeline.running.overview import Overview
 
 # Time for a stage to stop by itself after Ctrl-C, in seconds; then it is killed (it resumes from its checkpoint).
@@ -61,8 +62,11 @@ def stop(running: list[Running]) -> list[str]:
     return back
 
 
-def execute(run: RunFolder, jobs: list[Job], overview: Overview) -> None:
+def execute(run: RunFolder, jobs: list[Job], overview: Overview, server: ForkServer | None = None) -> None:
     """Run jobs, each as soon as its needs are met, at most ``launch.workers`` at once.
+
+    Args:
+        server: of which they are forks, as soon and as far as it can be forked.
 
     Raises:
         StageFailed: a job ended with an error; jobs beside it are stopped and can be resumed.
@@ -70,10 +74,10 @@ def execute(run: RunFolder, jobs: list[Job], overview: Overview) -> None:
     """
     mark = f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
     with watched(mark):
-        _execute(run, jobs, overview, mark)
+        _execute(run, jobs, overview, mark, server)
 
 
-def _execute(run: RunFolder, jobs: list[Job], overview: Overview, mark: str) -> None:
+def _execute(run: RunFolder, jobs: list[Job], overview: Overview, mark: str, server: ForkServer | None) -> None:
     waiting = list(jobs)
     unfinished = {job.name for job in jobs}
     running: list[Running] = []
@@ -107,7 +111,7 @@ def _execute(run: RunFolder, jobs: list[Job], overview: Overview, mark: str) -> 
                 if taken is None:
                     continue
                 waiting.remove(job)
-                one = Running(run, job, command(run, job), f"{mark}.{job.name}.", taken)
+                one = Running(run, job, command(run, job), f"{mark}.{job.name}.", taken, server)
                 running.append(one)
                 overview.started(job)
                 if one.aside is not None:

@@ -6,9 +6,9 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
+import uuid
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -21,7 +21,6 @@ from ppo_vs_dpo.artifacts.guards.processes import (
     SILENT,
     Pulses,
     ask_where,
-    die_with_parent,
     kill_marked,
     stopped,
 )
@@ -31,7 +30,7 @@ from ppo_vs_dpo.artifacts.stage import PULSE, on_several_machines
 from ppo_vs_dpo.pipeline.checking.elsewhere import handed_on
 from ppo_vs_dpo.pipeline.planning.gpus import VISIBLE
 from ppo_vs_dpo.pipeline.running.graph import DISTRIBUTED, Job
-from ppo_vs_dpo.pipeline.running.launch import launcher
+from ppo_vs_dpo.pipeline.running.launch import ALONE, ForkServer, launcher, may_fork, start
 
 # Characters of a job's output that are kept in memory: its last words are wanted where the disk is full, too.
 KEPT = 1 << 17
@@ -69,13 +68,23 @@ def environment(config: DictConfig, mark: str, gpus: list[str] | None = None) ->
 def command(run: RunFolder, job: Job) -> list[str]:
     """The command line of a job: what a user would type to run that stage alone."""
     room = {"data": "preferences", "pairs": "preferences"}.get(job.stage, job.stage)
-    start = launcher(run.config.launch) if job.stage in DISTRIBUTED else [sys.executable, "-m"]
+    start = launcher(run.config.launch) if job.stage in DISTRIBUTED else [*ALONE]
     arguments = [f"ppo_vs_dpo.{room}", str(run.root)]
     if room != job.stage:
         arguments += ["--step", job.stage]
     if job.point:
         arguments += ["--point", ",".join(f"{key}={value}" for key, value in sorted(job.point.items()))]
     return [*start, *arguments, "--fingerprint", job.fingerprint]
+
+
+def fork_server(run: RunFolder, jobs: list[Job]) -> ForkServer | None:
+    """What these jobs are forks of, begun now: it imports while the first of them are prepared. ``None`` where they
+    cannot be forks, and for a single job, which imports by itself as fast.
+    """
+    if len(jobs) < 2 or not may_fork(run.config):
+        return None
+    modules = dict.fromkeys(command(run, job)[len(ALONE)] for job in jobs)
+    return ForkServer([*modules], environment(run.config, f"{os.getpid()}-{uuid.uuid4().hex[:12]}.."))
 
 
 class Running:
@@ -87,10 +96,19 @@ class Running:
         command: its command line.
         mark: of the command that starts it; everything that the job starts carries it, with the job's own number.
         gpus: that it has for itself.
+        server: to be forked for it, where that can be.
     """
 
-    def __init__(self, run: RunFolder, job: Job, command: list[str], mark: str, gpus: list[str] | None = None):
-        self.run, self.job, self.mark, self.gpus = run, job, mark, gpus or []
+    def __init__(
+        self,
+        run: RunFolder,
+        job: Job,
+        command: list[str],
+        mark: str,
+        gpus: list[str] | None = None,
+        server: ForkServer | None = None,
+    ):
+        self.run, self.job, self.mark, self.gpus, self.server = run, job, mark, gpus or [], server
         folder = run.stage_dir(job.name)
         self.aside = run.begin(job.name, job.made)
         self.log_path = folder / "log.txt"
@@ -108,15 +126,7 @@ class Running:
             env[BEGAN] = str(self.started)
         if run.config.launch.get("hostfile"):
             env |= handed_on(env, folder)
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=env,
-            preexec_fn=die_with_parent,
-            start_new_session=True,
-        )
+        self.process = start(command, env, server)
         self.listener = threading.Thread(target=self._listen, daemon=True)
         self.listener.start()
 
@@ -145,7 +155,7 @@ class Running:
         if now - self.looked < LOOK_EVERY:
             return None
         self.looked, name = now, self.job.name
-        held = stopped(self.mark)
+        held = stopped(self.mark) + (stopped(self.server.mark) if self.server else [])
         self.stopped_since = {pid: self.stopped_since.get(pid, now) for pid in held}
         late = [pid for pid, since in self.stopped_since.items() if now - since > STOPPED]
         if late:

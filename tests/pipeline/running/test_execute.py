@@ -23,48 +23,80 @@ from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.pipeline.running import execute
 from ppo_vs_dpo.pipeline.running import job as job_module
 from ppo_vs_dpo.pipeline.running.graph import Job
+from ppo_vs_dpo.pipeline.running.launch import ForkServer
 from ppo_vs_dpo.pipeline.running.overview import Overview
 
 CHILD = """
 import json, os, pathlib, sys, time
-run, name, what = sys.argv[1:4]
-folder = pathlib.Path(run) / name
-(folder / "began").write_text(str(time.time()))
-(folder / "gpus").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
-print("working on", name, flush=True)
-if what.startswith("some work, then "):
-    step = len(list(folder.glob("checkpoints/*"))) + 1
-    (folder / "progress.json").write_text('{"done": 1, "total": 4, "note": "a quarter"}')
-    (folder / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
-    what = what.removeprefix("some work, then ")
-if what == "fail":
-    sys.exit("\\nerror in stage %s: the pairs file is empty" % name)
-if what == "rank":
-    sys.exit("Root Cause (first observed failure):\\n  rank      : 3 (local_rank: 1)\\n  exitcode  : -9 (pid: 7)")
-if what == "hang":
-    time.sleep(600)
-time.sleep(0.3)
-(folder / "done.json").write_text(json.dumps({"stage": name, "fingerprint": "f", "seconds": 0.3, "figures": {}}))
-(folder / "ended").write_text(str(time.time()))
+
+def main():
+    run, name, what = sys.argv[1:4]
+    folder = pathlib.Path(run) / name
+    (folder / "began").write_text(str(time.time()))
+    (folder / "gpus").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+    print("working on", name, flush=True)
+    if what.startswith("some work, then "):
+        step = len(list(folder.glob("checkpoints/*"))) + 1
+        (folder / "progress.json").write_text('{"done": 1, "total": 4, "note": "a quarter"}')
+        (folder / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
+        what = what.removeprefix("some work, then ")
+    if what == "fail":
+        sys.exit("\\nerror in stage %s: the pairs file is empty" % name)
+    if what == "rank":
+        sys.exit("Root Cause (first observed failure):\\n  rank      : 3 (local_rank: 1)\\n  exitcode  : -9 (pid: 7)")
+    if what == "hang":
+        time.sleep(600)
+    time.sleep(0.3)
+    (folder / "done.json").write_text(json.dumps({"stage": name, "fingerprint": "f", "seconds": 0.3, "figures": {}}))
+    (folder / "ended").write_text(str(time.time()))
+
+if __name__ == "__main__":
+    main()
 """
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(request, tmp_path, monkeypatch):
+    """Its jobs are processes of their own; or forks of one, where the parameter says so."""
     launch = {"workers": 2, "processes": 1, "threads": 1, "expected_seconds": {}}
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create({"launch": launch})))
+    (tmp_path / "modules" / "child").mkdir(parents=True)
+    (tmp_path / "modules" / "child" / "__main__.py").write_text(CHILD)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'modules'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setattr(
         execute,
         "command",
-        lambda run, job: [sys.executable, "-c", CHILD, str(run.root), job.name, job.point.get("what", "work")],
+        lambda run, job: [sys.executable, "-m", "child", str(run.root), job.name, job.point.get("what", "work")],
     )
-    return RunFolder(tmp_path)
+    run = RunFolder(tmp_path)
+    if getattr(request, "param", "processes") == "processes":
+        yield run
+        return
+    with ForkServer(["child"], job_module.environment(run.config, "test..")) as SERVERS[run.root]:
+        ready(SERVERS[run.root])
+        yield run
+    del SERVERS[run.root]
+
+
+SERVERS = {}
+both_ways = pytest.mark.parametrize(
+    "run",
+    ["processes", pytest.param("forks", marks=pytest.mark.skipif(sys.platform != "linux", reason="/proc"))],
+    indirect=True,
+)
+
+
+def ready(server):
+    deadline = time.monotonic() + 120
+    while not server.ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def go(run, jobs):
     out = io.StringIO()
     with Overview(run, jobs, Console(file=out, width=100)) as overview:
-        execute.execute(run, jobs, overview)
+        execute.execute(run, jobs, overview, SERVERS.get(run.root))
     return out.getvalue()
 
 
@@ -72,6 +104,7 @@ def times(run, name):
     return [float((run.root / name / part).read_text()) for part in ("began", "ended")]
 
 
+@both_ways
 def test_order_follows_needs_and_two_run_at_once(run):
     jobs = [Job("a", "a"), Job("b", "b", needs=("a",)), Job("c", "c", needs=("a",)), Job("d", "d", needs=("b", "c"))]
     said = go(run, jobs)
@@ -93,6 +126,7 @@ def test_jobs_beside_each_other_see_gpus_of_their_own(run, monkeypatch):
     assert times(run, "c")[0] >= min(times(run, "a")[1], times(run, "b")[1])
 
 
+@both_ways
 def test_a_failure_shows_the_stage_s_own_words_and_stops_the_others(run):
     jobs = [Job("good", "good", {"what": "hang"}), Job("bad", "bad", {"what": "fail"})]
     start = time.monotonic()
@@ -105,6 +139,7 @@ def test_a_failure_shows_the_stage_s_own_words_and_stops_the_others(run):
     assert run.done("good") is None
 
 
+@both_ways
 def test_a_killed_stage_is_named(run):
     job = Job("victim", "victim", {"what": "hang"})
 
@@ -125,19 +160,25 @@ def test_a_killed_rank_is_named(run):
         go(run, [Job("split", "ppo", {"what": "rank"})])
 
 
+@both_ways
 def test_killing_the_command_kills_its_stages(run):
-    """kill -9 of the command leaves no stage behind that goes on writing."""
+    """kill -9 of the command leaves no stage behind that goes on writing, nor what it is a fork of."""
     code = f"""
-        import sys
+        import sys, time
         from ppo_vs_dpo.pipeline.running import execute
         from ppo_vs_dpo.pipeline.running.graph import Job
+        from ppo_vs_dpo.pipeline.running.job import environment
+        from ppo_vs_dpo.pipeline.running.launch import ForkServer
         from ppo_vs_dpo.pipeline.running.overview import Overview
         from ppo_vs_dpo.artifacts.run import RunFolder
         run = RunFolder({str(run.root)!r})
-        execute.command = lambda run, job: [sys.executable, "-c", {CHILD!r}, str(run.root), job.name, "hang"]
+        execute.command = lambda run, job: [sys.executable, "-m", "child", str(run.root), job.name, "hang"]
         jobs = [Job("orphan", "orphan")]
+        server = ForkServer(["child"], environment(run.config, "test..")) if {run.root in SERVERS} else None
+        while server and not server.ready():
+            time.sleep(0.05)
         with Overview(run, jobs) as overview:
-            execute.execute(run, jobs, overview)
+            execute.execute(run, jobs, overview, server)
     """
     command = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -145,14 +186,26 @@ def test_killing_the_command_kills_its_stages(run):
         assert command.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    started = [pid for pid in processes.marked("") if parent(pid) == command.pid]
+    assert len(started) == 1
     command.kill()
     command.wait()
     time.sleep(0.5)
     left = subprocess.run(["pgrep", "-f", f"{run.root} orphan"], capture_output=True, text=True, check=False)
     assert left.stdout == ""
+    assert not Path(f"/proc/{started[0]}").exists() or parent(started[0]) != command.pid
+
+
+def parent(pid):
+    """The parent of a process; 0 where it has just ended."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@both_ways
 def test_a_stopped_rank_is_named_and_ends_the_job(run, monkeypatch):
     monkeypatch.setattr(job_module, "STOPPED", 1.0)
     monkeypatch.setattr(job_module, "LOOK_EVERY", 0.2)
@@ -311,6 +364,7 @@ def test_where_nobody_is_heard_of_nobody_is_named(tmp_path, monkeypatch):
     assert pulses.silent() is None
 
 
+@both_ways
 def test_an_earlier_attempt_s_words_are_not_this_one_s(run):
     """log.txt is appended to; the cause that is shown is of this attempt."""
     (run.root / "split").mkdir()
@@ -324,6 +378,7 @@ def test_an_earlier_attempt_s_words_are_not_this_one_s(run):
     assert "rank 3" not in str(failure.value)
 
 
+@both_ways
 def test_a_replaced_result_is_back_where_the_new_attempt_made_nothing(run):
     folder = run.stage_dir("bad")
     run.begin("bad", Made("earlier", {}))
@@ -360,6 +415,7 @@ def failed(run, job, attempt):
         go(run, [job])
 
 
+@both_ways
 @pytest.mark.parametrize("first", ["fail", "hang", "kill"])
 def test_a_finished_result_is_back_however_the_new_attempt_ends(run, first):
     """Failed, interrupted, or failed after the command itself was killed: and its checkpoints are gone on from."""
