@@ -121,8 +121,7 @@ def _become(given: dict) -> None:
     # The program is among the loaded modules already, and runpy would say so.
     warnings.filterwarnings("ignore", "'ppo_vs_dpo.* found in sys.modules", RuntimeWarning)
     # Its account of its time begins now.
-    resources._spent.clear()
-    resources._open.clear()
+    resources.begin_again()
     if given["preexec_fn"] is not None:
         given["preexec_fn"]()
 

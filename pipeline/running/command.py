@@ -93,7 +93,7 @@ def _run(folder: Path, config: DictConfig) -> int:
             make_whole(run, jobs)
             say(f"{folder}: everything is done; nothing changed.\n")
         if config.launch.get("profile"):
-            write_profile(run, [job.name for job in jobs if job.stage in config.stages])
+            write_profile(run, [job.name for job in chosen], server.spent if server is not None else None)
         say_end(run, next(job for job in graph.build(run) if job.name == "compare"))
         publish(run, list(config.stages))
     return 0

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from ppo_vs_dpo.artifacts.guards.fingerprints import Made
 from ppo_vs_dpo.artifacts.guards.processes import MARK, marked
 from ppo_vs_dpo.artifacts.resources import BEGAN
 from ppo_vs_dpo.artifacts.run import RunFolder
@@ -19,6 +20,7 @@ from ppo_vs_dpo.pipeline.running import job as job_module
 from ppo_vs_dpo.pipeline.running import launch
 from ppo_vs_dpo.pipeline.running.graph import Job
 from ppo_vs_dpo.pipeline.running.launch import ForkServer, may_fork, start
+from ppo_vs_dpo.pipeline.running.profile import profile
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere each stage is a process of its own")
 
@@ -220,3 +222,19 @@ def test_one_job_alone_is_a_process(tmp_path, monkeypatch):
     assert imported == ["ppo_vs_dpo.sft", "ppo_vs_dpo.ppo"]
     assert environment["OMP_NUM_THREADS"] == "1"
     assert Path(environment["WANDB_DIR"]).is_absolute()
+
+
+def test_the_table_of_a_run_says_what_was_imported_once(tmp_path):
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(config()))
+    run = RunFolder(tmp_path)
+    run.begin("sft", Made("f", {}))
+    run.finish("sft", "f", 5.0, {}, {"times": {"start-up": 0.1, "training": 4.9}, "cpu_seconds": 4.0})
+    text = profile(run, ["sft"], {"start-up": 0.2, "imports": 3.0, "CPU": 3.1})
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    assert rows[0] == ["stage", "seconds", "start-up", "imports", "training", "CPU"]
+    assert rows[2:] == [
+        ["libraries, once", "3.2", "0.2", "3.0", "0.0", "3.1"],
+        ["sft", "5.0", "0.1", "0.0", "4.9", "4.0"],
+        ["together", "8.2", "0.3", "3.0", "4.9", "7.1"],
+    ]
+    assert "libraries, once" not in profile(run, ["sft"])
