@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from transformers import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
 
 from ppo_vs_dpo.artifacts.files import finite, write_jsonl
 from ppo_vs_dpo.artifacts.guards.checkpoints import stamp
@@ -16,7 +17,7 @@ class RunCallback(TrainerCallback):
     """Writes ``metrics.jsonl`` (a line for each log, with its step) and the progress that the overview shows.
 
     After a resume the file begins with the lines that the checkpoint knows of: it is that of an undisturbed run. Each
-    checkpoint gets its stamp (`guards.checkpoints`).
+    checkpoint gets its stamp (`guards.checkpoints`), and then those beyond ``save_total_limit`` are deleted.
     """
 
     def __init__(self, context: StageContext):
@@ -44,6 +45,10 @@ class RunCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             stamp(folder, self.context.fingerprint, resumable=not args.save_only_model)
+            # Not before: of one checkpoint that is kept the older would be gone, and the newer not fit yet.
+            rotate_checkpoints(
+                args.output_dir, args.save_total_limit, best_model_checkpoint=state.best_model_checkpoint
+            )
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         # Both are kept with every checkpoint, so that a resumed run has counted all of it. TRL counts real tokens;

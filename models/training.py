@@ -8,6 +8,7 @@ import re
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import trainer as transformers_trainer
 from transformers.trainer_callback import ExportableState, PrinterCallback
 from transformers.utils import logging as transformers_logging
 
@@ -119,6 +121,33 @@ def check_values(values: dict[str, Any], stage: str) -> None:
             raise UserError(
                 f"{stage}.{name} is set and there are no workers: set dataloader_num_workers, or remove it."
             )
+    check_order(values, stage)
+    if values.get("fp16") and values.get("use_cpu"):
+        raise UserError(f"{stage}.fp16 does nothing on a CPU: use bf16=true there, or remove it.")
+    if values.get("activation_offloading") and values.get("use_cpu"):
+        raise UserError(f"{stage}.activation_offloading moves activations from an accelerator, and there is none.")
+    if values.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
+        raise UserError(f"{stage}.use_liger_kernel needs the package liger-kernel: pip install it, or remove the key.")
+
+
+# Of accelerate's settings those that would draw another order, or cut batches that nobody asked for; with the reason.
+ORDERS = {
+    (
+        "use_seedable_sampler",
+        False,
+    ): "draws an order that no checkpoint holds, so that the stage could not go on where it stopped",
+    ("dispatch_batches", True): "lets the first process draw for all, in an order that no checkpoint holds",
+    ("split_batches", True): "makes per_device_train_batch_size the batch of all processes together, and an update "
+    "smaller than the run says",
+}
+
+
+def check_order(values: dict[str, Any], stage: str) -> None:
+    """That going on from a checkpoint goes on in the order of the rows, and that an update has the rows it should.
+
+    Raises:
+        UserError: a setting by which it would not.
+    """
     order = values.get("train_sampling_strategy")
     if order == "group_by_length":
         raise UserError(
@@ -129,12 +158,10 @@ def check_values(values: dict[str, Any], stage: str) -> None:
         raise UserError(
             f"{stage}.train_sampling_strategy=batch_rebalance reads one length a row, and a pair has two. Take random."
         )
-    if values.get("fp16") and values.get("use_cpu"):
-        raise UserError(f"{stage}.fp16 does nothing on a CPU: use bf16=true there, or remove it.")
-    if values.get("activation_offloading") and values.get("use_cpu"):
-        raise UserError(f"{stage}.activation_offloading moves activations from an accelerator, and there is none.")
-    if values.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
-        raise UserError(f"{stage}.use_liger_kernel needs the package liger-kernel: pip install it, or remove the key.")
+    loading = values.get("accelerator_config")
+    for (key, value), why in ORDERS.items() if isinstance(loading, dict) and stage != "ppo" else ():
+        if loading.get(key) is value:
+            raise UserError(f"{stage}.accelerator_config.{key}={str(value).lower()} {why}. Remove it.")
 
 
 def model_settings(context: StageContext) -> ModelConfig:
@@ -252,9 +279,14 @@ def train(trainer: Trainer, context: StageContext) -> dict[str, float]:
     trainer._save_checkpoint = part("saving")(trainer._save_checkpoint)
     try:
         portable = portable_checkpoints() if trainer.is_deepspeed_enabled else contextlib.nullcontext()
-        patience = trainer.args.ddp_timeout
+        name, patience = lambda: f"{context.stage}, step {trainer.state.global_step + 1}", trainer.args.ddp_timeout
         reading = readable(checkpoint, context, lambda: steps.stepped)
-        with portable, reading, named_step(lambda: f"{context.stage}, step {trainer.state.global_step + 1}", patience):
+        with (
+            portable,
+            reading,
+            rotated_by_callback(),
+            named_step(name, patience),
+        ):
             try:
                 with part("training"):
                     summary = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
@@ -268,6 +300,17 @@ def train(trainer: Trainer, context: StageContext) -> dict[str, float]:
         raise UserError(
             f"{context.stage}: a checkpoint could not be written or read: {reason} The last complete one stays."
         ) from error
+
+
+@contextlib.contextmanager
+def rotated_by_callback() -> Iterator[None]:
+    """Inside the block the Trainer deletes no checkpoint: `RunCallback` does, when the new one can be gone on from."""
+    theirs = transformers_trainer.rotate_checkpoints
+    transformers_trainer.rotate_checkpoints = lambda **_: None
+    try:
+        yield
+    finally:
+        transformers_trainer.rotate_checkpoints = theirs
 
 
 def _tell_held_bytes(trainer: Trainer) -> None:

@@ -335,6 +335,7 @@ class PPOTrainer(Trainer):
         if self.control.should_save:
             self._save_checkpoint(self.model_wrapped, trial=None)
             self.control = self.callback_handler.on_save(args, self.state, self.control)
+            self.checkpoints.rotate()
 
     def evaluate(self, eval_dataset: Dataset | None = None, ignore_keys=None, metric_key_prefix: str = "eval"):
         """Sample on the evaluation prompts; log reward, KL with standard error, length, EOS rate and the objective."""
@@ -378,7 +379,6 @@ class PPOTrainer(Trainer):
         target = self.checkpoints.write(self.optimizer, self.lr_scheduler, self._stateful())
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target))
-        self.checkpoints.rotate()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the policy (its adapters, where it has some) and the tokenizer as a Hub folder."""

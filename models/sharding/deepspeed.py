@@ -22,6 +22,14 @@ from ppo_vs_dpo.artifacts.errors import UserError, first_sentence, warn
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.models.sharding.watch import PATIENCE, not_waiting, watched
 
+# Of DeepSpeed's own keys those that change what is computed, and whose place is a stage's section: a fingerprint holds
+# that one, and not how a stage is sharded.
+ELSEWHERE = {
+    "optimizer": "a stage's optim",
+    "scheduler": "a stage's lr_scheduler_type",
+    **dict.fromkeys(("curriculum_learning", "data_efficiency", "progressive_layer_drop", "compression_training")),
+}
+
 
 def deepspeed_settings(context: StageContext, optimizer: str | None = None) -> dict[str, Any] | None:
     """The run's ``deepspeed`` section as DeepSpeed's configuration; ``None`` without one.
@@ -31,7 +39,7 @@ def deepspeed_settings(context: StageContext, optimizer: str | None = None) -> d
         optimizer: the stage's ``optim``, where it trains.
 
     Raises:
-        UserError: no ZeRO stage, or one that does not exist; see `settled`.
+        UserError: no ZeRO stage, or one that does not exist; a key that changes what is computed; see `settled`.
     """
     section = context.run.config.get("deepspeed")
     settings = OmegaConf.to_container(section, resolve=True) if section else None
@@ -44,6 +52,11 @@ def deepspeed_settings(context: StageContext, optimizer: str | None = None) -> d
         raise UserError(
             f"deepspeed.zero_optimization.offload_param needs stage 3 (stage is {stage}): below it every rank holds "
             f"all weights. Use deepspeed=zero3_offload, or drop offload_param."
+        )
+    for key in ELSEWHERE.keys() & settings.keys():
+        place = f" Use {ELSEWHERE[key]}." if ELSEWHERE[key] else ""
+        raise UserError(
+            f"deepspeed.{key}: the section says how a stage is split over ranks, not what it computes.{place}"
         )
     return settled(settings, optimizer)
 

@@ -6,6 +6,7 @@ that one pass over a file reports all of it.
 
 import csv
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator
@@ -226,7 +227,9 @@ def _from_parquet(file: Path) -> Iterator[Placed]:
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(file) as table:
+        # Parquet is read from its end: an archive of it is unpacked in memory.
+        content = io.BytesIO(gzip.decompress(file.read_bytes())) if file.suffix == ".gz" else file
+        with pyarrow.parquet.ParquetFile(content) as table:
             names = table.schema_arrow.names
             if len(set(names)) < len(names):
                 yield str(file), Broken("twice", str(_TwiceError(names)))
@@ -235,6 +238,8 @@ def _from_parquet(file: Path) -> Iterator[Placed]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file}, row {number}", row
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        yield str(file), Broken("broken_file", f"the archive is cut off or damaged ({error})")
     except (pyarrow.ArrowInvalid, OSError) as error:
         first = first_sentence(error)
         yield f"{file}, after row {number}", Broken("broken_file", f"not a complete Parquet file ({first})")

@@ -20,7 +20,7 @@ from ppo_vs_dpo.artifacts.guards import refusals
 from ppo_vs_dpo.artifacts.guards.checkpoints import numbered, stamp
 from ppo_vs_dpo.models.loading.config import ModelConfig
 from ppo_vs_dpo.models.loading.pretrained import load_policy
-from ppo_vs_dpo.models.training import callbacks
+from ppo_vs_dpo.models.training import ORDERS, callbacks
 from ppo_vs_dpo.sft.data import sft_dataset
 from ppo_vs_dpo.sft.train import run_stage, save_unchanged
 from tests.sft.tiny_run import ARCHITECTURE, context_of, make_run, weights
@@ -113,6 +113,27 @@ def same_account(whole, cut, stage="sft"):
     tokens = [row["num_tokens"] for row in logs[1] if "num_tokens" in row]
     assert tokens == sorted(tokens)
     assert whole.done(stage)["figures"] == cut.done(stage)["figures"]
+
+
+def test_killed_before_a_checkpoint_counts_the_one_before_is_there(word_tokenizer, tmp_path, monkeypatch, capsys):
+    """Also where one is kept: it goes when the next can be gone on from."""
+    run = make_run(tmp_path, word_tokenizer, sft={"save_total_limit": 1})
+    steps = []
+
+    def killed(folder, *arguments, **keys):
+        steps.append(folder.name)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        stamp(folder, *arguments, **keys)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ppo_vs_dpo.models.callbacks.stamp", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(context_of(run, "sft"))
+    assert steps == ["checkpoint-2", "checkpoint-4"]
+    run_stage(context_of(run, "sft"))
+    assert f"going on from {run.path('sft', 'checkpoints', 'checkpoint-2')}" in capsys.readouterr().err
+    assert [path.name for path in numbered(run.path("sft", "checkpoints"))] == ["checkpoint-6"]
 
 
 @pytest.mark.parametrize("lost", [[], ["checkpoint-6"]])
@@ -244,6 +265,9 @@ def test_messages_for_bad_input(word_tokenizer, tmp_path):
     fails(make("short", max_length=2), run_stage, "Raise sft.max_length")
     order = "sft.train_sampling_strategy=group_by_length draws an order that no checkpoint holds"
     fails(make("order", train_sampling_strategy="group_by_length"), run_stage, order)
+    for (key, value), why in ORDERS.items():
+        message = f"sft.accelerator_config.{key}={str(value).lower()} {why}"
+        fails(make(key, accelerator_config={key: value}), run_stage, message)
     run = make("columns")
     write_parquet(run.path("data", "sft_train.parquet"), [{"question": "a", "answer": "b"}])
     fails(run, run_stage, "SFT needs prompt and completion, or messages, or text")

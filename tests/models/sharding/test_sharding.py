@@ -217,6 +217,10 @@ def test_settings_that_cannot_be(make, tmp_path):
     run.config.deepspeed.zero_optimization.offload_param = {"device": "cpu"}
     with pytest.raises(UserError, match="offload_param needs stage 3"):
         deepspeed_settings(context_of(run, "dpo"))
+    del run.config.deepspeed.zero_optimization.offload_param
+    run.config.deepspeed.optimizer = {"type": "Lion"}
+    with pytest.raises(UserError, match=r"deepspeed\.optimizer: the section says how .* Use a stage's optim"):
+        deepspeed_settings(context_of(run, "dpo"))
     run.config.deepspeed = OmegaConf.load(CONFIGS / "none.yaml")
     assert deepspeed_settings(context_of(run, "dpo")) is None
 

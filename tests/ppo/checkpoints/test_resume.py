@@ -14,6 +14,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.ppo.checkpoints.identity import FIXED, FREE
@@ -256,7 +257,16 @@ def test_rotation_keeps_the_newest_and_the_best(make_trainer, prompts, tmp_path)
         {"eval_dataset": prompts.select(range(4))},
         **{**SETTINGS, "save_total_limit": 2, "eval_steps": 2},
     )
+    found = []
+
+    class Look(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            found.append({path.name for path in Path(args.output_dir).glob("checkpoint-*")})
+
+    trainer.add_callback(Look())
     trainer.train()
+    # A checkpoint goes when `on_save` has seen the next one, which a stage then vouches for.
+    assert max(map(len, found)) == 3
     kept = {int(path.name.split("-")[1]) for path in (tmp_path / "out").glob("checkpoint-*")}
     assert kept == {8, trainer.state.best_global_step} or len(kept) == 2
     assert {8, trainer.state.best_global_step} <= kept

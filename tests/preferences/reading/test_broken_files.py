@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import read_json
+from ppo_vs_dpo.preferences.reading.readers import SUFFIXES, Broken, read_files
 from tests.preferences.conftest import run_here
 from tests.preferences.files import ROWS, given, steps, write_jsonl
 
@@ -56,6 +57,22 @@ def test_all_kinds_of_problems_are_reported_at_once(tmp_path, plain_model):
         run_here(given(tmp_path, plain_model, path=str(path)), "data")
     for kind in ("broken_json", "broken_utf8", "wrong_type", "missing_field"):
         assert kind in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_kind_of_file_may_be_an_archive(tmp_path, suffix):
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, ROWS)))
+    else:
+        getattr(Dataset.from_list(ROWS), f"to_{suffix[1:]}")(path)
+    packed = path.with_name(f"{path.name}.gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    found = [row for _, row in read_files(str(path))]
+    assert len(found) == len(ROWS)
+    assert [row for _, row in read_files(str(packed))] == found
+    packed.write_bytes(packed.read_bytes()[:-20])
+    assert isinstance(list(read_files(str(packed)))[-1][1], Broken)
 
 
 def test_a_cut_off_archive_and_a_cut_off_parquet_are_never_dropped(tmp_path, plain_model):
