@@ -261,7 +261,7 @@ def train(trainer: Trainer, context: StageContext) -> dict[str, float]:
         The Trainer's summary (``train_loss``, ``train_runtime``, ...).
 
     Raises:
-        UserError: the checkpoint is of another model.
+        UserError: the checkpoint is of another model; training ended before its last step.
     """
     rows, ranks = len(trainer.train_dataset), trainer.args.world_size
     if rows < ranks:
@@ -281,17 +281,13 @@ def train(trainer: Trainer, context: StageContext) -> dict[str, float]:
         portable = portable_checkpoints() if trainer.is_deepspeed_enabled else contextlib.nullcontext()
         name, patience = lambda: f"{context.stage}, step {trainer.state.global_step + 1}", trainer.args.ddp_timeout
         reading = readable(checkpoint, context, lambda: steps.stepped)
-        with (
-            portable,
-            reading,
-            rotated_by_callback(),
-            named_step(name, patience),
-        ):
+        with portable, reading, rotated_by_callback(), named_step(name, patience):
             try:
                 with part("training"):
                     summary = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
             except Ended:
                 summary = trainer._finalize_training(None, 0, time.time()).metrics
+        check_ended(context, trainer.state.global_step, trainer.state.max_steps)
         if trainer.is_deepspeed_enabled:
             _tell_held_bytes(trainer)
         return summary
@@ -300,6 +296,19 @@ def train(trainer: Trainer, context: StageContext) -> dict[str, float]:
         raise UserError(
             f"{context.stage}: a checkpoint could not be written or read: {reason} The last complete one stays."
         ) from error
+
+
+def check_ended(context: StageContext, step: int, last: int) -> None:
+    """That training went to its last step: what ended before, whoever asked for it, is no result.
+
+    Raises:
+        UserError: it did not.
+    """
+    if step < last:
+        raise UserError(
+            f"{context.stage}: training ended at step {step} of {last}, and nothing asked for that. The same command "
+            f"goes on from the last checkpoint; see the log for who stopped it."
+        )
 
 
 @contextlib.contextmanager

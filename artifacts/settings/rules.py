@@ -49,6 +49,10 @@ EVERYWHERE: dict[str, Rule] = {
     "fsdp_config": _refused("models are sharded by DeepSpeed here (deepspeed=zero2 or zero3); remove it."),
     "parallelism_config": _refused("models are sharded by DeepSpeed here (deepspeed=zero2 or zero3); remove it."),
     "resume_from_checkpoint": _refused("a stage goes on from its own newest checkpoint; remove it."),
+    "enable_jit_checkpoint": _refused(
+        "on SIGTERM it ends training, and a stage that ends is done; here SIGTERM ends the stage, and the same "
+        "command goes on from its last checkpoint (save_steps). Remove it."
+    ),
     "torch_compile": _refused(
         "passes without padding have another shape each time, and compiling them did not pay (docs/performance.md); "
         "remove it."

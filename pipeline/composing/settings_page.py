@@ -55,8 +55,8 @@ UNSEEN: dict[str, str] = {
         "worker processes",
     ),
     **dict.fromkeys(
-        ("enable_jit_checkpoint", "debug", "logging_nan_inf_filter", "check_first_ratio", "diagnose"),
-        "what goes wrong: full memory, a signal, an overflow, a run that turns bad",
+        ("debug", "logging_nan_inf_filter", "check_first_ratio", "diagnose"),
+        "what goes wrong: an overflow, a run that turns bad",
     ),
     **dict.fromkeys(("ignore_data_skip", "restore_callback_states_from_checkpoint"), "going on from a checkpoint"),
     **dict.fromkeys(("optim_args", "optim_target_modules"), "optimizers that take them (GaLore, APOLLO, ...)"),

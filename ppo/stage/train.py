@@ -22,7 +22,7 @@ from ppo_vs_dpo.models.loading.adapters import is_peft
 from ppo_vs_dpo.models.loading.pretrained import load_tokenizer
 from ppo_vs_dpo.models.resuming import readable, resume_point
 from ppo_vs_dpo.models.sharding.deepspeed import tell_held_bytes, whole_state
-from ppo_vs_dpo.models.training import model_settings, training_arguments, write_model
+from ppo_vs_dpo.models.training import check_ended, model_settings, training_arguments, write_model
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.roles.judge import JudgeReward, judge_settings
 from ppo_vs_dpo.ppo.stage.config import JUDGE, PPOStage
@@ -142,6 +142,7 @@ def run_stage(context: StageContext) -> None:
     checkpoint = resume_point(context, args.output_dir, trainer.is_deepspeed_enabled)
     with readable(checkpoint, context, lambda: watching.stepped):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    check_ended(context, trainer.loop.step, trainer.num_updates)
     if trainer.is_deepspeed_enabled:
         tell_held_bytes(args.process_index, trainer.roles.held_bytes())
     save_final(trainer, context)

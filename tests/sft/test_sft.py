@@ -115,6 +115,27 @@ def same_account(whole, cut, stage="sft"):
     assert whole.done(stage)["figures"] == cut.done(stage)["figures"]
 
 
+class StopAt(TrainerCallback):
+    """As transformers' callback for SIGTERM does, and whatever else ends training in order."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = control.should_training_stop or state.global_step == self.step
+
+
+def test_training_that_ends_before_its_last_step_is_no_result(word_tokenizer, tmp_path, monkeypatch):
+    run = make_run(tmp_path, word_tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(sft_train, "callbacks", lambda context: [*callbacks(context), StopAt(3)])
+        fails(run, run_stage, "sft: training ended at step 3 of 6")
+    run_stage(context_of(run, "sft"))
+    assert run.done("sft")["figures"]["steps"] == 6
+    with pytest.raises(UserError, match="on SIGTERM it ends training, and a stage that ends is done"):
+        run_stage(context_of(make_run(tmp_path / "jit", word_tokenizer, sft={"enable_jit_checkpoint": True}), "sft"))
+
+
 def test_killed_before_a_checkpoint_counts_the_one_before_is_there(word_tokenizer, tmp_path, monkeypatch, capsys):
     """Also where one is kept: it goes when the next can be gone on from."""
     run = make_run(tmp_path, word_tokenizer, sft={"save_total_limit": 1})

@@ -12,10 +12,12 @@ import yaml
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import ppo_vs_dpo.ppo.stage.train as ppo_train
 from ppo_vs_dpo.artifacts.errors import UserError
 from ppo_vs_dpo.artifacts.files import write_parquet
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.artifacts.stage import StageContext
+from ppo_vs_dpo.models.callbacks import RunCallback
 from ppo_vs_dpo.ppo.stage.config import PPOStage
 from ppo_vs_dpo.ppo.stage.train import reward_functions, run_stage, split_prompts
 from ppo_vs_dpo.reward_model.scorer import store_bias
@@ -68,6 +70,20 @@ def run_folder(tmp_path, tiny_llama, tiny_reward, word_tokenizer):
 def metrics(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def test_training_that_ends_before_its_last_update_is_no_result(run_folder, monkeypatch):
+    class Stops(RunCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            super().on_step_end(args, state, control, **kwargs)
+            control.should_training_stop = state.global_step == 2
+
+    run = run_folder()
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_train, "RunCallback", Stops)
+        with pytest.raises(UserError, match="ppo: training ended at step 2 of 4"):
+            run_stage(StageContext(run, "ppo"))
+    assert run.done("ppo") is None
 
 
 def test_the_stage_leaves_a_plain_model_and_its_figures(run_folder):
