@@ -7,13 +7,17 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from ppo_vs_dpo.artifacts.errors import UserError, first_sentence
+from ppo_vs_dpo.artifacts.errors import UserError, first_sentence, short
 from ppo_vs_dpo.models.loading.pretrained import context_length
 from ppo_vs_dpo.models.passes.logprobs import base
+from ppo_vs_dpo.models.text.chat_template import is_rendered
 from ppo_vs_dpo.models.text.prompts import encode_prompt, truncate_prompt
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.roles.roles import Roles
+
+logger = logging.get_logger(__name__)
 
 
 def allowed_prompt_length(policy: PreTrainedModel, response_length: int, max_prompt_length: int | None) -> int | None:
@@ -101,7 +105,8 @@ class PromptSet:
         columns = list(dataset.column_names)
         written = _without_padding(dataset, tokenizer, name) if "input_ids" in columns else None
         given: list[list[int]] | None = None
-        if "prompt" in columns:
+        self.as_typed = "prompt" in columns
+        if self.as_typed:
             self.prompts = list(dataset["prompt"])
         elif written is not None:
             given = written
@@ -246,6 +251,18 @@ def _check_value_context(roles: Roles, longest: int, budget: int) -> None:
         )
 
 
+def say_where_no_turn(prompts: PromptSet, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn where a chat model would read bare text: it may be meant, and nothing else would show it."""
+    first = prompts.prompts[0]
+    if prompts.as_typed and isinstance(first, str) and tokenizer.chat_template and not is_rendered(tokenizer, first):
+        logger.warning(
+            "the prompts are plain text, and the policy is a chat model (its tokenizer has a chat template): it reads "
+            "%s as it is, with no turn around it. To ask it as a user would, give messages: "
+            '{"prompt": [{"role": "user", "content": ...}]}.',
+            short(first, 60),
+        )
+
+
 def prompt_sets(
     train: Dataset | None, evaluation: Dataset | None, roles: Roles, args: PPOConfig
 ) -> tuple[PromptSet, PromptSet | None]:
@@ -264,6 +281,7 @@ def prompt_sets(
     sets = [PromptSet(train, roles.tokenizer, limit, args.truncate_prompts)]
     if evaluation is not None:
         sets.append(PromptSet(evaluation, roles.tokenizer, limit, args.truncate_prompts, "eval_dataset"))
+    say_where_no_turn(sets[0], roles.tokenizer)
     for one in sets:
         roles.rewards.check_context(one.prompts, one.longest, budget)
         _check_value_context(roles, one.longest, budget)

@@ -6,6 +6,7 @@ import pytest
 from datasets import Dataset
 
 from ppo_vs_dpo.artifacts.errors import UserError
+from ppo_vs_dpo.models.text.prompts import render_prompt
 from ppo_vs_dpo.ppo.rollouts.prompts import PromptSet
 from tests.ppo.conftest import PROMPTS, logs
 
@@ -36,6 +37,22 @@ def test_padded_and_unpadded_train_alike(make_trainer, word_tokenizer):
         trainer.train()
         rows.append({k: v for k, v in logs(trainer)[0].items() if not k.startswith("time/")})
     assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("form", ["text", "ids", "messages", "rendered", "no template"])
+def test_a_chat_model_that_reads_bare_text_says_so(make_trainer, word_tokenizer, caplog, form):
+    asked = [{"role": "user", "content": "the film"}]
+    prompts = {"messages": asked, "rendered": render_prompt(word_tokenizer, asked)}
+    data = {"prompt": [prompts.get(form, "the film")] * 4}
+    tokenizer = copy.deepcopy(word_tokenizer)
+    if form == "ids":
+        data = {"input_ids": [word_tokenizer("the film")["input_ids"]] * 4}
+    if form == "no template":
+        tokenizer.chat_template = None
+    with caplog.at_level("WARNING"):
+        make_trainer({"train_dataset": Dataset.from_dict(data), "processing_class": tokenizer}, max_steps=1)
+    said = [one for one in caplog.messages if "with no turn around it" in one]
+    assert len(said) == (form == "text")
 
 
 def test_a_mask_of_another_length(word_tokenizer):
