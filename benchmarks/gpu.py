@@ -3,6 +3,7 @@
     python -m benchmarks.gpu                     1B whole and 8B with LoRA, one GPU
     torchrun --standalone --nproc-per-node 8 -m benchmarks.gpu --size 8b --deepspeed zero3
     python -m benchmarks.gpu --size 1b --no-graphs       what CUDA graphs are worth in sampling
+    python -m benchmarks.gpu --size 1b --profile         the kernels that an update's phases spend their time in
     python -m benchmarks.gpu --size tiny         seconds, on a CPU: that it runs
 
 Weights are random and the reward model's score is what it is: times and memory do not depend on what is learnt. All
@@ -11,14 +12,19 @@ The first update is not counted. Of each phase: seconds an update, response toke
 """
 
 import argparse
+import collections
 import contextlib
 import gc
 import os
 import platform
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+# As a stage has it (`pipeline.running.job`).
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 from datasets import Dataset
@@ -28,6 +34,7 @@ from ppo_vs_dpo.models.devices import arithmetic
 from ppo_vs_dpo.models.loading.config import LoraSettings, ModelConfig
 from ppo_vs_dpo.models.sharding.deepspeed import settled, start_deepspeed
 from ppo_vs_dpo.ppo.config import PPOConfig
+from ppo_vs_dpo.ppo.rollouts.clock import Clock
 from ppo_vs_dpo.ppo.trainer import PPOTrainer
 from tests.conftest import build_word_tokenizer
 
@@ -108,7 +115,8 @@ def measure(size: str, kind: str, given: argparse.Namespace) -> list[str]:
         )  # fmt: skip
         # No response ends before its budget.
         trainer.roles.engine.eos_token_ids = [SIZES[size]["vocab_size"] + 1]
-        trainer.train()
+        with profiled(given.updates) if given.profile else contextlib.nullcontext():
+            trainer.train()
     counted = [row for row in trainer.state.log_history if "episode" in row][1:]
     seconds = {phase: sum(row[f"time/{phase}"] for row in counted) / len(counted) for phase in PHASES}
     total = sum(seconds.values())
@@ -120,6 +128,37 @@ def measure(size: str, kind: str, given: argparse.Namespace) -> list[str]:
     label = f"{size} {kind}" + (f", {given.deepspeed}" if given.deepspeed else "")
     label += ", no graphs" if given.no_graphs else ""
     return [name, label, str(ranks), *figures, *rates, f"{peak:.1f}"]
+
+
+@contextlib.contextmanager
+def profiled(last: int) -> Iterator[None]:
+    """Print the kernels of each phase of update ``last`` (from 0), by the time they take, which is longer for it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    plain, calls = Clock.__call__, collections.Counter()
+    on = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+
+    @contextlib.contextmanager
+    def phase(self: Clock, name: str) -> Iterator[None]:
+        calls[name] += 1
+        if calls[name] != last + 1:
+            with plain(self, name):
+                yield
+            return
+        with profile(activities=on) as seen:
+            with plain(self, name):
+                yield
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        by = f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total"
+        table = seen.key_averages().table(sort_by=by, row_limit=12, max_name_column_width=70)
+        sys.stdout.write(f"\n{name}\n{table}\n")
+
+    Clock.__call__ = phase
+    try:
+        yield
+    finally:
+        Clock.__call__ = plain
 
 
 def tell(cells: list[str]) -> None:
@@ -139,6 +178,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512, help="tokens (default: %(default)s)")
     parser.add_argument("--response", type=int, default=512, help="tokens (default: %(default)s)")
     parser.add_argument("--no-graphs", action="store_true", help="decode a kernel at a time, not as a CUDA graph")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of the last update's phases")
     parser.add_argument("--deepspeed", choices=("zero2", "zero3", "zero2_offload", "zero3_offload"))
     given = parser.parse_args()
     runs = [(given.size, given.kind)] if given.size else [("1b", "full"), ("8b", "lora")]

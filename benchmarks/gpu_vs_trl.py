@@ -22,6 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+# As a stage has it (`pipeline.running.job`), on both sides.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
 import torch
 from transformers import TrainerCallback
 
@@ -68,6 +71,11 @@ def sizes(size: str) -> tuple[floor.Shape, int, ppo_vs_trl.Workload, int]:
     return shape, heads, ppo_vs_trl.Workload(rows, (32, 256), 128, 128 / 3, micro=min(16, rows)), tokens
 
 
+def device() -> torch.device:
+    """Where models are made: on the GPU that is a second, on the host a minute."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def texts(rows: int) -> list[dict[str, str]]:
     """Pairs of 32 to 512 tokens."""
     draw = random.Random(0)
@@ -84,7 +92,8 @@ def pairs_trainer(stage: str, side: str, given: argparse.Namespace, folder: str,
     from tests.device.jobs import trained
 
     shape, heads, workload, _ = sizes(given.size)
-    policy, _, reward, _, tokenizer = ppo_vs_trl.models(workload, shape, heads)
+    with device():
+        policy, _, reward, _, tokenizer = ppo_vs_trl.models(workload, shape, heads)
     batch = workload.micro
     more = {"per_device_train_batch_size": batch, "max_steps": given.steps + UNCOUNTED, "max_length": None,
             "logging_steps": 1000, "bf16": torch.cuda.is_available(), "learning_rate": 1e-6,
@@ -92,8 +101,7 @@ def pairs_trainer(stage: str, side: str, given: argparse.Namespace, folder: str,
     model = reward if stage == "reward_model" else policy
     if model is policy:
         # Its biased head is PPO's alone: TRL's DPO reads the model from a folder again.
-        head = torch.nn.Linear(shape.hidden, shape.vocabulary, bias=False)
-        model.lm_head = head
+        model.lm_head = torch.nn.Linear(shape.hidden, shape.vocabulary, bias=False, device=device())
     rows = texts(batch * (given.steps + UNCOUNTED))
     trainer = trained(Path(folder), stage, side == "trl", model, tokenizer, rows, **more)
     trainer.add_callback(seconds)
@@ -106,7 +114,8 @@ def ppo_trainer(side: str, given: argparse.Namespace, folder: str, seconds: Seco
 
     shape, heads, workload, tokens = sizes(given.size)
     steps = given.steps + UNCOUNTED
-    policy, reference, reward, value, tokenizer = ppo_vs_trl.models(workload, shape, heads)
+    with device():
+        policy, reference, reward, value, tokenizer = ppo_vs_trl.models(workload, shape, heads)
     half = torch.cuda.is_available()
     settings = {**ppo_vs_trl.settings(workload, steps), "bf16": half, "use_cpu": not half, "output_dir": folder}
     data = Dataset.from_dict({"input_ids": ppo_vs_trl.prompt_ids(workload)})
@@ -146,10 +155,12 @@ def start(stage: str, side: str, given: argparse.Namespace) -> dict[str, float]:
     old = [given.trl] if given.trl and (stage, side) == ("ppo", "trl") else []
     command = [sys.executable, "-m", "benchmarks.gpu_vs_trl", "--stage", stage, "--side", side, "--size", given.size,
                "--steps", str(given.steps)]  # fmt: skip
+    began = time.perf_counter()
     done = subprocess.run(
         command, cwd=measure.ROOT, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([*old, str(measure.ROOT), *sys.path]), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
+    sys.stderr.write(f"{stage}, {side}: {time.perf_counter() - began:.0f} s in all\n")
     if done.returncode:
         raise SystemExit(f"{stage}, {side}:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.rpartition(measure.MARK)[2])
