@@ -1,4 +1,4 @@
-"""PPO with a reward model, on GPUs: tokens a second and memory. Ten minutes on one GPU fill the table of docs/gpu.md.
+"""PPO with a reward model, on GPUs: tokens a second and memory, the rows of docs/gpu.md. Ten minutes on one GPU.
 
     python -m benchmarks.gpu                     1B whole and 8B with LoRA, one GPU
     torchrun --standalone --nproc-per-node 8 -m benchmarks.gpu --size 8b --deepspeed zero3

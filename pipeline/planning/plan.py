@@ -220,7 +220,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--gpu", default="a100-80gb", choices=sorted(GPUS), help="which (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=512, help="longest prompt (default: %(default)s)")
     parser.add_argument("--table", metavar="FILE", help="write the table of known models into FILE instead")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     if given.table:
         write_table(given.table)
         return 0

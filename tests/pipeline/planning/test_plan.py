@@ -212,7 +212,8 @@ def test_the_command_knows_who_trains_values(setting, capsys):
 
 
 def test_the_command(capsys):
-    assert dispatch(["plan", "experiment=quickstart"]) == 0
+    # Options between settings.
+    assert dispatch(["plan", "experiment=quickstart", "--gpus", "1", "seed=2"]) == 0
     said = capsys.readouterr().out
     for stage in ("sft", "reward_model", "dpo", "ppo"):
         assert f"\n{stage}: " in said
