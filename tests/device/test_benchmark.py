@@ -1,5 +1,6 @@
 """The command that fills the table of docs/gpu.md runs, here at a size for a CPU."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_vs_trl
+from ppo_vs_dpo.models.sampling import generation
 
 ARGUMENTS = ["--size", "tiny", "--prompt", "16", "--response", "12", "--updates", "2", "--rows", "8"]
 
@@ -44,3 +46,20 @@ def test_a_row_under_zero3_on_two_ranks():
     assert done.returncode == 0, done.stderr[-3000:]
     cells = cells_of(done.stdout)
     assert (cells["model"], cells["ranks"]) == ("tiny full, zero3", "2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", gpu_vs_trl.SIDES)
+@pytest.mark.parametrize("stage", ["reward_model", "dpo"])
+def test_a_side_of_a_stage(stage, side):
+    """Ours and TRL's take the same rows; what is said of each is a median step and a peak."""
+    given = argparse.Namespace(size="tiny", steps=1)
+    found = gpu_vs_trl.work(stage, side, given)
+    assert 0 < found["seconds"] < 60
+    assert found["peak"] > 0
+
+
+@pytest.mark.slow
+def test_our_side_of_ppo(monkeypatch):
+    monkeypatch.setattr(generation, "uniform_rows", generation.uniform_rows)
+    assert gpu_vs_trl.work("ppo", "ours", argparse.Namespace(size="tiny", steps=1))["seconds"] > 0
