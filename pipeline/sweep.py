@@ -10,7 +10,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from ppo_vs_dpo.artifacts.errors import UserError, say
+from ppo_vs_dpo.artifacts.errors import UserError, say, warn
 from ppo_vs_dpo.artifacts.files import append_jsonl, read_jsonl
 
 # Combinations that are composed and checked before the first of them runs; each takes a tenth of a second.
@@ -108,7 +108,11 @@ def sweep_job(config: DictConfig) -> None:
     total = os.environ.get("PPO_VS_DPO_SWEEP_SIZE")
     of = f" of {total}" if total else ""
     say(f"\nrun {int(hydra_config.job.num) + 1}{of}: {folder}\n")
-    run_pipeline(resolved)
+    try:
+        run_pipeline(resolved)
+    except UserError as error:  # the other runs go on, and Hydra tells the first failure alone, at the end
+        warn(f"\n{folder}: {error}\n")
+        raise
     if "compare" in resolved.stages:
         append_jsonl(Path(hydra_config.sweep.dir) / RECORD, {"run": str(folder)})
 

@@ -23,8 +23,8 @@ CPU = "cpu_seconds"
 def stage_cost(run: RunFolder, stage: str) -> dict[str, Any] | None:
     """What one stage took, from its ``done.json``; ``None`` where it has not finished.
 
-    ``seconds`` of wall time of the stage's process from its start to its end (start-up and interrupted attempts
-    included), ``cpu_seconds`` of it and the processes it started, ``peak_memory_mb`` of the main process,
+    ``seconds`` of wall time of the stage's process from its start to its last word (start-up and interrupted
+    attempts included), ``cpu_seconds`` of it and the processes it started, ``peak_memory_mb`` of the main process,
     ``gpu_peak_memory_mb`` where a GPU was used, ``tokens_generated`` while training, ``flops`` as the Trainer counts
     them (6 N a token trained, 2 N a token in a forward pass, N without embeddings).
     """

@@ -29,6 +29,7 @@ from ppo_vs_dpo.artifacts.settings.values import of_another_type, out_of_range
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.pipeline.checking.late import compared, doubled, late
 from ppo_vs_dpo.pipeline.composing.schema import SECTIONS, load_class
+from ppo_vs_dpo.pipeline.planning.cost.counted import examples
 from ppo_vs_dpo.pipeline.planning.gpus import ranks_of
 
 
@@ -69,6 +70,8 @@ def problems(config: dict[str, Any], stages: list[str]) -> list[str]:
         found += listed(lambda stage=stage: files(config, stage))
     if "data" in stages and not model:
         found += listed(lambda: first_rows(config))
+    if "ppo" in stages:
+        found += listed(lambda: prompts_left(config))
     if "reward_model" in stages:
         given = config.get("reward_model") or {}
         found += listed(lambda: scores_of(given.get("path"), given.get("head"), "reward_model.path"))
@@ -286,6 +289,20 @@ def first_rows(config: dict[str, Any]) -> list[str]:
     look, key = (pairs.look, "path") if kind is GivenPairs else (prompts.look, "prompts_path")
     model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), config["model"]))
     return said(lambda: look(data_settings(config["data"]), model), f"data.{key}: ")
+
+
+def prompts_left(config: dict[str, Any]) -> list[str]:
+    """Refuse to set aside more prompts for PPO's evaluations than there are, where that can be known."""
+    aside, asked = (config.get("ppo") or {}).get("validation_prompts"), (config.get("data") or {}).get("train_prompts")
+    if not isinstance(aside, int) or aside <= 0:
+        return []
+    there = asked if isinstance(asked, int) else examples(RunFolder("nowhere", OmegaConf.create(config)), "ppo")[0]
+    if there is None or there > aside:
+        return []
+    about = "" if there == asked else "about "
+    return [
+        f"ppo.validation_prompts is {aside}, of {about}{there} training prompts: none is left to train on. Lower it."
+    ]
 
 
 def judges(config: dict[str, Any]) -> list[str]:

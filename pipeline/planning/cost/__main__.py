@@ -16,10 +16,11 @@ from ppo_vs_dpo.pipeline.planning.cost.beforehand import speed_of, spell
 from ppo_vs_dpo.pipeline.planning.cost.work import work_of
 
 READ = """\
-measured on {device}; stages that ran at once are added up. Both are of a stage's process from its start to its end,
-the {start} in which it loads its libraries included; overview and report have the same seconds. Other work on the
-machine is in what they took, and neither in the estimates nor in the seconds of CPUs: those are of all processes of
-a stage together. Answers that ended early were estimated at their full length.
+measured on {device}; stages that ran at once are added up. Both are of a stage's process from its start on; overview
+and report have the same seconds. The {start} in which it loads its libraries are in the estimates, and in what stages
+took that are no forks (docs/pipeline.md). Other work on the machine is in what they took, and neither in the estimates
+nor in the seconds of CPUs: those are of all processes of a stage together. Answers that ended early were estimated at
+their full length.
 """
 
 

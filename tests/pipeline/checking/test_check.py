@@ -14,7 +14,7 @@ from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.artifacts.settings.values import allows, inside, of_another_type, out_of_range
 from ppo_vs_dpo.pipeline.checking import check
 from ppo_vs_dpo.pipeline.checking.check import check_once, load_checked
-from ppo_vs_dpo.pipeline.checking.inputs import problems
+from ppo_vs_dpo.pipeline.checking.inputs import problems, prompts_left
 from ppo_vs_dpo.pipeline.checking.verify import main as verify
 from ppo_vs_dpo.pipeline.composing.compose import load
 from ppo_vs_dpo.pipeline.running.launch import launcher
@@ -266,6 +266,22 @@ def test_a_model_that_is_nowhere_and_a_function_that_is_not_there_are_named(tmp_
     found = "\n".join(problems(OmegaConf.to_container(config, resolve=True), ["ppo"]))
     assert "model.path=nowhere: there is no such folder here, and it could not be read from the Hub" in found
     assert "mine.py has no function 'plite'; it has polite. Give it as" in found
+
+
+@pytest.mark.parametrize(
+    ("pairs", "more", "refused"),
+    [(120, [], True), (240, [], False), (120, ["ppo.validation_prompts=16"], False), (0, [], True)],
+)
+def test_more_prompts_set_aside_than_there_are(tmp_path, pairs, more, refused):
+    """Known from a file of pairs, or from the number that is made: not after the reward model."""
+    lines = [json.dumps({"prompt": f"{n}?", "chosen": "A", "rejected": "B"}) + "\n" for n in range(pairs)]
+    (tmp_path / "pairs.jsonl").write_text("".join(lines))
+    words = ["experiment=hh", "model.path=x", "data=files", f"data.path={tmp_path}/pairs.jsonl"]
+    words = words if pairs else ["experiment=quickstart", "data.train_prompts=128"]
+    found = prompts_left(OmegaConf.to_container(load([*words, *more]), resolve=True))
+    of = "about 96" if pairs else "128"
+    said = f"ppo.validation_prompts is 128, of {of} training prompts: none is left to train on. Lower it."
+    assert found == [said] * refused
 
 
 def test_adapters_name_layers_of_the_model():
