@@ -81,6 +81,8 @@ def measure(question: dict[str, Any], began: float) -> dict[str, Any]:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        from ppo_vs_dpo.models.devices import has_bf16
+
     accelerator = torch.accelerator.is_available()
     alone = not accelerator and torch.get_num_threads() == 1
     clock = time.process_time if alone else time.perf_counter
@@ -104,13 +106,13 @@ def measure(question: dict[str, Any], began: float) -> dict[str, Any]:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     device = torch.accelerator.current_accelerator() if accelerator else torch.device("cpu")
-    dtype = torch.bfloat16 if accelerator else torch.float32
+    half = accelerator and has_bf16()
     found: list[dict[str, float]] = []
     rows = ROWS
     for number in (1, 2):
         config.num_hidden_layers = number
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval()
-        timed = functools.partial(_times, model, config.vocab_size, device, clock)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device).eval()
+        timed = functools.partial(_times, model, config.vocab_size, device, clock, half, accelerator)
         if number == 1 and timed(ROWS)["train"] * ROWS * LENGTH < SHORT:
             rows = MOST_ROWS
         found.append(timed(rows))
@@ -182,17 +184,21 @@ def peaks(question: dict[str, Any], architecture: Any) -> dict[str, float]:
     return found
 
 
-def _times(model: Any, vocabulary: int, device: Any, clock: Callable[[], float], rows: int) -> dict[str, float]:
+def _times(
+    model: Any, vocabulary: int, device: Any, clock: Callable[[], float], half: bool, again: bool, rows: int
+) -> dict[str, float]:
     import torch
 
     ids = torch.randint(0, vocabulary, (rows, LENGTH), device=device)
 
     def train() -> None:
-        model(ids, labels=ids).loss.backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
         model.zero_grad(set_to_none=True)
 
     found = {}
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
         # What is read without gradients is asked for the logits of its answers alone, about so many.
         found["forward"] = _seconds(clock, lambda: model(ids, logits_to_keep=LENGTH // 4)) / ids.numel()
         for name, batch in (("few", FEW), ("many", MANY)):
@@ -200,7 +206,12 @@ def _times(model: Any, vocabulary: int, device: Any, clock: Callable[[], float],
             cache.batch_repeat_interleave(batch)
             tokens = ids[:1, :1].repeat(batch, 1)
             found[name] = _seconds(clock, lambda: model(tokens, past_key_values=cache, use_cache=True))  # noqa: B023
-    return {**found, "train": _seconds(clock, train) / ids.numel()}
+    # Activations are computed again, as a stage has it where nobody says otherwise (`models.devices.arithmetic`).
+    if again and model.supports_gradient_checkpointing:
+        model.train().gradient_checkpointing_enable()
+    found["train"] = _seconds(clock, train) / ids.numel()
+    model.eval()
+    return found
 
 
 def _seconds(clock: Callable[[], float], action: Callable[[], Any]) -> float:

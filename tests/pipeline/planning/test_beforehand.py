@@ -11,13 +11,14 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from rich.console import Console
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from ppo_vs_dpo.artifacts.files import write_parquet
 from ppo_vs_dpo.artifacts.guards.fingerprints import Made, needs_of
 from ppo_vs_dpo.artifacts.run import RunFolder
 from ppo_vs_dpo.compare.sampling import completions, policies
 from ppo_vs_dpo.compare.stage import CompareStage
+from ppo_vs_dpo.models import devices
 from ppo_vs_dpo.pipeline.composing.compose import load
 from ppo_vs_dpo.pipeline.planning.cost import __main__ as afterwards
 from ppo_vs_dpo.pipeline.planning.cost import beforehand, counted, measured, work
@@ -199,6 +200,26 @@ def test_named_seconds_follow_what_was_overridden(tmp_path):
     assert found["ppo,kl_coef=0.0"] == found["ppo"]
     assert found["dpo"] < usual["dpo"] / 2
     assert found["sft"] == usual["sft"]
+
+
+def test_on_a_gpu_it_is_timed_as_a_stage_computes_there(monkeypatch):
+    """bfloat16 by autocast on fp32 weights, activations computed again: half the time was said without them."""
+    seen, plain = [], LlamaForCausalLM.forward
+
+    def forward(self, *args, **kwargs):
+        again = self.training and self.model.layers[0].gradient_checkpointing
+        seen.append((torch.is_autocast_enabled("cpu"), self.lm_head.weight.dtype, again, torch.is_grad_enabled()))
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cpu"))
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    monkeypatch.setattr(devices, "has_bf16", lambda: True)
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    architecture = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    measured.measure({"architecture": {**architecture, "num_hidden_layers": 2}}, time.time())
+    assert {(half, dtype) for half, dtype, *_ in seen} == {(True, torch.float32)}
+    assert {(again, grad) for *_, again, grad in seen} == {(True, True), (False, False)}
 
 
 def test_speed_is_measured_once_and_doubles_with_the_layers(tmp_path, monkeypatch, forked):
