@@ -89,6 +89,8 @@ ROOM = 4096
 LAST_WORD = 1.0
 # Seconds between two looks of the server at its forks.
 LOOK_EVERY = 0.02
+# What training stages import when they are at work: accelerate asks for DeepSpeed, whether it is used or not.
+AT_WORK = ("deepspeed", "torch.utils.tensorboard")
 # What is said of a fork: that it has begun, with its number, and that it has ended, with its exit code.
 WORD = struct.Struct("cq")
 
@@ -261,6 +263,9 @@ def serve(modules: Sequence[str]) -> list[str]:
         for module in modules:
             importlib.import_module(f"{module}.__main__")
             del sys.modules[f"{module}.__main__"]  # a fork runs it
+        for library in AT_WORK if "trl" in sys.modules else ():
+            with contextlib.suppress(Exception):  # whoever needs it will say so
+                importlib.import_module(library)
     mark, torch = os.environ[MARK], sys.modules.get("torch")
     arguments, placeholder = os.fsencode(sys.argv[-1]), os.fsencode(f"{MARK}={mark}")
     write_over("environment", placeholder, placeholder)
