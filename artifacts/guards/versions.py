@@ -19,13 +19,15 @@ ROOMS = ("artifacts", "models", "preferences", "sft", "reward_model", "ppo", "dp
 
 def versions() -> dict[str, str | None]:
     """Installed versions of the packages that decide results."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    return {package: _version(package) for package in PACKAGES}
+
+
+@functools.cache
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def git_commit() -> str | None:

@@ -5,6 +5,7 @@ learns "more and stronger praise"; that praise wears off when repeated, that ram
 annoy is rare in the samples and learned badly. A policy optimised hard enough finds that gap (Gao et al. 2022).
 """
 
+import functools
 import itertools
 import math
 import re
@@ -26,6 +27,7 @@ UNFINISHED = 1.5  # no end of sequence
 
 _TOKEN = re.compile(r"[A-Za-z]+|[.,]")
 _NAMES = frozenset({"I", "March", "June", "Sunday"})
+_ASPECTS = frozenset(ASPECTS)
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,12 @@ def words_of(text: str) -> list[str]:
     return [word if word in _NAMES else word.lower() for word in _TOKEN.findall(text)]
 
 
+@functools.lru_cache(maxsize=1 << 16)
+def _of_prompt(prompt: str) -> tuple[list[str], frozenset[str]]:
+    """The last word of a prompt, and the aspects that a completion of it must not name; a prompt comes many times."""
+    return words_of(prompt)[-1:], _ASPECTS - ASPECTS_OF.get(thing_of(prompt) or "", _ASPECTS)
+
+
 def gold_parts(prompt: str, completion: str, finished: bool = True) -> GoldParts:
     """Take one completion apart."""
     words = words_of(completion)
@@ -70,18 +78,17 @@ def gold_parts(prompt: str, completion: str, finished: bool = True) -> GoldParts
             repeated_words += seen[word] > 0
             seen[word] += 1
         before = word
-    opening = words_of(prompt)
-    chain = opening[-1:] + words + (["</s>"] if finished else [])
+    opening, foreign = _of_prompt(prompt)
+    chain = opening + words + (["</s>"] if finished else [])
     legal = legal_pairs()
-    illegal = sum(pair not in legal for pair in itertools.pairwise(chain))
+    illegal = sum([pair not in legal for pair in itertools.pairwise(chain)])
     triples = list(zip(words, words[1:], words[2:], strict=False))
-    aspects = ASPECTS_OF.get(thing_of(prompt) or "", frozenset(ASPECTS))
     return GoldParts(
         sentiment=sentiment,
         illegal_pairs=illegal,
         repeated_triples=len(triples) - len(set(triples)),
         repeated_words=repeated_words,
-        foreign_aspects=sum(word in ASPECTS and word not in aspects for word in words),
+        foreign_aspects=sum([word in foreign for word in words]),
         extra_tokens=max(0, len(words) - LENGTH_FREE),
         unfinished=int(not finished),
     )
