@@ -18,6 +18,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -89,6 +90,8 @@ ROOM = 4096
 LAST_WORD = 1.0
 # Seconds between two looks of the server at its forks.
 LOOK_EVERY = 0.02
+# Bytes of a command line and its variables that go to the server in one packet; longer ones are not forked.
+PACKET = 1 << 16
 # What training stages import when they are at work: accelerate asks for DeepSpeed, whether it is used or not.
 AT_WORK = ("deepspeed", "torch.utils.tensorboard")
 # What is said of a fork: that it has begun, with its number, and that it has ended, with its exit code.
@@ -198,10 +201,13 @@ class ForkServer:
             return None
         names = {*environment, *self._environment}
         own = {name: environment.get(name) for name in names if environment.get(name) != self._environment.get(name)}
+        message = json.dumps([own, *command]).encode()
+        if len(message) > PACKET:
+            return None
         (said, out), (heard, words) = os.pipe(), os.pipe()
         try:
-            socket.send_fds(self._socket, [json.dumps([own, *command]).encode()], [out, words])
-        except OSError:  # it has ended just now, or the command is longer than a packet
+            socket.send_fds(self._socket, [message], [out, words])
+        except OSError:  # it has ended just now
             pid = 0
         else:
             pid = -1
@@ -284,12 +290,13 @@ def serve(modules: Sequence[str]) -> list[str]:
                     say(running.pop(pid), b".", os.waitstatus_to_exitcode(how))
             if not readable:
                 continue
-            message, descriptors, *_ = socket.recv_fds(asked, 1 << 18, 2)
+            message, descriptors, *_ = socket.recv_fds(asked, PACKET, 2)
             if not message:
                 return []
             out, words = descriptors
             server, pid = os.getpid(), -1
-            with contextlib.suppress(OSError):  # too many processes, too little memory: the command starts one itself
+            # Too many processes, too little memory: the command starts one itself. Python 3.12 warns of any thread.
+            with contextlib.suppress(OSError), warnings.catch_warnings(action="ignore"):
                 pid = os.fork()
             if pid == 0:
                 for other in running.values():
