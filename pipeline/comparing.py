@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
     if note:
         say(note + "\n")
     run = lay_out(folder_of(given, sources), given, sources, judges, prompts)
-    say(cost_of(run))
+    say(f"{cost_of(run)}  loading libraries\n")
     sys.stdout.flush()
 
     context = Told(run, "compare", began=time.monotonic() - lived())

@@ -186,7 +186,7 @@ def test_what_it_will_take_is_said_before_the_work(capsys, monkeypatch, tmp_path
     assert compare(*files, "--judge", judge, "--output", str(tmp_path / "b")) == 0
     assert f"at most: compare {20 * 2 * 3:,}" in capsys.readouterr().out
     assert compare(*files, "--output", str(tmp_path / "c")) == 0
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "  loading libraries\n"
 
 
 def test_somebody_must_judge():
