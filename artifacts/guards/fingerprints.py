@@ -86,9 +86,14 @@ _LATE_IMPORTS = ("import_module", "__import__")
 FUNCTION = re.compile(r"^(?P<module>[A-Za-z_][\w.]*|[^:]+\.py):(?P<name>[A-Za-z_][\w.]*)$")
 
 
+def point_text(point: dict[str, Any]) -> str:
+    """As `artifacts.stage.parse_point` reads a point: ``{"lam": None, "kl_coef": 0}`` -> ``"kl_coef=0,lam=null"``."""
+    return ",".join(f"{key}={'null' if value is None else value}" for key, value in sorted(point.items()))
+
+
 def point_name(stage: str, point: dict[str, Any]) -> str:
     """Name of a stage's run at a point of a sweep: ``("ppo", {"kl_coef": 0.0})`` -> ``"ppo,kl_coef=0.0"``."""
-    return ",".join([stage, *(f"{key}={value}" for key, value in sorted(point.items()))])
+    return ",".join([stage, *([point_text(point)] if point else [])])
 
 
 def points_of(config: DictConfig, stage: str) -> list[dict[str, Any]]:

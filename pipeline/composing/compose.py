@@ -181,11 +181,11 @@ def finish(
     plain = OmegaConf.create(OmegaConf.to_container(plain, resolve=False))
     for key in emptied_keys(overrides if emptied is None else emptied):
         OmegaConf.update(plain, key, {}, merge=False)
+    for section in (one for stage in ("dpo", "ppo") if OmegaConf.is_dict(one := plain.get(stage))):
+        section.setdefault("sweep", None)  # `~dpo.sweep` says that there is none; without the key nothing is said
     plain.experiment = experiment
     leave_open(plain, experiment, overrides if emptied is None else emptied)
-    odd = odd_places(plain)
-    for key in odd:  # the rest is looked at, too
-        plain[key] = "odd"
+    plain.update(dict.fromkeys(odd := odd_places(plain), "odd"))  # the rest is looked at, too
     # A sweep's jobs have a folder each: what differs between them is part of the name, also of a given one.
     if not plain.get("name") or multirun:
         plain.name = run_name(str(plain.get("name") or experiment), overrides, multirun)

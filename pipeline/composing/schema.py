@@ -11,10 +11,13 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from ppo_vs_dpo.artifacts.guards.fingerprints import source_of
+from ppo_vs_dpo.artifacts.guards.fingerprints import point_text, source_of
 from ppo_vs_dpo.artifacts.run import STAGES
 from ppo_vs_dpo.artifacts.settings import field_names, nearest
+from ppo_vs_dpo.artifacts.stage import parse_point
 from ppo_vs_dpo.models.loading.config import ModelConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -159,3 +162,19 @@ def sweep_problems(section: str, sweep: Any, valid: list[str]) -> Iterator[str]:
                 yield f"{where}.{key}: no such key.{nearest(key, valid)}"
             elif not OmegaConf.is_list(points) and not isinstance(points, list):
                 yield f"{where}.{key}: a list of values is needed."
+            else:
+                plain = OmegaConf.to_container(points, resolve=False) if OmegaConf.is_list(points) else points
+                odd = [value for value in plain if not _reads_back(key, value)]
+                if odd:
+                    yield (
+                        f"{where}.{key}: {odd[0]!r} cannot be part of a point's name, which reads as KEY=VALUE,...; "
+                        f"give it to a run of its own (name=...)."
+                    )
+
+
+def _reads_back(key: str, value: Any) -> bool:
+    """Whether the process of a sweep's point gets this value, which goes to it as text."""
+    try:
+        return (isinstance(value, str) and "${" in value) or parse_point(point_text({key: value})) == {key: value}
+    except (YAMLError, OmegaConfBaseException):
+        return False

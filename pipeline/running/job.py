@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from ppo_vs_dpo.artifacts.errors import printable
 from ppo_vs_dpo.artifacts.files import read_marker
 from ppo_vs_dpo.artifacts.guards import replaced
+from ppo_vs_dpo.artifacts.guards.fingerprints import point_text
 from ppo_vs_dpo.artifacts.guards.processes import (
     MARK,
     SILENT,
@@ -73,7 +74,7 @@ def command(run: RunFolder, job: Job) -> list[str]:
     if room != job.stage:
         arguments += ["--step", job.stage]
     if job.point:
-        arguments += ["--point", ",".join(f"{key}={value}" for key, value in sorted(job.point.items()))]
+        arguments += ["--point", point_text(job.point)]
     return [*start, *arguments, "--fingerprint", job.fingerprint]
 
 

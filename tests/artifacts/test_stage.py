@@ -91,6 +91,9 @@ def test_points_of_an_earlier_sweep_are_none_of_this_one(run):
 def test_points_read_back_as_written():
     assert parse_point("kl_coef=0.0,n=3,name=x") == {"kl_coef": 0.0, "n": 3, "name": "x"}
     assert point_name("ppo", {"b": 1, "a": 0.5}) == "ppo,a=0.5,b=1"
+    assert point_name("ppo", {}) == "ppo"
+    for point in ({"score_clip": None, "lam": 1e-05}, {"loss_type": ["ipo"]}, {"whiten_rewards": True, "mode": "x"}):
+        assert parse_point(point_name("ppo", point).partition(",")[2]) == point
 
 
 STAGE = """

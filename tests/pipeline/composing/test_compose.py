@@ -100,6 +100,11 @@ def test_all_problems_at_once_with_the_nearest_name():
             ["experiment=quickstart", "ppo.sweep=[{klcoef:[1]}]"],
             r"ppo\.sweep\[0\]\.klcoef: no such key\. Did you mean",
         ),
+        (
+            ["experiment=quickstart", "dpo.sweep={loss_type: [[sigmoid, sft]]}"],
+            r"dpo\.sweep\.loss_type: \['sigmoid', 'sft'\] cannot be part of a point's name",
+        ),
+        (["experiment=quickstart", "ppo.sweep={lora: [{r: 4, alpha: 8}]}"], r"ppo\.sweep\.lora: .* cannot be part"),
         (["experiment=quickstart", "ppo.sweep=[3]"], r"ppo\.sweep\[0\] is 3; a grid is a mapping"),
         (["experiment=methods", "ppo.sweep={kl_coef: [1]}"], "a list of grids: give a list"),
         (["experiment=quickstart", "sft.output_dir=x"], r"sft\.output_dir: set by the stage itself"),
@@ -274,3 +279,12 @@ def test_a_sweep_ends_with_its_runs_and_how_to_pool_them(tmp_path):
     assert last_word(tmp_path) == last_word(None) == ""
     (tmp_path / RECORD).write_text("\n".join(rows) + "\n")
     assert last_word(tmp_path).endswith("ppo-vs-dpo compare 'runs/a b' runs/c\n")
+
+
+def test_a_sweep_that_is_taken_out_is_none():
+    """A section without the key would let points of an earlier one into the report."""
+    assert load(["experiment=quickstart", "~dpo.sweep"]).dpo.sweep is None
+    assert load(["experiment=quickstart", "ppo.sweep={cliprange_value: [null, 0.1]}"]).ppo.sweep.cliprange_value == [
+        None,
+        0.1,
+    ]
