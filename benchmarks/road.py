@@ -167,6 +167,7 @@ def travel(out: Path, words: list[str], stages: list[str], trl: str) -> dict[str
             "stock": {**stock, **json.loads((out / f"stock-{stage}.json").read_text())},
             "ours": {**ours, **ours_of(run, stage)},
         }
+        place.write_text(json.dumps(known, indent=1))
         if stage == "compare":
             more = measured(["-m", "benchmarks.stock", "compare_more", str(out)], root, out / "stock-compare_more.log")
             known[stage]["more"] = {**more, **json.loads((out / "stock-compare_more.json").read_text())}

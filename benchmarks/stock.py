@@ -37,13 +37,14 @@ def rows_of(run: Path, table: str, *columns: str):
 
 def text_of(tokenizer, prompt, answer=None) -> str:
     """A prompt as the model reads it, or with an answer: texts as they are, messages by the chat template."""
-    if isinstance(prompt, str):
-        return prompt + (answer or "")
-    if answer is None:
-        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    if isinstance(answer, str):
-        return text_of(tokenizer, prompt) + answer
-    return text_of(tokenizer, prompt) + answer[0]["content"]
+    if not isinstance(prompt, str):
+        prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return prompt + (answer_of(answer) if answer else "")
+
+
+def answer_of(answer) -> str:
+    """An answer's text."""
+    return answer if isinstance(answer, str) else answer[0]["content"]
 
 
 def read_alike(tokenizer, rows):
@@ -58,7 +59,7 @@ def read_alike(tokenizer, rows):
     return rows.map(
         lambda row: {
             "prompt": text_of(tokenizer, row["prompt"]),
-            **{name: row[name][0]["content"] for name in answers},
+            **{name: answer_of(row[name]) for name in answers},
         },
         remove_columns=rows.column_names,
     )
@@ -194,8 +195,7 @@ def stock_compare(run: Path, out: Path, more: bool = False) -> dict[str, float]:
     reference = AutoModelForCausalLM.from_pretrained(out / "sft")
     judged, figures, count, tokens = {}, {}, 0, 0
     pairs = rows_of(run, "pairs/test", "prompt", "chosen", "rejected") if more else []
-    sides = [[(text_of(tokenizer, row["prompt"]), row[side]) for row in pairs] for side in SIDES]
-    sides = [[(prompt, text_of(tokenizer, "", answer)) for prompt, answer in side] for side in sides]
+    sides = [[(text_of(tokenizer, row["prompt"]), answer_of(row[side])) for row in pairs] for side in SIDES]
     if more:
         both = [
             scores_of(reward, tokenizer, [p + a for p, a in side[:CHECKED]], [True] * len(side[:CHECKED]))

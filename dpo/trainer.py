@@ -24,6 +24,8 @@ logger = logging.get_logger(__name__)
 
 # Under this name the trainer notes how many pairs each batch had.
 PAIRS = "pairs"
+# Counted up when a pass rounds otherwise: what was kept before is not read.
+ARITHMETIC = 2
 REFERENCE_COLUMNS = ["ref_chosen_logps", "ref_rejected_logps"]
 
 
@@ -68,9 +70,9 @@ class PairTrainer(DPOTrainer):
         self.start_note: str | None = None
         super().__init__(*args, **kwargs)
         self.data_collator = PairCollator(**vars(self.data_collator))
-        skip_padding(self.accelerator.unwrap_model(self.model))
+        skip_padding(self.accelerator.unwrap_model(self.model), pairs=True)
         if self.ref_model is not None:
-            skip_padding(self.accelerator.unwrap_model(self.ref_model))
+            skip_padding(self.accelerator.unwrap_model(self.ref_model), pairs=True)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss; the number of pairs is noted beside the metrics that TRL takes of each batch.
@@ -174,7 +176,7 @@ class PairTrainer(DPOTrainer):
 
     @part("scoring")
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        skip_padding(self.accelerator.unwrap_model(self.ref_model or self.model))
+        skip_padding(self.accelerator.unwrap_model(self.ref_model or self.model), pairs=True)
         rows = trained_rows(self, dataset) if name == "train" else None
         some = dataset if rows is None else dataset.select(rows)
         if name == "train":
@@ -218,6 +220,12 @@ class PairTrainer(DPOTrainer):
                 digest.update(np.array([len(row) for row in rows]).tobytes())
                 digest.update(np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int64).tobytes())
         model = self.ref_model or self.model
-        settings = [self.reference_id, str(model.dtype), self.args.bf16, self.args.fp16, self.args.ld_alpha]
-        settings += [self.args.max_length, batch_size, self.accelerator.num_processes, type(model).__name__]
+        settings = [ARITHMETIC, self.reference_id, str(model.dtype), self.args.bf16, self.args.fp16]
+        settings += [
+            self.args.ld_alpha,
+            self.args.max_length,
+            batch_size,
+            self.accelerator.num_processes,
+            type(model).__name__,
+        ]
         return sha256_of([settings, digest.hexdigest()])[:24]

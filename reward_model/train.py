@@ -88,7 +88,7 @@ def build_trainer(
         peft_config=lora.peft_config("SEQ_CLS") if lora else None,
         callbacks=callbacks,
     )
-    score_at_last_token(trainer.model)
+    score_at_last_token(trainer.model, pairs=True)
     # What it becomes is read where it is trained: the mark of our own (`reward_model.scorer.is_foreign`).
     setattr(base(trainer.model).config, BIAS_KEY, 0.0)
     train_in_full(trainer.model, trainer.is_deepspeed_enabled)

@@ -262,7 +262,7 @@ def reads_in_pieces(backbone: nn.Module, packing: Packing) -> bool:
     """Whether packed rows go through a piece at a time: on a CPU, whose caches hold the states of `TOKENS` tokens and
     not those of many more, where nothing is differentiated and no rank must gather weights as often as the others."""
     many = not torch.is_grad_enabled() and packing.order.device.type == "cpu" and len(packing.order) > TOKENS
-    return many and not any(map(is_sharded, backbone.parameters()))
+    return many and packing.groups.shared is None and not any(map(is_sharded, backbone.parameters()))
 
 
 def _states(

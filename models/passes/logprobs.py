@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ppo_vs_dpo.models.loading.prepared import ScalarHead, score_head
 from ppo_vs_dpo.models.passes.fused import packed_states
 from ppo_vs_dpo.models.passes.head import head_logprobs, logits_logprobs, rows_at_once
-from ppo_vs_dpo.models.passes.packed import Packing, can_pack, forward_packed, pack, upload
+from ppo_vs_dpo.models.passes.packed import Packing, can_pack, forward_packed, pack
 from ppo_vs_dpo.models.passes.padding import check_length, check_reads_masks, check_rows, without_router
 from ppo_vs_dpo.models.sharding.deepspeed import whole
 
@@ -88,8 +88,7 @@ class Places:
         offsets = response_mask.long().cumsum(-1) - 1
         before = (first[:, None] + offsets)[response_mask]
         if device.type != "cpu":
-            packing = packing.to(device)
-            real, before = upload([real, before], device)
+            packing, (real, before) = packing.to(device, real, before)
         return cls(packing, real, before)
 
 

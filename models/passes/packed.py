@@ -96,14 +96,15 @@ class Packing:
     starts: torch.Tensor
     lengths: torch.Tensor
 
-    def to(self, device: torch.device) -> "Packing":
-        """The same on a device, by one copy."""
+    def to(self, device: torch.device, *more: torch.Tensor) -> tuple["Packing", list[torch.Tensor]]:
+        """The same on a device, and ``more`` whole numbers of the host, by one copy of all. No token is shared."""
         places = [group.places for group in self.groups if group.places is not None]
-        tensors = [self.order, self.positions, self.starts, self.lengths, self.groups.bounds, *places]
+        tensors = [self.order, self.positions, self.starts, self.lengths, self.groups.bounds, *more, *places]
         order, positions, starts, lengths, bounds, *rest = upload(tensors, device)
-        moved = iter(rest)
+        also, moved = rest[: len(more)], iter(rest[len(more) :])
         groups = [g if g.places is None else dataclasses.replace(g, places=next(moved)) for g in self.groups]
-        return Packing(order, positions, Groups(groups, bounds.int(), self.groups.longest), starts, lengths)
+        packing = Packing(order, positions, Groups(groups, bounds.int(), self.groups.longest), starts, lengths)
+        return packing, also
 
     def pieces(self, tokens: int) -> Iterator[tuple[int, "Packing"]]:
         """Sequences one after the other, as many at a time as have ``tokens`` tokens; a longer one goes alone.
@@ -128,11 +129,20 @@ class Groups(list):
     Attributes:
         bounds: ``(number of sequences + 1,)`` where each sequence begins in the packed row, and where the last ends.
         longest: tokens of the longest sequence.
+        shared: where tokens stand once for two sequences that begin alike (`share`): ``(S,)`` which packed token is
+            meant at each place of the sequences laid end to end whole, and ``(T,)`` where each packed token stands
+            there first. ``None`` where no token is shared.
     """
 
-    def __init__(self, groups: list[Group], bounds: torch.Tensor, longest: int):
+    def __init__(
+        self,
+        groups: list[Group],
+        bounds: torch.Tensor,
+        longest: int,
+        shared: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ):
         super().__init__(groups)
-        self.bounds, self.longest = bounds, longest
+        self.bounds, self.longest, self.shared = bounds, longest, shared
 
 
 def upload(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
@@ -150,7 +160,31 @@ def pack(attention_mask: torch.Tensor) -> Packing:
     The result is on the mask's device; a mask on the host never makes one wait for the device.
     """
     packing = _layout(attention_mask.cpu())
-    return packing if attention_mask.device.type == "cpu" else packing.to(attention_mask.device)
+    return packing if attention_mask.device.type == "cpu" else packing.to(attention_mask.device)[0]
+
+
+def share(packing: Packing, width: int, alike: torch.Tensor) -> Packing:
+    """The same rows, of which the second half begins like the first half: what is alike stands there once.
+
+    A state depends on what is before it only, so that a token after the same tokens has the same state in both rows.
+    Everything but attention then runs once on it; attention reads it in both.
+
+    Args:
+        packing: of ``(2B, width)`` right-padded rows, on the host.
+        alike: ``(B,)`` leading tokens that row ``B + i`` has in common with row ``i``.
+    """
+    if not alike.any():
+        return packing
+    order, half = packing.order, len(alike) * width
+    row = (order - half).clamp(min=0) // width
+    double = (order >= half) & ((order - half) % width < alike[row])
+    place = torch.empty(2 * half, dtype=torch.long)
+    place[order] = torch.arange(len(order))
+    number = (~double).long().cumsum(0) - 1
+    meant = torch.where(double, place[(order - half).clamp(min=0)], torch.arange(len(order)))
+    first = (~double).nonzero().squeeze(-1)
+    groups = Groups(packing.groups, packing.groups.bounds, packing.groups.longest, (number[meant], first))
+    return dataclasses.replace(packing, order=order[first], positions=packing.positions[first], groups=groups)
 
 
 def _layout(attention_mask: torch.Tensor) -> Packing:
@@ -239,6 +273,13 @@ def attend(
     Returns:
         ``(T, H * width)``.
     """
+    if groups.shared is not None:
+        meant, first = groups.shared
+        whole = Groups(groups, groups.bounds, groups.longest)
+        # Where a token is asked for twice, its answer is taken once: no question there.
+        query = Spread.apply(query, first, len(meant))
+        key, value = key.index_select(0, meant), value.index_select(0, meant)
+        return Pick.apply(attend(query, key, value, width, whole, dropout, scaling), first)
     if torch.is_autocast_enabled(query.device.type):
         # What autocast does to attention, done before its kernel is chosen: rotary embeddings leave fp32 behind.
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
