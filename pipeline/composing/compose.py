@@ -182,7 +182,7 @@ def finish(
     for key in emptied_keys(overrides if emptied is None else emptied):
         OmegaConf.update(plain, key, {}, merge=False)
     for section in (one for stage in ("dpo", "ppo") if OmegaConf.is_dict(one := plain.get(stage))):
-        section.setdefault("sweep", None)  # `~dpo.sweep` says that there is none; without the key nothing is said
+        section.sweep = section.get("sweep")  # `~dpo.sweep` says that there is none; without the key nothing is said
     plain.experiment = experiment
     leave_open(plain, experiment, overrides if emptied is None else emptied)
     plain.update(dict.fromkeys(odd := odd_places(plain), "odd"))  # the rest is looked at, too
