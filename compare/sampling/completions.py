@@ -21,7 +21,7 @@ from ppo_vs_dpo.models.loading.vocabulary import check_same_vocabulary
 from ppo_vs_dpo.models.passes.inference import Frozen, Ranks
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate, row_seed
 from ppo_vs_dpo.models.text.encoding import encode_prompts
-from ppo_vs_dpo.models.text.prompts import decode_completion
+from ppo_vs_dpo.models.text.prompts import decode_completions
 
 # Bumped when the meaning of a column changes: older files are then drawn again.
 LAYOUT = 3
@@ -238,7 +238,7 @@ def draw_part(
         )
         of_row = np.stack([found.exact, found.k1, found.k3, found.logprob, found.reference_logprob], axis=1)
         measures = dict(zip(MEASURES, np.stack(ranks.merge(of_row, n), axis=1), strict=True))
-    texts = [decode_completion(tokenizer, sample.token_ids) for sample in generated]
+    texts = decode_completions(tokenizer, [sample.token_ids for sample in generated])
     finished, tokens = zip(*((sample.finished, sample.token_ids) for sample in generated), strict=True)
     return table_of(name, part.role, part.temperature, slots, ids, texts, finished, tokens, measures)
 

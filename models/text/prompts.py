@@ -1,6 +1,6 @@
 """From a prompt (text or conversation) and a completion to token ids, in one place."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -161,15 +161,22 @@ def decode_completion(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) 
 
     A space that the first token begins with is part of it, also where the tokenizer would take it off a text's start.
     """
-    plain = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    if not puts_a_space_first(tokenizer):
-        return plain
-    mark = tokenizer(")", add_special_tokens=False)["input_ids"]
-    before, whole = (
-        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for ids in (mark, [*mark, *token_ids])
-    )
-    return whole[len(before) :] if before and whole.startswith(before) else plain
+    return decode_completions(tokenizer, [token_ids])[0]
+
+
+def decode_completions(tokenizer: PreTrainedTokenizerBase, rows: Iterable[list[int]]) -> list[str]:
+    """`decode_completion` of many: the tokenizer is asked once how it takes spaces."""
+    space_first = puts_a_space_first(tokenizer)
+    mark = tokenizer(")", add_special_tokens=False)["input_ids"] if space_first else []
+
+    def text(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def after_mark(ids: list[int]) -> str:
+        before, whole = text(mark), text([*mark, *ids])
+        return whole[len(before) :] if before and whole.startswith(before) else text(ids)
+
+    return [after_mark(ids) if space_first else text(ids) for ids in rows]
 
 
 def truncate_prompt(prompt_ids: list[int], max_length: int | None) -> list[int]:

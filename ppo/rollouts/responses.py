@@ -10,7 +10,7 @@ from ppo_vs_dpo.models.sampling.engine import TransformersEngine
 from ppo_vs_dpo.models.sampling.generation import Generated, row_seed
 from ppo_vs_dpo.models.sharding.collectives import any_rank, barrier, global_max, several
 from ppo_vs_dpo.models.sharding.deepspeed import gathered
-from ppo_vs_dpo.models.text.prompts import decode_completion
+from ppo_vs_dpo.models.text.prompts import decode_completions
 from ppo_vs_dpo.ppo.config import PPOConfig
 from ppo_vs_dpo.ppo.roles.rewards import RewardError, Scored
 from ppo_vs_dpo.ppo.roles.roles import Roles
@@ -78,7 +78,7 @@ def score(
     try:
         found = roles.rewards(
             [prompts.prompts[row] for row in rows],
-            [decode_completion(roles.tokenizer, g.token_ids) for g in generated],
+            decode_completions(roles.tokenizer, [g.token_ids for g in generated]),
             [prompts.ids[row] for row in rows],
             [g.token_ids for g in generated],
             [g.finished for g in generated],
@@ -166,7 +166,7 @@ def reference_answers(
         some = missing or rows[:1]
         seeds = [row_seed(args.seed, "answer", prompts.name, row) for row in some]
         drawn = sample(roles, [prompts.ids[row] for row in some], seeds, args, reference=True)
-        texts = (decode_completion(roles.tokenizer, one.token_ids) for one in drawn)
+        texts = decode_completions(roles.tokenizer, [one.token_ids for one in drawn])
         known.update(zip(some, texts, strict=True))
     return [known[row] for row in rows]
 

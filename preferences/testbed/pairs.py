@@ -10,7 +10,7 @@ from ppo_vs_dpo.artifacts.files import read_parquet, write_parquet
 from ppo_vs_dpo.artifacts.stage import StageContext
 from ppo_vs_dpo.models.loading.pretrained import load_sampler
 from ppo_vs_dpo.models.sampling.generation import SamplingConfig, generate, row_seed
-from ppo_vs_dpo.models.text.prompts import decode_completion, encode_prompt
+from ppo_vs_dpo.models.text.prompts import decode_completions, encode_texts
 from ppo_vs_dpo.preferences.config import ReviewTestbed
 from ppo_vs_dpo.preferences.recipes.bradley_terry import (
     accuracy_ceiling,
@@ -80,7 +80,7 @@ class _Sampler:
         """One text for each slot (row, side); ``None`` where the sample is empty or did not end."""
         generated = generate(
             self.model,
-            [encode_prompt(self.tokenizer, prompts[row]) for row, _ in slots],
+            encode_texts(self.tokenizer, [prompts[row] for row, _ in slots]),
             self.sampling,
             eos_token_ids=self.eos,
             seeds=[row_seed(self.context.seed, "pairs", split, row, side, attempt) for row, side in slots],
@@ -88,7 +88,7 @@ class _Sampler:
             workers=OmegaConf.select(self.context.run.config, "launch.workers", default=1),
             progress=lambda done, total: self.context.progress(self.done + done, self.total, "sampling"),
         )
-        texts = [decode_completion(self.tokenizer, sample.token_ids) for sample in generated]
+        texts = decode_completions(self.tokenizer, [sample.token_ids for sample in generated])
         return [text if sample.finished and text else None for text, sample in zip(texts, generated, strict=True)]
 
     def pairs(self, split: str, prompts: list[str]) -> list[tuple[str, str, str]]:
