@@ -107,11 +107,8 @@ class Packing:
         return packing, also
 
     def pieces(self, tokens: int) -> Iterator[tuple[int, "Packing"]]:
-        """Sequences one after the other, as many at a time as have ``tokens`` tokens; a longer one goes alone.
-
-        Yields:
-            The packed place where a piece begins, and its own packing.
-        """
+        """Sequences, as many at a time as have ``tokens`` tokens (a longer one goes alone): the packed place where
+        each piece begins, and its own packing."""
         lengths = self.groups.bounds.diff()
         first, start = 0, 0
         while first < len(lengths):
@@ -129,9 +126,8 @@ class Groups(list):
     Attributes:
         bounds: ``(number of sequences + 1,)`` where each sequence begins in the packed row, and where the last ends.
         longest: tokens of the longest sequence.
-        shared: where tokens stand once for two sequences that begin alike (`share`): ``(S,)`` which packed token is
-            meant at each place of the sequences laid end to end whole, and ``(T,)`` where each packed token stands
-            there first. ``None`` where no token is shared.
+        shared: where tokens stand for two sequences that begin alike (`share`): ``(S,)`` the packed token meant at
+            each place of the whole sequences laid end to end, and ``(T,)`` where each packed token stands there first.
     """
 
     def __init__(
@@ -166,8 +162,7 @@ def pack(attention_mask: torch.Tensor) -> Packing:
 def share(packing: Packing, width: int, alike: torch.Tensor) -> Packing:
     """The same rows, of which the second half begins like the first half: what is alike stands there once.
 
-    A state depends on what is before it only, so that a token after the same tokens has the same state in both rows.
-    Everything but attention then runs once on it; attention reads it in both.
+    A token after the same tokens has the same state in both rows: everything but attention runs once on it.
 
     Args:
         packing: of ``(2B, width)`` right-padded rows, on the host.
