@@ -27,7 +27,7 @@ def main() -> None:
 
         command()
     except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted; the same command goes on from here.\n")
+        sys.stderr.write("\ninterrupted; the same command goes on, a stage from its last checkpoint.\n")
         sys.exit(130)
 
 

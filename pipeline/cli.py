@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     except (KeyboardInterrupt, Exception) as error:
         # A library may have made another error of Ctrl-C (`__main__.Interrupt`).
         if isinstance(error, KeyboardInterrupt) or getattr(signal.getsignal(signal.SIGINT), "heard", False):
-            warn("\ninterrupted; the same command goes on from here.\n")
+            warn("\ninterrupted; the same command goes on, a stage from its last checkpoint.\n")
             sys.exit(130)
         explained = explain_os_error(error) if isinstance(error, OSError) else str(error)
         if explained is None or not isinstance(error, UserError | OSError):

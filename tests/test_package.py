@@ -70,7 +70,10 @@ def test_ctrl_c_is_heard_from_the_first_line_on(monkeypatch, capsys):
             with pytest.raises(SystemExit) as end:
                 begin.main()
             assert end.value.code == 130
-            assert capsys.readouterr().err.strip() == "interrupted; the same command goes on from here."
+            assert (
+                capsys.readouterr().err.strip()
+                == "interrupted; the same command goes on, a stage from its last checkpoint."
+            )
             signal.signal(signal.SIGINT, signal.default_int_handler)
             monkeypatch.delitem(sys.modules, cli.__name__, raising=False)
             monkeypatch.setattr(sys, "meta_path", [Typed(), *sys.meta_path])

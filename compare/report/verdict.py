@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ppo_vs_dpo.compare.config import KIND, METHODS, method_of
-from ppo_vs_dpo.compare.report.decision import ENOUGH_SEEDS, find, head_to_head
+from ppo_vs_dpo.compare.report.decision import ENOUGH_SEEDS, FEWEST_DECIDED, find, head_to_head
 
 JUDGE_NAMES = {"gold": "the gold reward", "reward_model": "the reward model that PPO was trained on"}
 # A bound this wide says nothing that one did not know.
@@ -174,8 +174,8 @@ def _head_to_head(report: dict[str, Any]) -> str:
     else:
         text = f"Undecided between {first} and {second}: by {by} {says}"
         why = list(decision["objections"])
-        if not why and entry.get("decided", 99) < 10:
-            why.append(f"the judge preferred one of the two on {entry['decided']} prompts only")
+        if not why and entry.get("decided", FEWEST_DECIDED) < FEWEST_DECIDED:
+            why.append(f"the judge preferred one of them on {entry['decided']} prompts, fewer than {FEWEST_DECIDED}")
         if (entry.get("allowed") or {}).get("outside"):
             why.append("that lies outside of what their KLs allow")
         text += f"; {'; '.join(why)}" if why else ""
@@ -205,7 +205,7 @@ def _matched(report: dict[str, Any]) -> str:
         lower = (
             f"{less} has the lower KL, {both}" if matched["kl_apart"] else f"Which KL is lower is not shown ({both})"
         )
-        nothing = f"no point of {more}'s sweep lies at or below {nats(matched['kl'])} nats"
+        nothing = f"{more} has no point at or below {nats(matched['kl'])} nats"
         if (runs := matched.get("runs", 1)) > 1:
             nothing = f"in {matched['without']} of {runs} runs the farther one has no point below the nearer's KL"
         return f"{lower}, and {nothing}: who is better at one KL is not decided."

@@ -188,7 +188,7 @@ class Overview:
         spent = clock(time.monotonic() - self.start)
         states = {*self.states.values()}
         if states <= {"done"}:
-            table.caption = f"{spent} in all"
+            table.caption = f"{spent} in all, from the first stage on"
         else:  # what is left of a job that has ended early is known when the command goes on with it
             ended = states & {"interrupted", "failed"}
             table.caption = f"{spent} so far" + ("" if ended else f", about {self.left()} left")

@@ -158,8 +158,12 @@ class Report:
         if fatal[kinds[0]].count >= self.rows and self.fits:
             return f"No row is left so. They were read as {self.format} and look like {self.fits}: data.format=auto."
         if fatal[kinds[0]].count >= self.rows:
-            return f"No row is left so. The columns are {', '.join(self.columns)}; data.columns says which is what."
-        return f"Mend the file or leave such rows out with data.on_problem.{kinds[0]}=drop."
+            return (
+                f"No row is left so. The columns are {', '.join(self.columns)}; data.columns says which is what. (A "
+                f"pair is a prompt and two answers; of prompts alone `ppo-vs-dpo rejection` makes some.)"
+            )
+        drop = " ".join(f"data.on_problem.{kind}=drop" for kind in kinds)
+        return f"Mend the file or leave such rows out with {drop}."
 
 
 class Statistics:

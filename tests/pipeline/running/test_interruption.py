@@ -81,7 +81,7 @@ def test_ctrl_c_stops_cleanly_and_can_be_resumed(uninterrupted, tmp_path):
     run = tmp_path / "quickstart"
     code, words = kill_at(mini.command(tmp_path), run, "sft", signal.SIGINT)
     assert code == 130
-    assert "the same command goes on from here" in words
+    assert "the same command goes on, a stage from its last checkpoint" in words
     assert "Traceback" not in words
     assert stage_process(run, "sft") is None
     mini.run(tmp_path)
