@@ -110,7 +110,9 @@ def gathered(
             "runs to pool: ppo-vs-dpo compare RUN RUN ..."
         )
     names = [name for name, _ in sources]
-    wrong += [f"--policy {name}: the name stands there twice." for name in {*names} if names.count(name) > 1]
+    wrong += [
+        f"--policy {name}: the name stands there twice." for name in dict.fromkeys(names) if names.count(name) > 1
+    ]
     if given.reference is not None:
         with noted(wrong):
             check_model(given.reference, "--reference")

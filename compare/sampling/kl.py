@@ -3,7 +3,7 @@
 And likelihoods of held-out pairs under both, measured by the same pass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_vs_dpo.compare.statistics.rates import wilson
-from ppo_vs_dpo.models.passes.logprobs import logits_in_pieces, pad_batch, response_logprobs, token_kl
+from ppo_vs_dpo.models.passes.logprobs import Batch, logits_in_pieces, pad_batch, response_logprobs, token_kl
 from ppo_vs_dpo.models.text.encoding import encode_prompts
 from ppo_vs_dpo.models.text.prompts import encode_completion
 
@@ -68,10 +68,7 @@ def sequence_kl(
         return SequenceKL(*np.zeros((3, len(own))), own, own)
     device = next(policy.parameters()).device
     sums = np.zeros((5, len(prompt_ids)))
-    order = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]) + len(response_ids[row]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = pad_batch([prompt_ids[r] for r in rows], [response_ids[r] for r in rows], pad_id, device)
+    for rows, batch in _batches(prompt_ids, response_ids, pad_id, batch_size, device):
         tokens = batch.response_ids.flatten()[batch.places.real]
         pieces = []
         for here, both in logits_in_pieces((policy, reference), batch):
@@ -88,6 +85,16 @@ def sequence_kl(
     return SequenceKL(*sums)
 
 
+def _batches(
+    prompt_ids: list[list[int]], response_ids: list[list[int]], pad_id: int, size: int, device: torch.device
+) -> Iterator[tuple[list[int], Batch]]:
+    """Rows of similar length together: their numbers, and the batch."""
+    order = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]) + len(response_ids[row]))
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        yield rows, pad_batch([prompt_ids[r] for r in rows], [response_ids[r] for r in rows], pad_id, device)
+
+
 def sequence_logprobs(
     model: PreTrainedModel,
     prompt_ids: list[list[int]],
@@ -99,10 +106,7 @@ def sequence_logprobs(
 ) -> np.ndarray:
     """log pi(y) of whole responses at a temperature, ``(N,)`` in nats."""
     device, sums = next(model.parameters()).device, np.zeros(len(prompt_ids))
-    order = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]) + len(response_ids[row]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = pad_batch([prompt_ids[r] for r in rows], [response_ids[r] for r in rows], pad_id, device)
+    for rows, batch in _batches(prompt_ids, response_ids, pad_id, batch_size, device):
         with torch.no_grad():
             logprobs, _ = response_logprobs(model, batch, temperature)
         sums[rows] = logprobs.double().sum(1).cpu().numpy()

@@ -16,6 +16,7 @@ from ppo_vs_dpo.compare.statistics.intervals import (
     spread,
     touches,
 )
+from ppo_vs_dpo.preferences.reading.validation import score_interval
 
 # Fewer expected losses (or wins) than this, and the score interval's end that lies towards them misses: it is then
 # read from half a win further (a continuity correction).
@@ -32,14 +33,8 @@ def wilson(wins: float, n: float, confidence: float = 0.95) -> tuple[float, floa
     """
     if n == 0:
         return 0.0, 1.0
-    low, high = _score(np.array(wins / n), n, stats.norm.ppf(0.5 + confidence / 2))
+    low, high = score_interval(np.array(wins / n), n, stats.norm.ppf(0.5 + confidence / 2))
     return float(max(0.0, low)), float(min(1.0, high))
-
-
-def _score(p: np.ndarray, n: np.ndarray, z: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
-    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(np.maximum(p * (1 - p), 0) / n + z**2 / (4 * n**2))
-    return centre - half, centre + half
 
 
 def effective_prompts(preferences: np.ndarray) -> np.ndarray:
@@ -90,7 +85,7 @@ def _score_ends(mean: np.ndarray, n: np.ndarray, down: np.ndarray, up: np.ndarra
     """Both ends of a score interval with a quantile for each, its continuity correction, cut to [0, 1]."""
     fewer = np.where(n * mean < FEW_WINS, np.maximum(mean - 0.5 / n, 0.0), mean)
     more = np.where(n * (1 - mean) < FEW_WINS, np.minimum(mean + 0.5 / n, 1.0), mean)
-    return np.clip(_score(fewer, n, down)[0], 0.0, 1.0), np.clip(_score(more, n, up)[1], 0.0, 1.0)
+    return np.clip(score_interval(fewer, n, down)[0], 0.0, 1.0), np.clip(score_interval(more, n, up)[1], 0.0, 1.0)
 
 
 def skewness_beyond_wins(units: np.ndarray) -> np.ndarray:

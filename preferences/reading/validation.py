@@ -52,6 +52,8 @@ PROBLEMS: dict[str, Problem] = {
 ALWAYS_FATAL = frozenset({"broken_file"})
 EXAMPLES = 5
 POLICIES = ("error", "drop", "keep")
+# Of a 95 % interval.
+QUANTILE = NormalDist().inv_cdf(0.975)
 
 
 def policies(configured: dict[str, str] | None = None) -> dict[str, str]:
@@ -199,7 +201,7 @@ class Statistics:
                 "same_length": float((difference == 0).mean()),
                 "chosen_shorter": float((difference < 0).mean()),
                 "longer_is_chosen": accuracy,
-                "interval": wilson(accuracy, len(difference)),
+                "interval": np.clip(score_interval(accuracy, len(difference), QUANTILE), 0.0, 1.0).tolist(),
                 "explained": 2 * abs(accuracy - 0.5),
             },
         }
@@ -215,15 +217,14 @@ class Statistics:
         return result
 
 
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95 % score interval of a share among ``n`` (Wilson 1927): it holds for a handful, and near 0 and 1.
+def score_interval(share: Any, n: Any, z: Any) -> tuple[Any, Any]:
+    """The score interval of shares among ``n`` (Wilson 1927, eq. 6) at a normal quantile; numbers or arrays.
 
-    Halves (ties) are allowed, which ``scipy.stats.binomtest`` takes no count of.
+    It holds for a handful, and near 0 and 1. Halves (ties) are allowed, which ``scipy.stats.binomtest`` takes none of.
     """
-    z = NormalDist().inv_cdf(0.975)
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+    half = z / (1 + z**2 / n) * np.sqrt(np.maximum(share * (1 - share), 0) / n + z**2 / (4 * n**2))
+    return centre - half, centre + half
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:

@@ -35,22 +35,22 @@ def train_pass(model, batch):
     return output, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
+def variant_of(model, variant):
+    """A model that trains, with TRL's head; with adapters, or computing activations again."""
+    model = model.train()
+    add_fused_lm_head(model, outputs=FIELDS)
+    if variant == "lora":
+        torch.manual_seed(1)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    if variant == "checkpointing":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
 @pytest.mark.parametrize("heads", [2, 1])
 @pytest.mark.parametrize("variant", ["plain", "lora", "checkpointing"])
 def test_outputs_and_gradients_equal_the_padded_pass(tiny_llama, heads, variant):
-    def build():
-        model = tiny_llama(num_key_value_heads=heads).train()
-        add_fused_lm_head(model, outputs=FIELDS)
-        if variant == "lora":
-            torch.manual_seed(1)
-            model = get_peft_model(
-                model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-            )
-        if variant == "checkpointing":
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        return model
-
-    padded, packed = build(), build()
+    padded, packed = (variant_of(tiny_llama(num_key_value_heads=heads), variant) for _ in range(2))
     assert skip_padding(packed)
     (expected, expected_grads), (output, grads) = train_pass(padded, BATCH), train_pass(packed, BATCH)
     torch.testing.assert_close(output.loss, expected.loss, atol=1e-6, rtol=1e-6)
@@ -102,19 +102,7 @@ def test_what_pairs_have_in_common_is_read_once(tiny_llama, read, monkeypatch, h
     if variant == "other layers":
         monkeypatch.setattr(fused, "LAYERS", ())
 
-    def build():
-        model = tiny_llama(num_key_value_heads=heads).train()
-        add_fused_lm_head(model, outputs=FIELDS)
-        if variant == "lora":
-            torch.manual_seed(1)
-            model = get_peft_model(
-                model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-            )
-        if variant == "checkpointing":
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        return model
-
-    padded, packed = build(), build()
+    padded, packed = (variant_of(tiny_llama(num_key_value_heads=heads), variant) for _ in range(2))
     skip_padding(packed, pairs=True)
     sizes = read(packed)
     (expected, expected_grads), (output, grads) = train_pass(padded, PAIRED), train_pass(packed, PAIRED)
