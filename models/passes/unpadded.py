@@ -78,13 +78,15 @@ def _teach_backbone(owner: PreTrainedModel) -> None:
 
 def _same(owner: PreTrainedModel, input_ids: torch.Tensor, pairs: bool) -> list[torch.Tensor]:
     """Where the rows of each pair have the same token, twice ``(B, L)`` in one tensor; ``[]`` where the rows are no
-    pairs, where dropout gives each row states of its own, and off a CPU: there what attention gathers is some more
-    launches a layer, and what that saves is not measured yet."""
+    pairs, where dropout or noise gives each row states of its own, and off a CPU: there what attention gathers is some
+    more launches a layer, and what that saves is not measured yet."""
     if not pairs or len(input_ids) % 2 or input_ids.device.type != "cpu":
         return []
     if owner.training:
         layers = any(isinstance(module, nn.Dropout) and module.p for module in owner.modules())
-        if layers or getattr(owner.config, "attention_dropout", 0):
+        # NEFTune (Jain et al. 2023) draws noise for each token of each row; transformers notes it on the embeddings.
+        noise = getattr(owner.get_input_embeddings(), "neftune_noise_alpha", None)
+        if layers or noise or getattr(owner.config, "attention_dropout", 0):
             return []
     first, second = input_ids.chunk(2)
     return [(first == second).repeat(2, 1)]

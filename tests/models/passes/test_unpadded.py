@@ -147,6 +147,21 @@ def test_rows_that_are_no_pairs_share_nothing_or_what_they_have(tiny_llama, read
         assert (sizes[-1] == PAIRED["attention_mask"].sum()) == training
 
 
+def test_noise_on_embeddings_is_each_row_s_own(tiny_llama, read):
+    """NEFTune, which a reward model may train with: by transformers' own hook."""
+    from transformers.integrations.neftune import activate_neftune
+
+    model = tiny_llama().train()
+    add_fused_lm_head(model, outputs=FIELDS)
+    skip_padding(model, pairs=True)
+    sizes = read(model)
+    model(**PAIRED, fused_lm_head=True, use_cache=False)
+    activate_neftune(model, 5.0)
+    model(**PAIRED, fused_lm_head=True, use_cache=False)
+    whole = int(PAIRED["attention_mask"].sum())
+    assert sizes[0] < sizes[1] == whole
+
+
 def test_generation_and_plain_calls_stay_as_they_are(tiny_llama):
     fresh, taught = tiny_llama(), tiny_llama()
     add_fused_lm_head(taught, outputs=FIELDS)
